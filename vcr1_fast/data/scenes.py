@@ -1,0 +1,237 @@
+"""Synthetic scenes that need looking: coloured shapes that appear, vanish and move over textured noise.
+
+A scene holds one *mover*, visible throughout and crossing the frame along one axis, and one to three *visitors*,
+each visible during one span. The colours within a scene are distinct. Everything follows from the random generator:
+equal seeds give equal scenes, frames and questions.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+COLORS: dict[str, tuple[int, int, int]] = {
+    "red": (225, 45, 45),
+    "green": (40, 190, 70),
+    "blue": (55, 85, 235),
+    "yellow": (235, 215, 45),
+    "purple": (165, 55, 205),
+    "cyan": (45, 205, 215),
+    "white": (245, 245, 245),
+    "black": (15, 15, 15),
+}
+SHAPES = ("circle", "square", "triangle")
+DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+LETTERS = "ABCD"
+TRACK_STEPS = 8
+
+
+@dataclass(frozen=True)
+class SceneConfig:
+    """What scenes look like. Lengths of time in seconds, sizes in pixels, radii as a fraction of the frame."""
+
+    min_seconds: float = 6.0
+    max_seconds: float = 12.0
+    fps: tuple[float, ...] = (6.0, 8.0, 10.0, 12.0)
+    sizes: tuple[tuple[int, int], ...] = ((112, 112),)
+    visitors: tuple[int, int] = (1, 3)
+    span: tuple[float, float] = (0.12, 0.4)
+    radius: tuple[float, float] = (0.14, 0.19)
+    noise: float = 14.0
+    step_seconds: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 < self.min_seconds <= self.max_seconds:
+            raise ValueError(
+                f"need 0 < min_seconds <= max_seconds, got {self.min_seconds}, {self.max_seconds}"
+            )
+        if not 1 <= self.visitors[0] <= self.visitors[1] <= 4:
+            raise ValueError(f"visitors must lie in 1..4, got {self.visitors}")
+        if not 0 < self.span[0] <= self.span[1] < 1:
+            raise ValueError(f"span must be increasing fractions of the clip, got {self.span}")
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One shape: visible in [start, end) seconds, its centre moving on a straight line (fractions of the frame)."""
+
+    color: str
+    shape: str
+    start: float
+    end: float
+    center: tuple[float, float]
+    velocity: tuple[float, float]
+    radius: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.color} {self.shape}"
+
+    def box(self, t: float) -> list[float]:
+        """[x0, y0, x1, y1] at time `t`, normalised to 0..1 and clipped to the frame."""
+        x, y = (c + v * t for c, v in zip(self.center, self.velocity, strict=True))
+        corners = (x - self.radius, y - self.radius, x + self.radius, y + self.radius)
+        return [min(max(c, 0.0), 1.0) for c in corners]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A clip before it is drawn. `things[0]` is the mover."""
+
+    duration: float
+    fps: float
+    size: tuple[int, int]
+    things: tuple[Thing, ...]
+    direction: str
+    noise: float
+    seed: int = field(repr=False, default=0)
+
+
+def sample_scene(rng: np.random.Generator, config: SceneConfig) -> Scene:
+    """Draws one scene."""
+    step = config.step_seconds
+    ticks = int(
+        rng.integers(round(config.min_seconds / step), round(config.max_seconds / step) + 1)
+    )
+    duration = ticks * step
+    count = int(rng.integers(config.visitors[0], config.visitors[1] + 1))
+    colors = list(rng.permutation(list(COLORS))[: count + 1])
+    shapes = [str(rng.choice(SHAPES)) for _ in colors]
+    direction = str(rng.choice(list(DIRECTIONS)))
+    things = [_mover(rng, config, str(colors[0]), shapes[0], duration, direction)]
+    # Visitors sit in different quarters of the frame, so that none hides another.
+    quarters = rng.permutation(4)
+    for i in range(count):
+        length = max(1, round(ticks * rng.uniform(*config.span)))
+        first = int(rng.integers(0, ticks - length + 1))
+        quarter = int(quarters[i])
+        center = (0.25 + 0.5 * (quarter % 2), 0.25 + 0.5 * (quarter // 2))
+        jitter = rng.uniform(-0.05, 0.05, 2)
+        things.append(
+            Thing(
+                color=str(colors[i + 1]),
+                shape=shapes[i + 1],
+                start=first * step,
+                end=(first + length) * step,
+                center=(center[0] + float(jitter[0]), center[1] + float(jitter[1])),
+                velocity=(0.0, 0.0),
+                radius=float(rng.uniform(*config.radius)),
+            )
+        )
+    size = config.sizes[int(rng.integers(len(config.sizes)))]
+    fps = config.fps[int(rng.integers(len(config.fps)))]
+    return Scene(
+        duration, fps, size, tuple(things), direction, config.noise, int(rng.integers(2**31))
+    )
+
+
+def _mover(
+    rng: np.random.Generator,
+    config: SceneConfig,
+    color: str,
+    shape: str,
+    duration: float,
+    direction: str,
+) -> Thing:
+    radius = float(rng.uniform(*config.radius))
+    dx, dy = DIRECTIONS[direction]
+    travel = float(rng.uniform(0.45, 1.0 - 2 * radius))
+    lo, hi = radius, 1.0 - radius - travel  # where the path may begin, seen along the motion
+    begin = float(rng.uniform(lo, max(lo, hi)))
+    along = begin if dx + dy > 0 else 1.0 - begin
+    across = float(rng.uniform(radius, 1.0 - radius))
+    center = (along, across) if dx else (across, along)
+    speed = travel / duration
+    return Thing(color, shape, 0.0, duration, center, (dx * speed, dy * speed), radius)
+
+
+def render(scene: Scene) -> np.ndarray:
+    """Draws a scene: (T, H, W, 3) uint8 with T = round(duration * fps)."""
+    height, width = scene.size
+    rng = np.random.default_rng(scene.seed)
+    frames = max(1, round(scene.duration * scene.fps))
+    coarse = rng.normal(0.0, 1.0, (math.ceil(height / 8) + 1, math.ceil(width / 8) + 1, 3))
+    texture = np.kron(coarse, np.ones((8, 8, 1)))[:height, :width] * scene.noise
+    base = 95.0 + texture + float(rng.uniform(-15, 15))
+    grain = rng.normal(0.0, scene.noise / 2, (height, width, 3))
+    y, x = np.mgrid[0:height, 0:width].astype(np.float64)
+    x, y = (x + 0.5) / width, (y + 0.5) / height
+    clip = np.empty((frames, height, width, 3), np.uint8)
+    for i in range(frames):
+        t = i / scene.fps
+        # The grain drifts, so that two frames never match and a difference of frames finds more than the shapes.
+        picture = base + np.roll(grain, (3 * i, 5 * i), axis=(0, 1))
+        for thing in reversed(scene.things):
+            if thing.start <= t < thing.end:
+                picture[_covers(thing, t, x, y)] = COLORS[thing.color]
+        clip[i] = np.clip(picture, 0, 255).astype(np.uint8)
+    return clip
+
+
+def _covers(thing: Thing, t: float, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    cx, cy = (c + v * t for c, v in zip(thing.center, thing.velocity, strict=True))
+    dx, dy, r = x - cx, y - cy, thing.radius
+    if thing.shape == "circle":
+        return dx**2 + dy**2 <= r**2
+    if thing.shape == "square":
+        return (abs(dx) <= r) & (abs(dy) <= r)
+    return (abs(dy) <= r) & (2 * abs(dx) <= dy + r)  # a triangle that stands on its base
+
+
+def track_times(duration: float, fps: float) -> list[float]:
+    """The `TRACK_STEPS` times, evenly spaced from the first frame to the last, at which boxes are asked for."""
+    last = duration - 1.0 / fps
+    return [last * i / (TRACK_STEPS - 1) for i in range(TRACK_STEPS)]
+
+
+def questions(scene: Scene, rng: np.random.Generator) -> list[dict[str, Any]]:
+    """Every question on a scene, one dict of record fields each (task, prompt, answer, options, boxes, metadata)."""
+    mover, visitors = scene.things[0], scene.things[1:]
+    asked = [
+        {
+            "task": "temporal_grounding",
+            "prompt": {"event": f"the {thing.name} is visible"},
+            "answer": [thing.start, thing.end],
+        }
+        for thing in visitors
+    ]
+    boxes = [[round(c, 3) for c in mover.box(t)] for t in track_times(scene.duration, scene.fps)]
+    asked.append({"task": "tracking", "prompt": {"object": f"the {mover.name}"}, "answer": boxes})
+    target = visitors[int(rng.integers(len(visitors)))]
+    seen = {thing.color for thing in scene.things}
+    others = [c for c in COLORS if c not in seen]
+    lures = [f"{c} {rng.choice(SHAPES)}" for c in rng.permutation(others)[: len(LETTERS) - 1]]
+    options = [target.name, *lures]
+    letter, options = _shuffled(options, rng)
+    asked.append(
+        {
+            "task": "grounded_qa",
+            "prompt": {"question": "Which of these appears?"},
+            "options": options,
+            "answer": {"answer": letter, "glue": [[target.start, target.end]]},
+        }
+    )
+    ways = [scene.direction, *(d for d in DIRECTIONS if d != scene.direction)]
+    letter, options = _shuffled(ways, rng)
+    asked.append(
+        {
+            "task": "multiple_choice",
+            "prompt": {"question": f"Which way does the {mover.name} move?"},
+            "options": options,
+            "answer": letter,
+        }
+    )
+    return asked
+
+
+def _shuffled(options: list[str], rng: np.random.Generator) -> tuple[str, list[str]]:
+    """Shuffles `options`, the first of which is right; returns its letter and the new order."""
+    order = [int(i) for i in rng.permutation(len(options))]
+    return LETTERS[order.index(0)], [options[i] for i in order]
+
+
+def describe(scene: Scene) -> dict[str, Any]:
+    """The scene as plain values, to be kept in a record's metadata."""
+    return dataclasses.asdict(scene)
