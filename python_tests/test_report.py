@@ -1,0 +1,209 @@
+"""Curves, tables and the rollout viewer, from files made here."""
+
+import io
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vcr1_fast.report.curves import DPI, Panel, read_metrics, running_mean, spread, write_curves
+from vcr1_fast.report.jsonl import read_jsonl
+from vcr1_fast.report.rollouts import write_rollouts_html
+from vcr1_fast.report.table import Table, evaluation_table, markdown_table, print_table
+
+
+def write_lines(path, rows, tail=""):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + tail, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def metrics_file(tmp_path):
+    rows = [
+        {
+            "step": step,
+            "reward/tracking": 0.5 + 0.01 * step,
+            "reward/grounded_qa": 1.0,
+            "kl": None if step == 3 else 0.001 * step,
+            "seconds": {"rollout": 1.0, "policy": 0.5},
+        }
+        for step in range(1, 21)
+    ]
+    return write_lines(tmp_path / "metrics.jsonl", rows)
+
+
+def test_curves_are_pictures_of_the_asked_size_with_ink_of_each_line(metrics_file, tmp_path):
+    paths = write_curves(metrics_file, tmp_path / "out")
+    assert [path.stem for path in paths] == ["curves", "reward", "kl", "seconds"]
+    with Image.open(paths[0]) as overview:
+        assert overview.size == (round(3 * 4.6 * DPI), 3 * DPI)
+    with Image.open(paths[1]) as reward:
+        assert reward.size == (round(4.6 * DPI), 3 * DPI)
+        pixels = np.asarray(reward.convert("RGB")).reshape(-1, 3)
+    for colour in ((0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)):  # one line a task, in its own colour
+        assert (pixels == colour).all(axis=1).sum() > 100
+    assert not (pixels == (0x00, 0x9E, 0x73)).all(axis=1).any()  # there is no third line
+
+
+def test_curve_values_reach_the_panel_unchanged(metrics_file):
+    series = Panel("kl", "", "kl").series(read_metrics(metrics_file))
+    steps, values = series[""]
+    assert 3 not in steps and len(steps) == 19  # null is a gap, not a zero
+    np.testing.assert_allclose(values, 0.001 * steps, rtol=1e-12)
+    stages = Panel("s", "", r"seconds/([^/]+)").series(read_metrics(metrics_file))
+    assert list(stages) == ["rollout", "policy"]
+
+
+def test_a_repeated_step_counts_once_with_its_last_values(tmp_path):
+    path = write_lines(
+        tmp_path / "m.jsonl", [{"step": s, "kl": k} for s, k in ((2, 9), (1, 1), (2, 3))]
+    )
+    assert [row["kl"] for row in read_metrics(path)] == [1, 3]
+
+
+@pytest.mark.parametrize("line", ["{oops", "[1, 2]"])
+def test_a_malformed_line_is_named(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1, "kl": 0.5}}\n{line}\n{{"step": 2}}\n')
+    with pytest.raises(ValueError, match=re.escape(f"{path}:2:")):
+        write_curves(path, tmp_path)
+
+
+def test_a_torn_last_line_of_a_running_file_is_left_out(tmp_path):
+    path = write_lines(tmp_path / "m.jsonl", [{"step": 1}], tail='{"step": 2, "k')
+    assert read_jsonl(path) == [{"step": 1}]
+
+
+def test_a_row_without_a_step_or_a_file_without_metrics_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="step"):
+        read_metrics(write_lines(tmp_path / "a.jsonl", [{"kl": 1.0}]))
+    with pytest.raises(ValueError, match="no"):
+        write_curves(write_lines(tmp_path / "b.jsonl", [{"step": 1, "colour": 1}]), tmp_path)
+
+
+def test_running_mean_is_the_mean_of_the_points_inside_the_window():
+    values = np.random.default_rng(0).normal(size=101)
+    expected = [values[max(0, i - 5) : i + 6].mean() for i in range(101)]
+    np.testing.assert_allclose(running_mean(values, share=0.1), expected, atol=1e-12)
+
+
+def test_spread_keeps_order_and_gap_and_moves_nothing_that_has_room():
+    assert spread([100.0, 0.0, 50.0], 10) == [100.0, 0.0, 50.0]
+    np.testing.assert_allclose(spread([20.0, 20.0, 20.0, 90.0], 10), [10, 20, 30, 90])
+    placed = np.array(spread([3.0, 1.0, 2.0], 10))
+    assert np.all(np.diff(placed[[1, 2, 0]]) >= 10 - 1e-9)
+    assert placed.mean() == pytest.approx(2.0)
+
+
+SUMMARY = {
+    "tasks": {
+        "temporal_grounding": {
+            "primary": "mIoU",
+            "n": 40,
+            "metrics": {"R@0.5": 0.25, "mIoU": 0.41234},
+            "interval": [0.3, 0.52],
+            "parse_failure_rate": 0.05,
+            "unfinished": 2,
+            "floor": {"mIoU": 0.3333},
+        }
+    },
+    "quarantined": [{"id": "x", "source": "x.mp4", "reason": "no frames"}],
+}
+
+
+def test_evaluation_table_puts_the_primary_metric_first_with_interval_and_floor():
+    table = evaluation_table(SUMMARY)
+    first, second = (dict(zip(table.columns, row, strict=True)) for row in table.rows)
+    assert first["metric"] == "mIoU" and first["score"] == "0.412"
+    assert first["95 %"] == "0.300 to 0.520" and first["no look"] == "0.333"
+    assert first["n"] == "40" and first["unparsed"] == "5.0 %" and first["cut off"] == "2"
+    assert second["metric"] == "R@0.5" and second["no look"] == "\N{EN DASH}"
+    assert "1 quarantined" in table.title
+
+
+def test_a_piped_table_is_whole_lines_without_colour_codes():
+    wide = Table(["name", "value"], [["[bold]x[/bold] " + "long " * 40, "1"], ["b", "22"]])
+    out = io.StringIO()
+    print_table(wide, file=out)
+    text = out.getvalue()
+    assert "\x1b" not in text
+    assert "[bold]x[/bold] " + ("long " * 40).strip() in text
+    rows = [line for line in text.splitlines() if line.strip()]
+    assert len(rows) == 4  # head, rule, two rows: nothing wrapped
+    assert rows[2].rstrip().endswith(" 1") and rows[3].rstrip().endswith(" 22")
+    assert len(rows[2].rstrip()) == len(rows[3].rstrip())  # numbers are aligned right
+
+
+def test_markdown_table_aligns_and_escapes():
+    text = markdown_table(Table(["op", "ms"], [["a|b", "1.5"], ["c", "10.25"]]))
+    assert text == ("| op   |    ms |\n| ---- | ----: |\n| a\\|b |   1.5 |\n| c    | 10.25 |")
+
+
+def test_a_row_of_wrong_width_is_refused():
+    with pytest.raises(ValueError, match="2 cells for 1 columns"):
+        Table(["a"], [["1", "2"]])
+
+
+class Page(HTMLParser):
+    """Tags and text as a browser sees them."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.attributes, self.texts = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [name for name, _ in attrs]
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+ATTACK = "</pre><script>alert(1)</script><img src=x onerror=alert(2)> & 'q' \" é 😀"
+
+
+def test_the_viewer_shows_model_text_as_text(tmp_path):
+    rows = [
+        {
+            "step": 1,
+            "task": ATTACK,
+            "id": ATTACK,
+            "prompt": ATTACK,
+            "target": ATTACK,
+            "completion": f"{ATTACK} {i}",
+            "rewards": {ATTACK: float(i)},
+        }
+        for i in range(2)
+    ]
+    out = write_rollouts_html(write_lines(tmp_path / "r.jsonl", rows), tmp_path / "r.html")
+    page = Page(out.read_text(encoding="utf-8"))
+    assert page.tags.count("script") == 1 and "img" not in page.tags
+    assert not [name for name in page.attributes if name.startswith("on")]
+    shown = [text for text in page.texts if text.startswith(ATTACK + " ")]
+    assert shown == [f"{ATTACK} 1", f"{ATTACK} 0"]  # unharmed, the best rewarded first
+
+
+def test_the_viewer_keeps_groups_apart_and_samples_long_files(tmp_path):
+    rows = [
+        {"step": s, "task": "t", "id": i, "completion": "c", "rewards": {}}
+        for s in range(10)
+        for i in ("a", "b")
+        for _ in range(3)
+    ]
+    path = write_lines(tmp_path / "r.jsonl", rows)
+    page = Page(write_rollouts_html(path, tmp_path / "r.html").read_text())
+    assert page.tags.count("section") == 20
+    short = write_rollouts_html(path, tmp_path / "s.html", max_prompts=4).read_text()
+    assert Page(short).tags.count("section") == 4
+    assert "4 of 20 prompts, 60 completions" in short
+    assert "step 9, t, b" in short
+
+
+def test_a_rollout_without_a_completion_is_refused(tmp_path):
+    path = write_lines(tmp_path / "r.jsonl", [{"step": 1, "task": "t", "id": "a"}])
+    with pytest.raises(ValueError, match="completion"):
+        write_rollouts_html(path, tmp_path / "r.html")

@@ -1,0 +1,1 @@
+"""Tables, curves and a rollout viewer, made from files and plain values."""
