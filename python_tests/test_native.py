@@ -1,0 +1,113 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from vcr1_fast.ops.backend import native
+
+pytestmark = pytest.mark.skipif(native is None, reason="vcr1_fast._C is not built")
+
+DTYPES = [
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_describe_sees_what_torch_sees(dtype):
+    x = torch.zeros(4, 6, 5).to(dtype)[1:, ::2].transpose(0, 2)
+    name, shape, strides, address = native.describe(x)
+    assert f"torch.{name}" == str(dtype)
+    assert shape == tuple(x.shape)
+    assert strides == x.stride()
+    assert address == x.data_ptr()
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.nn.Parameter(torch.ones(3)),
+        torch.ones(3, requires_grad=True) * 2,
+        torch.empty(0, 4),
+        torch.tensor(1.0),
+    ],
+    ids=["parameter", "in a graph", "empty", "scalar"],
+)
+def test_any_ordinary_tensor_is_accepted(x):
+    _, shape, _, address = native.describe(x)
+    assert shape == tuple(x.shape)
+    assert address == x.data_ptr()
+
+
+def test_tensors_without_memory_are_refused():
+    with FakeTensorMode():
+        fake = torch.empty(3)
+    for x in (fake, torch.empty(3, device="meta")):
+        with pytest.raises((ValueError, RuntimeError, BufferError)):
+            native.describe(x)
+
+
+def test_what_is_no_tensor_is_refused():
+    for x in (None, 3, [1.0], torch.float32):
+        with pytest.raises(TypeError, match=r"torch\.Tensor"):
+            native.describe(x)
+
+
+def test_too_many_dimensions_are_refused():
+    with pytest.raises(ValueError, match="at most 8 dimensions, got 9"):
+        native.describe(torch.empty([1] * 9))
+
+
+def test_unknown_dtype_has_no_name():
+    assert native.describe(torch.zeros(2, dtype=torch.complex64))[0] == "an unsupported dtype"
+
+
+def test_signature_names_the_tensor():
+    assert "torch.Tensor" in native.describe.__doc__
+
+
+def test_protocol_follows_torch():
+    expected = "dlpack" if hasattr(torch.Tensor, "__dlpack_c_exchange_api__") else "attributes"
+    assert native.tensor_protocol() == expected
+
+
+def test_isa_choice():
+    best = native.cpu_isa()
+    try:
+        native.choose_cpu_isa("baseline")
+        assert native.cpu_isa() == "baseline"
+        with pytest.raises(ValueError, match="unknown instruction set 'sse9'"):
+            native.choose_cpu_isa("sse9")
+        assert native.cpu_isa() == "baseline"
+    finally:
+        native.choose_cpu_isa("auto")
+    assert native.cpu_isa() == best
+
+
+def test_older_torch_is_read_through_attributes():
+    program = (
+        "import torch\n"
+        "from torch._subclasses.fake_tensor import FakeTensorMode\n"
+        "from vcr1_fast import _C\n"
+        "del torch.Tensor.__dlpack_c_exchange_api__\n"
+        "x = torch.zeros(4, 6, dtype=torch.bfloat16)[1:, ::2]\n"
+        "assert _C.describe(x) == ('bfloat16', (3, 3), (6, 2), x.data_ptr()), _C.describe(x)\n"
+        "assert _C.tensor_protocol() == 'attributes'\n"
+        "for x in (torch.empty(3, device='meta'), FakeTensorMode().from_tensor(torch.ones(3))):\n"
+        "    try:\n"
+        "        _C.describe(x)\n"
+        "    except (ValueError, RuntimeError):\n"
+        "        continue\n"
+        "    raise SystemExit('a tensor without memory was accepted')\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -1,0 +1,203 @@
+"""Torch operators with several backends: which one runs, and how that is chosen.
+
+An op is defined once (`Op`) with a schema and a fake; each implementation registers under a backend
+name: "reference" (plain torch), "cpu" (C++), "cuda" (CUDA C++) or "triton". For each device the
+first name of `PREFERENCE` that the op has is used. Another choice is made with the environment
+variable VCR1_BACKEND or with `use()`; both take names separated by commas, of which the first that
+the op has for the tensor's device counts ("triton,cpu": Triton on GPUs, C++ on the CPU).
+
+Nothing falls back silently: when the backend that should run is not installed, the call raises
+RuntimeError and says what to do.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+
+PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+BACKENDS = ("reference", "cpu", "cuda", "triton")
+_NAMESPACE = "vcr1_fast"
+
+
+def _import_native() -> ModuleType | None:
+    try:
+        from vcr1_fast import _C
+    except ModuleNotFoundError as error:
+        if error.name != "vcr1_fast._C":
+            raise
+        return None
+    except ImportError as error:
+        # `from package import missing` raises the base class; a broken binary must not pass for
+        # a missing one.
+        if importlib.util.find_spec("vcr1_fast._C") is not None:
+            raise ImportError(f"vcr1_fast._C is installed but cannot be loaded: {error}") from error
+        return None
+    return _C
+
+
+native: Any = _import_native()
+"""The compiled module `vcr1_fast._C`, or None when it was not built."""
+
+
+def unavailable(backend: str) -> str | None:
+    """Why `backend` cannot run in this process, with the remedy; None when it can."""
+    if backend in ("cpu", "cuda") and native is None:
+        return (
+            "the native module vcr1_fast._C is not built: run `pip install .` (or `make inplace`)"
+        )
+    if backend == "cuda" and not native.has_cuda:
+        return (
+            "vcr1_fast._C was built without CUDA: install nvcc (or set CUDACXX) and reinstall with "
+            "VCR1_CUDA=ON"
+        )
+    if backend == "triton" and importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: run `pip install triton`"
+    return None
+
+
+def _parse(names: str) -> tuple[str, ...]:
+    parsed = tuple(name.strip() for name in names.split(","))
+    for name in parsed:
+        if name not in BACKENDS:
+            raise ValueError(f"unknown backend {name!r}: expected one of {', '.join(BACKENDS)}")
+    return parsed
+
+
+def _from_environment() -> tuple[str, ...] | None:
+    names = os.environ.get("VCR1_BACKEND", "")
+    return _parse(names) if names else None
+
+
+_override: tuple[str, ...] | None = _from_environment()
+_ops: list[Op] = []
+
+
+def _set_override(names: tuple[str, ...] | None) -> None:
+    global _override
+    _override = names
+    for op in _ops:
+        op.forget_choice()
+
+
+class use:
+    """Chooses the backend of every op, from now on or inside a `with` block.
+
+    `names`: backend names separated by commas, or None for the default choice. The setting is one
+    for the process (autograd runs backward passes on threads of its own), so do not change it
+    while another thread computes. ValueError for an unknown name.
+    """
+
+    def __init__(self, names: str | None) -> None:
+        parsed = None if names is None else _parse(names)
+        self._previous = _override
+        _set_override(parsed)
+
+    def __enter__(self) -> use:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        _set_override(self._previous)
+
+
+def _serves(backend: str, device: str) -> bool:
+    if backend == "triton" and device == "cpu":
+        return os.environ.get("TRITON_INTERPRET") == "1"
+    return backend in PREFERENCE[device] or backend == "reference"
+
+
+class Op:
+    """A torch operator `torch.ops.vcr1_fast.<name>` with one implementation a backend.
+
+    `schema` as in `torch.library.define`, without the name; `fake` computes output shapes only.
+    Autograd is not part of the op: wrap calls in a `torch.autograd.Function`.
+    """
+
+    def __init__(self, name: str, schema: str, fake: Callable[..., Any]) -> None:
+        self.name = name
+        qualified = f"{_NAMESPACE}::{name}"
+        torch.library.define(qualified, schema)
+        torch.library.register_fake(qualified, fake)
+        for device in PREFERENCE:
+            torch.library.impl(qualified, device, self._runner(device))
+        self._implementations: dict[str, Callable[..., Any]] = {}
+        self._chosen: dict[str, Callable[..., Any]] = {}
+        self._call = getattr(getattr(torch.ops, _NAMESPACE), name)
+        _ops.append(self)
+
+    def register(self, backend: str, fn: Callable[..., Any]) -> None:
+        """Adds the implementation `fn` (called with the schema's arguments by position).
+
+        Register unconditionally: whether the backend can run here is checked at the call.
+        """
+        if backend not in BACKENDS:
+            raise ValueError(f"unknown backend {backend!r}: expected one of {', '.join(BACKENDS)}")
+        self._implementations[backend] = fn
+        self._chosen.clear()
+
+    def backends(self, device: str = "cpu") -> tuple[str, ...]:
+        """Names of the backends that can run this op on `device` in this process."""
+        return tuple(
+            name
+            for name in BACKENDS
+            if name in self._implementations and _serves(name, device) and not unavailable(name)
+        )
+
+    def forget_choice(self) -> None:
+        self._chosen.clear()
+
+    def __call__(self, *args: Any) -> Any:
+        return self._call(*args)
+
+    def _runner(self, device: str) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            fn = self._chosen.get(device)
+            return (fn or self._choose(device))(*args)
+
+        return run
+
+    def _choose(self, device: str) -> Callable[..., Any]:
+        if _override is None:
+            fn = self._choose_default(device)
+        else:
+            fn = self._choose_named(device, _override)
+        self._chosen[device] = fn
+        return fn
+
+    def _choose_default(self, device: str) -> Callable[..., Any]:
+        # The reference is the choice only where an op has no kernel at all for the device.
+        candidates = [name for name in PREFERENCE[device] if name in self._implementations]
+        kernels = [name for name in candidates if name != "reference"] or candidates
+        reasons = {name: unavailable(name) for name in kernels}
+        for name, reason in reasons.items():
+            if reason is None:
+                return self._implementations[name]
+        details = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        raise RuntimeError(
+            f"{self.name}: no backend for {device} tensors. {details}. The slower plain torch form "
+            "runs with VCR1_BACKEND=reference or vcr1_fast.ops.use('reference')"
+        )
+
+    def _choose_named(self, device: str, names: tuple[str, ...]) -> Callable[..., Any]:
+        serving = [name for name in names if _serves(name, device)]
+        if not serving:
+            raise RuntimeError(
+                f"{self.name}: backend {','.join(names)!r} was chosen, which cannot take {device} "
+                "tensors (Triton takes CPU tensors only with TRITON_INTERPRET=1)"
+            )
+        name = next((name for name in serving if name in self._implementations), None)
+        if name is None:
+            raise RuntimeError(
+                f"{self.name} has no {serving[0]!r} backend, only "
+                f"{', '.join(sorted(self._implementations))}; give a second choice, as in "
+                f"VCR1_BACKEND={serving[0]},reference"
+            )
+        reason = unavailable(name)
+        if reason is not None:
+            raise RuntimeError(f"{self.name}: backend {name!r} was chosen, but {reason}")
+        return self._implementations[name]
