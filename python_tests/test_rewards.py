@@ -1,0 +1,287 @@
+"""Rewards: hand-computed values, hostile text, time linear in the text."""
+
+import math
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vcr1_fast.rewards import (
+    box_iou,
+    interval_set_iop,
+    interval_set_iou,
+    last_block,
+    parse_boxes,
+    parse_letter,
+    parse_span,
+    parse_spans,
+    temporal_iou,
+    track_iou,
+    well_formed,
+)
+
+OPTIONS = ("red circle", "blue square", "green star", "a dog")
+
+
+@pytest.mark.parametrize(
+    ("text", "span"),
+    [
+        ("3.5 to 8.0", (3.5, 8.0)),
+        ("12.5s to 14s", (12.5, 14.0)),
+        ("12.5 seconds  to  14 sec.", (12.5, 14.0)),
+        ("12.5-14", (12.5, 14.0)),
+        ("12.5s \u2013 14 s", (12.5, 14.0)),
+        ("3to5", (3.0, 5.0)),
+        ("5. to 10.", (5.0, 10.0)),
+        ("5 TO 10", (5.0, 10.0)),
+        ("It lasts\nfrom 5\nuntil 10, I think", (5.0, 10.0)),
+        ("between 5 and 10", (5.0, 10.0)),
+        ("-3 to 5", (-3.0, 5.0)),
+        ("0:05 to 1:05.5", (5.0, 65.5)),
+        ("1:00:00 to 1:00:01", (3600.0, 3601.0)),
+        ("he eats 2 apples from 3 to 5", (3.0, 5.0)),
+        ("1e1 to 12", (10.0, 12.0)),
+        ("4 to 4", (4.0, 4.0)),
+        ("5 to 10 to 20", None),
+        ("3 to 5 and 7 to 9", None),
+        ("3-5, 7-9", None),
+        ("8 to 3", None),
+        ("1,5 to 2,5", None),
+        ("0:75 to 1:80", None),
+        ("1e999 to 5", None),
+        ("5 to 1e999", None),
+        ("nan to 5", None),
+        ("inf to inf", None),
+        ("9" * 400 + " to 5", None),
+        ("\u0663 to \u0665", None),
+        ("[EVENT]", None),
+        ("5", None),
+        ("", None),
+    ],
+)
+def test_parse_span(text, span):
+    assert parse_span(text) == span
+
+
+@pytest.mark.parametrize(
+    ("text", "spans"),
+    [
+        ("[(1.0, 4.5)]", ((1.0, 4.5),)),
+        (" [ ( 1 ,2 ),[3., .5e1] , ] ", ((1.0, 2.0), (3.0, 5.0))),
+        ("[(1,2)" + ",(1,2)" * 15 + "]", ((1.0, 2.0),) * 16),
+        ("[(1,2)" + ",(1,2)" * 16 + "]", None),
+        ("[]", None),
+        ("[(3, 2)]", None),
+        ("(1, 2)", None),
+        ("[(1, 2, 3)]", None),
+        ("[(1, 1e999)]", None),
+        ("[(1, nan)]", None),
+        ("[(1, 2)] [(3, 4)]", None),
+        ("__import__('os')", None),
+    ],
+)
+def test_parse_spans(text, spans):
+    assert parse_spans(text) == spans
+
+
+def test_parse_boxes():
+    assert parse_boxes("[[0.1, 0.2, 0.3, 0.4], (0, 0, 1, 1)]", 2) == (
+        (0.1, 0.2, 0.3, 0.4),
+        (0.0, 0.0, 1.0, 1.0),
+    )
+    assert parse_boxes("[\n[0.1, 0.2, 0.3, 0.4],\n]", 1) == ((0.1, 0.2, 0.3, 0.4),)
+    assert parse_boxes("[[0.1, 0.2, 0.3, 0.4]]", 2) is None
+    assert parse_boxes("[[0.1, 0.2, 0.3]]", 1) is None
+    assert parse_boxes("[[0.1, 0.2, 0.3, 1e999]]", 1) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("B", "B"),
+        (" (b) ", "B"),
+        ("B.", "B"),
+        ("B. blue square", "B"),
+        ("**Answer: C**", "C"),
+        ("Best answer: C", "C"),
+        ("The correct option is (D).", "D"),
+        ("Because B", "B"),
+        ("blue square", "B"),
+        ("A red circle", "A"),
+        ("A dog", "D"),
+        ("A blue dog", None),
+        ("the answer is a blue dog", None),
+        ("Apple", None),
+        ("B and C", None),
+        ("E", None),
+        ("Answer: E", None),
+        ("", None),
+    ],
+)
+def test_parse_letter(text, letter):
+    assert parse_letter(text, OPTIONS) == letter
+
+
+def test_parse_letter_without_options_knows_a_to_h():
+    assert parse_letter("H") == "H"
+    assert parse_letter("I") is None
+    assert parse_letter("I choose B") == "B"
+
+
+@pytest.mark.parametrize(
+    ("completion", "tags", "well"),
+    [
+        ("<answer>x</answer>", ("answer",), True),
+        ("  <answer>x</answer>\n", ("answer",), True),
+        ("<answer>x</answer>.", ("answer",), False),
+        ("<answer> </answer>", ("answer",), False),
+        ("<answer>x", ("answer",), False),
+        ("<answer>x</answer><answer>y</answer>", ("answer",), False),
+        ("<answer><answer>x</answer></answer>", ("answer",), False),
+        ("<think>t</think>\n<answer>x</answer>", ("think", "answer"), True),
+        ("<think>t</think>\n<answer>x</answer>", ("answer",), False),
+        ("<answer>x</answer>", ("think", "answer"), False),
+        ("<think></think><answer>x</answer>", ("think", "answer"), False),
+        ("<think>t</think>so<answer>x</answer>", ("think", "answer"), False),
+        ("<think>a</think></think><answer>x</answer>", ("think", "answer"), False),
+        ("<answer>x</answer> <glue>y</glue>", ("answer", "glue"), True),
+        ("<glue>y</glue><answer>x</answer>", ("answer", "glue"), False),
+        ("", (), True),
+    ],
+)
+def test_well_formed(completion, tags, well):
+    assert well_formed(completion, tags) is well
+
+
+def test_last_block_is_the_answer_not_the_reasoning():
+    assert last_block("<answer>1</answer><answer>2</answer>", "answer") == "2"
+    assert last_block("<think><answer>1</answer></think>", "answer") is None
+    assert last_block("<think>I write <answer></think><answer>2</answer>", "answer") == "2"
+    assert last_block("<think>open<answer>2</answer>", "answer") == "2"
+    assert last_block("<answer><answer>2</answer></answer>", "answer") == "2"
+    assert last_block("<answer>2", "answer") is None
+    assert last_block("<think>why</think>", "think") == "why"
+
+
+def test_temporal_iou():
+    assert temporal_iou((2, 6), (4, 8)) == pytest.approx(2 / 6)
+    assert temporal_iou((0, 1), (5, 6)) == 0.0
+    assert temporal_iou((6, 2), (2, 6)) == 0.0
+    assert temporal_iou((3, 3), (3, 3)) == 0.0
+    assert temporal_iou((2, 99), (2, 10), duration=10) == 1.0
+    # An annotation past the end of the clip does not cap a right answer.
+    assert temporal_iou((5, 10), (5, 12), duration=10) == 1.0
+    assert temporal_iou((-3, 5), (0, 5)) == 1.0
+    assert temporal_iou((math.nan, 5), (0, 5)) == 0.0
+    assert temporal_iou((0, math.inf), (0, 5)) == 0.0
+
+
+def test_interval_sets_are_unions():
+    # Predicted [1,4] (its parts overlap) and [6,7]; target [3,6.5]: 1.5 common, 6 in the union.
+    prediction, target = [(6, 7), (1, 3), (2, 4)], [(3, 5), (5, 6.5)]
+    assert interval_set_iou(prediction, target) == pytest.approx(1.5 / 6.0)
+    assert interval_set_iop(prediction, target) == pytest.approx(1.5 / 4.0)
+    assert interval_set_iou([(0, 5)] * 3, [(0, 5)]) == 1.0
+    assert interval_set_iou([], []) == 0.0
+    assert interval_set_iop([], target) == 0.0
+
+
+def test_box_iou():
+    assert box_iou((0.0, 0.0, 0.5, 0.5), (0.25, 0.25, 0.75, 0.75)) == pytest.approx(1 / 7)
+    assert box_iou((0.0, 0.0, 1.0, 1.0), (0.0, 0.0, 1.0, 1.0)) == 1.0
+    for bad in [
+        (0.5, 0.5, 0.0, 0.0),
+        (0.1, 0.1, 0.1, 0.5),
+        (-0.1, 0.0, 0.5, 0.5),
+        (0.0, 0.0, 0.5, 1.1),
+        (0.0, 0.0, math.nan, 0.5),
+        (0.0, 0.0, math.inf, 0.5),
+    ]:
+        assert box_iou(bad, (0.0, 0.0, 0.5, 0.5)) == 0.0
+        assert box_iou(bad, bad) == 0.0
+
+
+def test_track_iou_counts_a_bad_box_as_a_miss_of_that_box():
+    target = [(0.0, 0.0, 0.5, 0.5)] * 4
+    assert track_iou(target, target) == 1.0
+    assert track_iou([*target[:3], (0.5, 0.5, 0.0, 0.0)], target) == 0.75
+    assert track_iou(target[:3], target) == 0.0
+    assert track_iou([], []) == 0.0
+
+
+numbers = st.floats(allow_nan=True, allow_infinity=True)
+
+
+@given(st.tuples(numbers, numbers), st.tuples(numbers, numbers), st.none() | st.floats(0, 1e6))
+def test_temporal_iou_is_a_ratio(prediction, target, duration):
+    assert 0.0 <= temporal_iou(prediction, target, duration) <= 1.0
+    assert temporal_iou(prediction, target, duration) == temporal_iou(target, prediction, duration)
+
+
+@given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20))), st.integers(1, 20))
+def test_interval_set_iou_counts_whole_seconds(spans, end):
+    """On whole seconds the measure is a count of unit cells."""
+    cells = {cell for a, b in spans for cell in range(a, b)}
+    target = set(range(end))
+    expected = len(cells & target) / len(cells | target)
+    assert interval_set_iou(spans, [(0, end)]) == pytest.approx(expected)
+
+
+TAGS = "<think> </think> <answer> </answer> <glue> </glue> 3.5 - : (1,2) [ ] , 1e999 nan A ."
+pieces = st.sampled_from([*TAGS.split(), " to ", "Answer: ", "\n", "\u0663", "\x00", "9" * 50])
+
+
+@settings(max_examples=300)
+@given(st.lists(pieces | st.text(max_size=8), max_size=30).map("".join))
+def test_parsers_never_raise(text):
+    span, spans, boxes = parse_span(text), parse_spans(text), parse_boxes(text, 2)
+    for start, end in ([span] if span else []) + list(spans or ()):
+        assert math.isfinite(start) and start <= end
+        assert math.isfinite(end)
+    assert boxes is None or all(math.isfinite(v) for box in boxes for v in box)
+    assert parse_letter(text, OPTIONS) in {None, *"ABCD"}
+    for tag in ("think", "answer", "glue"):
+        assert last_block(text, tag) is None or last_block(text, tag) in text
+    assert well_formed(text, ("answer",)) in {True, False}
+
+
+HOSTILE = [
+    "<think>",
+    "<answer>",
+    "</answer>",
+    "<think></think>",
+    "<answer><glue>",
+    "<answer>1 to 2</answer>",
+    " ",
+    "[",
+    "[(",
+    "(1, 2), ",
+    "[0, 0, 1, 1], ",
+    "9",
+    "1.",
+    "1:",
+    "1 to ",
+    "1 - ",
+    "A ",
+    "answer: ",
+    "answer is A ",
+    "a-",
+]
+
+
+def _seconds(text):
+    started = time.process_time()
+    parse_span(text)
+    parse_spans(f"[{text}]")
+    parse_boxes(f"[{text}]", 8)
+    parse_letter(text, OPTIONS)
+    last_block(text, "answer")
+    well_formed(text, ("think", "answer"))
+    return time.process_time() - started
+
+
+@pytest.mark.parametrize("piece", HOSTILE)
+def test_time_is_linear_in_hostile_text(piece):
+    """100 kB takes well under a second; a quadratic parser takes minutes."""
+    assert _seconds(piece * (100_000 // len(piece))) < 1.0

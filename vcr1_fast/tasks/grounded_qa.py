@@ -1,0 +1,124 @@
+"""Grounded question answering: the letter, and the spans of the video that show it is right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vcr1_fast.rewards import (
+    interval_set_iop,
+    interval_set_iou,
+    last_block,
+    parse_letter,
+    parse_spans,
+    well_formed,
+)
+from vcr1_fast.tasks.base import Metrics, Task, ask, expected_tags, mean_metrics
+from vcr1_fast.tasks.multiple_choice import blind_letters, question
+from vcr1_fast.tasks.spans import constant_spans
+
+if TYPE_CHECKING:
+    from vcr1_fast.data.records import Record
+
+Spans = tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True)
+class GroundedAnswer:
+    """A letter, its evidence in seconds, or one of the two where the other cannot be read."""
+
+    letter: str | None
+    spans: Spans | None
+
+
+def prompt(record: Record, think: bool) -> str:
+    return ask(
+        question(record),
+        think,
+        "with the letter and when it can be seen, in seconds, "
+        "like <answer>B</answer><glue>[(1.0, 4.5)]</glue>",
+    )
+
+
+def target(record: Record) -> str:
+    spans = ", ".join(f"({start:.1f}, {end:.1f})" for start, end in record.answer["glue"])
+    return f"<answer>{record.answer['answer']}</answer><glue>[{spans}]</glue>"
+
+
+def parse(completion: str, record: Record | None = None) -> GroundedAnswer | None:
+    answer, glue = last_block(completion, "answer"), last_block(completion, "glue")
+    letter = None if answer is None else parse_letter(answer, record.options if record else ())
+    spans = None if glue is None else parse_spans(glue)
+    return None if letter is None and spans is None else GroundedAnswer(letter, spans)
+
+
+def format_reward(
+    completion: str, record: Record, duration: float | None = None, *, think: bool = False
+) -> float:
+    """1 for the tags asked for around a readable letter and readable spans, else 0."""
+    if not well_formed(completion, expected_tags(think, "answer", "glue")):
+        return 0.0
+    prediction = parse(completion, record)
+    return float(bool(prediction and prediction.letter and prediction.spans))
+
+
+def accuracy_reward(
+    completion: str, record: Record, duration: float | None = None, *, think: bool = False
+) -> float:
+    """1 for the right letter, else 0."""
+    prediction = parse(completion, record)
+    return float(prediction is not None and prediction.letter == record.answer["answer"])
+
+
+def iou_reward(
+    completion: str, record: Record, duration: float | None = None, *, think: bool = False
+) -> float:
+    """IoU of the unions of the evidence given and the evidence annotated, clipped to the clip."""
+    prediction = parse(completion, record)
+    if prediction is None or prediction.spans is None:
+        return 0.0
+    return interval_set_iou(prediction.spans, record.answer["glue"], duration)
+
+
+def metrics(prediction: GroundedAnswer | None, record: Record) -> Metrics:
+    """Letter accuracy, IoU and IoP (intersection over prediction) of the evidence with their rates
+    at 0.3 and 0.5, and Acc@GQA: right letter with IoP of at least 0.5."""
+    letter = prediction.letter if prediction else None
+    spans = (prediction.spans if prediction else None) or ()
+    right = letter == record.answer["answer"]
+    iou = interval_set_iou(spans, record.answer["glue"])
+    iop = interval_set_iop(spans, record.answer["glue"])
+    out = {
+        "accuracy": float(right),
+        "mIoU": iou,
+        "mIoP": iop,
+        "Acc@GQA": float(right and iop >= 0.5),
+    }
+    for level in (0.3, 0.5):
+        out |= {f"IoU@{level}": float(iou >= level), f"IoP@{level}": float(iop >= level)}
+    return out
+
+
+def blind(train: Sequence[Record], test: Sequence[Record]) -> dict[str, Metrics]:
+    """Every blind letter with every blind span."""
+    letters = blind_letters(train, test, lambda record: record.answer["answer"])
+    spans = constant_spans(train, test, lambda record: record.answer["glue"])
+    out = {}
+    for letter_name, chosen in letters.items():
+        for span_name, given in spans.items():
+            answers = [GroundedAnswer(c, (s,)) for c, s in zip(chosen, given, strict=True)]
+            out[f"{letter_name}, {span_name}"] = mean_metrics(map(metrics, answers, test))
+    return out
+
+
+TASK = Task(
+    name="grounded_qa",
+    prompt=prompt,
+    target=target,
+    parse=parse,
+    rewards={"format": format_reward, "accuracy": accuracy_reward, "iou": iou_reward},
+    metrics=metrics,
+    primary="accuracy",
+    blind=blind,
+)

@@ -1,0 +1,94 @@
+"""Multiple choice: a question about the video with lettered options. Answer: the letter."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from string import ascii_uppercase
+from typing import TYPE_CHECKING
+
+from vcr1_fast.rewards import last_block, parse_letter, well_formed
+from vcr1_fast.tasks.base import Metrics, Task, ask, expected_tags, mean_metrics
+
+if TYPE_CHECKING:
+    from vcr1_fast.data.records import Record
+
+
+def question(record: Record) -> str:
+    """`record.prompt["question"]` followed by the options with their letters."""
+    options = zip(ascii_uppercase, record.options, strict=False)
+    listed = " ".join(f"({letter}) {option}" for letter, option in options)
+    return f"{record.prompt['question'].strip()} {listed}".strip()
+
+
+def prompt(record: Record, think: bool) -> str:
+    return ask(question(record), think, "with the letter, like <answer>B</answer>")
+
+
+def target(record: Record) -> str:
+    return f"<answer>{record.answer}</answer>"
+
+
+def parse(completion: str, record: Record | None = None) -> str | None:
+    answer = last_block(completion, "answer")
+    return None if answer is None else parse_letter(answer, record.options if record else ())
+
+
+def format_reward(
+    completion: str, record: Record, duration: float | None = None, *, think: bool = False
+) -> float:
+    """1 for the tags asked for around one readable letter, else 0."""
+    well = well_formed(completion, expected_tags(think, "answer"))
+    return float(well and parse(completion, record) is not None)
+
+
+def accuracy_reward(
+    completion: str, record: Record, duration: float | None = None, *, think: bool = False
+) -> float:
+    """1 for the right letter, else 0."""
+    return float(parse(completion, record) == record.answer)
+
+
+def metrics(prediction: str | None, record: Record) -> Metrics:
+    return {"accuracy": float(prediction == record.answer)}
+
+
+def blind(train: Sequence[Record], test: Sequence[Record]) -> dict[str, Metrics]:
+    strategies = blind_letters(train, test, lambda record: record.answer)
+    return {name: mean_metrics(map(metrics, letters, test)) for name, letters in strategies.items()}
+
+
+def blind_letters(
+    train: Sequence[Record], test: Sequence[Record], letter_of: Callable[[Record], str]
+) -> dict[str, list[str]]:
+    """Per strategy, one letter for each test record: the letter most often right in `train`, and
+    the option whose text was right most often among the times it was offered."""
+    counts = Counter(letter_of(record) for record in train)
+    frequent = min(counts, key=lambda letter: (-counts[letter], letter)) if counts else "A"
+    offered = Counter(option for record in train for option in record.options)
+    right = Counter(
+        record.options[ascii_uppercase.index(letter_of(record))]
+        for record in train
+        if ascii_uppercase.index(letter_of(record)) < len(record.options)
+    )
+
+    def likeliest(record: Record) -> str:
+        rates = [right[option] / max(offered[option], 1) for option in record.options]
+        return ascii_uppercase[rates.index(max(rates))] if rates else frequent
+
+    return {
+        "most frequent letter": [frequent] * len(test),
+        "likeliest option": [likeliest(record) for record in test],
+    }
+
+
+TASK = Task(
+    name="multiple_choice",
+    prompt=prompt,
+    target=target,
+    parse=parse,
+    rewards={"format": format_reward, "accuracy": accuracy_reward},
+    metrics=metrics,
+    primary="accuracy",
+    blind=blind,
+)

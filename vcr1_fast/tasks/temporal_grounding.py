@@ -1,0 +1,75 @@
+"""Temporal grounding: when does an event happen? Answer: `3.5 to 8.0`, in seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from vcr1_fast.rewards import last_block, parse_span, temporal_iou, well_formed
+from vcr1_fast.tasks.base import Metrics, Task, ask, expected_tags, mean_metrics
+from vcr1_fast.tasks.spans import constant_spans
+
+if TYPE_CHECKING:
+    from vcr1_fast.data.records import Record
+
+Span = tuple[float, float]
+
+
+def prompt(record: Record, think: bool) -> str:
+    """`record.prompt["event"]`: the event, as a sentence or a clause."""
+    event = record.prompt["event"].strip().rstrip(".")
+    return ask(
+        f"When in the video does this happen: {event}?",
+        think,
+        "with start and end in seconds, like <answer>3.5 to 8.0</answer>",
+    )
+
+
+def target(record: Record) -> str:
+    start, end = record.answer
+    return f"<answer>{start:.1f} to {end:.1f}</answer>"
+
+
+def parse(completion: str, record: Record | None = None) -> Span | None:
+    answer = last_block(completion, "answer")
+    return None if answer is None else parse_span(answer)
+
+
+def format_reward(
+    completion: str, record: Record, duration: float | None = None, *, think: bool = False
+) -> float:
+    """1 for the tags asked for around one readable span, else 0."""
+    well = well_formed(completion, expected_tags(think, "answer"))
+    return float(well and parse(completion, record) is not None)
+
+
+def iou_reward(
+    completion: str, record: Record, duration: float | None = None, *, think: bool = False
+) -> float:
+    """IoU with the annotated span, both clipped to the clip."""
+    span = parse(completion, record)
+    return 0.0 if span is None else temporal_iou(span, record.answer, duration)
+
+
+def metrics(prediction: Span | None, record: Record) -> Metrics:
+    """mIoU and the recalls at IoU 0.3, 0.5 and 0.7 of one sample; nothing is clipped here, as in
+    the published tables."""
+    iou = 0.0 if prediction is None else temporal_iou(prediction, record.answer)
+    return {"mIoU": iou} | {f"R@{level}": float(iou >= level) for level in (0.3, 0.5, 0.7)}
+
+
+def blind(train: Sequence[Record], test: Sequence[Record]) -> dict[str, Metrics]:
+    strategies = constant_spans(train, test, lambda record: [record.answer])
+    return {name: mean_metrics(map(metrics, spans, test)) for name, spans in strategies.items()}
+
+
+TASK = Task(
+    name="temporal_grounding",
+    prompt=prompt,
+    target=target,
+    parse=parse,
+    rewards={"format": format_reward, "iou": iou_reward},
+    metrics=metrics,
+    primary="mIoU",
+    blind=blind,
+)

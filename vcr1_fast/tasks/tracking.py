@@ -1,0 +1,118 @@
+"""Tracking: the box of an object at 8 times, the first one given. Answer: a list of boxes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from vcr1_fast.rewards import box_iou, last_block, parse_boxes, track_iou, well_formed
+from vcr1_fast.tasks.base import Metrics, Task, ask, expected_tags, mean_metrics
+
+if TYPE_CHECKING:
+    from vcr1_fast.data.records import Record
+
+Box = tuple[float, float, float, float]
+Boxes = tuple[Box, ...]
+
+BOXES = 8
+"""Boxes of an answer, unless a record has another number of them."""
+
+
+def _text(box: Sequence[float]) -> str:
+    return "[" + ", ".join(f"{value:.2f}" for value in box) + "]"
+
+
+def prompt(record: Record, think: bool) -> str:
+    """`record.prompt["object"]`: what to follow; its first box is the first of the answer's."""
+    first = _text(record.answer[0])
+    return ask(
+        f"Follow this object: {record.prompt['object'].strip()}, at first in {first}.",
+        think,
+        f"with its {len(record.answer)} boxes [x0, y0, x1, y1] from 0 to 1 at equal time steps, "
+        "like <answer>[[0.10, 0.20, 0.30, 0.40], ...]</answer>",
+    )
+
+
+def target(record: Record) -> str:
+    return f"<answer>[{', '.join(map(_text, record.answer))}]</answer>"
+
+
+def parse(completion: str, record: Record | None = None) -> Boxes | None:
+    answer = last_block(completion, "answer")
+    return None if answer is None else parse_boxes(answer, len(record.answer) if record else BOXES)
+
+
+def times(record: Record, duration: float) -> list[float]:
+    """Seconds of the annotated boxes within the part to watch: `metadata["times"]`, else equal
+    steps from its start to its end. One frame for each box: one without a frame cannot be seen."""
+    if (given := record.metadata.get("times")) is not None:
+        return [min(float(time), duration) for time in given]
+    count = len(record.answer)
+    return [duration * i / max(count - 1, 1) for i in range(count)]
+
+
+def format_reward(
+    completion: str, record: Record, duration: float | None = None, *, think: bool = False
+) -> float:
+    """1 for the tags asked for around as many boxes as asked for, else 0."""
+    well = well_formed(completion, expected_tags(think, "answer"))
+    return float(well and parse(completion, record) is not None)
+
+
+def iou_reward(
+    completion: str, record: Record, duration: float | None = None, *, think: bool = False
+) -> float:
+    """Mean IoU over all the boxes, the given first one included; an impossible box scores 0."""
+    boxes = parse(completion, record)
+    return 0.0 if boxes is None else track_iou(boxes, record.answer)
+
+
+def metrics(prediction: Boxes | None, record: Record) -> Metrics:
+    """Average overlap (AO) and success rates (SR: share of boxes with at least that IoU) over all
+    boxes, as published, and over those that were not given in the prompt ("unseen")."""
+    truth = record.answer
+    ious = [0.0] * len(truth) if prediction is None else list(map(box_iou, prediction, truth))
+    out = {}
+    for suffix, part in (("", ious), ("_unseen", ious[1:])):
+        out[f"AO{suffix}"] = sum(part) / max(len(part), 1)
+        for level in (0.5, 0.7):
+            out[f"SR@{level}{suffix}"] = sum(iou >= level for iou in part) / max(len(part), 1)
+    return out
+
+
+def blind(train: Sequence[Record], test: Sequence[Record]) -> dict[str, Metrics]:
+    """Repeating the first box, and adding to it the mean motion of the training tracks."""
+    still, drift = [], []
+    steps = max((len(record.answer) for record in (*train, *test)), default=0)
+    offsets = [[_mean_offset(train, step, axis) for axis in range(4)] for step in range(steps)]
+    for record in test:
+        truth = record.answer
+        still.append(metrics((truth[0],) * len(truth), record))
+        moved = tuple(
+            tuple(min(1.0, max(0.0, v + o)) for v, o in zip(truth[0], offset, strict=True))
+            for offset in offsets[: len(truth)]
+        )
+        drift.append(metrics(moved, record))
+    return {"first box repeated": mean_metrics(still), "mean motion": mean_metrics(drift)}
+
+
+def _mean_offset(records: Sequence[Record], step: int, axis: int) -> float:
+    shifts = [
+        record.answer[step][axis] - record.answer[0][axis]
+        for record in records
+        if step < len(record.answer)
+    ]
+    return sum(shifts) / len(shifts) if shifts else 0.0
+
+
+TASK = Task(
+    name="tracking",
+    prompt=prompt,
+    target=target,
+    parse=parse,
+    rewards={"format": format_reward, "iou": iou_reward},
+    metrics=metrics,
+    primary="AO_unseen",
+    blind=blind,
+    times=times,
+)
