@@ -1,8 +1,8 @@
-"""Synthetic scenes that need looking: coloured shapes that appear, vanish and move over textured noise.
+"""Synthetic scenes that need looking: coloured shapes that appear, vanish and move over noise.
 
-A scene holds one *mover*, visible throughout and crossing the frame along one axis, and one to three *visitors*,
-each visible during one span. The colours within a scene are distinct. Everything follows from the random generator:
-equal seeds give equal scenes, frames and questions.
+A scene holds one *mover*, visible throughout and crossing the frame along one axis, and one to
+three *visitors*, each visible during one span. The colours within a scene are distinct.
+Everything follows from the random generator: equal seeds give equal scenes, frames, questions.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ TRACK_STEPS = 8
 
 @dataclass(frozen=True)
 class SceneConfig:
-    """What scenes look like. Lengths of time in seconds, sizes in pixels, radii as a fraction of the frame."""
+    """What scenes look like: times in seconds, sizes in pixels, radii as fractions of the frame."""
 
     min_seconds: float = 6.0
     max_seconds: float = 12.0
@@ -55,7 +55,7 @@ class SceneConfig:
 
 @dataclass(frozen=True)
 class Thing:
-    """One shape: visible in [start, end) seconds, its centre moving on a straight line (fractions of the frame)."""
+    """One shape, visible in [start, end) seconds, its centre (fractions of the frame) on a line."""
 
     color: str
     shape: str
@@ -161,7 +161,7 @@ def render(scene: Scene) -> np.ndarray:
     clip = np.empty((frames, height, width, 3), np.uint8)
     for i in range(frames):
         t = i / scene.fps
-        # The grain drifts, so that two frames never match and a difference of frames finds more than the shapes.
+        # The grain drifts, so that a difference of two frames finds more than the shapes.
         picture = base + np.roll(grain, (3 * i, 5 * i), axis=(0, 1))
         for thing in reversed(scene.things):
             if thing.start <= t < thing.end:
@@ -181,13 +181,13 @@ def _covers(thing: Thing, t: float, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def track_times(duration: float, fps: float) -> list[float]:
-    """The `TRACK_STEPS` times, evenly spaced from the first frame to the last, at which boxes are asked for."""
+    """The `TRACK_STEPS` times at which boxes are asked for, from the first frame to the last."""
     last = duration - 1.0 / fps
     return [last * i / (TRACK_STEPS - 1) for i in range(TRACK_STEPS)]
 
 
 def questions(scene: Scene, rng: np.random.Generator) -> list[dict[str, Any]]:
-    """Every question on a scene, one dict of record fields each (task, prompt, answer, options, boxes, metadata)."""
+    """Every question on a scene, one dict of record fields each (task, prompt, answer, options)."""
     mover, visitors = scene.things[0], scene.things[1:]
     asked = [
         {
