@@ -24,6 +24,7 @@ COLORS: dict[str, tuple[int, int, int]] = {
 }
 SHAPES = ("circle", "square", "triangle")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+QUARTERS = ("top left", "top right", "bottom left", "bottom right")
 LETTERS = "ABCD"
 TRACK_STEPS = 8
 
@@ -64,6 +65,12 @@ class Thing:
     center: tuple[float, float]
     velocity: tuple[float, float]
     radius: float
+
+    @property
+    def quarter(self) -> int:
+        """Index into `QUARTERS` of where the thing is at time 0."""
+        x, y = self.center
+        return (x >= 0.5) + 2 * (y >= 0.5)
 
     @property
     def name(self) -> str:
@@ -200,36 +207,26 @@ def questions(scene: Scene, rng: np.random.Generator) -> list[dict[str, Any]]:
     boxes = [[round(c, 3) for c in mover.box(t)] for t in track_times(scene.duration, scene.fps)]
     asked.append({"task": "tracking", "prompt": {"object": f"the {mover.name}"}, "answer": boxes})
     target = visitors[int(rng.integers(len(visitors)))]
-    seen = {thing.color for thing in scene.things}
-    others = [c for c in COLORS if c not in seen]
-    lures = [f"{c} {rng.choice(SHAPES)}" for c in rng.permutation(others)[: len(LETTERS) - 1]]
-    options = [target.name, *lures]
-    letter, options = _shuffled(options, rng)
     asked.append(
         {
             "task": "grounded_qa",
-            "prompt": {"question": "Which of these appears?"},
-            "options": options,
-            "answer": {"answer": letter, "glue": [[target.start, target.end]]},
+            "prompt": {"question": f"Where does the {target.name} appear?"},
+            "options": list(QUARTERS),
+            "answer": {
+                "answer": LETTERS[target.quarter],
+                "glue": [[target.start, target.end]],
+            },
         }
     )
-    ways = [scene.direction, *(d for d in DIRECTIONS if d != scene.direction)]
-    letter, options = _shuffled(ways, rng)
     asked.append(
         {
             "task": "multiple_choice",
             "prompt": {"question": f"Which way does the {mover.name} move?"},
-            "options": options,
-            "answer": letter,
+            "options": list(DIRECTIONS),
+            "answer": LETTERS[list(DIRECTIONS).index(scene.direction)],
         }
     )
     return asked
-
-
-def _shuffled(options: list[str], rng: np.random.Generator) -> tuple[str, list[str]]:
-    """Shuffles `options`, the first of which is right; returns its letter and the new order."""
-    order = [int(i) for i in rng.permutation(len(options))]
-    return LETTERS[order.index(0)], [options[i] for i in order]
 
 
 def describe(scene: Scene) -> dict[str, Any]:
