@@ -1,5 +1,16 @@
 """Fused operators: they need torch alone, and work in any trainer."""
 
 from vcr1_fast.ops.backend import use
+from vcr1_fast.ops.iou import box_iou, interval_set_iou, temporal_iou, track_iou
+from vcr1_fast.ops.resize_frames import resize_frames
+from vcr1_fast.ops.video_patches import video_patches
 
-__all__ = ["use"]
+__all__ = [
+    "box_iou",
+    "interval_set_iou",
+    "resize_frames",
+    "temporal_iou",
+    "track_iou",
+    "use",
+    "video_patches",
+]

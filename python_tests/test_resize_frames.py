@@ -1,0 +1,306 @@
+"""resize_frames against torch's uint8 resize, Pillow, fp32 interpolate and an exact numpy model."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from vcr1_fast import ops
+from vcr1_fast.ops.resize_frames import _op
+from vcr1_fast.ops.resize_frames import reference as reference_op
+
+PILLOW = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+SIZES = [  # (T, H, W), (h, w)
+    ((2, 90, 160), (31, 56)),  # the ratio 2.86 of 720p to 252 x 448
+    ((3, 45, 80), (28, 49)),
+    ((1, 100, 90), (112, 84)),  # one axis grows
+    ((2, 56, 56), (224, 224)),
+    ((1, 111, 172), (47, 84)),  # odd
+    ((2, 40, 33), (40, 17)),  # only the width changes
+    ((2, 33, 40), (17, 40)),  # only the height
+    ((2, 19, 23), (19, 23)),  # nothing does
+    ((1, 150, 3), (4, 2)),  # ratio > 32
+    ((1, 7, 700), (9, 17)),
+    ((1, 1, 1), (28, 28)),
+    ((1, 2, 5), (1, 1)),
+    ((5, 16, 16), (15, 17)),
+]
+
+
+@pytest.fixture(params=_op.backends())
+def backend(request):
+    with ops.use(request.param):
+        yield request.param
+
+
+def noise(shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (*shape, 3), dtype=torch.uint8, generator=generator)
+
+
+def torch_resize(frames, size, mode="bicubic", antialias=True):
+    """torch's own resize of (T, H, W, 3): uint8 in, uint8 out; float in, float out."""
+    out = torch.nn.functional.interpolate(
+        frames.permute(0, 3, 1, 2), size, mode=mode, antialias=antialias, align_corners=False
+    )
+    return out.permute(0, 2, 3, 1)
+
+
+def pillow_resize(frames, size, mode="bicubic"):
+    """Two one-axis calls, horizontal first: the order of Pillow before 13, whatever the version."""
+    height, width = size
+    out = []
+    for frame in frames.numpy():
+        wide = Image.fromarray(frame).resize((width, frame.shape[0]), PILLOW[mode])
+        out.append(np.asarray(wide.resize((width, height), PILLOW[mode])))
+    return torch.from_numpy(np.stack(out))
+
+
+@pytest.mark.parametrize("mode", ["bicubic", "bilinear"])
+@pytest.mark.parametrize(("shape", "size"), SIZES)
+def test_u8_equals_torch_to_the_bit(backend, shape, size, mode):
+    frames = noise(shape)
+    result = ops.resize_frames(frames, size, resample=mode)
+    assert result.dtype == torch.uint8
+    assert torch.equal(result, torch_resize(frames, size, mode))
+
+
+@pytest.mark.parametrize("mode", ["bicubic", "bilinear"])
+@pytest.mark.parametrize(("shape", "size"), SIZES)
+def test_u8_without_antialias_equals_torch(backend, shape, size, mode):
+    frames = noise(shape)
+    result = ops.resize_frames(frames, size, resample=mode, antialias=False)
+    assert torch.equal(result, torch_resize(frames, size, mode, antialias=False))
+
+
+@pytest.mark.parametrize("mode", ["bicubic", "bilinear"])
+@pytest.mark.parametrize(("shape", "size"), SIZES)
+def test_pil_equals_pillow_to_the_bit(backend, shape, size, mode):
+    frames = noise(shape)
+    result = ops.resize_frames(frames, size, resample=mode, rounding="pil")
+    assert torch.equal(result, pillow_resize(frames, size, mode))
+
+
+@pytest.mark.parametrize(("shape", "size"), [((1, 90, 160), (31, 56)), ((1, 64, 48), (96, 80))])
+def test_pil_equals_one_call_of_pillow(backend, shape, size):
+    frames = noise(shape)
+    whole = Image.fromarray(frames[0].numpy()).resize((size[1], size[0]), PILLOW["bicubic"])
+    result = ops.resize_frames(frames, size, rounding="pil")
+    assert torch.equal(result[0], torch.from_numpy(np.asarray(whole).copy()))
+
+
+@pytest.mark.parametrize("mode", ["bicubic", "bilinear"])
+@pytest.mark.parametrize(("shape", "size"), SIZES)
+def test_float_modes_follow_fp32_interpolate(backend, shape, size, mode):
+    frames = noise(shape)
+    expected = torch_resize(frames.double(), size, mode)
+    result = ops.resize_frames(frames, size, resample=mode, rounding="none")
+    assert result.dtype == torch.float32
+    torch.testing.assert_close(result.double(), expected, rtol=0, atol=2e-4)
+
+    rounded = ops.resize_frames(frames, size, resample=mode, rounding="f32")
+    assert rounded.dtype == torch.uint8
+    expected = expected.clamp(0, 255)
+    difference = (rounded.double() - expected.round()).abs()
+    assert difference.max() <= 1
+    near_tie = (expected.frac() - 0.5).abs() < 2e-4  # where fp32 may fall on either side
+    assert (difference[~near_tie] == 0).all()
+
+
+def test_half_rounds_to_even(backend):
+    frames = torch.tensor([[[0, 1], [2, 3]]], dtype=torch.uint8)[..., None].expand(1, 2, 2, 3)
+    # Means of the two columns: 0.5 and 2.5.
+    f32 = ops.resize_frames(frames, (2, 1), resample="bilinear", rounding="f32")
+    assert f32[0, :, 0, 0].tolist() == [0, 2]
+    u8 = ops.resize_frames(frames, (2, 1), resample="bilinear")
+    assert u8[0, :, 0, 0].tolist() == [1, 3]
+
+
+def exact_weights(n_in, n_out, p=None):
+    """The antialiased cubic table in pure Python, an output pixel at a time."""
+
+    def cubic(x):
+        a, x = -0.5, abs(x)
+        if x < 1:
+            return ((a + 2.0) * x - (a + 3.0)) * x * x + 1
+        return (((x - 5) * x + 8) * x - 4) * a if x < 2 else 0.0
+
+    scale = n_in / n_out
+    radius, rows = 2 * max(scale, 1.0), []
+    for i in range(n_out):
+        centre = scale * (i + 0.5)
+        lo = max(int(centre - radius + 0.5), 0)
+        hi = min(int(centre + radius + 0.5), n_in)
+        row = [cubic((j - centre + 0.5) / max(scale, 1.0)) for j in range(lo, hi)]
+        total = math.fsum(row)
+        rows.append((lo, [w / total for w in row]))
+    return rows
+
+
+def test_pil_equals_an_integer_model(backend):
+    frames = noise((1, 37, 41), seed=3)
+    x = frames[0].numpy().astype(object)  # Python integers: no width to overflow
+    for axis, n_out in ((1, 13), (0, 50)):
+        x = np.moveaxis(x, axis, 0)
+        out = []
+        for lo, row in exact_weights(len(x), n_out):
+            quantised = [int(w * 2**22 + math.copysign(0.5, w)) for w in row]
+            total = sum(q * x[lo + k] for k, q in enumerate(quantised))
+            out.append(np.clip((total + 2**21) >> 22, 0, 255))
+        x = np.moveaxis(np.stack(out), 0, axis)
+    result = ops.resize_frames(frames, (50, 13), rounding="pil")
+    assert torch.equal(result[0], torch.from_numpy(x.astype(np.uint8)))
+
+
+def strided_views():
+    base = noise((4, 60, 50))
+    padded = torch.zeros((4, 64, 60, 5), dtype=torch.uint8)
+    padded[:, 2:62, 3:53, 1:4] = base
+    planar = base.permute(0, 3, 1, 2).contiguous()
+    return {
+        "dense": (base, base),
+        "crop": (padded[:, 2:62, 3:53, 1:4], base),
+        "every second frame": (base[::2], base[::2].clone()),
+        "every second pixel": (base[:, ::2, ::2], base[:, ::2, ::2].clone()),
+        "planar memory": (planar.permute(0, 2, 3, 1), base),
+        "one frame repeated": (base[:1].expand(3, -1, -1, -1), base[:1].repeat(3, 1, 1, 1)),
+        "transposed": (base.transpose(1, 2), base.transpose(1, 2).clone()),
+    }
+
+
+@pytest.mark.parametrize("rounding", ["u8", "pil", "f32", "none"])
+@pytest.mark.parametrize("view", strided_views())
+def test_strides_do_not_matter(backend, view, rounding):
+    frames, dense = strided_views()[view]
+    result = ops.resize_frames(frames, (25, 30), rounding=rounding)
+    assert torch.equal(result, ops.resize_frames(dense, (25, 30), rounding=rounding))
+
+
+@pytest.mark.parametrize("rounding", ["u8", "none"])
+def test_channels_first_in_channels_first_out(backend, rounding):
+    frames = noise((3, 30, 50))
+    expected = ops.resize_frames(frames, (20, 41), rounding=rounding).permute(0, 3, 1, 2)
+    view = frames.permute(0, 3, 1, 2)
+    for planar in (view, view.contiguous()):
+        result = ops.resize_frames(planar, (20, 41), rounding=rounding)
+        assert result.shape == (3, 3, 20, 41)
+        assert torch.equal(result, expected)
+
+
+def test_numpy_input_also_read_only(backend):
+    frames = noise((2, 30, 50))
+    array = frames.numpy().copy()
+    expected = ops.resize_frames(frames, (20, 41))
+    assert torch.equal(ops.resize_frames(array, (20, 41)), expected)
+    array.flags.writeable = False
+    assert torch.equal(ops.resize_frames(array, (20, 41)), expected)
+
+
+@pytest.mark.parametrize("layout", ["dense", "planar", "crop"])
+@pytest.mark.parametrize("rounding", ["u8", "f32", "none"])
+def test_out_is_filled_and_nothing_else(backend, rounding, layout):
+    frames, sentinel = noise((2, 30, 50)), 77
+    dtype = torch.float32 if rounding == "none" else torch.uint8
+    if layout == "crop":
+        buffer = torch.full((2, 24, 47, 5), sentinel, dtype=dtype)
+        out = buffer[:, 1:21, 2:43, 1:4]
+    elif layout == "planar":
+        buffer = torch.full((4, 3, 20, 41), sentinel, dtype=dtype)
+        out = buffer[1:3].permute(0, 2, 3, 1)
+    else:
+        buffer = torch.full((4, 20, 41, 3), sentinel, dtype=dtype)
+        out = buffer[1:3]
+    expected = ops.resize_frames(frames, (20, 41), rounding=rounding)
+    assert ops.resize_frames(frames, (20, 41), rounding=rounding, out=out) is out
+    assert torch.equal(out, expected)
+    out.fill_(sentinel)
+    assert (buffer == sentinel).all()
+
+
+def test_out_of_channels_first_frames(backend):
+    frames = noise((2, 30, 50)).permute(0, 3, 1, 2)
+    out = torch.zeros(2, 3, 20, 41, dtype=torch.uint8)
+    assert ops.resize_frames(frames, (20, 41), out=out) is out
+    assert torch.equal(out, ops.resize_frames(frames, (20, 41)))
+
+
+@pytest.mark.parametrize("rounding", ["u8", "pil", "f32", "none"])
+def test_backends_agree_to_the_bit(backend, rounding):
+    for shape, size in SIZES:
+        frames = noise(shape, seed=5)
+        result = ops.resize_frames(frames, size, rounding=rounding)
+        expected = torch.empty_like(result)
+        reference_op(frames, expected, "bicubic", True, rounding)
+        assert torch.equal(result, expected)
+
+
+def test_same_bits_again_and_for_every_number_of_threads(backend):
+    frames = noise((5, 50, 70))
+    expected = {r: ops.resize_frames(frames, (33, 44), rounding=r) for r in ("u8", "none")}
+    threads = torch.get_num_threads()
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            for rounding, value in expected.items():
+                assert torch.equal(ops.resize_frames(frames, (33, 44), rounding=rounding), value)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    value=st.integers(0, 255),
+    sizes=st.tuples(*[st.integers(1, 70)] * 4),
+    mode=st.sampled_from(["bicubic", "bilinear"]),
+    rounding=st.sampled_from(["u8", "pil", "f32"]),
+    antialias=st.booleans(),
+)
+def test_a_constant_image_stays_constant(value, sizes, mode, rounding, antialias):
+    frames = torch.full((1, sizes[0], sizes[1], 3), value, dtype=torch.uint8)
+    result = ops.resize_frames(
+        frames, sizes[2:], resample=mode, rounding=rounding, antialias=antialias
+    )
+    assert (result == value).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(sizes=st.tuples(*[st.integers(1, 90)] * 4), seed=st.integers(0, 99))
+def test_any_size_equals_torch(sizes, seed):
+    frames = noise((2, *sizes[:2]), seed)
+    assert torch.equal(ops.resize_frames(frames, sizes[2:]), torch_resize(frames, sizes[2:]))
+
+
+def test_opcheck_and_compile(backend):
+    frames = noise((2, 30, 50))
+    out = torch.empty(2, 20, 41, 3, dtype=torch.uint8)
+    torch.library.opcheck(
+        torch.ops.vcr1_fast.resize_frames.default, (frames, out, "bicubic", True, "u8")
+    )
+
+    def step(x):
+        return ops.resize_frames(x, (20, 41)).float() + 1
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(frames), step(frames))
+
+
+def test_errors_name_the_values():
+    frames = noise((2, 30, 50))
+    with pytest.raises(ValueError, match="float32"):
+        ops.resize_frames(frames.float(), (20, 20))
+    with pytest.raises(ValueError, match=r"\(2, 30, 50\)"):
+        ops.resize_frames(frames[..., 0], (20, 20))
+    with pytest.raises(ValueError, match="empty"):
+        ops.resize_frames(frames[:0], (20, 20))
+    with pytest.raises(ValueError, match="height 0"):
+        ops.resize_frames(frames, (0, 20))
+    with pytest.raises(ValueError, match="lanczos"):
+        ops.resize_frames(frames, (20, 20), resample="lanczos")
+    with pytest.raises(ValueError, match="round"):
+        ops.resize_frames(frames, (20, 20), rounding="round")
+    with pytest.raises(ValueError, match=r"\(2, 20, 21, 3\)"):
+        ops.resize_frames(frames, (20, 20), out=torch.empty(2, 20, 21, 3, dtype=torch.uint8))
