@@ -85,6 +85,11 @@ def _set_override(names: tuple[str, ...] | None) -> None:
         op.forget_choice()
 
 
+def registered() -> tuple[Op, ...]:
+    """All ops defined so far, in order of definition."""
+    return tuple(_ops)
+
+
 class use:
     """Chooses the backend of every op, from now on or inside a `with` block.
 

@@ -1,0 +1,64 @@
+"""`vcr1 doctor` says what is there, names what is not, and changes nothing."""
+
+import os
+import subprocess
+import sys
+from importlib import metadata
+
+import torch
+
+import vcr1_fast.ops  # noqa: F401  (defines the ops)
+from vcr1_fast import doctor
+from vcr1_fast.ops import backend
+
+
+def test_report_names_versions_every_op_and_the_native_build(capsys):
+    status = doctor.main()
+    out = capsys.readouterr().out
+    assert torch.__version__.split("+")[0] in out
+    for op in backend.registered():
+        assert f"  {op.name} " in out
+    assert ("problem:" in out) == (status == 1)
+    if backend.native is not None:
+        assert backend.native.cpu_isa() in out
+
+
+def test_a_missing_native_module_and_package_are_problems_with_their_remedy(monkeypatch, capsys):
+    known = metadata.version
+
+    def version(name):
+        if name == "peft":
+            raise metadata.PackageNotFoundError(name)
+        return known(name)
+
+    monkeypatch.setattr(backend, "native", None)
+    monkeypatch.setattr(doctor.metadata, "version", version)
+    assert doctor.main() == 1
+    out = capsys.readouterr().out
+    assert "problem: peft is missing: pip install 'vcr1_fast[train]'" in out
+    assert "problem: the native module vcr1_fast._C is not built" in out
+
+
+def test_devices_are_listed_with_memory(monkeypatch):
+    class Properties:
+        name, total_memory, major, minor = "Made-up GPU", 80 * 2**30, 9, 0
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties)
+    assert doctor.cuda()[1] == ("device 0", "Made-up GPU, 80 GiB, compute capability 9.0")
+
+
+def test_nothing_heavy_is_imported_and_no_file_written(tmp_path):
+    code = (
+        "import sys; from vcr1_fast import doctor; doctor.main();"
+        "print(sorted({'transformers', 'decord', 'av', 'matplotlib'} & set(sys.modules)))"
+    )
+    path = os.pathsep.join(p or os.getcwd() for p in sys.path)
+    env = {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
+    out = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert out.stdout.splitlines()[-1] == "[]", out.stderr
+    assert list(tmp_path.iterdir()) == []

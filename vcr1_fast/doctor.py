@@ -1,0 +1,128 @@
+"""What is installed here, and what will run: the body of `vcr1 doctor`. Changes nothing."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+from importlib import metadata
+
+import torch
+
+import vcr1_fast
+from vcr1_fast import ops
+from vcr1_fast.ops import backend
+
+# Package -> the extra of ours that asks for it ("" for a dependency of the ops themselves).
+PACKAGES = {
+    "torch": "",
+    "numpy": "",
+    "triton": "",
+    "transformers": "train",
+    "accelerate": "train",
+    "peft": "train",
+    "safetensors": "train",
+    "tokenizers": "train",
+    "decord": "train",
+    "av": "train",
+    "pyyaml": "train",
+    "rich": "train",
+    "matplotlib": "report",
+    "tensorboard": "report",
+}
+
+
+def main() -> int:
+    """Print the report. Exit status 1 when something that training needs is missing."""
+    problems: list[str] = []
+    sections = {
+        "vcr1_fast": system(),
+        "packages": packages(problems),
+        "native module": native(problems),
+        "ops: backends by preference (the first one runs)": op_backends(),
+        "video decoders": decoders(problems),
+        "CUDA": cuda(),
+    }
+    for title, rows in sections.items():
+        print(title)
+        width = max(len(name) for name, _ in rows)
+        for name, value in rows:
+            print(f"  {name:<{width}}  {value}")
+    for problem in problems:
+        print(f"problem: {problem}")
+    print("all there" if not problems else f"{len(problems)} problem(s)")
+    return 1 if problems else 0
+
+
+def system() -> list[tuple[str, str]]:
+    """Version, interpreter, machine, threads."""
+    return [
+        ("version", vcr1_fast.__version__),
+        ("Python", f"{platform.python_version()}, {platform.platform()}"),
+        ("CPU", f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"),
+        ("VCR1_BACKEND", os.environ.get("VCR1_BACKEND") or "not set"),
+    ]
+
+
+def packages(problems: list[str]) -> list[tuple[str, str]]:
+    """Versions by package metadata, without importing anything."""
+    rows = []
+    for name, extra in PACKAGES.items():
+        try:
+            rows.append((name, metadata.version(name)))
+        except metadata.PackageNotFoundError:
+            rows.append((name, "not installed"))
+            if extra:
+                problems.append(f"{name} is missing: pip install 'vcr1_fast[{extra}]'")
+    return rows
+
+
+def native(problems: list[str]) -> list[tuple[str, str]]:
+    """How the compiled module was built, and what it found on this machine."""
+    module = backend.native
+    reason = backend.unavailable("cpu")
+    if module is None or reason is not None:
+        problems.append(str(reason))
+        return [("vcr1_fast._C", "not built")]
+    return [
+        ("CPU kernels", module.cpu_isa()),
+        ("CUDA kernels", "compiled in" if module.has_cuda else "not compiled in"),
+        ("tensors through", module.tensor_protocol()),
+    ]
+
+
+def op_backends() -> list[tuple[str, str]]:
+    """For each op and device the backends that can run in this process."""
+    rows = []
+    for op in backend.registered():
+        live = []
+        for device, preference in backend.PREFERENCE.items():
+            usable = op.backends(device)
+            names = [name for name in preference if name in usable]
+            live.append(f"{device}: {', '.join(names) or 'none'}")
+        rows.append((op.name, "; ".join(live)))
+    return rows or [("none", f"no op is defined in {ops.__name__}")]
+
+
+def decoders(problems: list[str]) -> list[tuple[str, str]]:
+    """Which video readers can be imported."""
+    found = {name: importlib.util.find_spec(name) is not None for name in ("decord", "av")}
+    if not any(found.values()):
+        problems.append("no video decoder: pip install decord, or pip install av")
+    names = {"decord": "decord (default)", "av": "pyav"}
+    return [(names[name], "present" if there else "missing") for name, there in found.items()]
+
+
+def cuda() -> list[tuple[str, str]]:
+    """torch's CUDA build and the devices it sees."""
+    if torch.version.cuda is None:
+        return [("torch", "built without CUDA")]
+    if not torch.cuda.is_available():
+        return [("torch", f"built for CUDA {torch.version.cuda}; it sees no device or driver")]
+    rows = [("torch", f"built for CUDA {torch.version.cuda}")]
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        memory = device.total_memory / 2**30
+        capability = f"compute capability {device.major}.{device.minor}"
+        rows.append((f"device {index}", f"{device.name}, {memory:.0f} GiB, {capability}"))
+    return rows
