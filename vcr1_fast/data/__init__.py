@@ -1,0 +1,1 @@
+"""Records, video decoding, frame sampling and synthetic clips. Nothing here needs torch."""

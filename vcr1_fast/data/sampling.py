@@ -1,0 +1,183 @@
+"""Which frames of a video to look at, and at what size.
+
+Two rules are in use for Qwen2.5-VL. "linspace" is the rule of qwen-vl-utils (first and last frame
+included), the one its checkpoints and VideoChat-R1 were trained with; "hf" is that of the
+transformers video processor (the last frame is left out). Both are computed in integers here: in
+floating point the "hf" rule runs past the last frame for about 4 % of all (total, count) pairs.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+Rule = Literal["linspace", "hf"]
+RULES: tuple[Rule, ...] = ("linspace", "hf")
+
+FRAME_FACTOR = 2  # frames a temporal patch
+SIZE_FACTOR = 28  # 14 pixels a patch, 2 x 2 patches a token
+TOKEN_PIXELS = SIZE_FACTOR * SIZE_FACTOR
+MAX_FRAME_PIXELS = 768 * TOKEN_PIXELS  # the most that qwen-vl-utils gives one frame
+MAX_ASPECT_RATIO = 200
+
+
+@dataclass(frozen=True)
+class FrameConfig:
+    """How a clip is sampled and how large its frames may be.
+
+    `fps` frames a second are taken, between `min_frames` and `max_frames`; `num_frames`, where
+    given, replaces all three. Pixels are counted per frame, except `total_pixels`, the budget of
+    the whole clip (None: no budget). The defaults are those of the VideoChat-R1 recipe: at most
+    3,584 tokens a video.
+    """
+
+    fps: float = 2.0
+    min_frames: int = 4
+    max_frames: int = 768
+    num_frames: int | None = None
+    min_pixels: int = 16 * TOKEN_PIXELS
+    max_pixels: int = MAX_FRAME_PIXELS
+    total_pixels: int | None = 3584 * TOKEN_PIXELS
+    rule: Rule = "linspace"
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.fps) and self.fps > 0):
+            raise ValueError(f"fps must be a positive number, got {self.fps}")
+        if not FRAME_FACTOR <= self.min_frames <= self.max_frames:
+            raise ValueError(
+                f"expected {FRAME_FACTOR} <= min_frames <= max_frames, "
+                f"got {self.min_frames} and {self.max_frames}"
+            )
+        if self.num_frames is not None and self.num_frames < FRAME_FACTOR:
+            raise ValueError(f"num_frames must be at least {FRAME_FACTOR}, got {self.num_frames}")
+        if not 0 < self.min_pixels <= self.max_pixels:
+            raise ValueError(
+                "expected 0 < min_pixels <= max_pixels, "
+                f"got {self.min_pixels} and {self.max_pixels}"
+            )
+        if self.total_pixels is not None and self.total_pixels <= 0:
+            raise ValueError(f"total_pixels must be positive, got {self.total_pixels}")
+        _check_rule(self.rule)
+
+    def count(self, total: int, video_fps: float) -> int:
+        """The number of frames to take of `total` frames at `video_fps`; see `smart_nframes`."""
+        return smart_nframes(
+            total,
+            video_fps,
+            fps=self.fps,
+            min_frames=self.min_frames,
+            max_frames=self.max_frames,
+            num_frames=self.num_frames,
+            rule=self.rule,
+        )
+
+    def size(self, height: int, width: int, num_frames: int) -> tuple[int, int]:
+        """(height, width) in pixels that the frames are resized to; see `smart_resize`."""
+        return smart_resize(
+            height,
+            width,
+            min_pixels=self.min_pixels,
+            max_pixels=self.max_pixels,
+            total_pixels=self.total_pixels,
+            num_frames=num_frames,
+        )
+
+
+def smart_nframes(
+    total: int,
+    video_fps: float,
+    *,
+    fps: float = 2.0,
+    min_frames: int = 4,
+    max_frames: int = 768,
+    num_frames: int | None = None,
+    rule: Rule = "linspace",
+) -> int:
+    """An even number of frames for a video of `total` frames at `video_fps` frames a second.
+
+    `num_frames`, where given, is rounded to the nearest even number (halves to a multiple of 4) and
+    the other limits are not used. The two rules differ for an odd `min_frames` only: "linspace"
+    rounds it up (qwen-vl-utils 0.0.14), "hf" rounds the result down (transformers 5.23).
+    ValueError where the video is too short for the result.
+    """
+    _check_rule(rule)
+    if total < 1 or not (math.isfinite(video_fps) and video_fps > 0):
+        raise ValueError(f"expected frames and a positive rate, got {total} at {video_fps} fps")
+    if num_frames is not None:
+        count = round(num_frames / FRAME_FACTOR) * FRAME_FACTOR
+    else:
+        low = min_frames if rule == "hf" else min_frames + min_frames % FRAME_FACTOR
+        high = min(max_frames, total) if rule == "hf" else max_frames
+        high -= high % FRAME_FACTOR
+        wanted = min(max(total / video_fps * fps, low), high, total)
+        count = math.floor(wanted / FRAME_FACTOR) * FRAME_FACTOR
+    if total < FRAME_FACTOR:
+        raise ValueError(f"too short to sample: frames are taken in pairs, it has {total}")
+    if not FRAME_FACTOR <= count <= total:
+        raise ValueError(f"cannot take {count} frames of {total}, expected 2 to {total}")
+    return count
+
+
+def frame_indices(total: int, count: int, rule: Rule = "linspace") -> np.ndarray:
+    """`count` frame numbers of 0 .. total-1, ascending, int64 (count,).
+
+    "linspace": i * (total-1) / (count-1), rounded to the nearest (exact halves to even);
+    "hf": floor(i * total / count). Both exact for any size, so never out of range.
+    """
+    _check_rule(rule)
+    if total < 1 or count < 1:
+        raise ValueError(f"expected at least one frame, got total={total}, count={count}")
+    steps = np.arange(count, dtype=np.int64)
+    if rule == "hf":
+        return steps * total // count
+    if count == 1:
+        return steps
+    twice, divisor = 2 * steps * (total - 1) + (count - 1), 2 * (count - 1)
+    nearest = twice // divisor
+    is_half = twice % divisor == 0
+    return nearest - (is_half & (nearest % 2 == 1))
+
+
+def smart_resize(
+    height: int,
+    width: int,
+    *,
+    factor: int = SIZE_FACTOR,
+    min_pixels: int = 128 * TOKEN_PIXELS,
+    max_pixels: float = MAX_FRAME_PIXELS,
+    total_pixels: int | None = None,
+    num_frames: int | None = None,
+) -> tuple[int, int]:
+    """(height, width) in pixels, multiples of `factor`, as the transformers processor chooses them.
+
+    Both sides are rounded to the nearest multiple (halves to even); where that leaves
+    [min_pixels, max_pixels], the frame is scaled with its aspect ratio kept and the sides are
+    rounded inwards. With `total_pixels` (and `num_frames`) `max_pixels` is first lowered so that
+    the clip fits that budget, as qwen-vl-utils does, but never under 1.05 * min_pixels.
+    ValueError for an empty frame and for an aspect ratio above 200.
+    """
+    if height < 1 or width < 1:
+        raise ValueError(f"expected a frame with pixels, got {height} x {width}")
+    if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+        raise ValueError(f"aspect ratio of {height} x {width} is above {MAX_ASPECT_RATIO}")
+    if total_pixels is not None:
+        if num_frames is None or num_frames < 1:
+            raise ValueError(f"total_pixels needs num_frames of at least 1, got {num_frames}")
+        budget = min(MAX_FRAME_PIXELS, total_pixels / num_frames * FRAME_FACTOR)
+        max_pixels = min(max_pixels, max(budget, int(min_pixels * 1.05)))
+    rows, columns = round(height / factor) * factor, round(width / factor) * factor
+    if rows * columns > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        rows = max(factor, math.floor(height / shrink / factor) * factor)
+        columns = max(factor, math.floor(width / shrink / factor) * factor)
+    elif rows * columns < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        rows = math.ceil(height * grow / factor) * factor
+        columns = math.ceil(width * grow / factor) * factor
+    return rows, columns
+
+
+def _check_rule(rule: str) -> None:
+    if rule not in RULES:
+        raise ValueError(f"unknown sampling rule {rule!r}, expected one of {', '.join(RULES)}")
