@@ -1,0 +1,285 @@
+"""The group forward against the plain form: each completion alone with its own copy of the prompt."""
+
+import random
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vcr1_fast.model import checkpoint, forward
+from vcr1_fast.model.forward import Group, completion_hidden, lm_head
+from vcr1_fast.model.positions import SpecialIds, mrope_positions
+from vcr1_fast.model.tiny import TinyConfig, write_tiny
+from vcr1_fast.model.vision import encode_videos, freeze_vision
+from vcr1_fast.model.wrapping import checkpoint_activations
+
+CONFIG = TinyConfig(
+    hidden_size=32, layers=2, heads=2, kv_heads=1, vision_hidden=32, vision_depth=2, vocab_limit=300
+)
+
+
+@dataclass
+class Clip:
+    frames: np.ndarray
+    fps: float
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tiny")
+    write_tiny(path, texts=["When is it visible? From 1.5 to 3.5 seconds."], config=CONFIG)
+    return path
+
+
+@pytest.fixture
+def loaded(directory):
+    return checkpoint.load(directory, dtype=torch.float64)
+
+
+def _groups(processor, seed, sizes):
+    """sizes: (clips, completion lengths) of each group."""
+    rng = random.Random(seed)
+    groups = []
+    for i, (clips, lengths) in enumerate(sizes):
+        videos = [
+            Clip(
+                np.random.default_rng(seed + 10 * i + k).integers(
+                    0, 256, (rng.randint(2, 9), 56, 28 * rng.randint(2, 4), 3), dtype=np.uint8
+                ),
+                2.0,
+            )
+            for k in range(clips)
+        ]
+        prompt = processor.prompt("x" * rng.randint(1, 9), videos)
+        completions = [torch.tensor([rng.randrange(256) for _ in range(n)]) for n in lengths]
+        groups.append(Group(prompt, completions))
+    return groups
+
+
+def _plain_log_probs(model, groups):
+    """One sequence at a time through the model's own forward, positions written out."""
+    ids = SpecialIds.from_config(model.config)
+    out = []
+    for group in groups:
+        prompt = group.prompt
+        start = mrope_positions(
+            prompt.input_ids, prompt.video_grid_thw, prompt.second_per_grid_ts, None, ids
+        )
+        for completion in group.completions:
+            tokens = torch.cat([prompt.input_ids, completion])[None]
+            more = start[0, -1] + 1 + torch.arange(len(completion))
+            positions = torch.cat([start, more.expand(3, -1)], dim=1)[:, None]
+            inputs = {}
+            if prompt.pixel_values_videos is not None:
+                inputs["pixel_values_videos"] = prompt.pixel_values_videos
+                inputs["video_grid_thw"] = prompt.video_grid_thw
+            logits = model(input_ids=tokens, position_ids=positions, use_cache=False, **inputs).logits
+            rows = F.log_softmax(logits[0, len(prompt) - 1 : -1], dim=-1)
+            out.append(rows.gather(1, completion[:, None])[:, 0])
+    return torch.cat(out)
+
+
+def _group_log_probs(model, groups, **options):
+    hidden, labels, _ = completion_hidden(model, groups, **options)
+    weight, bias = lm_head(model)
+    rows = F.log_softmax(F.linear(hidden, weight, bias), dim=-1)
+    return rows.gather(1, labels[:, None])[:, 0]
+
+
+def _gradients(model, log_probs):
+    """Of a loss that weighs every token differently."""
+    weights = torch.linspace(-1.0, 1.0, len(log_probs), dtype=log_probs.dtype)
+    model.zero_grad(set_to_none=True)
+    (log_probs * weights).sum().backward()
+    return {
+        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+    }
+
+
+def _assert_same(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name, gradient in theirs.items():
+        scale = gradient.abs().max()
+        assert torch.allclose(ours[name], gradient, rtol=0, atol=float(1e-7 * (1 + scale))), name
+
+
+SHAPES = {
+    "one group": [(1, [5, 3, 8])],
+    "ragged groups": [(1, [4, 1, 7, 2]), (0, [1, 1]), (2, [3, 6])],
+    "single tokens": [(1, [1, 1, 1])],
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_log_probs_and_gradients_equal_the_plain_form(loaded, shape):
+    model, processor = loaded
+    groups = _groups(processor, 1, shape)
+    plain = _plain_log_probs(model, groups)
+    theirs = _gradients(model, plain)
+    packed = _group_log_probs(model, groups)
+    ours = _gradients(model, packed)
+    assert torch.allclose(packed, plain, rtol=0, atol=1e-7)
+    _assert_same(ours, theirs)
+    assert any(name.startswith("model.visual.blocks") for name in ours)
+
+
+def test_random_shapes_equal_the_plain_form(loaded):
+    model, processor = loaded
+    rng = random.Random(5)
+    for seed in range(6):
+        shape = [
+            (rng.randint(0, 2), [rng.randint(1, 6) for _ in range(rng.randint(1, 4))])
+            for _ in range(rng.randint(1, 3))
+        ]
+        groups = _groups(processor, seed, shape)
+        with torch.no_grad():
+            packed, plain = _group_log_probs(model, groups), _plain_log_probs(model, groups)
+        assert torch.allclose(packed, plain, rtol=0, atol=1e-7), shape
+
+
+def test_the_comparison_notices_a_completion_that_sees_another(loaded, monkeypatch):
+    model, processor = loaded
+    groups = _groups(processor, 1, SHAPES["one group"])
+    monkeypatch.setattr(
+        forward,
+        "group_mask",
+        lambda s: torch.ones(s.shape[1], s.shape[1], dtype=torch.bool).tril()[None, None],
+    )
+    with torch.no_grad():
+        difference = _group_log_probs(model, groups) - _plain_log_probs(model, groups)
+    assert difference.abs().max() > 1e-4
+
+
+def test_the_comparison_notices_positions_that_restart(loaded, monkeypatch):
+    model, processor = loaded
+    groups = _groups(processor, 1, SHAPES["one group"])
+    monkeypatch.setattr(forward, "next_position", lambda positions: 0)
+    with torch.no_grad():
+        difference = _group_log_probs(model, groups) - _plain_log_probs(model, groups)
+    assert difference.abs().max() > 1e-4
+
+
+def test_labels_and_boundaries(loaded):
+    model, processor = loaded
+    groups = _groups(processor, 3, [(0, [2, 1]), (1, [4])])
+    hidden, labels, boundaries = completion_hidden(model, groups)
+    assert hidden.shape == (7, CONFIG.hidden_size)
+    assert boundaries.tolist() == [0, 2, 3, 7]
+    assert boundaries.dtype == torch.int32
+    expected = [c for group in groups for c in group.completions]
+    assert torch.equal(labels, torch.cat(expected))
+
+
+def test_given_features_are_used_and_receive_gradient(loaded):
+    model, processor = loaded
+    (group,) = _groups(processor, 1, [(2, [3, 2])])
+    prompt = group.prompt
+    features = torch.cat(
+        list(encode_videos(model, prompt.pixel_values_videos, prompt.video_grid_thw))
+    ).detach()
+    features.requires_grad_()
+    given = Group(prompt, group.completions, features)
+    log_probs = _group_log_probs(model, [given])
+    assert torch.equal(log_probs, _group_log_probs(model, [group]))
+    log_probs.sum().backward()
+    assert features.grad.abs().min() > 0
+    assert model.model.visual.patch_embed.proj.weight.grad is None
+
+
+def test_vision_runs_once_for_all_groups(loaded, monkeypatch):
+    model, processor = loaded
+    calls = []
+    visual = model.model.visual
+    original = visual.forward
+    monkeypatch.setattr(
+        visual, "forward", lambda *a, **k: (calls.append(len(a[0])), original(*a, **k))[1]
+    )
+    groups = _groups(processor, 1, SHAPES["ragged groups"])
+    completion_hidden(model, groups)
+    patches = [g.prompt.pixel_values_videos for g in groups]
+    assert calls == [sum(len(p) for p in patches if p is not None)]
+
+
+def test_recomputed_activations_change_nothing(loaded):
+    model, processor = loaded
+    groups = _groups(processor, 1, SHAPES["ragged groups"])
+    plain = _gradients(model, _group_log_probs(model, groups))
+    model.train()
+    checkpoint_activations(model)
+    assert model.model.language_model.layers[0].gradient_checkpointing
+    assert model.model.visual.blocks[0].gradient_checkpointing
+    _assert_same(_gradients(model, _group_log_probs(model, groups)), plain)
+
+
+def test_frozen_vision_keeps_the_other_gradients(loaded):
+    model, processor = loaded
+    groups = _groups(processor, 1, SHAPES["one group"])
+    everything = _gradients(model, _group_log_probs(model, groups))
+    freeze_vision(model)
+    rest = _gradients(model, _group_log_probs(model, groups))
+    assert not any("visual" in name for name in rest)
+    _assert_same(rest, {k: v for k, v in everything.items() if "visual" not in k})
+
+
+def test_untied_head(tmp_path):
+    import dataclasses
+
+    write_tiny(tmp_path, texts=["a"], config=dataclasses.replace(CONFIG, tie_embeddings=False))
+    model, processor = checkpoint.load(tmp_path, dtype=torch.float64)
+    groups = _groups(processor, 1, SHAPES["one group"])
+    assert lm_head(model)[0] is not model.get_input_embeddings().weight
+    with torch.no_grad():
+        packed, plain = _group_log_probs(model, groups), _plain_log_probs(model, groups)
+    assert torch.allclose(packed, plain, rtol=0, atol=1e-7)
+
+
+def test_tied_head_is_the_embedding(loaded):
+    model, _ = loaded
+    assert lm_head(model)[0] is model.get_input_embeddings().weight
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.*:FutureWarning")  # peft asks it
+def test_lora(loaded):
+    from peft import LoraConfig, get_peft_model
+
+    model, processor = loaded
+    groups = _groups(processor, 1, SHAPES["ragged groups"])
+    with torch.no_grad():
+        before = _group_log_probs(model, groups)
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj", "gate_proj"])
+    adapted = get_peft_model(model, config).double()
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    packed = _group_log_probs(adapted, groups)
+    ours = _gradients(adapted, packed)
+    plain = _plain_log_probs(adapted.get_base_model(), groups)
+    assert torch.allclose(packed, plain, rtol=0, atol=1e-7)
+    _assert_same(ours, _gradients(adapted, plain))
+    assert ours and all("lora_" in name for name in ours)
+    with torch.no_grad(), adapted.disable_adapter():
+        assert torch.equal(_group_log_probs(adapted, groups), before)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.*:FutureWarning")  # peft asks it
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings:UserWarning")
+def test_adapter_on_the_head_is_refused(loaded):
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(loaded[0], LoraConfig(r=2, target_modules=["lm_head"]))
+    with pytest.raises(ValueError, match="leave lm_head out"):
+        lm_head(adapted)
+
+
+def test_bad_input_is_refused(loaded, directory):
+    model, processor = loaded
+    prompt = processor.prompt("x")
+    with pytest.raises(ValueError, match=r"lengths \[2, 0\]"):
+        completion_hidden(model, [Group(prompt, [torch.tensor([1, 2]), torch.tensor([])])])
+    with pytest.raises(ValueError, match="no groups"):
+        completion_hidden(model, [])
+    eager, _ = checkpoint.load(directory, attention="eager")
+    with pytest.raises(ValueError, match="'eager'"):
+        completion_hidden(eager, [Group(prompt, [torch.tensor([1])])])

@@ -1,0 +1,118 @@
+"""The batched vision attention against transformers' loop over windows."""
+
+import pytest
+import torch
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from vcr1_fast.model import checkpoint
+from vcr1_fast.model.tiny import TinyConfig, write_tiny
+from vcr1_fast.model.vision import (
+    PACKED_ATTENTION,
+    batch_windows,
+    encode_videos,
+    freeze_vision,
+    packed_attention,
+)
+
+CONFIG = TinyConfig(hidden_size=32, heads=2, kv_heads=1, layers=1, vision_hidden=32, vision_depth=3)
+GRIDS = {
+    "one window": [(3, 4, 4)],
+    "one size": [(2, 8, 16)],
+    "ragged windows": [(4, 10, 14)],
+    "single row": [(3, 2, 18)],
+    "several clips": [(2, 4, 4), (3, 10, 6), (1, 20, 12), (2, 4, 4)],
+}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tiny")
+    write_tiny(path, texts=["a"], config=CONFIG)
+    return path
+
+
+def _pair(directory, dtype):
+    ours, _ = checkpoint.load(directory, dtype=dtype)
+    theirs = Qwen2_5_VLForConditionalGeneration.from_pretrained(directory, dtype=dtype)
+    assert theirs.model.visual.config._attn_implementation == "sdpa"
+    return ours, theirs
+
+
+def _patches(grid, dtype):
+    size = int(grid.prod(dim=1).sum())
+    return torch.randn(size, 1176, generator=torch.Generator().manual_seed(0), dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-7), (torch.float32, 1e-5), (torch.bfloat16, 0.05)]
+)
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+def test_same_features_and_gradients(directory, grid, dtype, tolerance):
+    ours, theirs = _pair(directory, dtype)
+    grid = torch.tensor(grid)
+    pixels = _patches(grid, dtype)
+    parts = encode_videos(ours, pixels, grid)
+    assert [len(part) for part in parts] == (grid.prod(dim=1) // 4).tolist()
+    got = torch.cat(list(parts))
+    expected = theirs.model.visual(pixels, grid_thw=grid).pooler_output
+    assert got.dtype == dtype
+    assert torch.allclose(got, expected, rtol=0, atol=tolerance)
+    if dtype == torch.bfloat16:
+        return
+    weights = torch.linspace(-1, 1, got.numel(), dtype=dtype).view_as(got)
+    (got * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for (name, a), b in zip(
+        ours.model.visual.named_parameters(), theirs.model.visual.parameters(), strict=True
+    ):
+        scale = float(b.grad.abs().max())
+        assert torch.allclose(a.grad, b.grad, rtol=0, atol=tolerance * (1 + scale)), name
+
+
+def test_a_token_does_not_see_other_windows():
+    torch.manual_seed(0)
+    boundaries = torch.tensor([0, 4, 6, 10, 13])
+    q, k, v = torch.randn(3, 1, 2, 13, 8, dtype=torch.float64)
+    out, _ = packed_attention(None, q, k, v, scaling=0.3, cu_seq_lens_q=boundaries)
+    for start, end in zip(boundaries.tolist(), boundaries[1:].tolist(), strict=False):
+        scores = q[0, :, start:end] @ k[0, :, start:end].mT * 0.3
+        expected = scores.softmax(-1) @ v[0, :, start:end]
+        assert torch.allclose(out[0, start:end], expected.transpose(0, 1))
+
+
+def test_a_clip_does_not_depend_on_the_others(directory):
+    model, _ = checkpoint.load(directory, dtype=torch.float64)
+    grid = torch.tensor(GRIDS["several clips"])
+    pixels = _patches(grid, torch.float64)
+    together = encode_videos(model, pixels, grid)
+    alone = [
+        encode_videos(model, part, size[None])[0]
+        for part, size in zip(torch.split(pixels, grid.prod(dim=1).tolist()), grid, strict=True)
+    ]
+    for a, b in zip(together, alone, strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=1e-7)
+
+
+def test_frozen_tower_keeps_no_graph(directory):
+    model, _ = checkpoint.load(directory)
+    grid = torch.tensor([(1, 4, 4)])
+    assert encode_videos(model, _patches(grid, torch.float32), grid)[0].requires_grad
+    with torch.no_grad():
+        assert not encode_videos(model, _patches(grid, torch.float32), grid)[0].requires_grad
+    freeze_vision(model, merger=False)
+    trained = {n for n, p in model.model.visual.named_parameters() if p.requires_grad}
+    assert trained and all(name.startswith("merger.") for name in trained)
+    freeze_vision(model)
+    assert not encode_videos(model, _patches(grid, torch.float32), grid)[0].requires_grad
+    assert all(p.requires_grad for p in model.model.language_model.parameters())
+
+
+def test_flash_attention_is_left_in_place(directory):
+    model, _ = checkpoint.load(directory)
+    config = model.model.visual.config
+    config._attn_implementation = "flash_attention_2"
+    batch_windows(model)
+    assert config._attn_implementation == "flash_attention_2"
+    config._attn_implementation = "sdpa"
+    batch_windows(model)
+    assert config._attn_implementation == PACKED_ATTENTION

@@ -1,0 +1,157 @@
+"""Load and save Qwen2.5-VL checkpoints: the standard Hugging Face directory, nothing else.
+
+config.json, generation_config.json, (sharded) safetensors, tokenizer, chat template and preprocessor
+settings. A directory written here loads in transformers, vLLM and the rest.
+"""
+
+import os
+import re
+import shutil
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vcr1_fast.model.files import CheckpointError, check_weights, read_json, resolve
+from vcr1_fast.model.processor import Processor
+from vcr1_fast.model.vision import batch_windows
+from vcr1_fast.model.wrapping import unwrap
+
+__all__ = ["CheckpointError", "load", "save", "unwrap"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load(
+    path: str | Path,
+    *,
+    dtype: str | torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    attention: str = "sdpa",
+) -> tuple[Any, Processor]:
+    """Load a checkpoint for training or inference (in evaluation mode; no dropout is configured).
+
+    Args:
+        path: directory, or a hub name such as "Qwen/Qwen2.5-VL-7B-Instruct".
+        dtype: of the weights; float64 is for tests.
+        device: where the weights go.
+        attention: the language model's attention in transformers' terms: "sdpa", "eager", ...
+
+    Returns:
+        (model, processor): a `Qwen2_5_VLForConditionalGeneration` and our `Processor`.
+
+    Raises:
+        CheckpointError: naming the file that is missing, truncated or does not fit the model.
+        ValueError: for an unknown dtype.
+    """
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {dtype!r}")
+        dtype = DTYPES[dtype]
+    directory = resolve(path)
+    config = read_json(directory / "config.json")
+    if config.get("model_type") != "qwen2_5_vl":
+        found = config.get("model_type")
+        raise CheckpointError(directory / "config.json", f"model_type is {found!r}, not qwen2_5_vl")
+    files = check_weights(directory)
+    processor = Processor.from_pretrained(directory)
+    with _quiet():
+        model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            directory, dtype=dtype, attn_implementation=attention, output_loading_info=True
+        )
+    # transformers fills what a file lacks with random numbers and only logs it.
+    for kind in ("missing_keys", "mismatched_keys"):
+        if info.get(kind):
+            names = ", ".join(sorted(map(str, info[kind]))[:4])
+            raise CheckpointError(files[0], f"{len(info[kind])} {kind.replace('_', ' ')}: {names}")
+    batch_windows(model)
+    return model.to(device).eval(), processor
+
+
+def save(model: nn.Module, processor: Processor, path: str | Path) -> None:
+    """Write a checkpoint directory, whole or not at all; an older one at `path` is replaced.
+
+    LoRA adapters (peft) are added into the weights that are written; the model in memory is left as
+    it is. Files are flushed to disk before the directory takes its name.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    base = unwrap(model)
+    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        with _quiet():
+            base.save_pretrained(staging, state_dict=merged_state_dict(model))
+        processor.save_pretrained(staging)
+        staging.chmod(0o755)
+        for file in staging.iterdir():
+            file.chmod(0o644)
+            _flush(file)
+        _flush(staging)
+        _replace(staging, path)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def merged_state_dict(model: nn.Module) -> dict[str, torch.Tensor] | None:
+    """State of the base model with its active adapters added in; None where there are none.
+
+    A layer's weight becomes W + scale * B A, as `merge_adapter` of peft would make it, out of place.
+    """
+    base = unwrap(model)
+    if base is model or not hasattr(model, "peft_config"):
+        return None
+    layers = {
+        name: layer for name, layer in base.named_modules() if hasattr(layer, "get_delta_weight")
+    }
+    state = {}
+    for key, value in base.state_dict().items():
+        if ".lora_" in key or ".lora_magnitude_vector." in key or ".original_module." in key:
+            continue
+        key = re.sub(r"\.modules_to_save\.[^.]+\.", ".", key)
+        owner, _, leaf = key.rpartition(".base_layer.")
+        if owner not in layers:
+            state[key] = value
+            continue
+        if leaf == "weight":
+            layer = layers[owner]
+            for adapter in layer.active_adapters:
+                value = value + layer.get_delta_weight(adapter).to(value.dtype)
+        state[f"{owner}.{leaf}"] = value
+    return state
+
+
+def _replace(staging: Path, path: Path) -> None:
+    """Give `staging` the name `path`. A directory cannot replace another in one step on POSIX."""
+    old = path.with_name(f".{path.name}.old-{os.getpid()}")
+    if path.exists():
+        path.rename(old)
+    staging.rename(path)
+    _flush(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _quiet():
+    """No progress bars of transformers: the caller has its own."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
