@@ -75,7 +75,9 @@ def _plain_log_probs(model, groups):
             if prompt.pixel_values_videos is not None:
                 inputs["pixel_values_videos"] = prompt.pixel_values_videos
                 inputs["video_grid_thw"] = prompt.video_grid_thw
-            logits = model(input_ids=tokens, position_ids=positions, use_cache=False, **inputs).logits
+            logits = model(
+                input_ids=tokens, position_ids=positions, use_cache=False, **inputs
+            ).logits
             rows = F.log_softmax(logits[0, len(prompt) - 1 : -1], dim=-1)
             out.append(rows.gather(1, completion[:, None])[:, 0])
     return torch.cat(out)
@@ -93,9 +95,7 @@ def _gradients(model, log_probs):
     weights = torch.linspace(-1.0, 1.0, len(log_probs), dtype=log_probs.dtype)
     model.zero_grad(set_to_none=True)
     (log_probs * weights).sum().backward()
-    return {
-        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
-    }
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def _assert_same(ours, theirs):
