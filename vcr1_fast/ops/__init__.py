@@ -1,12 +1,18 @@
 """Fused operators: they need torch alone, and work in any trainer."""
 
 from vcr1_fast.ops.backend import use
+from vcr1_fast.ops.group_advantages import group_advantages
+from vcr1_fast.ops.grpo_config import GRPOLossConfig
+from vcr1_fast.ops.grpo_loss import grpo_loss
 from vcr1_fast.ops.iou import box_iou, interval_set_iou, temporal_iou, track_iou
 from vcr1_fast.ops.resize_frames import resize_frames
 from vcr1_fast.ops.video_patches import video_patches
 
 __all__ = [
+    "GRPOLossConfig",
     "box_iou",
+    "group_advantages",
+    "grpo_loss",
     "interval_set_iou",
     "resize_frames",
     "temporal_iou",

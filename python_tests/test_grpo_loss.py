@@ -1,0 +1,597 @@
+"""grpo_loss against a float64 autograd loop, in both layouts and for every backend."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from grpo_oracle import loop_loss
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vcr1_fast import ops
+from vcr1_fast.ops import GRPOLossConfig, grpo_loss
+from vcr1_fast.ops.grpo_config import LOSS_TYPES, parameters
+from vcr1_fast.ops.grpo_loss import grpo_loss_op
+from vcr1_fast.ops.grpo_reference import METRICS
+
+LENGTHS = (7, 0, 1, 40, 12)
+BACKENDS = grpo_loss_op.backends("cpu")
+
+
+def make_batch(lengths=LENGTHS, seed=0, spread=0.5, token_advantages=False):
+    """Padded float64 inputs; what is outside the mask is inf and nan."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, columns = len(lengths), max((*lengths, 1)) + 2
+
+    def normal():
+        return torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+
+    logps = -normal().abs() - 0.1
+    mask = torch.arange(columns) < torch.tensor(lengths)[:, None]
+    holes = torch.rand(rows, columns, generator=generator) < 0.2
+    mask &= ~(holes & (mask.sum(1, keepdim=True) > 3))
+    batch = {
+        "logps": logps,
+        "old": logps + spread * normal(),
+        "ref": logps + spread * normal(),
+        "rollout": logps + spread * normal(),
+        "entropy": normal().abs(),
+        "token_weights": torch.rand(rows, columns, generator=generator).double(),
+    }
+    advantages = torch.randn(rows, generator=generator, dtype=torch.float64)
+    if token_advantages:
+        advantages = normal()
+    for index, (name, tensor) in enumerate(batch.items()):
+        batch[name] = torch.where(mask, tensor, (math.nan, math.inf, -math.inf)[index % 3])
+    batch["advantages"], batch["mask"] = advantages, mask
+    return batch
+
+
+def pack(batch):
+    """The same completions without padding: (tensors, cu_seqlens)."""
+    mask = batch["mask"]
+    packed = {name: x if x.ndim == 1 else x[mask] for name, x in batch.items() if name != "mask"}
+    counts = mask.sum(1)
+    return packed, torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
+
+
+def call(batch, config, *, cu_seqlens=None, old=True, rollout=True, mask=True, dtype=None):
+    """(loss, gradient of logps, gradient of entropy, metrics)."""
+    tensors = {
+        n: x if x.dtype == torch.bool or dtype is None else x.to(dtype) for n, x in batch.items()
+    }
+    logps = tensors["logps"].clone().requires_grad_()
+    entropy = tensors["entropy"].clone().requires_grad_()
+    loss, metrics = grpo_loss(
+        logps,
+        tensors["old"] if old else None,
+        tensors["advantages"],
+        tensors.get("mask") if mask else None,
+        ref_logps=tensors["ref"],
+        entropy=entropy,
+        rollout_logps=tensors["rollout"] if rollout else None,
+        token_weights=tensors["token_weights"],
+        cu_seqlens=cu_seqlens,
+        config=config,
+    )
+    (3 * loss).backward()
+    grad_entropy = torch.zeros_like(logps) if entropy.grad is None else entropy.grad
+    return loss.detach(), logps.grad / 3, grad_entropy / 3, metrics
+
+
+def oracle(batch, config, *, old=True, rollout=True):
+    """The same from the loop over completions."""
+    mask = batch["mask"]
+    logps = torch.where(mask, batch["logps"], 0).requires_grad_()
+    entropy = torch.where(mask, batch["entropy"], 0).requires_grad_()
+    sequences = []
+    for b in range(len(mask)):
+        kept = mask[b]
+        advantages = batch["advantages"][b].expand_as(kept)
+        sequences.append(
+            {
+                "logps": logps[b][kept],
+                "entropy": entropy[b][kept],
+                "advantages": advantages[kept],
+                "old": batch["old"][b][kept] if old else None,
+                "rollout": batch["rollout"][b][kept] if rollout else None,
+                "ref": batch["ref"][b][kept],
+                "token_weights": batch["token_weights"][b][kept],
+            }
+        )
+    loss = loop_loss(config, sequences) + 0 * logps.sum()
+    grads = torch.autograd.grad(loss, (logps, entropy), allow_unused=True)
+    grads = [torch.zeros_like(logps) if grad is None else grad for grad in grads]
+    return loss.detach(), *grads
+
+
+def cases():
+    yield from (
+        GRPOLossConfig(loss_type=name, level=level, max_length=50, beta=0.0, eps_high=0.28)
+        for name in LOSS_TYPES
+        for level in ("token", "sequence", "sequence_token")
+        if name != "vespo" or level == "token"
+    )
+    for level in ("token", "sequence", "sequence_token"):
+        for kl in ("k1", "k2", "k3", "abs"):
+            for correction in (False, True):
+                for clamp, straight in ((None, False), (0.3, False), (None, True)):
+                    yield GRPOLossConfig(
+                        level=level,
+                        kl=kl,
+                        beta=0.7,
+                        kl_bias_correction=correction,
+                        kl_output_clamp=clamp,
+                        kl_input_clamp=None if clamp is None else 0.6,
+                        kl_straight_through=straight,
+                    )
+    for name in ("grpo", "cispo", "sapo", "vespo"):
+        for scope in ("token", "sequence"):
+            for action in ("truncate", "mask", "icepop"):
+                for after in (False, True):
+                    yield GRPOLossConfig(
+                        loss_type=name,
+                        beta=0.2,
+                        rollout_correction=f"{scope}_{action}",
+                        rollout_min=0.7,
+                        rollout_max=1.6,
+                        rollout_after_kl=after,
+                        off_policy_threshold=0.05,
+                    )
+    yield GRPOLossConfig(rollout_correction="sequence_mask", rollout_max=3.0)
+    yield GRPOLossConfig(rollout_correction="token_truncate", rollout_max=2.0)
+    for level in ("token", "sequence", "sequence_token"):
+        yield GRPOLossConfig(level=level, delta=1.1)
+        yield GRPOLossConfig(level=level, delta=1.5)
+        yield GRPOLossConfig(level=level, log_ratio_clamp=0.2, beta=0.1, kl_bias_correction=True)
+    yield GRPOLossConfig(loss_type="cispo", cispo_bounds="relative")
+    yield GRPOLossConfig(loss_type="cispo", eps_high=1.2)
+    for aggregation in ("sequence_mean", "token_mean", "sequence_sum", "max_length", "num_items"):
+        for options in (
+            {},
+            {"num_items": 33.0, "num_sequences": 9.0},
+            {"exclude_empty": True, "entropy_aggregation": "token_mean"},
+        ):
+            yield GRPOLossConfig(
+                aggregation=aggregation, max_length=50, entropy_coef=0.3, **options
+            )
+
+
+def name_of(config):
+    default = {field.name: field.default for field in dataclasses.fields(config)}
+    return "-".join(
+        f"{name}={value}" for name, value in vars(config).items() if value != default[name]
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("config", tuple(cases()), ids=name_of)
+def test_matches_the_loop(config, backend):
+    batch = make_batch(token_advantages=config.level == "token" and config.beta == 0.7)
+    packed, cu_seqlens = pack(batch)
+    mask = batch["mask"]
+    for old, rollout in ((True, True), (False, True), (True, False)):
+        if config.rollout_correction and not rollout:
+            continue
+        expected = oracle(batch, config, old=old, rollout=rollout)
+        with ops.use(backend):
+            padded = call(batch, config, old=old, rollout=rollout)
+            flat = call(packed, config, cu_seqlens=cu_seqlens, old=old, rollout=rollout)
+            single = call(batch, config, old=old, rollout=rollout, dtype=torch.float32)
+        for got, want in zip(padded[:3], expected, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-13)
+        for got, want in zip(flat[:3], expected, strict=True):
+            torch.testing.assert_close(
+                got, want if want.ndim == 0 else want[mask], rtol=1e-10, atol=1e-13
+            )
+        for name, value in padded[3].items():
+            torch.testing.assert_close(flat[3][name], value, rtol=1e-10, atol=1e-13)
+        scale = max(float(expected[0].abs()), float(expected[1].abs().max()))
+        for got, want in zip(single[:3], expected, strict=True):
+            torch.testing.assert_close(got.double(), want, rtol=3e-5, atol=3e-6 * scale)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_metrics_are_what_they_say(backend):
+    batch = make_batch(seed=3)
+    config = GRPOLossConfig(
+        beta=0.1,
+        delta=1.25,
+        rollout_correction="token_mask",
+        rollout_max=1.5,
+        eps_high=0.28,
+        off_policy_threshold=0.02,
+    )
+    with ops.use(backend):
+        metrics = call(batch, config)[3]
+    mask = batch["mask"]
+    values = {n: x[mask] for n, x in batch.items() if n not in ("mask", "advantages")}
+    a = batch["advantages"][:, None].expand_as(mask)[mask]
+    x, d = values["logps"] - values["old"], values["ref"] - values["logps"]
+    gap, r = values["old"] - values["rollout"], (values["logps"] - values["old"]).exp()
+    drift = torch.stack(
+        [
+            (batch["rollout"] - batch["logps"])[b][mask[b]].mean()
+            for b in range(len(mask))
+            for _ in range(int(mask[b].sum()))
+        ]
+    )
+    weight = gap.exp() * (gap.exp() <= 1.5)
+    expected = {
+        "num_tokens": mask.sum(),
+        "num_sequences": mask.any(1).sum(),
+        "kl": (d.exp() - d - 1).mean(),
+        "entropy": values["entropy"].mean(),
+        "ratio_mean": r.mean(),
+        "ratio_min": r.min(),
+        "ratio_max": r.max(),
+        "approx_kl": (x.exp() - 1 - x).mean(),
+        "clip_low": ((r < 0.8) & (a < 0)).double().mean(),
+        "clip_high": ((r > 1.28) & (a > 0)).double().mean(),
+        "clip_region": (((r < 0.8) & (a < 0)) | ((r > 1.28) & (a > 0))).double().mean(),
+        "clip_delta": ((r > 1.25) & (a < 0)).double().mean(),
+        "off_policy_kept": ((a >= 0) | (drift <= 0.02)).double().mean(),
+        "rollout_gap_mean": gap.abs().mean(),
+        "rollout_gap_max": gap.abs().max(),
+        "rollout_kl": (gap.exp() - 1 - gap).mean(),
+        "rollout_weight_mean": weight.mean(),
+        "rollout_clipped": (gap.exp() > 1.5).double().mean(),
+    }
+    assert set(metrics) == {*expected, "policy_loss"}
+    for name, value in expected.items():
+        torch.testing.assert_close(metrics[name], value.double(), msg=lambda m, n=name: f"{n}: {m}")
+    no_kl = oracle(batch, dataclasses.replace(config, beta=0.0))[0]
+    torch.testing.assert_close(metrics["policy_loss"], no_kl)
+
+
+def test_metrics_depend_on_the_call():
+    batch = make_batch(spread=0.0)
+    _, metrics = grpo_loss(batch["logps"], None, batch["advantages"], batch["mask"])
+    assert set(metrics) == {
+        "num_tokens", "num_sequences", "policy_loss", "ratio_mean", "ratio_min", "ratio_max",
+        "approx_kl", "clip_low", "clip_high", "clip_region",
+    }  # fmt: skip
+    _, metrics = grpo_loss(
+        batch["logps"], None, batch["advantages"], batch["mask"],
+        config=GRPOLossConfig(loss_type="vespo"),
+    )  # fmt: skip
+    torch.testing.assert_close(metrics["vespo_phi"], torch.tensor(1.0, dtype=torch.float64))
+    assert "clip_low" not in metrics
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("level", ("token", "sequence", "sequence_token"))
+def test_on_policy_gradient_is_whole(backend, level):
+    # At ratio 1 both branches of min() are equal: the gradient must be -A W, not half of it.
+    batch = make_batch(lengths=(4, 4), spread=0.0)
+    batch["mask"][:] = torch.arange(6) < 4
+    logps = torch.where(batch["mask"], batch["logps"].nan_to_num(), 0).requires_grad_()
+    with ops.use(backend):
+        loss, metrics = grpo_loss(
+            logps, logps.detach().clone(), batch["advantages"], batch["mask"],
+            config=GRPOLossConfig(level=level),
+        )  # fmt: skip
+        loss.backward()
+    expected = -batch["advantages"][:, None] / 8 * batch["mask"]
+    torch.testing.assert_close(logps.grad, expected)
+    assert metrics["ratio_mean"] == 1 and metrics["clip_region"] == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_exact_clip_edges(backend):
+    # 1.25 and 0.75 are exact in binary, and so is log-free: clamp x at the edge through delta.
+    config = GRPOLossConfig(eps_low=0.5, eps_high=1.0, delta=None, log_ratio_clamp=None)
+    ratios = torch.tensor([[2.0, 0.5, 2.0, 0.5, 2.0000001, 0.4999999]], dtype=torch.float64)
+    advantages = torch.tensor([[1.0, -1.0, -1.0, 1.0, 1.0, -1.0]], dtype=torch.float64)
+    logps = ratios.log().requires_grad_()
+    with ops.use(backend):
+        loss, metrics = grpo_loss(logps, torch.zeros_like(logps), advantages, None, config=config)
+        loss.backward()
+    # exp(log 2) == 2 exactly in float64, so the first four sit on the edges, which belong inside.
+    assert torch.equal(ratios.log().exp()[0, :4], ratios[0, :4])
+    expected = -advantages * ratios / 6 * torch.tensor([[1, 1, 1, 1, 0, 0]])
+    torch.testing.assert_close(logps.grad, expected)
+    torch.testing.assert_close(metrics["clip_high"], torch.tensor(1 / 6, dtype=torch.float64))
+    torch.testing.assert_close(metrics["clip_low"], torch.tensor(1 / 6, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_nothing_to_learn_from(loss_type, backend):
+    config = GRPOLossConfig(loss_type=loss_type, beta=0.1, max_length=4, entropy_coef=0.1)
+    for batch in (make_batch(lengths=(0, 0, 0)), make_batch(lengths=())):
+        with ops.use(backend):
+            loss, grad, grad_entropy, metrics = call(batch, config)
+        assert loss == 0 and not grad.any() and not grad_entropy.any()
+        assert all(value == 0 for value in metrics.values()), metrics
+    with ops.use(backend):
+        packed, _ = pack(make_batch(lengths=(0, 0)))
+        loss, grad, _, _ = call(packed, config, cu_seqlens=torch.zeros(3, dtype=torch.int32))
+    assert loss == 0 and grad.shape == (0,)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tokens_outside_the_segments_are_ignored(backend):
+    batch = make_batch()
+    packed, cu_seqlens = pack(batch)
+    config = GRPOLossConfig(beta=0.1, level="sequence", entropy_coef=0.1)
+    edge = torch.full((5,), math.nan, dtype=torch.float64)
+    wider = {n: x if n == "advantages" else torch.cat([edge, x, edge]) for n, x in packed.items()}
+    with ops.use(backend):
+        expected = call(packed, config, cu_seqlens=cu_seqlens)
+        got = call(wider, config, cu_seqlens=cu_seqlens + 5)
+    torch.testing.assert_close(got[0], expected[0], rtol=0, atol=0)
+    torch.testing.assert_close(got[1][5:-5], expected[1], rtol=0, atol=0)
+    assert not got[1][:5].any() and not got[1][-5:].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_large_log_ratios_stay_finite(backend):
+    logps = torch.tensor([[0.0, 0.0, -300.0, -300.0]], requires_grad=True)
+    old = torch.tensor([[-300.0, -300.0, 0.0, 0.0]])
+    advantages = torch.tensor([[1.0, -1.0, 1.0, -1.0]])
+    config = GRPOLossConfig(beta=0.1)
+    with ops.use(backend):
+        loss, metrics = grpo_loss(logps, old, advantages, None, ref_logps=old, config=config)
+        loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(logps.grad).all()
+    assert all(torch.isfinite(value) for value in metrics.values())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_unscored_tokens_count_as_sampled_from_old(backend):
+    batch = make_batch()
+    config = GRPOLossConfig(rollout_correction="sequence_mask", rollout_max=3.0)
+    holes = torch.rand(batch["mask"].shape, generator=torch.Generator().manual_seed(1)) < 0.3
+    unscored = {**batch, "rollout": torch.where(holes, math.nan, batch["rollout"])}
+    as_old = {**batch, "rollout": torch.where(holes, batch["old"], batch["rollout"])}
+    with ops.use(backend):
+        got, expected = call(unscored, config), call(as_old, config)
+    for a, b in zip(got[:2], expected[:2], strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "mask_dtype", (torch.bool, torch.int64, torch.int32, torch.float32, torch.uint8)
+)
+def test_mask_dtypes(backend, mask_dtype):
+    batch = make_batch()
+    config = GRPOLossConfig()
+    with ops.use(backend):
+        expected = call(batch, config)
+        batch["mask"] = batch["mask"].to(mask_dtype)
+        loss, _ = grpo_loss(
+            batch["logps"],
+            batch["old"],
+            batch["advantages"],
+            batch["mask"],
+            token_weights=batch["token_weights"],
+        )
+    torch.testing.assert_close(loss, expected[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_half_precision_is_computed_in_float32(backend, dtype):
+    batch = make_batch()
+    logps = batch["logps"].to(dtype).requires_grad_()
+    old, mask = batch["old"].to(dtype), batch["mask"]
+    with ops.use(backend):
+        loss, _ = grpo_loss(logps, old, batch["advantages"], mask)
+        loss.backward()
+        wide = logps.detach().float().requires_grad_()
+        expected, _ = grpo_loss(wide, old.float(), batch["advantages"], mask)
+        expected.backward()
+    assert loss.dtype == torch.float32 and logps.grad.dtype == dtype
+    torch.testing.assert_close(loss, expected, rtol=0, atol=0)
+    torch.testing.assert_close(logps.grad, wide.grad.to(dtype), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_inputs_and_tensor_counts(backend):
+    batch = make_batch()
+    config = GRPOLossConfig(loss_type="dapo", num_items=torch.tensor(17))
+    strided = {n: torch.stack([x, x], -1)[..., 0] if x.ndim == 2 else x for n, x in batch.items()}
+    transposed = {n: x.mT.contiguous().mT if x.ndim == 2 else x for n, x in batch.items()}
+    with ops.use(backend):
+        expected = call(batch, dataclasses.replace(config, num_items=17.0))
+        for other in (strided, transposed):
+            got = call(other, config)
+            torch.testing.assert_close(got[0], expected[0])
+            torch.testing.assert_close(got[1], expected[1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_step_split_into_calls_adds_up(backend):
+    batch = make_batch()
+    for config in (
+        GRPOLossConfig(num_sequences=len(LENGTHS)),
+        GRPOLossConfig(loss_type="dapo", num_items=float(batch["mask"].sum())),
+        GRPOLossConfig(loss_type="luspo", num_sequences=len(LENGTHS), level="sequence"),
+    ):
+        with ops.use(backend):
+            whole = call(batch, config)
+            parts = [
+                call({n: x[b] for n, x in batch.items()}, config)
+                for b in (slice(0, 2), slice(2, 5))
+            ]
+        torch.testing.assert_close(parts[0][0] + parts[1][0], whole[0])
+        torch.testing.assert_close(torch.cat([parts[0][1], parts[1][1]]), whole[1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_repeats_bit_for_bit(backend):
+    batch = make_batch(lengths=(300, 17, 900, 1) * 8)
+    config = GRPOLossConfig(level="sequence", beta=0.1, entropy_coef=0.1)
+    threads = torch.get_num_threads()
+    with ops.use(backend):
+        first = call(batch, config, dtype=torch.float32)
+        second = call(batch, config, dtype=torch.float32)
+        try:
+            torch.set_num_threads(3)
+            other = call(batch, config, dtype=torch.float32) if backend == "cpu" else second
+        finally:
+            torch.set_num_threads(threads)
+    for run in (second, other):
+        for a, b in zip(first[:3], run[:3], strict=True):
+            assert torch.equal(a, b)
+        assert all(
+            torch.equal(a, b) for a, b in zip(first[3].values(), run[3].values(), strict=True)
+        )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_gradient_where_none_is_asked(backend):
+    batch = make_batch()
+    with ops.use(backend):
+        loss, metrics = grpo_loss(batch["logps"], batch["old"], batch["advantages"], batch["mask"])
+    assert not loss.requires_grad and not any(m.requires_grad for m in metrics.values())
+    logps = batch["logps"].clone().requires_grad_()
+    with ops.use(backend):
+        loss, metrics = grpo_loss(logps, batch["old"], batch["advantages"], batch["mask"])
+    assert loss.requires_grad and not any(m.requires_grad for m in metrics.values())
+
+
+def op_arguments(config):
+    batch = make_batch(lengths=(3, 0, 5))
+    tensors = {n: x if n == "mask" else x.nan_to_num(0, 0, 0).float() for n, x in batch.items()}
+    p = parameters(config)
+    return (
+        tensors["logps"], tensors["old"], tensors["advantages"], tensors["mask"], tensors["ref"],
+        tensors["entropy"], tensors["rollout"], None, None, None, None, p.kinds, p.values,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck(backend):
+    for config in (GRPOLossConfig(beta=0.1, entropy_coef=0.1), GRPOLossConfig(level="sequence")):
+        with ops.use(backend):
+            torch.library.opcheck(torch.ops.vcr1_fast.grpo_loss.default, op_arguments(config))
+
+
+# Dynamo itself makes an instance of autograd.Function, which torch warns about.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiles_whole(backend):
+    batch = make_batch(lengths=(3, 0, 5))
+    config = GRPOLossConfig(beta=0.1, entropy_coef=0.1)
+
+    def step(logps, entropy):
+        loss, metrics = grpo_loss(
+            logps, batch["old"], batch["advantages"], batch["mask"], ref_logps=batch["ref"],
+            entropy=entropy, config=config,
+        )  # fmt: skip
+        return loss * 2, metrics["kl"]
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    results = []
+    with ops.use(backend):
+        for run in (step, compiled):
+            inputs = [batch[n].clone().requires_grad_() for n in ("logps", "entropy")]
+            loss, kl = run(*inputs)
+            loss.backward()
+            results.append([loss, kl, *(x.grad for x in inputs)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_recorded_values():
+    """Worked by hand from TRL's formulas: two completions of 2 and 1 tokens, ratios 1.5, 0.5, 1.5.
+
+    A = (1, -1), eps 0.2: terms -min(1.5, 1.2) = -1.2, -min(0.5, 0.8) = -0.5, and
+    -min(-1.5, -1.2) = 1.5. KL k3 of d = log 2 is 2 - log 2 - 1 = 0.30685281944.
+    """
+    old = torch.zeros(2, 2, dtype=torch.float64)
+    logps = torch.tensor([[1.5, 0.5], [1.5, 1.0]], dtype=torch.float64).log()
+    mask = torch.tensor([[1, 1], [1, 0]])
+    advantages = torch.tensor([1.0, -1.0], dtype=torch.float64)
+
+    def loss(**options):
+        config = GRPOLossConfig(**options)
+        return grpo_loss(
+            logps, old, advantages, mask, ref_logps=logps + math.log(2), config=config
+        )[0].item()
+
+    assert loss() == pytest.approx((-1.7 / 2 + 1.5) / 2)
+    assert loss(loss_type="bnpo") == pytest.approx(-0.2 / 3)
+    assert loss(loss_type="dr_grpo", max_length=5) == pytest.approx(-0.2 / 10)
+    assert loss(loss_type="dapo", num_items=6) == pytest.approx(-0.2 / 6)
+    assert loss(loss_type="luspo") == pytest.approx(-0.2 / 2)
+    assert loss(delta=1.3) == pytest.approx((-1.7 / 2 + 1.3) / 2)
+    assert loss(beta=0.1) == pytest.approx(0.325 + 0.1 * 0.30685281944)
+    # GSPO: the first completion's ratio is sqrt(0.75) = 0.8660254, inside the range.
+    assert loss(level="sequence") == pytest.approx((-0.8660254038 + 1.5) / 2)
+    # cispo: weights min(r, 1.4): -1.4 (0.4054651) - 0.5 (-0.6931472) + 1.4 (0.4054651)
+    assert loss(loss_type="cispo", eps_high=1.4) == pytest.approx(0.5 * 0.69314718056 / 3)
+    # sapo: 4 sigmoid(.5) = 2.4898373, 4 sigmoid(-.5) = 1.5101627, 4 sigmoid(.525)/1.05 = 2.3935855
+    assert loss(loss_type="sapo") == pytest.approx(
+        (-(2.4898373 + 1.5101627) / 2 + 2.3935855) / 2, rel=1e-6
+    )
+    # vespo: w = .75: exp(3 + 2 log .75 - 3 (.75)) = 1.1908125; w = 1.5: exp(2 + 3 log 1.5 - 3)
+    phi = (1.1908125, 1.2415931)
+    assert loss(loss_type="vespo") == pytest.approx(
+        (-phi[0] * (0.4054651 - 0.6931472) + phi[1] * 0.4054651) / 3, rel=1e-6
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 6), min_size=1, max_size=5),
+    seed=st.integers(0, 2**16),
+    loss_type=st.sampled_from(LOSS_TYPES),
+    level=st.sampled_from(("token", "sequence", "sequence_token")),
+    spread=st.floats(0.0, 3.0),
+    beta=st.sampled_from((0.0, 0.3)),
+)
+def test_any_batch(lengths, seed, loss_type, level, spread, beta):
+    config = GRPOLossConfig(
+        loss_type=loss_type, level="token" if loss_type == "vespo" else level,
+        max_length=6, beta=beta, entropy_coef=0.1,
+    )  # fmt: skip
+    batch = make_batch(tuple(lengths), seed, spread)
+    expected = oracle(batch, config)
+    for backend in BACKENDS:
+        with ops.use(backend):
+            got = call(batch, config)
+        for a, b in zip(got[:3], expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    (
+        ({"loss_type": "ppo"}, "unknown loss_type 'ppo'"),
+        ({"loss_type": "vespo", "level": "sequence"}, "vespo needs level"),
+        ({"loss_type": "cispo", "delta": 2.0}, "delta is for"),
+        ({"loss_type": "dr_grpo"}, "max_length"),
+        ({"rollout_correction": "token_icepop", "rollout_max": 2.0}, "rollout_min"),
+        ({"eps_low": -0.1}, "eps_low"),
+        ({"sapo_tau_neg": 0.0}, "sapo_tau_neg"),
+    ),
+)
+def test_config_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        GRPOLossConfig(**options)
+
+
+def test_call_errors():
+    x, a = torch.zeros(2, 3), torch.zeros(2)
+    for arguments, options, message in (
+        ((x, x[:, :2], a, None), {}, "old_logps has shape"),
+        ((x, x, torch.zeros(3), None), {}, "advantages has shape"),
+        ((x[0], x[0], a, None), {}, "logps must be"),
+        ((x, x, a, None), {"config": GRPOLossConfig(beta=0.1)}, "needs ref_logps"),
+        ((x, x, a, None), {"config": GRPOLossConfig(entropy_coef=0.1)}, "needs entropy"),
+        ((x, x, a, None), {"config": GRPOLossConfig(rollout_correction="token_mask")}, "rollout"),
+        ((x, x, a, None), {"cu_seqlens": torch.tensor([0, 6])}, "must be"),
+        ((x.long(), x, a, None), {}, "floating"),
+        ((x[0], x[0], a, None), {"cu_seqlens": torch.tensor([0.0, 3.0])}, "cu_seqlens"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            grpo_loss(*arguments, **options)
+
+
+def test_metric_names_are_unique():
+    assert len(set(METRICS)) == len(METRICS)

@@ -1,0 +1,213 @@
+"""Advantages of completions relative to the others of their group (same prompt).
+
+With mu_g the mean reward of group g, n_g its size, l a completion's length:
+
+    grpo   A_i = r_i - mu_g                                     [DeepSeekMath]
+    rloo   A_i = r_i - mean of the group's other rewards = (r_i - mu_g) n_g / (n_g - 1)
+    opo    A_i = r_i - sum_g(l r) / sum_g(l)                    [on-policy optimal baseline]
+    gdpo   z-score of each reward function in the group, weighted sum, z-score in the batch
+    reinforce_plus_plus_baseline   r_i - mu_g
+
+then divided by (std + eps), std unbiased, of the group's rewards ("group"), of all rewards
+("batch"), or not at all ("none"); reinforce_plus_plus_baseline divides by the std of all r - mu_g.
+"""
+
+import torch
+from torch import Tensor
+
+from vcr1_fast.ops.backend import Op
+
+ESTIMATORS = ("grpo", "rloo", "opo", "gdpo", "reinforce_plus_plus_baseline")
+SCALES = ("group", "batch", "none")
+DEFAULT_SCALE = {
+    "grpo": "group",
+    "rloo": "none",
+    "opo": "none",
+    "gdpo": "group",
+    "reinforce_plus_plus_baseline": "batch",
+}
+
+
+class _Groups:
+    """Sums and extremes over groups of rows, in float64 and in a fixed order."""
+
+    def __init__(self, rewards: Tensor, group_index: Tensor | None, group_size: int) -> None:
+        rows = torch.arange(len(rewards), device=rewards.device)
+        if group_index is None:
+            self._order, self._index = rows, rows // group_size
+            offsets = torch.arange(0, len(rewards) + 1, group_size, device=rewards.device)
+        else:
+            _, self._index, counts = group_index.unique(return_inverse=True, return_counts=True)
+            self._order = self._index.argsort(stable=True)
+            offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        self._offsets = offsets
+
+    def reduce(self, x: Tensor, reduction: str) -> Tensor:
+        """(N,) -> (N,): the reduction over its group, beside every row."""
+        initial = {"sum": 0.0, "min": torch.inf, "max": -torch.inf}[reduction]
+        reduced = torch.segment_reduce(
+            x[self._order], reduction, offsets=self._offsets, initial=initial, unsafe=True
+        )
+        return reduced[self._index]
+
+
+def reference(
+    rewards: Tensor,
+    group_index: Tensor | None,
+    weights: Tensor | None,
+    lengths: Tensor | None,
+    group_size: int,
+    options: list[str],
+    eps: float,
+) -> Tensor:
+    """(N,) float32 advantages; arguments as `group_advantages`, options = (estimator, scale, nan,
+    singleton)."""
+    estimator, scale, nan, singleton = options
+    valid = ~rewards.isnan()
+    if nan == "error" and not bool(valid.all()):
+        bad = (~valid).reshape(len(rewards), -1).any(1).nonzero().flatten().tolist()
+        raise ValueError(f'rewards of rows {bad} are nan; nan="ignore" leaves them out')
+    if len(rewards) == 0:
+        return rewards.new_zeros(0, dtype=torch.float32)
+    groups = _Groups(rewards, group_index, group_size)
+    matrix = rewards.double().reshape(len(rewards), -1)
+    valid = valid.reshape(len(rewards), -1)
+    weights = matrix.new_ones(matrix.shape[1]) if weights is None else weights.double()
+    if estimator == "gdpo":
+        z = [_scores(matrix[:, k], valid[:, k], groups, eps) for k in range(matrix.shape[1])]
+        total = (torch.stack(z, 1) * weights).sum(1)
+        rows = valid.any(1)
+        if scale == "none":
+            return total.float()
+        centred = torch.where(rows, total - _mean(total, rows), 0.0)
+        return (centred / (_std(total, rows) + eps)).float()
+
+    rewards = (torch.where(valid, matrix, 0.0) * weights).sum(1)
+    rows = valid.any(1)
+    kept = rows.double()
+    count = groups.reduce(kept, "sum")
+    mean = groups.reduce(rewards * kept, "sum") / count.clamp(min=1)
+    baseline = mean
+    if estimator == "opo":
+        share = kept * lengths.double()
+        baseline = groups.reduce(share * rewards, "sum") / groups.reduce(share, "sum").clamp(min=1)
+    advantages = _centre(rewards, rows, baseline, groups)
+    if estimator == "rloo":
+        advantages = advantages * count / (count - 1).clamp(min=1)
+    if scale == "group":
+        deviation = groups.reduce(kept * (rewards - mean) ** 2, "sum") / (count - 1).clamp(min=1)
+        advantages = advantages / (deviation.sqrt() + eps)
+    elif scale == "batch":
+        spread = advantages if estimator == "reinforce_plus_plus_baseline" else rewards
+        advantages = advantages / (_std(spread, rows) + eps)
+    alone = rewards if singleton == "keep" else torch.zeros_like(rewards)
+    advantages = torch.where(count == 1, alone, advantages)
+    return torch.where(rows, advantages, 0.0).float()
+
+
+def _centre(rewards: Tensor, rows: Tensor, baseline: Tensor, groups: _Groups) -> Tensor:
+    # Equal rewards must give exactly 0 (such groups are skipped), and their mean is rounded.
+    low = groups.reduce(torch.where(rows, rewards, torch.inf), "min")
+    high = groups.reduce(torch.where(rows, rewards, -torch.inf), "max")
+    return torch.where(low == high, 0.0, rewards - baseline)
+
+
+def _scores(rewards: Tensor, rows: Tensor, groups: _Groups, eps: float) -> Tensor:
+    kept = rows.double()
+    rewards = torch.where(rows, rewards, 0.0)
+    count = groups.reduce(kept, "sum")
+    mean = groups.reduce(rewards, "sum") / count.clamp(min=1)
+    centred = torch.where(rows, _centre(rewards, rows, mean, groups), 0.0)
+    deviation = groups.reduce(centred**2, "sum") / (count - 1).clamp(min=1)
+    return centred / (deviation.sqrt() + eps)
+
+
+def _mean(x: Tensor, rows: Tensor) -> Tensor:
+    return torch.where(rows, x, 0.0).sum() / rows.sum().clamp(min=1)
+
+
+def _std(x: Tensor, rows: Tensor) -> Tensor:
+    centred = torch.where(rows, x - _mean(x, rows), 0.0)
+    return ((centred**2).sum() / (rows.sum() - 1).clamp(min=1)).sqrt()
+
+
+def _fake(rewards, group_index, weights, lengths, group_size, options, eps):
+    return rewards.new_empty(rewards.shape[:1], dtype=torch.float32)
+
+
+group_advantages_op = Op(
+    "group_advantages",
+    "(Tensor rewards, Tensor? group_index, Tensor? weights, Tensor? lengths, int group_size, "
+    "str[] options, float eps) -> Tensor",
+    _fake,
+)
+group_advantages_op.register("reference", reference)
+
+
+def group_advantages(
+    rewards: Tensor,
+    group_size: int | None = None,
+    *,
+    group_index: Tensor | None = None,
+    scale: str | None = None,
+    estimator: str = "grpo",
+    eps: float = 1e-4,
+    weights: Tensor | None = None,
+    lengths: Tensor | None = None,
+    nan: str = "error",
+    singleton: str = "zero",
+) -> Tensor:
+    """Advantages (N,) float32 of N completions from their rewards; no gradient.
+
+    Args:
+        rewards: (N,), or (N, R) for R reward functions, summed with `weights` first (gdpo: after
+            normalising each).
+        group_size: groups are consecutive runs of this many rows; N must be a multiple.
+        group_index: (N,) integer naming each row's group, in any order; instead of group_size.
+        scale: "group", "batch" or "none": what the result is divided by. None takes the
+            estimator's usual one: "group" for grpo and gdpo, "batch" for
+            reinforce_plus_plus_baseline, else "none". gdpo knows "group" (all of it) and "none"
+            (without the last normalisation over the batch).
+        estimator: one of `ESTIMATORS`. Dr. GRPO is grpo with scale "none".
+        eps: added to the standard deviation (TRL: 1e-4, verl: 1e-6).
+        weights: (R,) weights of the reward functions; None is 1 each.
+        lengths: (N,) tokens of each completion, for opo.
+        nan: "error": a nan reward raises. "ignore": it counts as not given: it is left out of
+            sums and statistics, and a row without any reward gets advantage 0.
+        singleton: a group of one gets advantage "zero", or with "keep" its reward (verl).
+
+    A group whose rewards are all equal gets exactly 0. ValueError for shapes, names or (with
+    nan="error") values that do not fit; the check of values waits for the device.
+    """
+    n = rewards.shape[0] if rewards.ndim else -1
+    if rewards.ndim not in (1, 2):
+        raise ValueError(f"rewards must be (N,) or (N, R), got shape {tuple(rewards.shape)}")
+    if (group_size is None) == (group_index is None):
+        raise ValueError(
+            f"give either group_size or group_index, got {group_size} and {group_index}"
+        )
+    if group_size is not None and (group_size < 1 or n % group_size):
+        raise ValueError(f"{n} rewards do not make groups of {group_size}")
+    for name, tensor, shape in (
+        ("group_index", group_index, (n,)),
+        ("lengths", lengths, (n,)),
+        ("weights", weights, rewards.shape[1:]),
+    ):
+        if tensor is not None and tuple(tensor.shape) != tuple(shape):
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
+    if scale is None and estimator in DEFAULT_SCALE:
+        scale = DEFAULT_SCALE[estimator]
+    for name, value, known in (
+        ("estimator", estimator, ESTIMATORS),
+        ("scale", scale, ("group", "none") if estimator == "gdpo" else SCALES),
+        ("nan", nan, ("error", "ignore")),
+        ("singleton", singleton, ("zero", "keep")),
+    ):
+        if value not in known:
+            raise ValueError(f"unknown {name} {value!r}; known: {', '.join(known)}")
+    if estimator == "opo" and lengths is None:
+        raise ValueError("estimator opo needs lengths")
+    options = [estimator, scale, nan, singleton]
+    return group_advantages_op(
+        rewards.detach(), group_index, weights, lengths, group_size or 0, options, eps
+    )
