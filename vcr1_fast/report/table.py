@@ -95,9 +95,35 @@ def evaluation_table(summary: Mapping[str, Any]) -> Table:
     return Table(columns, rows, title=title, left=frozenset({0, 1}))
 
 
+def stages_table(runs: Sequence[Mapping[str, Any]]) -> Table:
+    """One row a task: the no-look floor, the primary metric after each stage, and the gain of the
+    last stage over the first.
+
+    Each run (one seed) maps a stage's name to what `vcr1 eval` writes; with several runs a cell is
+    their mean and, in brackets, their range.
+    """
+    stages = list(runs[0])
+    rows = []
+    for name, task in runs[0][stages[0]]["tasks"].items():
+        metric = task["primary"]
+        tasks = {stage: [run[stage]["tasks"][name] for run in runs] for stage in stages}
+        scores = [[task["metrics"][metric] for task in tasks[stage]] for stage in stages]
+        floors = [task["floor"][metric] for task in tasks[stages[0]]]
+        gains = [last - first for first, last in zip(scores[0], scores[-1], strict=True)]
+        cells = [_mean_and_range(values) for values in (floors, *scores)]
+        rows.append([name, metric, str(task["n"]), *cells, _mean_and_range(gains, sign="+")])
+    columns = ["task", "metric", "n", "no look", *stages, "gain"]
+    return Table(columns, rows, left=frozenset({0, 1}))
+
+
 def number(value: float | None, digits: int = 3) -> str:
     """Fixed digits; an en dash where there is no value."""
     return "\N{EN DASH}" if value is None else f"{value:.{digits}f}"
+
+
+def _mean_and_range(values: Sequence[float], sign: str = "") -> str:
+    mean = f"{sum(values) / len(values):{sign}.3f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.3f} to {max(values):.3f})"
 
 
 def _escape(cell: str) -> str:

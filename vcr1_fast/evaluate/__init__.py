@@ -1,0 +1,1 @@
+"""Answer records greedily, score them, and say how sure the score is."""

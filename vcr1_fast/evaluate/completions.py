@@ -1,0 +1,93 @@
+"""Files of an evaluation: raw completions a shard, appended batch by batch.
+
+A killed run leaves at most one torn last line; it is dropped on resume and its batch is answered
+again. A later line replaces an earlier one with the same id.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What the model answered to one record, or why it could not be asked.
+
+    A record with an `error` is quarantined: it is in no denominator and no metric.
+    """
+
+    id: str
+    text: str = ""
+    tokens: int = 0
+    finished: bool = True
+    """False: cut at max_new_tokens before the end-of-sequence token."""
+    error: str | None = None
+
+
+def shard_path(out_dir: str | Path, index: int, count: int) -> Path:
+    """File that shard `index` of `count` appends its completions to."""
+    return Path(out_dir) / f"completions.{index}-of-{count}.jsonl"
+
+
+def append_completions(path: Path, completions: Iterable[Completion]) -> None:
+    """Append lines and force them to disk, so that a killed run loses one batch at most."""
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json_line(asdict(completion)) for completion in completions)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def load_completions(path: str | Path, *, repair: bool = False) -> dict[str, Completion]:
+    """Completions by record id; {} when the file does not exist.
+
+    A last line without its newline is what a killed write leaves: it is ignored, and cut off when
+    `repair` is set (before appending). Any other malformed line raises ValueError naming file:line.
+    """
+    path = Path(path)
+    if not path.exists():
+        return {}
+    raw = path.read_bytes()
+    whole = raw[: raw.rfind(b"\n") + 1]
+    if repair and len(whole) < len(raw):
+        os.truncate(path, len(whole))
+    completions = {}
+    for number, line in enumerate(whole.split(b"\n")[:-1], start=1):
+        try:
+            completion = Completion(**json.loads(line))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}:{number}: not a completion: {error}") from None
+        completions[completion.id] = completion
+    return completions
+
+
+def merge_shards(
+    out_dir: str | Path, count: int, record_ids: Sequence[str]
+) -> list[Completion] | None:
+    """The completions of all shards in record order, or None while some record has none yet.
+
+    All shard counts cut the records into the same batches and deal out whole batches, so the
+    merged list is the one a single shard writes.
+    """
+    answered: dict[str, Completion] = {}
+    for index in range(count):
+        answered.update(load_completions(shard_path(out_dir, index, count)))
+    if any(record_id not in answered for record_id in record_ids):
+        return None
+    return [answered[record_id] for record_id in record_ids]
+
+
+def write_text_atomic(path: str | Path, text: str) -> None:
+    """Write through a temporary file and a rename: readers see the old or the new text, whole."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def json_line(value: dict) -> str:
+    """One JSON line; NaN is refused rather than written as invalid JSON."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n"

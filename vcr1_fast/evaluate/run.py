@@ -1,0 +1,274 @@
+"""Evaluation: records -> greedy completions -> scores -> predictions.jsonl, summary.json, a table.
+
+Records are cut into batches once, and shard i of n answers batches i, i+n, i+2n, ...: batch
+composition, hence rounding, does not depend on the number of shards or on interruptions. Whichever
+shard finds all batches answered writes the merged files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from vcr1_fast.data.quarantine import Quarantine, QuarantineItem
+from vcr1_fast.data.records import Record, load_records
+from vcr1_fast.evaluate.completions import (
+    Completion,
+    append_completions,
+    json_line,
+    load_completions,
+    merge_shards,
+    shard_path,
+    write_text_atomic,
+)
+from vcr1_fast.evaluate.config import EvalConfig, EvalRun
+from vcr1_fast.evaluate.score import Scored, TaskSummary, score, summarise
+from vcr1_fast.report.table import evaluation_table, print_table
+
+Answer = Callable[[Sequence[Sequence[Record]]], Iterator[list[Completion]]]
+"""Batches of records in, one list of completions a batch out, in order."""
+
+# Fields that say how completions come about. An output folder holds one value of each.
+_IDENTITY = (
+    "frames",
+    "tasks",
+    "think",
+    "system",
+    "max_new_tokens",
+    "batch_size",
+    "decoder",
+    "dtype",
+)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of a finished evaluation. Quarantined samples are in no score."""
+
+    predictions: list[Scored]
+    tasks: list[TaskSummary]
+    quarantined: list[QuarantineItem]
+
+    def summary(self) -> dict[str, Any]:
+        """JSON form, without anything that depends on the machine."""
+        return {
+            "tasks": {summary.task: asdict(summary) for summary in self.tasks},
+            "quarantined": [asdict(item) for item in self.quarantined],
+        }
+
+
+def evaluate(
+    model: Any,
+    processor: Any,
+    records: Sequence[Record],
+    config: EvalConfig | None = None,
+    *,
+    train_records: Sequence[Record] | None = None,
+    answer: Answer | None = None,
+) -> Evaluation:
+    """Answer and score all `records` in memory, e.g. for validation inside training.
+
+    `answer` replaces the model (then unused) by another source of completions.
+    """
+    config = config or EvalConfig()
+    _check_ids(records)
+    if answer is None:
+        answer = _model_answers(model, processor, config)
+    batches = answer(cut_batches(records, config.batch_size))
+    completions = [completion for batch in batches for completion in batch]
+    return score_all(records, completions, config, train_records=train_records)
+
+
+def evaluate_checkpoint(
+    model_path: str | Path,
+    records_path: str | Path,
+    out_dir: str | Path,
+    config: EvalConfig | None = None,
+) -> Evaluation | None:
+    """Evaluate a checkpoint folder on a records file, resuming what `out_dir` already holds.
+
+    Writes completions.<i>-of-<n>.jsonl while running; when all shards are done predictions.jsonl,
+    summary.json and quarantine.jsonl. The model is loaded only when something is left to answer.
+    Returns None when other shards still have work. Raises ValueError when `out_dir` holds another
+    evaluation (another checkpoint, records file or setting), naming the difference.
+    """
+    config = config or EvalConfig()
+    bad_rows = Quarantine(None)
+    records = load_records(
+        records_path,
+        media_root=config.media_root,
+        tasks=config.tasks,
+        on_error="quarantine",
+        quarantine=bad_rows,
+    )
+    train_records = None
+    if config.train_records is not None:
+        train_records = load_records(config.train_records, tasks=config.tasks)
+    identity = run_identity(model_path, records_path, config)
+    claim_folder(out_dir, identity)
+
+    answer = load_answers(model_path, config)
+    completions = answer_shard(answer, records, out_dir, config)
+    if completions is None:
+        return None
+    evaluation = score_all(
+        records, completions, config, train_records=train_records, bad_rows=bad_rows.items
+    )
+    write_results(out_dir, evaluation, identity)
+    return evaluation
+
+
+def main_eval(run: EvalRun) -> int:
+    """Body of `vcr1 eval`: evaluate, print the table and what was quarantined. Exit status."""
+    evaluation = evaluate_checkpoint(run.model, run.records, run.output, run.eval)
+    if evaluation is None:
+        index, count = run.eval.shard_index, run.eval.shard_count
+        print(f"shard {index} of {count} is done; the last one to finish writes {run.output}")
+        return 0
+    print_table(evaluation_table(evaluation.summary()))
+    for item in evaluation.quarantined:
+        print(f"quarantined {item.record_id or item.source}: {item.reason}")
+    print(f"wrote {Path(run.output) / 'predictions.jsonl'} and summary.json")
+    return 0
+
+
+def load_answers(model_path: str | Path, config: EvalConfig) -> Answer:
+    """Answers of a checkpoint, which is loaded when the first batch is asked for."""
+
+    def answer(batches: Sequence[Sequence[Record]]) -> Iterator[list[Completion]]:
+        from vcr1_fast.model import checkpoint  # as in _model_answers
+
+        dtype, device = config.placement()
+        model, processor = checkpoint.load(model_path, dtype=dtype, device=device)
+        model.eval()
+        yield from _model_answers(model, processor, config)(batches)
+
+    return answer
+
+
+def cut_batches(records: Sequence[Record], batch_size: int) -> list[Sequence[Record]]:
+    """Consecutive batches; the last may be shorter."""
+    return [records[first : first + batch_size] for first in range(0, len(records), batch_size)]
+
+
+def answer_shard(
+    answer: Answer, records: Sequence[Record], out_dir: str | Path, config: EvalConfig
+) -> list[Completion] | None:
+    """Answer what this shard still lacks, appending a batch at a time.
+
+    Returns all completions in record order when every shard is done, else None.
+    """
+    _check_ids(records)
+    path = shard_path(out_dir, config.shard_index, config.shard_count)
+    done = load_completions(path, repair=True)
+    mine = cut_batches(records, config.batch_size)[config.shard_index :: config.shard_count]
+    # A batch of which one record is missing is answered whole again: see the module docstring.
+    pending = [batch for batch in mine if any(record.id not in done for record in batch)]
+    if pending:
+        for completions in answer(pending):
+            append_completions(path, completions)
+    return merge_shards(out_dir, config.shard_count, [record.id for record in records])
+
+
+def score_all(
+    records: Sequence[Record],
+    completions: Sequence[Completion],
+    config: EvalConfig,
+    *,
+    train_records: Sequence[Record] | None = None,
+    bad_rows: Sequence[QuarantineItem] = (),
+) -> Evaluation:
+    """Score completions (parallel to `records`); one with an error is quarantined instead."""
+    scored = []
+    quarantined = list(bad_rows)
+    for record, completion in zip(records, completions, strict=True):
+        if completion.id != record.id:
+            raise ValueError(f"completion of {completion.id!r} at the place of {record.id!r}")
+        if completion.error is None:
+            scored.append(score(record, completion))
+        else:
+            quarantined.append(QuarantineItem(record.id, record.video, completion.error))
+    tasks = summarise(
+        scored,
+        train_records=train_records,
+        level=config.level,
+        resamples=config.resamples,
+        seed=config.seed,
+    )
+    return Evaluation(scored, tasks, quarantined)
+
+
+def write_results(out_dir: str | Path, evaluation: Evaluation, identity: dict[str, Any]) -> None:
+    """Write predictions.jsonl, quarantine.jsonl and summary.json, each atomically."""
+    out = Path(out_dir)
+    lines = (json_line(item.as_line()) for item in evaluation.predictions)
+    write_text_atomic(out / "predictions.jsonl", "".join(lines))
+    write_text_atomic(
+        out / "quarantine.jsonl",
+        "".join(json_line(asdict(item)) for item in evaluation.quarantined),
+    )
+    packages = {name: version(name) for name in ("torch", "transformers", "numpy")}
+    summary = {
+        **evaluation.summary(),
+        "run": identity,
+        "versions": {"python": platform.python_version(), **packages},
+    }
+    text = json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False)
+    write_text_atomic(out / "summary.json", text + "\n")
+
+
+def run_identity(
+    model_path: str | Path, records_path: str | Path, config: EvalConfig
+) -> dict[str, Any]:
+    """What completions depend on: checkpoint files (size, time), records (hash), settings."""
+    model = Path(model_path)
+    files = sorted(file for file in model.glob("*") if file.is_file()) if model.is_dir() else []
+    settings = asdict(config) | {"dtype": str(config.placement()[0])}
+    return {
+        "model": str(model_path),
+        "model_files": {
+            file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files
+        },
+        "records": str(records_path),
+        "records_sha256": hashlib.sha256(Path(records_path).read_bytes()).hexdigest(),
+        **{name: settings[name] for name in _IDENTITY},
+    }
+
+
+def claim_folder(out_dir: str | Path, identity: dict[str, Any]) -> None:
+    """Create `out_dir` for this evaluation, or check that it already belongs to it."""
+    out = Path(out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "run.json"
+    mine = json.loads(json.dumps(identity))
+    if path.exists():
+        theirs = json.loads(path.read_text(encoding="utf-8"))
+        different = [name for name in mine if mine[name] != theirs.get(name)]
+        if different:
+            name = different[0]
+            raise ValueError(
+                f"{out} holds another evaluation: {name} was {theirs.get(name)!r}, now "
+                f"{mine[name]!r}; write to another folder or delete this one"
+            )
+    write_text_atomic(path, json.dumps(mine, indent=2) + "\n")
+
+
+def _model_answers(model: Any, processor: Any, config: EvalConfig) -> Answer:
+    # Imported here: scoring an already answered run needs no decoder and no model code.
+    from vcr1_fast.evaluate.greedy import greedy_answers
+
+    return greedy_answers(model, processor, config)
+
+
+def _check_ids(records: Sequence[Record]) -> None:
+    seen: set[str] = set()
+    for record in records:
+        if record.id in seen:
+            raise ValueError(f"record id {record.id!r} occurs twice")
+        seen.add(record.id)
