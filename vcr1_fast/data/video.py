@@ -1,0 +1,219 @@
+"""Reading clips: which frames, decoded to uint8, one at a time or by worker processes."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from types import TracebackType
+
+import numpy as np
+
+from vcr1_fast.data.decode import BACKENDS, Source, VideoError, count_frames, open_source
+from vcr1_fast.data.sampling import FrameConfig, frame_indices
+from vcr1_fast.data.workers import WorkerDied, WorkerPool, WorkerTimeout
+
+__all__ = [
+    "BACKENDS",
+    "Clip",
+    "ClipReader",
+    "ClipRequest",
+    "VideoError",
+    "VideoInfo",
+    "count_frames",
+    "probe",
+    "read_clip",
+]
+
+# Time stamps of some containers are rounded to milliseconds, and decord's are float32.
+TIME_TOLERANCE = 1e-3
+
+Times = Sequence[float] | Callable[[float], Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Decoded frames of (a part of) a video.
+
+    `frames` (T, H, W, 3) uint8 RGB; `times` (T,) float64, seconds from the beginning of the part,
+    from the file's time stamps; `fps` the rate of the sampled frames; `duration` the length of the
+    part in seconds; `start` where the part begins in the file.
+    """
+
+    frames: np.ndarray
+    times: np.ndarray
+    fps: float
+    duration: float
+    path: str
+    start: float = 0.0
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What the container says: number of frames, average rate, and length in seconds."""
+
+    frames: int
+    fps: float
+    duration: float
+
+
+@dataclass(frozen=True)
+class ClipRequest:
+    """The arguments of one `read_clip`."""
+
+    path: str
+    config: FrameConfig = field(default_factory=FrameConfig)
+    start: float | None = None
+    end: float | None = None
+    times: Times | None = None
+
+
+def probe(path: str, *, backend: str = "decord") -> VideoInfo:
+    """Frames, rate and length of a video without decoding it. VideoError names the file."""
+    with open_source(path, backend) as source:
+        return VideoInfo(len(source.timestamps), source.fps, _length(source))
+
+
+def read_clip(
+    path: str,
+    config: FrameConfig | None = None,
+    *,
+    start: float | None = None,
+    end: float | None = None,
+    times: Times | None = None,
+    backend: str = "decord",
+) -> Clip:
+    """Sample and decode a clip.
+
+    `start` and `end` (seconds in the file) choose the part to watch; an `end` behind the last frame
+    means the last frame. Of that part `config` takes frames at even distances, or `times` names
+    them: seconds from the beginning of the part, or a function from the part's length to such
+    seconds; the frame shown is the nearest one, so frames may repeat. Raises VideoError, naming the
+    file, for one that is missing, empty, cut off, damaged or shorter than asked for.
+    """
+    config = config or FrameConfig()
+    with open_source(path, backend) as source:
+        stamps = source.timestamps
+        first, stop, begin, duration = _part(path, source, start, end)
+        if times is None:
+            try:
+                count = config.count(stop - first, source.fps)
+            except ValueError as error:
+                raise VideoError(path, str(error)) from error
+            indices = first + frame_indices(stop - first, count, config.rule)
+            fps = count / (stop - first) * source.fps
+        else:
+            wanted = np.asarray(times(duration) if callable(times) else times, np.float64)
+            indices = first + _nearest(path, stamps[first:stop] - begin, wanted, duration)
+            fps = _rate(wanted, duration)
+        distinct, expand = np.unique(indices, return_inverse=True)
+        frames = source.read(distinct)
+        if len(distinct) != len(indices):
+            frames = frames[expand]
+        return Clip(frames, stamps[indices] - begin, fps, duration, path, begin)
+
+
+class ClipReader:
+    """Reads many clips in worker processes; one that hangs or crashes costs that clip only.
+
+    `timeout` seconds a clip (None: no limit), after which its worker is killed and replaced;
+    `workers=0` reads in this process, where nothing can be killed. `prefetch` clips, read or being
+    read, are held ahead of the consumer (default 2 a worker). `reader` replaces `read_clip`; it
+    must be importable by name. Use it in a `with` statement, or call `close`.
+    """
+
+    def __init__(
+        self,
+        *,
+        backend: str = "decord",
+        timeout: float | None = 60.0,
+        workers: int = 2,
+        prefetch: int | None = None,
+        reader: Callable[..., Clip] = read_clip,
+    ) -> None:
+        if backend not in BACKENDS:
+            raise ValueError(f"unknown video backend {backend!r}, expected one of {BACKENDS}")
+        read = partial(_read_request, reader, backend)
+        self._pool = WorkerPool(read, workers=workers, timeout=timeout, prefetch=prefetch)
+
+    def read(self, requests: Iterable[ClipRequest]) -> Iterator[Clip | VideoError]:
+        """A Clip, or the VideoError that explains its absence, for each request, in order.
+
+        Reading runs ahead of the consumer, over the borders of batches. Any other exception of the
+        reader is a fault of the program, not of a video, and is raised.
+        """
+        for request, result in self._pool.map(requests):
+            if isinstance(result, WorkerTimeout | WorkerDied):
+                yield VideoError(request.path, str(result))
+            elif isinstance(result, BaseException) and not isinstance(result, VideoError):
+                raise result
+            else:
+                yield result
+
+    def close(self) -> None:
+        """End the workers, whatever they are doing."""
+        self._pool.close()
+
+    def __enter__(self) -> "ClipReader":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _read_request(reader: Callable[..., Clip], backend: str, request: ClipRequest) -> Clip:
+    return reader(
+        request.path,
+        request.config,
+        start=request.start,
+        end=request.end,
+        times=request.times,
+        backend=backend,
+    )
+
+
+def _length(source: Source) -> float:
+    # The container's average rate may be wrong; the last frame is shown in any case.
+    return max(len(source.timestamps) / source.fps, float(source.timestamps[-1]))
+
+
+def _part(
+    path: str, source: Source, start: float | None, end: float | None
+) -> tuple[int, int, float, float]:
+    """(first frame, stop frame, start in seconds, length in seconds) of the part to watch."""
+    stamps, length = source.timestamps, _length(source)
+    begin = 0.0 if start is None else float(start)
+    finish = length if end is None else min(float(end), length)
+    if not (math.isfinite(begin) and begin >= 0):
+        raise VideoError(path, f"start {start} is not a time in seconds")
+    if begin >= length:
+        raise VideoError(path, f"start {begin:g} s is beyond its end at {length:.3f} s")
+    if not begin < finish:
+        raise VideoError(path, f"start {begin:g} s is not before end {end} s")
+    first = int(np.searchsorted(stamps, begin - TIME_TOLERANCE, side="left"))
+    stop = int(np.searchsorted(stamps, finish + TIME_TOLERANCE, side="right"))
+    if stop <= first:
+        raise VideoError(path, f"no frame lies between {begin:g} s and {finish:g} s")
+    return first, stop, begin, finish - begin
+
+
+def _nearest(path: str, stamps: np.ndarray, wanted: np.ndarray, duration: float) -> np.ndarray:
+    """The frame nearest to each wanted time; the earlier one where two are equally near."""
+    if wanted.ndim != 1 or len(wanted) == 0 or not np.isfinite(wanted).all():
+        raise VideoError(path, f"expected sample times in seconds, got {wanted.tolist()}")
+    if wanted.min() < -TIME_TOLERANCE or wanted.max() > duration + TIME_TOLERANCE:
+        reason = f"sample times from {wanted.min():g} to {wanted.max():g} s"
+        raise VideoError(path, f"{reason} leave the part of {duration:.3f} s")
+    right = np.searchsorted(stamps, wanted).clip(1, max(len(stamps) - 1, 1))
+    left = right - 1
+    right = np.minimum(right, len(stamps) - 1)
+    return np.where(wanted - stamps[left] <= stamps[right] - wanted, left, right)
+
+
+def _rate(wanted: np.ndarray, duration: float) -> float:
+    span = float(wanted.max() - wanted.min())
+    return (len(wanted) - 1) / span if span > 0 else len(wanted) / duration
