@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
+
 #include "cpu/isa.h"
 #include "kernels.h"
 #include "tensor.h"
@@ -11,6 +13,30 @@ namespace py = pybind11;
 using vcr1::Tensor;
 
 namespace {
+
+template <typename Args>
+void launch_cpu(const char* op, const Tensor& on, void (*fn)(const Args&, int), const Args& args,
+                int num_threads) {
+  VCR1_CHECK(on.on_cpu(), op, ": this build has no kernel for the tensors' device");
+  const py::gil_scoped_release released;
+  fn(args, num_threads);
+}
+
+// Runs the launcher `op` where tensor `on` lives. A CUDA launch is asynchronous and keeps the GIL.
+#ifdef VCR1_CUDA
+#define VCR1_LAUNCH(op, on, args, num_threads)                 \
+  do {                                                         \
+    if ((on).on_cuda()) {                                      \
+      const vcr1::DeviceGuard guard(#op, (on).device_index()); \
+      vcr1::cuda::op(args, (on).stream());                     \
+    } else {                                                   \
+      launch_cpu(#op, on, &vcr1::cpu::op, args, num_threads);  \
+    }                                                          \
+  } while (false)
+#else
+#define VCR1_LAUNCH(op, on, args, num_threads) \
+  launch_cpu(#op, on, &vcr1::cpu::op, args, num_threads)
+#endif
 
 void bind_runtime(py::module_& m) {
 #ifdef VCR1_CUDA
@@ -39,9 +65,126 @@ void bind_runtime(py::module_& m) {
       py::arg("tensor"), "(dtype, shape, strides, address) as the kernels see a tensor.");
 }
 
+// The leading dimensions of `tensor` (all but the last), merged where their strides allow.
+vcr1::RowLayout row_layout(const Tensor& tensor, const char* name) {
+  VCR1_CHECK(tensor.ndim() >= 1, name, ": expected at least 1 dimension");
+  VCR1_CHECK(tensor.size(-1) <= 1 || tensor.stride(-1) == 1, name,
+             ": expected stride 1 along the last dimension, got ", tensor.stride(-1));
+  vcr1::RowLayout out;
+  for (int i = 0; i < tensor.ndim() - 1; ++i) {
+    const int last = out.ndim - 1;
+    if (last >= 0 && out.stride[last] == tensor.size(i) * tensor.stride(i)) {
+      out.size[last] *= tensor.size(i);
+      out.stride[last] = tensor.stride(i);
+    } else {
+      out.size[out.ndim] = tensor.size(i);
+      out.stride[out.ndim] = tensor.stride(i);
+      ++out.ndim;
+    }
+  }
+  return out;
+}
+
+// A dense tensor of exactly `numel` elements on the device of `like`, or null for None.
+template <typename T>
+T* dense(const std::optional<Tensor>& tensor, int64_t numel, const Tensor& like, const char* name) {
+  if (!tensor) return nullptr;
+  VCR1_CHECK(tensor->numel() == numel, name, ": expected ", numel, " elements, got ",
+             tensor->numel());
+  VCR1_CHECK(tensor->same_device(like), name, ": is on another device than the logits");
+  return tensor->dense<T>(name);
+}
+
+vcr1::GatherLogprobsInput gather_logprobs_input(const Tensor& logits, const Tensor& labels,
+                                                const std::optional<Tensor>& mask,
+                                                const std::optional<Tensor>& row_temperature,
+                                                double temperature) {
+  const auto dtype = logits.dtype();
+  VCR1_CHECK(dtype == vcr1::DType::kFloat32 || dtype == vcr1::DType::kBFloat16 ||
+                 dtype == vcr1::DType::kFloat16,
+             "logits: expected float32, bfloat16 or float16, got ", vcr1::name_of(dtype));
+  VCR1_CHECK(labels.ndim() == logits.ndim(), "labels: expected ", logits.ndim(),
+             " dimensions, got ", labels.ndim());
+  vcr1::GatherLogprobsInput in{};
+  in.dtype = dtype;
+  in.logits = logits.raw();
+  in.layout = row_layout(logits, "logits");
+  in.vocab = logits.size(-1);
+  in.rows = 1;
+  for (int i = 0; i < logits.ndim() - 1; ++i) in.rows *= logits.size(i);
+  in.k = labels.size(-1);
+  in.labels = dense<int64_t>(labels, in.rows * in.k, logits, "labels");
+  in.mask = dense<bool>(mask, in.rows, logits, "mask");
+  in.row_temperature = dense<float>(row_temperature, in.rows, logits, "row_temperature");
+  in.temperature = static_cast<float>(temperature);
+  if (logits.on_cpu()) {  // On a GPU the values are not at hand: a bad label gives NaN there.
+    for (int64_t row = 0; row < in.rows; ++row) {
+      if (in.mask != nullptr && !in.mask[row]) continue;
+      for (int64_t i = row * in.k; i < (row + 1) * in.k; ++i)
+        VCR1_CHECK(in.labels[i] >= 0 && in.labels[i] < in.vocab, "labels: row ", row, " holds ",
+                   in.labels[i], ", outside a vocabulary of ", in.vocab);
+      if (in.row_temperature != nullptr)
+        VCR1_CHECK(in.row_temperature[row] > 0, "temperature: row ", row, " holds ",
+                   in.row_temperature[row], ", expected a positive number");
+    }
+  }
+  return in;
+}
+
+void bind_gather_logprobs(py::module_& m) {
+  m.def(
+      "gather_logprobs",
+      [](const Tensor& logits, const Tensor& labels, const std::optional<Tensor>& mask,
+         const std::optional<Tensor>& row_temperature, double temperature, const Tensor& logps,
+         const std::optional<Tensor>& entropy, const Tensor& lse, const Tensor& stats,
+         int num_threads) {
+        vcr1::GatherLogprobsForward args{};
+        args.in = gather_logprobs_input(logits, labels, mask, row_temperature, temperature);
+        const auto& in = args.in;
+        args.logps = dense<float>(logps, in.rows * in.k, logits, "logps");
+        args.entropy = dense<float>(entropy, in.rows, logits, "entropy");
+        args.lse = dense<float>(lse, in.rows, logits, "lse");
+        args.stats = dense<float>(stats, in.rows * 3, logits, "stats");
+        if (in.rows == 0) return;
+        VCR1_LAUNCH(gather_logprobs, logits, args, num_threads);
+      },
+      py::arg("logits"), py::arg("labels"), py::arg("mask"), py::arg("row_temperature"),
+      py::arg("temperature"), py::arg("logps"), py::arg("entropy"), py::arg("lse"),
+      py::arg("stats"), py::arg("num_threads"));
+  m.def(
+      "gather_logprobs_backward",
+      [](const Tensor& logits, const Tensor& labels, const Tensor& logps, const Tensor& stats,
+         const std::optional<Tensor>& mask, const std::optional<Tensor>& row_temperature,
+         double temperature, const Tensor& grad_logps, const std::optional<Tensor>& grad_entropy,
+         const std::optional<Tensor>& grad_lse, const Tensor& grad, int num_threads) {
+        vcr1::GatherLogprobsBackward args{};
+        args.in = gather_logprobs_input(logits, labels, mask, row_temperature, temperature);
+        const auto& in = args.in;
+        args.logps = dense<float>(logps, in.rows * in.k, logits, "logps");
+        args.stats = dense<float>(stats, in.rows * 3, logits, "stats");
+        args.grad_logps = dense<float>(grad_logps, in.rows * in.k, logits, "grad_logps");
+        args.grad_entropy = dense<float>(grad_entropy, in.rows, logits, "grad_entropy");
+        args.grad_lse = dense<float>(grad_lse, in.rows, logits, "grad_lse");
+        VCR1_CHECK(grad.dtype() == in.dtype, "grad: expected ", vcr1::name_of(in.dtype), ", got ",
+                   vcr1::name_of(grad.dtype()));
+        VCR1_CHECK(grad.same_device(logits), "grad: is on another device than the logits");
+        VCR1_CHECK(grad.ndim() == logits.ndim(), "grad: expected the shape of the logits");
+        for (int i = 0; i < grad.ndim(); ++i)
+          VCR1_CHECK(grad.size(i) == logits.size(i), "grad: expected the shape of the logits");
+        args.grad = grad.raw();
+        args.grad_layout = row_layout(grad, "grad");
+        if (in.rows == 0 || in.vocab == 0) return;
+        VCR1_LAUNCH(gather_logprobs_backward, logits, args, num_threads);
+      },
+      py::arg("logits"), py::arg("labels"), py::arg("logps"), py::arg("stats"), py::arg("mask"),
+      py::arg("row_temperature"), py::arg("temperature"), py::arg("grad_logps"),
+      py::arg("grad_entropy"), py::arg("grad_lse"), py::arg("grad"), py::arg("num_threads"));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of vcr1_fast.";
   bind_runtime(m);
+  bind_gather_logprobs(m);
 }

@@ -39,3 +39,73 @@
   }                                             \
   inline void name(const Args& args, int num_threads) { baseline::name(args, num_threads); }
 #endif
+
+namespace vcr1 {
+
+// Rows of any strides: row r of the flattened leading dimensions starts `offset(r)` elements in.
+struct RowLayout {
+  static constexpr int kMaxDims = 7;
+  int ndim = 0;
+  int64_t size[kMaxDims] = {};
+  int64_t stride[kMaxDims] = {};
+};
+
+#ifdef __CUDACC__
+#define VCR1_HOST_DEVICE __host__ __device__
+#else
+#define VCR1_HOST_DEVICE
+#endif
+
+VCR1_HOST_DEVICE static inline int64_t row_offset(const RowLayout& layout, int64_t row) {
+  int64_t offset = 0;
+  for (int i = layout.ndim - 1; i > 0; --i) {
+    offset += row % layout.size[i] * layout.stride[i];
+    row /= layout.size[i];
+  }
+  return layout.ndim > 0 ? offset + row * layout.stride[0] : 0;
+}
+
+// What forward and backward share. Logits: fp32, bf16 or fp16, last stride 1.
+struct GatherLogprobsInput {
+  DType dtype;
+  const void* logits;
+  RowLayout layout;
+  int64_t rows, vocab, k;
+  const int64_t* labels;         // (rows, k)
+  const bool* mask;              // (rows,) or null: false rows are not read
+  const float* row_temperature;  // (rows,) or null: `temperature` for all
+  float temperature;
+};
+
+struct GatherLogprobsForward {
+  GatherLogprobsInput in;
+  float* logps;    // (rows, k)
+  float* entropy;  // (rows,) or null: not computed
+  float* lse;      // (rows,)
+  float* stats;    // (rows, 3): max logit, log of the shifted sum, mean of the shifted logits
+};
+
+struct GatherLogprobsBackward {
+  GatherLogprobsInput in;
+  const float* logps;         // (rows, k), of the forward pass
+  const float* stats;         // (rows, 3)
+  const float* grad_logps;    // (rows, k)
+  const float* grad_entropy;  // (rows,) or null
+  const float* grad_lse;      // (rows,) or null
+  void* grad;                 // dtype of the logits; may be the logits themselves
+  RowLayout grad_layout;
+};
+
+namespace cpu {
+VCR1_CPU_LAUNCHER(gather_logprobs, GatherLogprobsForward)
+VCR1_CPU_LAUNCHER(gather_logprobs_backward, GatherLogprobsBackward)
+}  // namespace cpu
+
+#ifdef VCR1_CUDA
+namespace cuda {
+void gather_logprobs(const GatherLogprobsForward& args, void* stream);
+void gather_logprobs_backward(const GatherLogprobsBackward& args, void* stream);
+}  // namespace cuda
+#endif
+
+}  // namespace vcr1

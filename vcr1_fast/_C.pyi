@@ -6,3 +6,29 @@ def cpu_isa() -> str: ...
 def choose_cpu_isa(name: str) -> None: ...
 def tensor_protocol() -> str: ...
 def describe(tensor: Tensor) -> tuple[str, tuple[int, ...], tuple[int, ...], int]: ...
+def gather_logprobs(
+    logits: Tensor,
+    labels: Tensor,
+    mask: Tensor | None,
+    row_temperature: Tensor | None,
+    temperature: float,
+    logps: Tensor,
+    entropy: Tensor | None,
+    lse: Tensor,
+    stats: Tensor,
+    num_threads: int,
+) -> None: ...
+def gather_logprobs_backward(
+    logits: Tensor,
+    labels: Tensor,
+    logps: Tensor,
+    stats: Tensor,
+    mask: Tensor | None,
+    row_temperature: Tensor | None,
+    temperature: float,
+    grad_logps: Tensor,
+    grad_entropy: Tensor | None,
+    grad_lse: Tensor | None,
+    grad: Tensor,
+    num_threads: int,
+) -> None: ...

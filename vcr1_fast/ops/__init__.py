@@ -1,6 +1,7 @@
 """Fused operators: they need torch alone, and work in any trainer."""
 
 from vcr1_fast.ops.backend import use
+from vcr1_fast.ops.gather_logprobs import LogProbs, gather_logprobs
 from vcr1_fast.ops.group_advantages import group_advantages
 from vcr1_fast.ops.grpo_config import GRPOLossConfig
 from vcr1_fast.ops.grpo_loss import grpo_loss
@@ -10,7 +11,9 @@ from vcr1_fast.ops.video_patches import video_patches
 
 __all__ = [
     "GRPOLossConfig",
+    "LogProbs",
     "box_iou",
+    "gather_logprobs",
     "group_advantages",
     "grpo_loss",
     "interval_set_iou",

@@ -1,0 +1,265 @@
+// Vectors of floats for the instruction set a kernel file is compiled for: Vec, loads and stores of
+// fp32, bf16 and fp16, and e^x. Include it only from files built by vcr1_cpu_kernel().
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "../dtype.h"
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace vcr1::cpu::VCR1_ISA {
+
+#if defined(__AVX512F__)
+
+struct Vec {
+  static constexpr int kWidth = 16;
+  __m512 v;
+};
+inline Vec splat(float x) { return {_mm512_set1_ps(x)}; }
+inline Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline Vec load(const BFloat16* p) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
+}
+inline Vec load(const Float16* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))};
+}
+inline __m256i narrow(Vec x, BFloat16*) {
+  const __m512i bits = _mm512_castps_si512(x.v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+  // Rounding could carry a NaN's payload into the sign.
+  const __mmask16 nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
+  rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+}
+inline __m256i narrow(Vec x, Float16*) {
+  return _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+inline void store(float* p, Vec x) { _mm512_storeu_ps(p, x.v); }
+inline void store(BFloat16* p, Vec x) { _mm256_storeu_si256((__m256i*)p, narrow(x, p)); }
+inline void store(Float16* p, Vec x) { _mm256_storeu_si256((__m256i*)p, narrow(x, p)); }
+inline void stream(float* p, Vec x) { _mm512_stream_ps(p, x.v); }
+inline void stream(BFloat16* p, Vec x) { _mm256_stream_si256((__m256i*)p, narrow(x, p)); }
+inline void stream(Float16* p, Vec x) { _mm256_stream_si256((__m256i*)p, narrow(x, p)); }
+inline Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline Vec sub(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline Vec mul(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+// A NaN in b is kept, one in a is lost.
+inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline float reduce_max(Vec a) { return _mm512_reduce_max_ps(a.v); }
+inline float reduce_add(Vec a) { return _mm512_reduce_add_ps(a.v); }
+// p * 2^n, and 0 where x < bound; n holds whole numbers, t is n + kRoundMagic.
+inline Vec scale_or_zero(Vec p, Vec n, Vec, Vec x, Vec bound) {
+  const __mmask16 keep = _mm512_cmp_ps_mask(x.v, bound.v, _CMP_NLT_UQ);
+  return {_mm512_maskz_scalef_ps(keep, p.v, n.v)};
+}
+inline void fence() { _mm_sfence(); }
+constexpr int kStreamAlign = 64;
+
+#elif defined(__AVX2__)
+
+struct Vec {
+  static constexpr int kWidth = 8;
+  __m256 v;
+};
+inline Vec splat(float x) { return {_mm256_set1_ps(x)}; }
+inline Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+inline Vec load(const BFloat16* p) {
+  const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};
+}
+inline Vec load(const Float16* p) { return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p))}; }
+inline __m128i narrow(Vec x, BFloat16*) {
+  const __m256i bits = _mm256_castps_si256(x.v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+  // Rounding could carry a NaN's payload into the sign.
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q));
+  rounded = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan);
+  rounded = _mm256_srli_epi32(rounded, 16);
+  const __m256i packed = _mm256_packus_epi32(rounded, rounded);
+  return _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+}
+inline __m128i narrow(Vec x, Float16*) {
+  return _mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+inline void store(float* p, Vec x) { _mm256_storeu_ps(p, x.v); }
+inline void store(BFloat16* p, Vec x) { _mm_storeu_si128((__m128i*)p, narrow(x, p)); }
+inline void store(Float16* p, Vec x) { _mm_storeu_si128((__m128i*)p, narrow(x, p)); }
+inline void stream(float* p, Vec x) { _mm256_stream_ps(p, x.v); }
+inline void stream(BFloat16* p, Vec x) { _mm_stream_si128((__m128i*)p, narrow(x, p)); }
+inline void stream(Float16* p, Vec x) { _mm_stream_si128((__m128i*)p, narrow(x, p)); }
+inline Vec add(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline Vec sub(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
+inline Vec mul(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
+inline float reduce_max(Vec a) {
+  __m128 x = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_max_ss(x, _mm_shuffle_ps(x, x, 1)));
+}
+inline float reduce_add(Vec a) {
+  __m128 x = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_add_ss(x, _mm_shuffle_ps(x, x, 1)));
+}
+inline Vec scale_or_zero(Vec p, Vec, Vec t, Vec x, Vec bound) {
+  // The low mantissa bits of t hold n: shifted up they are the exponent of 2^n. Multiplying
+  // (instead of adding the bits to p's) keeps NaN.
+  const __m256i exponent = _mm256_slli_epi32(_mm256_castps_si256(t.v), 23);
+  const __m256i power = _mm256_add_epi32(exponent, _mm256_set1_epi32(0x3f800000));
+  const __m256 keep = _mm256_cmp_ps(x.v, bound.v, _CMP_NLT_UQ);
+  return {_mm256_and_ps(keep, _mm256_mul_ps(p.v, _mm256_castsi256_ps(power)))};
+}
+inline void fence() { _mm_sfence(); }
+constexpr int kStreamAlign = 32;
+
+#else  // Any processor: GCC's and Clang's portable vectors.
+
+struct Vec {
+  static constexpr int kWidth = 4;
+  typedef float Lanes __attribute__((vector_size(16)));
+  typedef int32_t Bits __attribute__((vector_size(16)));
+  Lanes v;
+};
+inline Vec splat(float x) { return {Vec::Lanes{x, x, x, x}}; }
+inline Vec load(const float* p) {
+  Vec out;
+  std::memcpy(&out.v, p, sizeof out.v);
+  return out;
+}
+inline float widen(BFloat16 x) {
+  const uint32_t bits = uint32_t{x.bits} << 16;
+  float out;
+  std::memcpy(&out, &bits, sizeof out);
+  return out;
+}
+inline float widen(Float16 x) {
+  const uint32_t sign = uint32_t{x.bits & 0x8000u} << 16;
+  const uint32_t magnitude = x.bits & 0x7fffu;
+  float out;
+  if (magnitude >= 0x7c00u) {  // infinity and NaN
+    const uint32_t bits = sign | 0x7f800000u | (magnitude & 0x3ffu) << 13;
+    std::memcpy(&out, &bits, sizeof out);
+    return out;
+  }
+  if (magnitude < 0x400u) {  // subnormal: an integer multiple of 2^-24
+    out = static_cast<float>(magnitude) * 0x1p-24f;
+    return sign ? -out : out;
+  }
+  const uint32_t bits = sign | ((magnitude << 13) + (112u << 23));
+  std::memcpy(&out, &bits, sizeof out);
+  return out;
+}
+template <typename Half>
+inline Vec load(const Half* p) {
+  return {Vec::Lanes{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])}};
+}
+inline void narrow(float x, BFloat16* out) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  out->bits = x != x ? 0x7fc0u : static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+inline void narrow(float x, Float16* out) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const uint16_t sign = static_cast<uint16_t>(bits >> 16 & 0x8000u);
+  const float size = std::fabs(x);
+  if (x != x) {
+    out->bits = sign | 0x7e00u;
+  } else if (size >= 65520.0f) {
+    out->bits = sign | 0x7c00u;
+  } else if (size < 0x1p-14f) {
+    // 1.5 * 2^23 units of 2^-24: the addition rounds to even at the subnormal's last bit.
+    const float shifted = size + 0x1.8p-1f;
+    std::memcpy(&bits, &shifted, sizeof bits);
+    out->bits = sign | static_cast<uint16_t>(bits & 0x7fffu);
+  } else {
+    bits &= 0x7fffffffu;
+    out->bits =
+        sign | static_cast<uint16_t>((bits + 0xfffu + (bits >> 13 & 1u) - (112u << 23)) >> 13);
+  }
+}
+inline void store(float* p, Vec x) { std::memcpy(p, &x.v, sizeof x.v); }
+template <typename Half>
+inline void store(Half* p, Vec x) {
+  for (int i = 0; i < Vec::kWidth; ++i) narrow(x.v[i], p + i);
+}
+template <typename T>
+inline void stream(T* p, Vec x) {
+  store(p, x);
+}
+inline Vec add(Vec a, Vec b) { return {a.v + b.v}; }
+inline Vec sub(Vec a, Vec b) { return {a.v - b.v}; }
+inline Vec mul(Vec a, Vec b) { return {a.v * b.v}; }
+inline Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
+inline Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
+inline float reduce_max(Vec a) {
+  float out = a.v[0];
+  for (int i = 1; i < Vec::kWidth; ++i) out = out > a.v[i] ? out : a.v[i];
+  return out;
+}
+inline float reduce_add(Vec a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
+inline Vec scale_or_zero(Vec p, Vec, Vec t, Vec x, Vec bound) {
+  const Vec::Bits exponent = (Vec::Bits)t.v << 23;
+  const Vec::Bits power = exponent + 0x3f800000;
+  const Vec::Bits drop = x.v < bound.v;
+  return {(Vec::Lanes)((Vec::Bits)(p.v * (Vec::Lanes)power) & ~drop)};
+}
+inline void fence() {}
+constexpr int kStreamAlign = 16;
+
+#endif
+
+inline float as_float(float x) { return x; }
+template <typename Half>
+inline float as_float(Half x) {
+  Half lanes[Vec::kWidth] = {x};
+  float out[Vec::kWidth];
+  store(out, load(lanes));
+  return out[0];
+}
+
+// The first n < kWidth elements, the others `fill`.
+template <typename T>
+inline Vec load_partial(const T* p, int n, float fill) {
+  T lanes[Vec::kWidth];
+  store(lanes, splat(fill));
+  for (int i = 0; i < n; ++i) lanes[i] = p[i];
+  return load(lanes);
+}
+template <typename T>
+inline void store_partial(T* p, Vec x, int n) {
+  T lanes[Vec::kWidth];
+  store(lanes, x);
+  for (int i = 0; i < n; ++i) p[i] = lanes[i];
+}
+
+// e^x to within 1 ulp for x <= 88; exactly 0 below kExpLow, NaN for NaN.
+constexpr float kExpLow = -86.5f;
+inline Vec exp(Vec x) {
+  // x = n ln 2 + r with |r| <= ln 2 / 2. Adding 1.5 * 2^23 rounds to the nearest whole number; ln 2
+  // in two parts keeps r exact. The polynomial is the minimax one of e^r, relative error 1.9e-9.
+  const Vec magic = splat(0x1.8p23f);
+  const Vec t = fma(x, splat(0x1.715476p+0f), magic);
+  const Vec n = sub(t, magic);
+  Vec r = fma(n, splat(-0x1.62e4p-1f), x);
+  r = fma(n, splat(-0x1.7f7d1cp-20f), r);
+  Vec p = fma(splat(0x1.6ab96ep-10f), r, splat(0x1.126d1ep-7f));
+  p = fma(p, r, splat(0x1.55589ap-5f));
+  p = fma(p, r, splat(0x1.55540ap-3f));
+  p = fma(p, r, splat(0x1.fffffap-2f));
+  p = fma(p, r, splat(1.0f));
+  p = fma(p, r, splat(1.0f));
+  return scale_or_zero(p, n, t, x, splat(kExpLow));
+}
+
+}  // namespace vcr1::cpu::VCR1_ISA
