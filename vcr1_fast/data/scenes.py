@@ -1,7 +1,9 @@
 """Synthetic scenes that need looking: coloured shapes that appear, vanish and move over noise.
 
 A scene holds one *mover*, visible throughout and crossing the frame along one axis, and one to
-three *visitors*, each visible during one span. The colours within a scene are distinct.
+three *visitors*, each visible during one span. The colours within a scene are distinct. The light
+falls from one side and above, and warms as the clip plays: so a patch of the background tells,
+under its noise, where it lies and when, and a model of a million parameters can learn to read both.
 Everything follows from the random generator: equal seeds give equal scenes, frames, questions.
 """
 
@@ -27,6 +29,13 @@ DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 QUARTERS = ("top left", "top right", "bottom left", "bottom right")
 LETTERS = "ABCD"
 TRACK_STEPS = 8
+
+# The light of the background, in RGB: how it changes from left to right, from top to bottom, and
+# with every second from blue dusk towards warm noon.
+_ACROSS = np.array([35.0, 35.0, 35.0])
+_DOWN = np.array([-20.0, 40.0, -20.0])
+_PER_SECOND = np.array([8.0, 0.0, -8.0])
+_NOON = 6.0
 
 
 @dataclass(frozen=True)
@@ -161,15 +170,15 @@ def render(scene: Scene) -> np.ndarray:
     frames = max(1, round(scene.duration * scene.fps))
     coarse = rng.normal(0.0, 1.0, (math.ceil(height / 8) + 1, math.ceil(width / 8) + 1, 3))
     texture = np.kron(coarse, np.ones((8, 8, 1)))[:height, :width] * scene.noise
-    base = 95.0 + texture + float(rng.uniform(-15, 15))
-    grain = rng.normal(0.0, scene.noise / 2, (height, width, 3))
     y, x = np.mgrid[0:height, 0:width].astype(np.float64)
     x, y = (x + 0.5) / width, (y + 0.5) / height
+    base = 100.0 + texture + (x - 0.5)[..., None] * _ACROSS + (y - 0.5)[..., None] * _DOWN
+    grain = rng.normal(0.0, scene.noise / 2, (height, width, 3))
     clip = np.empty((frames, height, width, 3), np.uint8)
     for i in range(frames):
         t = i / scene.fps
         # The grain drifts, so that a difference of two frames finds more than the shapes.
-        picture = base + np.roll(grain, (3 * i, 5 * i), axis=(0, 1))
+        picture = base + np.roll(grain, (3 * i, 5 * i), axis=(0, 1)) + (t - _NOON) * _PER_SECOND
         for thing in reversed(scene.things):
             if thing.start <= t < thing.end:
                 picture[_covers(thing, t, x, y)] = COLORS[thing.color]
