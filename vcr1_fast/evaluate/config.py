@@ -23,6 +23,8 @@ class EvalConfig:
     """Ask for reasoning before the answer."""
     system: str | None = None
     max_new_tokens: int = 256
+    mrope: Literal["trained", "installed"] = "trained"
+    """Positions as the checkpoints were trained with, or as the installed transformers has them."""
     batch_size: int = 8
     """Prompts decoded together. Part of the result's identity: padding changes rounding."""
     decoder: Literal["decord", "pyav"] = "decord"
@@ -56,7 +58,7 @@ class EvalConfig:
             )
         if not 0.0 < self.level < 1.0:
             raise ValueError(f"level must be inside (0, 1), got {self.level}")
-        for name in ("dtype", "decoder"):
+        for name in ("dtype", "decoder", "mrope"):
             allowed = get_args(get_type_hints(EvalConfig)[name])
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")

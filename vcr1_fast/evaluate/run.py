@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from vcr1_fast.data.progress import Progress
 from vcr1_fast.data.quarantine import Quarantine, QuarantineItem
 from vcr1_fast.data.records import Record, load_records
 from vcr1_fast.evaluate.completions import (
@@ -41,6 +42,7 @@ _IDENTITY = (
     "think",
     "system",
     "max_new_tokens",
+    "mrope",
     "batch_size",
     "decoder",
     "dtype",
@@ -171,8 +173,10 @@ def answer_shard(
     # A batch of which one record is missing is answered whole again: see the module docstring.
     pending = [batch for batch in mine if any(record.id not in done for record in batch)]
     if pending:
-        for completions in answer(pending):
-            append_completions(path, completions)
+        with Progress(sum(map(len, pending)), "evaluate") as progress:
+            for completions in answer(pending):
+                append_completions(path, completions)
+                progress.advance(len(completions))
     return merge_shards(out_dir, config.shard_count, [record.id for record in records])
 
 
