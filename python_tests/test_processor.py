@@ -14,10 +14,11 @@ from vcr1_fast.model.files import CheckpointError
 from vcr1_fast.model.processor import Processor, VideoProcessorConfig
 from vcr1_fast.model.tiny import TinyConfig, write_tiny
 
-# transformers' video processor imports torchvision, whose compiled part is not needed (nor, when it was
-# built for another torch, loadable): with its two operators declared, the rest runs. In a process of
-# its own, because neither the declaration nor the import can be taken back; such a torchvision must not
-# be importable elsewhere (transformers would break), so VCR1_TORCHVISION may name the folder it is in.
+# transformers' video processor imports torchvision, whose compiled part is not needed (nor, when it
+# was built for another torch, loadable): with its two operators declared, the rest runs. In a
+# process of its own, because neither the declaration nor the import can be taken back; such a
+# torchvision must not be importable elsewhere (transformers would break), so VCR1_TORCHVISION may
+# name the folder it is in.
 ORACLE = """
 import os, sys, warnings
 import numpy as np, torch

@@ -1,7 +1,7 @@
 """Load and save Qwen2.5-VL checkpoints: the standard Hugging Face directory, nothing else.
 
-config.json, generation_config.json, (sharded) safetensors, tokenizer, chat template and preprocessor
-settings. A directory written here loads in transformers, vLLM and the rest.
+config.json, generation_config.json, (sharded) safetensors, tokenizer, chat template and
+preprocessor settings. A directory written here loads in transformers, vLLM and the rest.
 """
 
 import os
@@ -100,7 +100,8 @@ def save(model: nn.Module, processor: Processor, path: str | Path) -> None:
 def merged_state_dict(model: nn.Module) -> dict[str, torch.Tensor] | None:
     """State of the base model with its active adapters added in; None where there are none.
 
-    A layer's weight becomes W + scale * B A, as `merge_adapter` of peft would make it, out of place.
+    A layer's weight becomes W + scale * B A, as `merge_adapter` of peft would make it, out of
+    place.
     """
     base = unwrap(model)
     if base is model or not hasattr(model, "peft_config"):

@@ -1,4 +1,4 @@
-"""The files of a checkpoint directory: found, read and checked before anything is built from them."""
+"""The files of a checkpoint directory: found, read, and checked before use."""
 
 import json
 import struct

@@ -5,10 +5,10 @@ own pass of the vision tower. Here a group is one row
 
     prompt | completion 1 | completion 2 | ... | completion G
 
-in which a token sees the prompt and the tokens of its own completion before it, and completion tokens
-carry the positions they would have alone. Attention, positions and everything else a token computes
-are those of the plain form, so losses and gradients agree with it to rounding, at the price of
-P + sum(C) tokens instead of G * P + sum(C) and one vision pass instead of G.
+in which a token sees the prompt and the tokens of its own completion before it, and completion
+tokens carry the positions they would have alone. Attention, positions and everything else a token
+computes are those of the plain form, so losses and gradients agree with it to rounding, at the
+price of P + sum(C) tokens instead of G * P + sum(C) and one vision pass instead of G.
 """
 
 from collections.abc import Sequence
@@ -72,7 +72,9 @@ def completion_hidden(
         [row.segments for row in rows], batch_first=True, padding_value=_PADDING
     ).to(device)
     positions = pad_sequence([row.positions.T for row in rows], batch_first=True)
-    embeddings = embed(base, tokens, segments == 0, group_features(base, groups), ids)
+    features = prompt_features(base, [g.prompt for g in groups], [g.vision for g in groups])
+    features = [f for f in features if f is not None]
+    embeddings = embed(base, tokens, segments == 0, torch.cat(features) if features else None, ids)
     hidden = base.model.language_model(
         inputs_embeds=embeddings,
         position_ids=positions.permute(2, 0, 1).to(device),
@@ -93,37 +95,41 @@ def completion_hidden(
 def lm_head(model: nn.Module) -> tuple[Tensor, Tensor | None]:
     """(weight (V, H), bias (V,) or None) that turn hidden states into logits.
 
-    With tied embeddings the weight is the embedding's parameter: gradients of both uses add up there.
+    With tied embeddings the weight is the embedding's parameter: gradients of both uses add up
+    there.
     """
     head = unwrap(model).get_output_embeddings()
     if hasattr(head, "modules_to_save"):
         head = head.modules_to_save[head.active_adapters[0]]
     if not isinstance(head, nn.Linear):
         raise ValueError(
-            f"lm_head is a {type(head).__name__}: an adapter on it cannot be expressed as one weight; "
+            f"lm_head is a {type(head).__name__}: an adapter on it is not one weight; "
             "leave lm_head out of the adapter's target modules"
         )
     return head.weight, head.bias
 
 
-def group_features(model: nn.Module, groups: Sequence[Group]) -> Tensor | None:
-    """Features of all video tokens of all groups in order, (tokens, H); None when there are none.
+def prompt_features(
+    model: nn.Module, prompts: Sequence[Prompt], given: Sequence[Tensor | None] | None = None
+) -> list[Tensor | None]:
+    """Features (video tokens, H) of each prompt's clips; None for a prompt without clips.
 
-    The clips that have no features yet go through the tower together.
+    Those not `given` go through the tower together, with gradient if it is trained.
     """
-    todo = [g for g in groups if g.vision is None and g.prompt.pixel_values_videos is not None]
-    encoded = iter(())
+    features = list(given) if given is not None else [None] * len(prompts)
+    todo = [
+        i
+        for i, prompt in enumerate(prompts)
+        if features[i] is None and prompt.pixel_values_videos is not None
+    ]
     if todo:
-        pixels = torch.cat([g.prompt.pixel_values_videos for g in todo])
-        grids = torch.cat([g.prompt.video_grid_thw for g in todo])
+        pixels = torch.cat([prompts[i].pixel_values_videos for i in todo])
+        grids = torch.cat([prompts[i].video_grid_thw for i in todo])
         encoded = iter(encode_videos(model, pixels, grids))
-    features = []
-    for group in groups:
-        if group.vision is not None:
-            features.append(group.vision)
-        elif group.prompt.pixel_values_videos is not None:
-            features.extend(next(encoded) for _ in group.prompt.video_grid_thw)
-    return torch.cat(features) if features else None
+        for i in todo:
+            clips = [next(encoded) for _ in prompts[i].video_grid_thw]
+            features[i] = torch.cat(clips) if len(clips) > 1 else clips[0]
+    return features
 
 
 def embed(
@@ -143,8 +149,8 @@ def embed(
 def group_mask(segments: Tensor) -> Tensor:
     """Which tokens see which, bool (B, 1, L, L), from segments (B, L).
 
-    Segment 0 is the prompt, 1 .. G are its completions, -1 is padding. A token sees the prompt and its
-    own segment, itself and before. Padding sees itself, so that no softmax is empty.
+    Segment 0 is the prompt, 1 .. G are its completions, -1 is padding. A token sees the prompt and
+    its own segment, itself and before. Padding sees itself, so that no softmax is empty.
     """
     length = segments.shape[1]
     query, key = segments[:, :, None], segments[:, None, :]
@@ -204,10 +210,10 @@ def prompt_positions(prompt: Prompt, ids: SpecialIds, convention: str) -> Tensor
 
 
 def _check_attention(base) -> None:
-    config = base.config.text_config
+    config = base.model.language_model.config
     if config._attn_implementation != "sdpa":
         raise ValueError(
-            f"attention {config._attn_implementation!r} does not take a mask of pairs; load with sdpa"
+            f"attention {config._attn_implementation!r} takes no mask of pairs; load with sdpa"
         )
     if any(kind != "full_attention" for kind in config.layer_types):
         raise ValueError(f"sliding-window layers are not supported: {set(config.layer_types)}")

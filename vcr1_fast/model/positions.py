@@ -1,7 +1,8 @@
 """Three-axis rotary positions (M-RoPE) of Qwen2.5-VL prompts.
 
-Every token has a (time, height, width) position. Text counts up by one on all three axes together. A
-video that starts at position s has, for the merged patch in row y and column x of temporal grid t,
+Every token has a (time, height, width) position. Text counts up by one on all three axes together.
+A video that starts at position s has, for the merged patch in row y and column x of temporal grid
+t,
 
     time   = s + floor(t * second_per_grid * tokens_per_second)
     height = s + y
@@ -12,12 +13,13 @@ largest position so far, over all axes, plus one. (transformers from 5.3 on resu
 s + max(rows, columns), so that text after a long clip falls among the clip's own times; convention
 "installed" follows whatever transformers is installed.) An image is a video of one grid at time s.
 
-Source of the formula: section 2.1.2 of the Qwen2.5-VL report (multimodal rotary embedding aligned to
-absolute time) and transformers 4.49 to 5.2; products are taken in float32 in that order, so that grid
-times on an integer boundary fall on the same side.
+Source of the formula: section 2.1.2 of the Qwen2.5-VL report (multimodal rotary embedding aligned
+to absolute time) and transformers 4.49 to 5.2; products are taken in float32 in that order, so that
+grid times on an integer boundary fall on the same side.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from types import MethodType, SimpleNamespace
 
 import torch
@@ -109,8 +111,8 @@ def mrope_positions(
 def next_position(positions: Tensor) -> int:
     """Where a completion of the prompt with these (3, P) positions starts, on all axes.
 
-    After the largest position of the prompt: in convention "trained" that is the last prompt token's
-    position plus one; in "installed" it is what `generate` of transformers continues from.
+    After the largest position of the prompt: in convention "trained" that is the last prompt
+    token's position plus one; in "installed" it is what `generate` of transformers continues from.
     """
     return int(positions.max()) + 1
 
@@ -130,7 +132,7 @@ def _vision_runs(kinds, video_grid_thw, second_per_grid_ts, image_grid_thw, ids)
     bounds = torch.nonzero(torch.diff(kinds, prepend=kinds.new_zeros(1))).flatten().tolist()
     bounds.append(len(kinds))
     kind_at = kinds.tolist()
-    found = [(kind_at[a], a, b - a) for a, b in zip(bounds, bounds[1:], strict=False) if kind_at[a]]
+    found = [(kind_at[a], a, b - a) for a, b in pairwise(bounds) if kind_at[a]]
     lists = {
         1: [] if image_grid_thw is None else image_grid_thw.tolist(),
         2: [] if video_grid_thw is None else video_grid_thw.tolist(),
@@ -160,7 +162,7 @@ def _vision_runs(kinds, video_grid_thw, second_per_grid_ts, image_grid_thw, ids)
 
 
 def _installed(tokens, kinds, video_grid_thw, second_per_grid_ts, image_grid_thw, ids) -> Tensor:
-    """What the installed transformers computes, through its own method on a stand-in for the model."""
+    """What the installed transformers computes, by its own method on a stand-in model."""
     from transformers import Qwen2_5_VLModel
 
     model = SimpleNamespace(

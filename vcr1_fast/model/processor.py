@@ -152,7 +152,7 @@ class Processor:
         is_video = ids == self.video_id
         if int(is_video.sum()) != len(clips) or bool((ids == self.image_id).any()):
             raise ValueError(
-                f"the rendered prompt has {int(is_video.sum())} video tokens for {len(clips)} clips "
+                f"the prompt has {int(is_video.sum())} video tokens for {len(clips)} clips "
                 f"(and may hold no image tokens): {rendered!r}"
             )
         parts = [self._patches(clip) for clip in clips]

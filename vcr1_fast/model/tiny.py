@@ -26,9 +26,9 @@ SPECIAL_TOKENS = (
 )
 TAGS = ("<answer>", "</answer>", "<glue>", "</glue>", "<think>", "</think>")
 
-# One piece each: an XML-like tag; a number with its decimals; a word with the space before it; a run
-# of punctuation; white space. A space between a word or punctuation and a number goes to the former,
-# so that "3.5" is the same token wherever it stands.
+# One piece each: an XML-like tag; a number with its decimals; a word with the space before it; a
+# run of punctuation; white space. A space between a word or punctuation and a number goes to the
+# former, so that "3.5" is the same token wherever it stands.
 _PIECES = (
     r"</?\p{L}+>"
     r"|\p{N}+(?:\.\p{N}+)?"

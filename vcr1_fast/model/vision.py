@@ -1,14 +1,15 @@
 """The vision tower with its attention batched over windows, and clips encoded by it.
 
 Qwen2.5-VL's tower attends within windows of a frame (in most layers) or within a frame. Without
-FlashAttention transformers runs these one after another in Python, thousands for a clip of 32 frames.
-Here all windows of one size are one batch: the same products, softmax by softmax.
+FlashAttention transformers runs these one after another in Python, thousands for a clip of 32
+frames. Here all windows of one size are one batch: the same products, softmax by softmax.
 
 The model's own modules run unchanged; they take this attention because it is registered with
 transformers under a name of its own.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -41,7 +42,8 @@ def packed_attention(
     """
     plan = getattr(cu_seq_lens_q, "_vcr1_plan", None)
     if plan is None:
-        # All blocks of a forward pass get the same tensor: the plan is made once and dropped with it.
+        # All blocks of a forward pass get the same tensor: the plan is made once and dropped with
+        # it.
         plan = cu_seq_lens_q._vcr1_plan = _plan(cu_seq_lens_q, query.device)
     groups, order = plan
     heads, size, dim = query.shape[1:]
@@ -67,7 +69,7 @@ def _plan(boundaries: Tensor, device: torch.device) -> tuple[list[tuple[int, int
     """([(pieces, length), ...], order of the tokens by that); no order when all lengths agree."""
     edges = boundaries.tolist()
     pieces: dict[int, list[int]] = {}
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in pairwise(edges):
         pieces.setdefault(end - start, []).append(start)
     groups = [(len(starts), length) for length, starts in pieces.items()]
     if len(groups) == 1:

@@ -21,8 +21,8 @@ def unwrap(model: nn.Module) -> Any:
 def checkpoint_activations(model: nn.Module) -> None:
     """Recompute each layer's activations in the backward pass instead of keeping them.
 
-    Takes effect in training mode (`model.train()`), in the language model and the vision tower. Works
-    with frozen parameters and adapters, because the non-reentrant form is used.
+    Takes effect in training mode (`model.train()`), in the language model and the vision tower.
+    Works with frozen parameters and adapters, because the non-reentrant form is used.
     """
     base = unwrap(model)
     # Renamed in transformers 5.2x, where the old name warns.

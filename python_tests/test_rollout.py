@@ -1,0 +1,327 @@
+"""Rollouts against transformers' generate, its warpers, and the training forward."""
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from vcr1_fast.model import checkpoint
+from vcr1_fast.model import rollout as rollout_module
+from vcr1_fast.model.forward import Group, completion_hidden, lm_head
+from vcr1_fast.model.rollout import SamplingConfig, rollout
+from vcr1_fast.model.sampling import draw, truncate
+from vcr1_fast.model.tiny import TinyConfig, write_tiny
+from vcr1_fast.model.wrapping import checkpoint_activations
+
+CONFIG = TinyConfig(
+    hidden_size=32,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    vision_hidden=32,
+    vocab_limit=260,
+    initializer_range=0.3,
+)
+
+
+@dataclass
+class Clip:
+    frames: np.ndarray
+    fps: float
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tiny")
+    write_tiny(path, texts=["When? 1.5 to 3.5"], seed=1, config=CONFIG)
+    return path
+
+
+@pytest.fixture
+def loaded(directory):
+    return checkpoint.load(directory)
+
+
+@pytest.fixture
+def exact(directory):
+    return checkpoint.load(directory, dtype=torch.float64)
+
+
+def _prompts(processor):
+    rng = np.random.default_rng(0)
+
+    def clip(frames, height, width):
+        return Clip(rng.integers(0, 256, (frames, height, width, 3), dtype=np.uint8), 2.0)
+
+    return [
+        processor.prompt("When does it happen?", [clip(12, 56, 56)]),
+        processor.prompt("a"),
+        processor.prompt("Two clips.", [clip(4, 56, 84), clip(7, 84, 56)]),
+    ]
+
+
+def _seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def _often_stop(model, processor, bias):
+    """Give the head a bias so that completions end at various lengths."""
+    head = model.lm_head
+    values = torch.zeros(head.out_features, dtype=head.weight.dtype)
+    values[processor.stop_id] = bias
+    head.bias = torch.nn.Parameter(values)
+
+
+def _flat(nested):
+    return [item for group in nested for item in group]
+
+
+@pytest.mark.parametrize("bias", [0.0, 10.0])
+def test_greedy_agrees_with_generate(exact, bias):
+    model, processor = exact
+    _often_stop(model, processor, bias)
+    prompts = _prompts(processor)
+    sampling = SamplingConfig(temperature=0, max_new_tokens=24)
+    ours = rollout(model, processor, prompts, 1, sampling, convention="installed")
+    banned = processor.banned_ids(model.config.text_config.vocab_size).tolist()
+    lengths = set()
+    for prompt, (completion,) in zip(prompts, ours.tokens, strict=True):
+        inputs = {}
+        if prompt.pixel_values_videos is not None:
+            inputs = {
+                "pixel_values_videos": prompt.pixel_values_videos,
+                "video_grid_thw": prompt.video_grid_thw,
+                "second_per_grid_ts": prompt.second_per_grid_ts,
+                "mm_token_type_ids": prompt.mm_token_type_ids[None],
+            }
+        theirs = model.generate(
+            input_ids=prompt.input_ids[None],
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+            do_sample=False,
+            max_new_tokens=24,
+            suppress_tokens=banned,
+            eos_token_id=processor.stop_id,
+            pad_token_id=0,
+            **inputs,
+        )[0, len(prompt) :]
+        assert torch.equal(completion, theirs)
+        lengths.add(len(theirs))
+    if bias:
+        assert min(lengths) < 24
+
+
+@pytest.mark.parametrize("convention", ["trained", "installed"])
+def test_log_probs_are_those_of_the_training_forward(exact, convention):
+    model, processor = exact
+    _often_stop(model, processor, 2.5)
+    prompts = _prompts(processor)
+    sampling = SamplingConfig(temperature=0.7, max_new_tokens=40)
+    got = rollout(model, processor, prompts, 5, sampling, _seeded(), convention=convention)
+    lengths = [len(c) for c in _flat(got.tokens)]
+    assert len(set(lengths)) > 4 and max(lengths) > 32  # rows left, and the buffer grew
+    groups = [Group(p, c) for p, c in zip(prompts, got.tokens, strict=True)]
+    with torch.no_grad():
+        hidden, labels, _ = completion_hidden(model, groups, convention=convention)
+        logits = F.linear(hidden, *lm_head(model)) / 0.7
+    expected = logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]
+    assert torch.allclose(torch.cat(_flat(got.full_logps)), expected, rtol=0, atol=1e-7)
+    logits[:, processor.banned_ids(logits.shape[1])] = -torch.inf
+    expected = logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]
+    assert torch.allclose(torch.cat(_flat(got.logps)), expected, rtol=0, atol=1e-7)
+
+
+def test_returned_features_serve_the_training_forward(exact):
+    model, processor = exact
+    prompts = _prompts(processor)
+    got = rollout(model, processor, prompts, 2, SamplingConfig(max_new_tokens=3), _seeded())
+    assert got.vision[1] is None
+    args = list(zip(prompts, got.tokens, got.vision, strict=True))
+    with torch.no_grad():
+        given = completion_hidden(model, [Group(*a) for a in args])[0]
+        encoded = completion_hidden(model, [Group(*a[:2]) for a in args])[0]
+    assert torch.equal(given, encoded)
+
+
+def test_same_generator_same_rollout(loaded):
+    model, processor = loaded
+    _often_stop(model, processor, 5.0)
+    prompts, sampling = _prompts(processor), SamplingConfig(max_new_tokens=20)
+    a = rollout(model, processor, prompts, 4, sampling, _seeded(3))
+    b = rollout(model, processor, prompts, 4, sampling, _seeded(3))
+    c = rollout(model, processor, prompts, 4, sampling, _seeded(4))
+    for name in ("tokens", "logps", "full_logps"):
+        x, y = _flat(getattr(a, name)), _flat(getattr(b, name))
+        assert all(torch.equal(p, q) for p, q in zip(x, y, strict=True))
+    assert a.texts == b.texts != c.texts
+    assert len(set(_flat(a.texts))) > 6  # completions of a group differ
+
+
+def test_leaving_the_batch_changes_nothing(exact, monkeypatch):
+    model, processor = exact
+    _often_stop(model, processor, 6.0)
+    prompts, sampling = _prompts(processor), SamplingConfig(max_new_tokens=30)
+    moved = []
+    original = rollout_module.SharedPrefix.select
+    monkeypatch.setattr(
+        rollout_module.SharedPrefix,
+        "select",
+        lambda self, prompts, rows: (moved.append(len(rows)), original(self, prompts, rows))[1],
+    )
+    with_leaving = rollout(model, processor, prompts, 6, sampling, _seeded())
+    assert len(moved) > 1 and moved == sorted(moved, reverse=True)
+    monkeypatch.setattr(rollout_module, "_COMPACT_AT", 2.0)
+    without = rollout(model, processor, prompts, 6, sampling, _seeded())
+    for x, y in zip(_flat(with_leaving.tokens), _flat(without.tokens), strict=True):
+        assert torch.equal(x, y)
+    assert with_leaving.finished == without.finished
+
+
+def test_ends_are_marked(loaded):
+    model, processor = loaded
+    _often_stop(model, processor, 5.0)
+    got = rollout(
+        model, processor, _prompts(processor), 6, SamplingConfig(max_new_tokens=8), _seeded()
+    )
+    assert set(_flat(got.finished)) == {True, False}
+    for tokens, finished, logps in zip(
+        _flat(got.tokens), _flat(got.finished), _flat(got.logps), strict=True
+    ):
+        assert len(logps) == len(tokens)
+        assert int((tokens == processor.stop_id).sum()) == finished
+        assert tokens[-1] == processor.stop_id if finished else len(tokens) == 8
+
+
+def test_stop_strings_end_a_completion(loaded):
+    model, processor = loaded
+    prompts = _prompts(processor)[1:2]
+    free = rollout(model, processor, prompts, 4, SamplingConfig(max_new_tokens=12), _seeded())
+    stop = free.texts[0][0][3:5]
+    sampling = SamplingConfig(max_new_tokens=12, stop=(stop,))
+    got = rollout(model, processor, prompts, 4, sampling, _seeded())
+    assert got.finished[0][0] and len(got.tokens[0][0]) < 12
+    for before, after, tokens in zip(free.texts[0], got.texts[0], got.tokens[0], strict=True):
+        assert (stop in before) == (stop in after)
+        assert stop not in processor.decode(tokens[:-1])
+
+
+def test_control_tokens_are_never_drawn(loaded):
+    model, processor = loaded
+    banned = processor.banned_ids(len(model.lm_head.weight))
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(len(model.lm_head.weight)))
+    with torch.no_grad():
+        model.lm_head.bias[banned] = 100.0
+    for temperature in (0.0, 1.0):
+        sampling = SamplingConfig(temperature=temperature, max_new_tokens=10)
+        got = rollout(model, processor, _prompts(processor), 3, sampling, _seeded())
+        assert not torch.isin(torch.cat(_flat(got.tokens)), banned).any()
+        assert max(x.max() for x in _flat(got.full_logps)) < -50
+
+
+def test_the_model_is_left_as_it_was(loaded):
+    model, processor = loaded
+    model.train()
+    checkpoint_activations(model)
+    config = model.model.language_model.config
+    rollout(model, processor, _prompts(processor), 2, SamplingConfig(max_new_tokens=2), _seeded())
+    assert model.training and config._attn_implementation == "sdpa"
+    with pytest.raises(ValueError, match="0 prompts"):
+        rollout(model, processor, [], 2, SamplingConfig(max_new_tokens=2))
+    assert model.training
+    with pytest.raises(ValueError, match="group size of 0"):
+        rollout(model, processor, _prompts(processor), 0, SamplingConfig(max_new_tokens=2))
+
+
+def test_half_precision_stays_close_to_the_training_forward(directory):
+    model, processor = checkpoint.load(directory, dtype="bfloat16")
+    prompts = _prompts(processor)
+    sampling = SamplingConfig(max_new_tokens=12)
+    got = rollout(model, processor, prompts, 3, sampling, _seeded())
+    groups = [Group(p, c) for p, c in zip(prompts, got.tokens, strict=True)]
+    with torch.no_grad():
+        hidden, labels, _ = completion_hidden(model, groups)
+        logits = F.linear(hidden, *lm_head(model)).float()
+    expected = logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]
+    gap = torch.cat(_flat(got.full_logps)) - expected
+    assert got.logps[0][0].dtype == torch.float32
+    assert gap.abs().mean() < 0.15
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.*:FutureWarning")  # peft asks it
+def test_adapters_take_part(exact):
+    from peft import LoraConfig, get_peft_model
+
+    model, processor = exact
+    prompts, sampling = _prompts(processor), SamplingConfig(max_new_tokens=8)
+    before = rollout(model, processor, prompts, 2, sampling, _seeded())
+    adapted = get_peft_model(model, LoraConfig(r=2, lora_alpha=8, target_modules=["v_proj"]))
+    same = rollout(adapted, processor, prompts, 2, sampling, _seeded())
+    assert same.texts == before.texts
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    assert rollout(adapted, processor, prompts, 2, sampling, _seeded()).texts != before.texts
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"),
+    [(1.0, 0, 1.0), (0.5, 0, 1.0), (1.3, 5, 1.0), (1.0, 0, 0.6), (0.8, 7, 0.5), (1.0, 1, 1.0)],
+)
+def test_draws_follow_the_distribution_of_transformers(temperature, top_k, top_p):
+    torch.manual_seed(0)
+    logits = torch.randn(1, 12, dtype=torch.float64) * 2
+    banned = torch.tensor([2, 9])
+    expected = logits.index_fill(1, banned, -torch.inf)
+    warpers = [TemperatureLogitsWarper(temperature)] if temperature != 1.0 else []
+    warpers += [TopKLogitsWarper(top_k)] if top_k else []
+    warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
+    for warper in warpers:
+        expected = warper(None, expected)
+    expected = expected.softmax(-1)[0]
+    # Evenly spread numbers give each token its probability's share of them, to one in each.
+    count = 20_000
+    uniforms = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    config = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p)
+    rows = logits.expand(count, -1).contiguous()
+    tokens, logps, full = draw(rows, uniforms, banned, config)
+    share = torch.bincount(tokens, minlength=12).double() / count
+    assert torch.allclose(share, expected, rtol=0, atol=2 / count)
+    assert torch.allclose(logps, expected.log()[tokens], rtol=0, atol=1e-12)
+    plain = (logits[0] / temperature).log_softmax(-1)
+    assert torch.allclose(full, plain[tokens], rtol=0, atol=1e-12)
+
+
+def test_ends_of_the_unit_interval_give_possible_tokens():
+    logits = torch.full((2, 6), -torch.inf)
+    logits[:, 1] = logits[:, 4] = 0.0
+    uniforms = torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64)
+    tokens, logps, _ = draw(logits, uniforms, torch.tensor([0, 5]), SamplingConfig())
+    assert tokens.tolist() == [1, 4]
+    assert torch.allclose(logps.exp(), torch.tensor([0.5, 0.5]))
+
+
+def test_truncation_keeps_ties_of_the_last_place_and_the_first_token():
+    scores = torch.tensor([[1.0, 3.0, 2.0, 2.0]])
+    assert torch.isfinite(truncate(scores, 2, 1.0)).tolist() == [[False, True, True, True]]
+    assert torch.isfinite(truncate(scores, 0, 1e-9)).tolist() == [[False, True, False, False]]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", float("nan")),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("top_k", -1),
+        ("max_new_tokens", 0),
+        ("stop", "text"),
+        ("stop", ("",)),
+    ],
+)
+def test_impossible_settings_are_refused(field, value):
+    with pytest.raises(ValueError, match=field):
+        dataclasses.replace(SamplingConfig(), **{field: value})

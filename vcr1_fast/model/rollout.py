@@ -1,0 +1,213 @@
+"""Completions of prompts, drawn from the model: each prompt is read once for its whole group.
+
+Prompts go through the model once, together; then all completions of all prompts advance by a token
+a step. Positions are those of `forward.py`, so rollout and training see the same model. Completions
+that have ended leave the batch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from vcr1_fast.model.decode import SharedPrefix, decoding
+from vcr1_fast.model.forward import embed, lm_head, prompt_features, prompt_positions
+from vcr1_fast.model.positions import SpecialIds, next_position
+from vcr1_fast.model.processor import Processor, Prompt
+from vcr1_fast.model.sampling import SamplingConfig, draw
+from vcr1_fast.model.wrapping import unwrap
+
+__all__ = ["Rollout", "SamplingConfig", "rollout"]
+
+# Rows are moved together when at least this share of them has nothing left to do.
+_COMPACT_AT = 0.2
+
+
+@dataclass(frozen=True, eq=False)
+class Rollout:
+    """Completions by [prompt][completion], on the CPU.
+
+    tokens: (C,) int64, with the end-of-turn token where it was reached; logps: (C,)
+    log-probabilities under the distribution they were drawn from; full_logps: under the plain
+    softmax at the sampling temperature, without truncation or banned tokens: what a training
+    forward gives; texts: decoded without special tokens; finished: ended by itself rather than by
+    `max_new_tokens`; vision: for each prompt its video tokens' features, on the model's device, or
+    None.
+    """
+
+    tokens: list[list[Tensor]]
+    logps: list[list[Tensor]]
+    full_logps: list[list[Tensor]]
+    texts: list[list[str]]
+    finished: list[list[bool]]
+    vision: list[Tensor | None]
+
+
+@torch.no_grad()
+def rollout(
+    model: nn.Module,
+    processor: Processor,
+    prompts: Sequence[Prompt],
+    group_size: int,
+    sampling: SamplingConfig,
+    generator: torch.Generator | None = None,
+    *,
+    convention: str = "trained",
+) -> Rollout:
+    """Draw `group_size` completions for every prompt.
+
+    Args:
+        model: Qwen2.5-VL, wrapped by peft or not; put in evaluation mode meanwhile.
+        processor: for the stop token, the tokens never drawn, and text.
+        prompts: any lengths; padded to the longest.
+        group_size: completions a prompt, G >= 1.
+        sampling: all that decides what is drawn, besides
+        generator: a CPU generator (None: torch's default). Completion (i, j) uses its own numbers
+            of it, whatever the others do.
+        convention: of the positions, see `positions.py`.
+
+    Raises:
+        ValueError: for no prompts or a group size below 1.
+    """
+    if not prompts or group_size < 1:
+        raise ValueError(f"got {len(prompts)} prompts and a group size of {group_size}")
+    base = unwrap(model)
+    training = base.training
+    base.eval()
+    try:
+        features = prompt_features(base, prompts)
+        run = _Run(base, processor, sampling, group_size * len(prompts))
+        hidden = run.prefill(prompts, features, convention)
+        run.decode(hidden.repeat_interleave(group_size, dim=0), group_size, generator)
+    finally:
+        base.train(training)
+    return run.result(group_size, features)
+
+
+class _Run:
+    """One rollout's state. Rows are completions of all prompts in order; row `total` is scrap."""
+
+    def __init__(self, model, processor: Processor, sampling: SamplingConfig, total: int):
+        self.model, self.processor, self.sampling, self.total = model, processor, sampling, total
+        self.device = model.get_input_embeddings().weight.device
+        self.weight, self.bias = lm_head(model)
+        self.banned = processor.banned_ids(len(self.weight)).to(self.device)
+        self.memory = SharedPrefix()
+        shape = (total + 1, sampling.max_new_tokens)
+        self.tokens = torch.zeros(shape, dtype=torch.int64, device=self.device)
+        exact = torch.promote_types(self.weight.dtype, torch.float32)
+        self.logps = torch.zeros(2, *shape, dtype=exact, device=self.device)
+        self.lengths = [sampling.max_new_tokens] * total
+        self.finished = [False] * total
+        self.resume = torch.zeros(0)  # (rows,) position of each row's first token
+
+    def prefill(
+        self, prompts: Sequence[Prompt], features: Sequence[Tensor | None], convention: str
+    ) -> Tensor:
+        """Read the prompts; hidden states (N, H) of their last tokens."""
+        ids = SpecialIds.from_config(self.model.config)
+        positions = [prompt_positions(prompt, ids, convention) for prompt in prompts]
+        self.resume = torch.tensor([next_position(p) for p in positions], device=self.device)
+        tokens = pad_sequence([p.input_ids for p in prompts], batch_first=True).to(self.device)
+        lengths = torch.tensor([len(p) for p in prompts], device=self.device)
+        given = [f for f in features if f is not None]
+        embeddings = embed(
+            self.model, tokens, tokens == ids.video, torch.cat(given) if given else None, ids
+        )
+        hidden = self.model.model.language_model(
+            inputs_embeds=embeddings,
+            position_ids=pad_sequence([p.T for p in positions], batch_first=True)
+            .permute(2, 0, 1)
+            .to(self.device),
+            # Padding is on the right, where no token looks.
+            attention_mask={"full_attention": None},
+            past_key_values=self.memory,
+            use_cache=True,
+        ).last_hidden_state
+        self.memory.start_decoding(lengths)
+        return hidden[torch.arange(len(prompts), device=self.device), lengths - 1]
+
+    def decode(self, hidden: Tensor, group_size: int, generator: torch.Generator | None) -> None:
+        sampling = self.sampling
+        uniforms = torch.rand(
+            sampling.max_new_tokens, self.total, dtype=torch.float64, generator=generator
+        ).to(self.device)
+        rows = torch.arange(self.total, device=self.device)
+        resume = self.resume.repeat_interleave(group_size)
+        alive = torch.ones(self.total, dtype=torch.bool)
+        embedding = self.model.get_input_embeddings()
+        language_model = self.model.model.language_model
+        with decoding(language_model):
+            for step in range(sampling.max_new_tokens):
+                logits = nn.functional.linear(hidden, self.weight, self.bias)
+                chance = uniforms[step][rows.clamp(max=self.total - 1)]
+                tokens, logps, full = draw(logits, chance, self.banned, sampling)
+                self.tokens[rows, step] = tokens
+                self.logps[0, rows, step] = logps
+                self.logps[1, rows, step] = full
+                ended = self._ended(tokens, rows, alive, step)
+                if bool(ended.any()):
+                    alive &= ~ended
+                    kept = self._compact(rows, alive)
+                    if kept is not None:
+                        rows, alive = rows[kept], alive[kept.cpu()]
+                        tokens, resume = tokens[kept], resume[kept]
+                    rows = rows.masked_fill(~alive.to(self.device), self.total)
+                if not bool(alive.any()) or step + 1 == sampling.max_new_tokens:
+                    return
+                hidden = language_model(
+                    inputs_embeds=embedding(tokens[:, None]),
+                    position_ids=(resume + step)[None, :, None].expand(3, -1, -1),
+                    attention_mask={"full_attention": None},
+                    past_key_values=self.memory,
+                    use_cache=True,
+                    shared_prefix=self.memory,
+                ).last_hidden_state[:, 0]
+
+    def _ended(self, tokens: Tensor, rows: Tensor, alive: Tensor, step: int) -> Tensor:
+        """Which of the live rows end with this token; on the CPU (the step's only wait)."""
+        ended = (tokens == self.processor.stop_id).cpu() & alive
+        if self.sampling.stop:
+            for i in torch.nonzero(alive & ~ended).flatten().tolist():
+                text = self.processor.decode(self.tokens[rows[i], : step + 1])
+                ended[i] = any(stop in text for stop in self.sampling.stop)
+        for row in rows.cpu()[ended].tolist() if bool(ended.any()) else ():
+            self.lengths[row] = step + 1
+            self.finished[row] = True
+        return ended
+
+    def _compact(self, rows: Tensor, alive: Tensor) -> Tensor | None:
+        """Move the live rows together; None when that would not save enough.
+
+        Groups must stay equally large: one that has fewer live rows than another keeps some of its
+        ended rows as filling.
+        """
+        grid = alive.view(len(self.memory.bias), -1)
+        counts = grid.sum(dim=1)
+        prompts = torch.nonzero(counts).flatten()
+        size = int(counts.max())
+        if len(prompts) == 0 or len(prompts) * size > (1 - _COMPACT_AT) * alive.numel():
+            return None
+        first = grid[prompts].to(torch.uint8).sort(dim=1, descending=True, stable=True).indices
+        kept = (prompts[:, None] * grid.shape[1] + first[:, :size]).flatten().to(self.device)
+        whole = len(prompts) == len(grid)
+        self.memory.select(None if whole else prompts.to(self.device), kept)
+        return kept
+
+    def result(self, group_size: int, features: list[Tensor | None]) -> Rollout:
+        tokens, logps = self.tokens.cpu(), self.logps.cpu()
+
+        def grouped(values):
+            return [values[i : i + group_size] for i in range(0, self.total, group_size)]
+
+        completions = [tokens[i, :n].clone() for i, n in enumerate(self.lengths)]
+        return Rollout(
+            tokens=grouped(completions),
+            logps=grouped([logps[0, i, :n].clone() for i, n in enumerate(self.lengths)]),
+            full_logps=grouped([logps[1, i, :n].clone() for i, n in enumerate(self.lengths)]),
+            texts=grouped([self.processor.decode(c) for c in completions]),
+            finished=grouped(self.finished),
+            vision=list(features),
+        )
