@@ -1,5 +1,5 @@
 // Python bindings: check, allocate nothing, pick CPU or CUDA. The only file that knows pybind11,
-// with tensor.h. One bind_<op>() an op.
+// with bindings_*.cpp and tensor.h. One bind_<op>() an op.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -11,6 +11,8 @@
 
 namespace py = pybind11;
 using vcr1::Tensor;
+
+void bind_resize(py::module_& m);  // bindings_video.cpp
 
 namespace {
 
@@ -187,4 +189,5 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of vcr1_fast.";
   bind_runtime(m);
   bind_gather_logprobs(m);
+  bind_resize(m);
 }

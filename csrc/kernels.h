@@ -109,3 +109,55 @@ void gather_logprobs_backward(const GatherLogprobsBackward& args, void* stream);
 #endif
 
 }  // namespace vcr1
+
+namespace vcr1::cpu {
+
+// One axis of a resize, as ops/resample.py lays it out. Integer tables read pixels in pairs (2k,
+// 2k + 1): first counts pairs, weights are int16 (n_out, parts, 2 * taps), where part 0 of two
+// holds w >> 8 and part 1 w & 255. Float tables: first counts pixels, weights are (n_out, taps).
+struct ResizeAxis {
+  const int32_t* first;
+  const void* weights;
+  int64_t taps;
+  int64_t n_in, n_out;
+  int bits;
+};
+
+enum class ResizeMode { kCopy, kInt16, kInt22, kFloat, kFloatRounded };
+
+// Where one worker keeps what, in bytes from the start of its part of the scratch memory.
+struct ResizeScratch {
+  int64_t source, resized, ring, pointers, row, cast;
+  int64_t total;      // a multiple of 64
+  int64_t ring_size;  // lines of resized rows (int: row pairs) kept for the vertical pass
+  int64_t width;      // the output width, padded to whole vectors
+};
+
+struct ResizeArgs {
+  const uint8_t* frames;  // RGB, any strides (in bytes)
+  int64_t n_frames, frame_stride, row_stride, column_stride, channel_stride;
+  ResizeAxis horizontal, vertical;
+  ResizeMode mode;
+  ResizeScratch layout;
+  uint8_t* scratch;  // num_threads * layout.total bytes, aligned to 64
+};
+
+// Fills `layout` from the axes and the mode.
+void plan_scratch(ResizeArgs& args);
+
+struct ResizeFramesArgs {
+  ResizeArgs resize;
+  void* out;  // uint8, or float for kFloat; strides in elements
+  int64_t out_frame_stride, out_row_stride, out_column_stride, out_channel_stride;
+};
+VCR1_CPU_LAUNCHER(resize_frames, ResizeFramesArgs)
+
+struct VideoPatchesArgs {
+  ResizeArgs resize;
+  void* out;  // (N, 1176)
+  DType out_dtype;
+  float offset[3], scale[3];  // (x - offset) / scale
+};
+VCR1_CPU_LAUNCHER(video_patches, VideoPatchesArgs)
+
+}  // namespace vcr1::cpu

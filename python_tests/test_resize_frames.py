@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vcr1_fast import ops
+from vcr1_fast.ops import backend as backend_module
 from vcr1_fast.ops.resize_frames import _op
 from vcr1_fast.ops.resize_frames import reference as reference_op
 
@@ -236,6 +237,33 @@ def test_backends_agree_to_the_bit(backend, rounding):
         expected = torch.empty_like(result)
         reference_op(frames, expected, "bicubic", True, rounding)
         assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_instruction_sets_agree_to_the_bit(isa):
+    native = backend_module.native
+    if native is None:
+        pytest.skip("the native module is not built")
+    try:
+        native.choose_cpu_isa(isa)
+    except ValueError as error:
+        pytest.skip(str(error))
+    try:
+        for rounding in ("u8", "pil", "f32", "none"):
+            for shape, size in SIZES:
+                frames = noise(shape, seed=6)
+                with ops.use("cpu"):
+                    result = ops.resize_frames(frames, size, rounding=rounding)
+                expected = torch.empty_like(result)
+                reference_op(frames, expected, "bicubic", True, rounding)
+                assert torch.equal(result, expected)
+                with ops.use("cpu"):
+                    patches = ops.video_patches(frames, (28, 56), rounding=rounding)[0]
+                with ops.use("reference"):
+                    expected = ops.video_patches(frames, (28, 56), rounding=rounding)[0]
+                assert torch.equal(patches, expected)
+    finally:
+        native.choose_cpu_isa("auto")
 
 
 def test_same_bits_again_and_for_every_number_of_threads(backend):

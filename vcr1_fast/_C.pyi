@@ -32,3 +32,27 @@ def gather_logprobs_backward(
     grad: Tensor,
     num_threads: int,
 ) -> None: ...
+
+class ResizePlan:
+    scratch_bytes: int
+    def __init__(
+        self,
+        mode: str,
+        size_in: tuple[int, int],
+        size_out: tuple[int, int],
+        first: list[Tensor],
+        weights: list[Tensor],
+        bits: list[int],
+    ) -> None: ...
+
+def resize_frames(
+    frames: Tensor, out: Tensor, plan: ResizePlan, scratch: Tensor, num_threads: int
+) -> None: ...
+def video_patches(
+    frames: Tensor,
+    out: Tensor,
+    plan: ResizePlan,
+    scale: Tensor,
+    scratch: Tensor,
+    num_threads: int,
+) -> None: ...

@@ -24,10 +24,12 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from vcr1_fast.ops.backend import native
 
 RESAMPLE = {"bilinear": 1, "bicubic": 2}  # name -> filter half-width in pixels
 ROUNDING = ("u8", "pil", "f32", "none")
@@ -127,3 +129,48 @@ def resample_axis(x: Tensor, dim: int, n_out: int, table: Taps) -> Tensor:
     if table.bits:
         total = ((total + (1 << (table.bits - 1))) >> table.bits).clamp(0, 255).to(torch.uint8)
     return total.movedim(0, dim)
+
+
+_NATIVE_MODE = {"u8": "int16", "pil": "int22", "f32": "float_rounded", "none": "float"}
+
+
+def _native_table(table: Taps) -> tuple[Tensor, Tensor]:
+    """(first, weights) as csrc/kernels.h describes ResizeAxis: integer taps come in pairs."""
+    if not table.bits:
+        return table.start.int(), table.weights.contiguous()
+    odd = table.start % 2
+    n_out, taps_out = table.weights.shape
+    columns = -(-(taps_out + 1) // 2) * 2
+    weights = torch.zeros(n_out, columns, dtype=torch.int32)
+    weights.scatter_(1, odd[:, None] + torch.arange(taps_out), table.weights)
+    while columns > 2 and not weights[:, columns - 2 :].any():
+        columns -= 2
+    weights = weights[:, :columns]
+    if table.bits == PILLOW_BITS:  # too wide for int16: high part, then low byte
+        weights = torch.cat([weights >> 8, weights & 255], dim=1)
+    return (table.start // 2).int(), weights.to(torch.int16)
+
+
+@functools.lru_cache(maxsize=256)
+def native_plan(
+    size_in: tuple[int, int],
+    size_out: tuple[int, int],
+    resample: str,
+    antialias: bool,
+    rounding: str,
+) -> Any:
+    """The native module's ResizePlan of one pair of (height, width)."""
+    tables = [
+        taps(n_in, n_out, resample, antialias, rounding)
+        for n_in, n_out in zip(size_in, size_out, strict=True)
+    ]
+    # Without a resize every rounding keeps the pixels.
+    unchanged = size_in == size_out and rounding != "none"
+    return native.ResizePlan(
+        "copy" if unchanged else _NATIVE_MODE[rounding],
+        size_in,
+        size_out,
+        [_native_table(t)[0] for t in tables],
+        [_native_table(t)[1] for t in tables],
+        [t.bits for t in tables],
+    )

@@ -18,13 +18,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from vcr1_fast.ops.backend import Op
-from vcr1_fast.ops.resample import RESAMPLE, ROUNDING, resample_axis, taps
+from vcr1_fast.ops.backend import Op, native
+from vcr1_fast.ops.resample import RESAMPLE, ROUNDING, native_plan, resample_axis, taps
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,6 +50,18 @@ def reference(frames: Tensor, out: Tensor, resample: str, antialias: bool, round
     out.copy_(reference_resize(frames, out.shape[1:3], resample, antialias, rounding))
 
 
+def _cpu(frames: Tensor, out: Tensor, resample: str, antialias: bool, rounding: str) -> None:
+    plan = native_plan(
+        tuple(frames.shape[1:3]), tuple(out.shape[1:3]), resample, antialias, rounding
+    )
+    threads = torch.get_num_threads()
+    native.resize_frames(frames, out, plan, scratch(plan, threads), threads)
+
+
+def scratch(plan: Any, threads: int) -> Tensor:
+    return torch.empty(threads * plan.scratch_bytes, dtype=torch.uint8)
+
+
 def _fake(frames: Tensor, out: Tensor, resample: str, antialias: bool, rounding: str) -> None:
     return None
 
@@ -60,6 +72,7 @@ _op = Op(
     _fake,
 )
 _op.register("reference", reference)
+_op.register("cpu", _cpu)
 
 
 def as_thwc(frames: Tensor | np.ndarray) -> tuple[Tensor, bool]:

@@ -21,14 +21,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vcr1_fast.ops.backend import Op
-from vcr1_fast.ops.resample import RESAMPLE, ROUNDING
+from vcr1_fast.ops.backend import Op, native
+from vcr1_fast.ops.resample import RESAMPLE, ROUNDING, native_plan
 from vcr1_fast.ops.resize_frames import (
     as_thwc,
     check_choice,
     check_out,
     check_size,
     reference_resize,
+    scratch,
 )
 
 if TYPE_CHECKING:
@@ -65,6 +66,21 @@ def reference(
     out.copy_(x.permute(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(-1, PATCH_VALUES))
 
 
+def _cpu(
+    frames: Tensor,
+    out: Tensor,
+    size: Sequence[int],
+    resample: str,
+    rounding: str,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> None:
+    plan = native_plan(tuple(frames.shape[1:3]), tuple(size), resample, True, rounding)
+    threads = torch.get_num_threads()
+    scale = torch.stack(pixel_scale(mean, std))
+    native.video_patches(frames, out, plan, scale, scratch(plan, threads), threads)
+
+
 def _fake(
     frames: Tensor,
     out: Tensor,
@@ -84,6 +100,7 @@ _op = Op(
     _fake,
 )
 _op.register("reference", reference)
+_op.register("cpu", _cpu)
 
 
 def video_patches(

@@ -1,0 +1,165 @@
+// Python bindings of the video ops; bindings.cpp makes the module.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+#include "tensor.h"
+
+namespace py = pybind11;
+using vcr1::Tensor;
+
+namespace {
+
+// The tables of one resize, and the plan of its scratch memory: made once per pair of sizes.
+class ResizePlan {
+ public:
+  // mode: "copy", "int16", "int22", "float" or "float_rounded"; tables as ResizeAxis describes.
+  ResizePlan(const std::string& mode, std::array<int64_t, 2> size_in,
+             std::array<int64_t, 2> size_out, std::array<Tensor, 2> first,
+             std::array<Tensor, 2> weights, std::array<int, 2> bits) {
+    using vcr1::cpu::ResizeMode;
+    const std::map<std::string, ResizeMode> modes = {{"copy", ResizeMode::kCopy},
+                                                     {"int16", ResizeMode::kInt16},
+                                                     {"int22", ResizeMode::kInt22},
+                                                     {"float", ResizeMode::kFloat},
+                                                     {"float_rounded", ResizeMode::kFloatRounded}};
+    const auto found = modes.find(mode);
+    VCR1_CHECK(found != modes.end(), "mode: unknown ", mode);
+    args_.mode = found->second;
+    set_axis(args_.vertical, 0, size_in[0], size_out[0], first[0], weights[0], bits[0]);
+    set_axis(args_.horizontal, 1, size_in[1], size_out[1], first[1], weights[1], bits[1]);
+    vcr1::cpu::plan_scratch(args_);
+  }
+
+  int64_t scratch_bytes() const { return args_.layout.total; }
+
+  vcr1::cpu::ResizeArgs args(const Tensor& frames, const Tensor& scratch, int num_threads) const {
+    vcr1::cpu::ResizeArgs out = args_;
+    const auto [n, height, width, channels] = frames.shape<4>("frames");
+    VCR1_CHECK(frames.on_cpu() && scratch.on_cpu(), "frames and scratch: expected CPU tensors");
+    VCR1_CHECK(height == args_.vertical.n_in && width == args_.horizontal.n_in && channels == 3,
+               "frames: expected ", args_.vertical.n_in, " x ", args_.horizontal.n_in, " x 3, got ",
+               height, " x ", width, " x ", channels);
+    VCR1_CHECK(num_threads > 0, "num_threads: expected at least 1, got ", num_threads);
+    VCR1_CHECK(scratch.numel() >= num_threads * scratch_bytes(), "scratch: expected ",
+               num_threads * scratch_bytes(), " bytes, got ", scratch.numel());
+    out.frames = frames.data<uint8_t>("frames");
+    out.n_frames = n;
+    out.frame_stride = frames.stride(0);
+    out.row_stride = frames.stride(1);
+    out.column_stride = frames.stride(2);
+    out.channel_stride = frames.stride(3);
+    out.scratch = scratch.dense<uint8_t>("scratch");
+    return out;
+  }
+
+ private:
+  void set_axis(vcr1::cpu::ResizeAxis& axis, int index, int64_t n_in, int64_t n_out,
+                const Tensor& first, const Tensor& weights, int bits) {
+    using vcr1::cpu::ResizeMode;
+    axis.n_in = n_in;
+    axis.n_out = n_out;
+    axis.bits = bits;
+    if (args_.mode == ResizeMode::kCopy) {
+      VCR1_CHECK(n_in == n_out, "copy: sizes differ, ", n_in, " and ", n_out);
+      return;
+    }
+    const bool is_int = args_.mode == ResizeMode::kInt16 || args_.mode == ResizeMode::kInt22;
+    const int64_t parts = args_.mode == ResizeMode::kInt22 ? 2 : 1;
+    const auto [rows, columns] = weights.shape<2>("weights");
+    VCR1_CHECK(rows == n_out && first.numel() == n_out, "tables: expected ", n_out, " rows, got ",
+               rows, " and ", first.numel());
+    axis.taps = is_int ? columns / (2 * parts) : columns;
+    const int32_t* begin = first.dense<int32_t>("first");
+    first_[index].assign(begin, begin + n_out);
+    const int64_t lines = is_int ? (n_in + 1) / 2 : n_in;
+    for (int64_t i = 0; i < n_out; ++i)
+      VCR1_CHECK(begin[i] >= 0 && begin[i] < lines && (i == 0 || begin[i] >= begin[i - 1]),
+                 "first: expected rising values below ", lines, ", got ", begin[i], " at ", i);
+    const auto* bytes =
+        static_cast<const char*>(is_int ? static_cast<void*>(weights.dense<int16_t>("weights"))
+                                        : static_cast<void*>(weights.dense<float>("weights")));
+    weights_[index].assign(bytes, bytes + weights.numel() * (is_int ? 2 : 4));
+    axis.first = first_[index].data();
+    axis.weights = weights_[index].data();
+  }
+
+  vcr1::cpu::ResizeArgs args_{};
+  std::array<std::vector<int32_t>, 2> first_;
+  std::array<std::vector<char>, 2> weights_;
+};
+
+}  // namespace
+
+void bind_resize(py::module_& m) {
+  // Not copyable or movable from Python: args_ points into the vectors.
+  py::class_<ResizePlan>(m, "ResizePlan", "Tables of one resize, for any number of frames.")
+      .def(py::init<const std::string&, std::array<int64_t, 2>, std::array<int64_t, 2>,
+                    std::array<Tensor, 2>, std::array<Tensor, 2>, std::array<int, 2>>(),
+           py::arg("mode"), py::arg("size_in"), py::arg("size_out"), py::arg("first"),
+           py::arg("weights"), py::arg("bits"))
+      .def_property_readonly("scratch_bytes", &ResizePlan::scratch_bytes,
+                             "Scratch memory that one thread needs.");
+  m.def(
+      "resize_frames",
+      [](const Tensor& frames, const Tensor& out, const ResizePlan& plan, const Tensor& scratch,
+         int num_threads) {
+        vcr1::cpu::ResizeFramesArgs args{};
+        args.resize = plan.args(frames, scratch, num_threads);
+        const auto [n, height, width, channels] = out.shape<4>("out");
+        VCR1_CHECK(out.on_cpu() && n == args.resize.n_frames &&
+                       height == args.resize.vertical.n_out &&
+                       width == args.resize.horizontal.n_out && channels == 3,
+                   "out: expected CPU memory of ", args.resize.n_frames, " x ",
+                   args.resize.vertical.n_out, " x ", args.resize.horizontal.n_out, " x 3, got ", n,
+                   " x ", height, " x ", width, " x ", channels);
+        args.out = args.resize.mode == vcr1::cpu::ResizeMode::kFloat
+                       ? static_cast<void*>(out.data<float>("out"))
+                       : static_cast<void*>(out.data<uint8_t>("out"));
+        args.out_frame_stride = out.stride(0);
+        args.out_row_stride = out.stride(1);
+        args.out_column_stride = out.stride(2);
+        args.out_channel_stride = out.stride(3);
+        py::gil_scoped_release release;
+        vcr1::cpu::resize_frames(args, num_threads);
+      },
+      py::arg("frames"), py::arg("out"), py::arg("plan"), py::arg("scratch"),
+      py::arg("num_threads"), "frames (T, H, W, 3) to out (T, h, w, 3), both with any strides.");
+  m.def(
+      "video_patches",
+      [](const Tensor& frames, const Tensor& out, const ResizePlan& plan, const Tensor& scale,
+         const Tensor& scratch, int num_threads) {
+        vcr1::cpu::VideoPatchesArgs args{};
+        args.resize = plan.args(frames, scratch, num_threads);
+        const int64_t height = args.resize.vertical.n_out, width = args.resize.horizontal.n_out;
+        VCR1_CHECK(height % 28 == 0 && width % 28 == 0, "size: expected multiples of 28, got ",
+                   height, " x ", width);
+        const int64_t n = (args.resize.n_frames + 1) / 2 * (height / 14) * (width / 14);
+        const auto [rows, values] = out.shape<2>("out");
+        VCR1_CHECK(out.on_cpu() && rows == n && values == 1176 && out.is_contiguous(),
+                   "out: expected contiguous CPU memory of ", n, " x 1176, got ", rows, " x ",
+                   values);
+        args.out = out.raw();
+        args.out_dtype = out.dtype();
+        VCR1_CHECK(
+            args.out_dtype == vcr1::DType::kFloat32 || args.out_dtype == vcr1::DType::kBFloat16 ||
+                args.out_dtype == vcr1::DType::kFloat16,
+            "out: expected float32, bfloat16 or float16, got ", vcr1::name_of(args.out_dtype));
+        VCR1_CHECK(scale.numel() == 6, "scale: expected (2, 3), got ", scale.numel(), " values");
+        const float* values_of = scale.dense<float>("scale");
+        for (int c = 0; c < 3; ++c) {
+          args.offset[c] = values_of[c];
+          args.scale[c] = values_of[3 + c];
+        }
+        py::gil_scoped_release release;
+        vcr1::cpu::video_patches(args, num_threads);
+      },
+      py::arg("frames"), py::arg("out"), py::arg("plan"), py::arg("scale"), py::arg("scratch"),
+      py::arg("num_threads"),
+      "frames (T, H, W, 3) to out (N, 1176), normalised as (x - scale[0]) / scale[1].");
+}
