@@ -581,7 +581,7 @@ def test_call_errors():
     for arguments, options, message in (
         ((x, x[:, :2], a, None), {}, "old_logps has shape"),
         ((x, x, torch.zeros(3), None), {}, "advantages has shape"),
-        ((x[0], x[0], a, None), {}, "logps must be"),
+        ((x[0], x[0], a, None), {}, "tokens must be"),
         ((x, x, a, None), {"config": GRPOLossConfig(beta=0.1)}, "needs ref_logps"),
         ((x, x, a, None), {"config": GRPOLossConfig(entropy_coef=0.1)}, "needs entropy"),
         ((x, x, a, None), {"config": GRPOLossConfig(rollout_correction="token_mask")}, "rollout"),

@@ -6,6 +6,7 @@ from vcr1_fast.ops.group_advantages import group_advantages
 from vcr1_fast.ops.grpo_config import GRPOLossConfig
 from vcr1_fast.ops.grpo_loss import grpo_loss
 from vcr1_fast.ops.iou import box_iou, interval_set_iou, temporal_iou, track_iou
+from vcr1_fast.ops.linear_grpo_loss import linear_grpo_loss
 from vcr1_fast.ops.resize_frames import resize_frames
 from vcr1_fast.ops.video_patches import video_patches
 
@@ -17,6 +18,7 @@ __all__ = [
     "group_advantages",
     "grpo_loss",
     "interval_set_iou",
+    "linear_grpo_loss",
     "resize_frames",
     "temporal_iou",
     "track_iou",

@@ -172,15 +172,6 @@ class GRPOLossConfig:
         """`aggregation`, or the loss type's own."""
         return self.aggregation or DEFAULT_AGGREGATION[self.loss_type]
 
-    @property
-    def ratio_couples_tokens(self) -> bool:
-        """Whether a token's gradient depends on the log-probs of its completion's other tokens."""
-        return (
-            self.level != "token"
-            or self.loss_type == "vespo"
-            or self.off_policy_threshold is not None
-        )
-
 
 @dataclass(frozen=True)
 class LossParameters:
@@ -198,6 +189,11 @@ class LossParameters:
 
     def value(self, name: str) -> float:
         return self.values[VALUES.index(name)]
+
+    def replace(self, **changes: float) -> "LossParameters":
+        kinds = (changes.get(name, old) for name, old in zip(KINDS, self.kinds, strict=True))
+        values = (changes.get(name, old) for name, old in zip(VALUES, self.values, strict=True))
+        return LossParameters(tuple(kinds), tuple(values))
 
 
 KINDS = (

@@ -132,7 +132,8 @@ def grpo_loss(
     Raises:
         ValueError: shapes that do not fit, or an input that the config needs and is missing.
     """
-    _check(logps, advantages, cu_seqlens, config)
+    if not logps.is_floating_point():
+        raise ValueError(f"logps must be floating point, got {logps.dtype}")
     tokens = {
         "old_logps": old_logps,
         "mask": mask,
@@ -141,10 +142,7 @@ def grpo_loss(
         "rollout_logps": rollout_logps,
         "token_weights": token_weights,
     }
-    for name, tensor in tokens.items():
-        if tensor is not None and tensor.shape != logps.shape:
-            raise ValueError(f"{name} has shape {_of(tensor)}, logps {_of(logps)}")
-    check_needed(config, ref_logps, rollout_logps)
+    check_inputs(config, logps.shape, advantages, tokens, cu_seqlens)
     if config.entropy_coef and entropy is None:
         raise ValueError(f"entropy_coef = {config.entropy_coef} needs entropy")
     dtype = torch.float64 if logps.dtype == torch.float64 else torch.float32
@@ -168,69 +166,64 @@ def grpo_loss(
         encoded.kinds,
         encoded.values,
     )
-    present = reported_metrics(
-        config, ref_logps is not None, entropy is not None, rollout_logps is not None
-    )
-    values = dict(zip(METRICS, metrics.unbind(), strict=True))
-    return loss, {name: values[name] for name in present}
+    return loss, name_metrics(metrics, config, tokens)
 
 
-def reported_metrics(
-    config: GRPOLossConfig, reference: bool, entropy: bool, rollout: bool
-) -> tuple[str, ...]:
-    """Names of the metrics that mean something for this call."""
-    conditions = {
-        "kl": reference,
-        "entropy": entropy,
-        "clip_low": config.loss_type not in ("sapo", "vespo"),
+def name_metrics(
+    metrics: Tensor, config: GRPOLossConfig, tokens: dict[str, Tensor | None]
+) -> dict[str, Tensor]:
+    """The op's vector as a dict of those that mean something for this call."""
+    rollout = tokens["rollout_logps"] is not None
+    meaningful = {
+        "kl": tokens["ref_logps"] is not None,
+        "entropy": tokens["entropy"] is not None,
         "clip_delta": config.delta is not None,
         "vespo_phi": config.loss_type == "vespo",
         "off_policy_kept": config.off_policy_threshold is not None,
-        "rollout_gap_mean": rollout,
+        **dict.fromkeys(("clip_low", "clip_high", "clip_region"), False),
+        **{name: rollout for name in METRICS if name.startswith("rollout_")},
     }
-    conditions["clip_high"] = conditions["clip_region"] = conditions["clip_low"]
-    for name in ("gap_max", "kl", "weight_mean", "clipped"):
-        conditions[f"rollout_{name}"] = rollout
-    return tuple(name for name in METRICS if conditions.get(name, True))
+    if config.loss_type not in ("sapo", "vespo"):
+        meaningful.update(clip_low=True, clip_high=True, clip_region=True)
+    values = zip(METRICS, metrics.unbind(), strict=True)
+    return {name: value for name, value in values if meaningful.get(name, True)}
 
 
-def check_needed(
-    config: GRPOLossConfig, ref_logps: Tensor | None, rollout_logps: Tensor | None
+def check_inputs(
+    config: GRPOLossConfig,
+    shape: torch.Size,
+    advantages: Tensor,
+    tokens: dict[str, Tensor | None],
+    cu_seqlens: Tensor | None,
 ) -> None:
-    """ValueError if the config needs an input that is missing."""
-    if config.beta and ref_logps is None:
-        raise ValueError(f"beta = {config.beta} needs ref_logps")
-    if config.rollout_correction and rollout_logps is None:
-        raise ValueError(f"rollout_correction {config.rollout_correction!r} needs rollout_logps")
-
-
-def _check(
-    logps: Tensor, advantages: Tensor, cu_seqlens: Tensor | None, config: GRPOLossConfig
-) -> None:
-    if not logps.is_floating_point():
-        raise ValueError(f"logps must be floating point, got {logps.dtype}")
+    """ValueError if inputs do not fit tokens of `shape` or one that the config needs is missing."""
     if cu_seqlens is None:
-        if logps.ndim != 2:
-            raise ValueError(
-                f"logps must be (B, T), or (N,) with cu_seqlens, got shape {_of(logps)}"
-            )
-        allowed = {(logps.shape[0],), (logps.shape[0], 1), tuple(logps.shape)}
+        if len(shape) != 2:
+            raise ValueError(f"tokens must be (B, T), or (N,) with cu_seqlens, got {tuple(shape)}")
+        allowed = {(shape[0],), (shape[0], 1), tuple(shape)}
     else:
-        if logps.ndim != 1:
-            raise ValueError(f"with cu_seqlens, logps must be (N,), got shape {_of(logps)}")
+        if len(shape) != 1:
+            raise ValueError(f"with cu_seqlens, tokens must be (N,), got {tuple(shape)}")
         if cu_seqlens.ndim != 1 or len(cu_seqlens) < 1 or cu_seqlens.is_floating_point():
             raise ValueError(
                 f"cu_seqlens must be (B + 1,) integers, got {cu_seqlens.dtype} {_of(cu_seqlens)}"
             )
-        allowed = {(len(cu_seqlens) - 1,), tuple(logps.shape)}
+        allowed = {(len(cu_seqlens) - 1,), tuple(shape)}
     if tuple(advantages.shape) not in allowed:
         raise ValueError(
             f"advantages has shape {_of(advantages)}, expected one of {sorted(allowed)}"
         )
+    for name, tensor in tokens.items():
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} has shape {_of(tensor)}, expected {tuple(shape)}")
     for name in ("num_items", "num_sequences"):
         count = getattr(config, name)
         if isinstance(count, Tensor) and count.numel() != 1:
             raise ValueError(f"{name} must be one number, got shape {_of(count)}")
+    if config.beta and tokens["ref_logps"] is None:
+        raise ValueError(f"beta = {config.beta} needs ref_logps")
+    if config.rollout_correction and tokens["rollout_logps"] is None:
+        raise ValueError(f"rollout_correction {config.rollout_correction!r} needs rollout_logps")
 
 
 def _of(tensor: Tensor) -> tuple[int, ...]:

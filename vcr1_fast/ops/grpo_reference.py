@@ -101,7 +101,7 @@ def reference(
     loss = policy_loss + rows.keep(weights * beta * factor.kl * kl * correction).sum()
     grad_entropy = logps.new_zeros(0)
     if inputs.entropy is not None and p.value("entropy_coef"):
-        grad_entropy = -p.value("entropy_coef") * _entropy_weights(inputs, p, rows, weights)
+        grad_entropy = -p.value("entropy_coef") * entropy_weights(inputs, p, rows, weights)
         loss = loss + (grad_entropy * rows.keep(inputs.entropy)).sum()
 
     metrics = _Metrics(rows, tokens)
@@ -145,7 +145,7 @@ def aggregation_weights(inputs: LossInputs, p: LossParameters, tokens: Tensor) -
     return each / p.value("max_length") if aggregation == "max_length" else each
 
 
-def _entropy_weights(
+def entropy_weights(
     inputs: LossInputs, p: LossParameters, rows: Completions, weights: Tensor
 ) -> Tensor:
     each = rows.mask.to(weights.dtype)

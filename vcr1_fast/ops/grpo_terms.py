@@ -88,8 +88,14 @@ class Factors(NamedTuple):
     kept: Tensor
 
 
-def _rollout(p: LossParameters, rows: Completions, gap: Tensor) -> Rollout:
+def rollout_correction(
+    inputs: LossInputs, p: LossParameters, rows: Completions, old: Tensor
+) -> Rollout:
     """The correction for the gap between the sampler and `old_logps`."""
+    gap = torch.zeros_like(old)
+    if inputs.rollout_logps is not None:
+        gap = old - rows.keep(inputs.rollout_logps)
+        gap = torch.where(gap.isnan(), 0.0, gap)
     kind = ROLLOUT_CORRECTIONS[p.kind("rollout_correction")]
     ones = torch.ones_like(gap)
     if kind == "none":
@@ -126,15 +132,11 @@ def constant_factors(
 ) -> tuple[Factors, Rollout]:
     """What multiplies the policy term and the KL term of each token, constant for the gradient."""
     ones = torch.ones_like(logps)
-    sampler = old
-    if inputs.rollout_logps is not None:
-        sampler = rows.keep(inputs.rollout_logps)
-        sampler = torch.where(sampler.isnan(), old, sampler)
-    rollout = _rollout(p, rows, old - sampler)
+    rollout = rollout_correction(inputs, p, rows, old)
     kept = ones
     if math.isfinite(p.value("off_policy_threshold")):
         tokens = rows.sum(rows.mask.to(logps.dtype)).clamp(min=1)
-        drift = rows.spread(rows.sum(sampler - logps) / tokens)
+        drift = rows.spread(rows.sum(old - rollout.gap - logps) / tokens)
         kept = ((advantages >= 0) | (drift <= p.value("off_policy_threshold"))).to(logps.dtype)
     policy = kept if inputs.token_weights is None else kept * rows.per_token(inputs.token_weights)
     weight = ones if LOSS_TYPES[p.kind("loss_type")] == "vespo" else rollout.weight

@@ -1,0 +1,314 @@
+"""GRPO loss of an LM head's input, with the gradient computed in the forward pass.
+
+    logits = hidden W^T + bias,  logp, entropy = those of softmax(logits / temperature)
+    loss   = grpo_loss(logp, ...),  then for each row with g = dloss/dlogp, h = dloss/dentropy:
+    dlogits from (g, h) as in `gather_logprobs`, dhidden = dlogits W, dW = sum dlogits^T hidden
+
+Rows go through in chunks, so that the logits never exist as a whole, and only rows inside the mask
+go through at all. Where a token's gradient depends on its own log-prob alone, a chunk's logits are
+made once and turned into their gradient in place: 6 N H V operations instead of the 8 of a head
+that computes them again in the backward pass. Sequence ratios, vespo and the off-policy mask need
+the log-probs of whole completions first, and take those 8. The backward pass multiplies by the
+incoming gradient on the device.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vcr1_fast.ops.backend import BACKENDS, Op
+from vcr1_fast.ops.gather_logprobs import forward_op, inplace_backward_op, row_temperatures
+from vcr1_fast.ops.grpo_config import GRPOLossConfig, LossParameters, denominator, parameters
+from vcr1_fast.ops.grpo_loss import check_inputs, grpo_loss_op, name_metrics
+from vcr1_fast.ops.grpo_reference import METRICS
+from vcr1_fast.ops.grpo_terms import Completions, LossInputs
+from vcr1_fast.ops.grpo_tokens import as_tokens, couples_tokens, take
+
+# Bytes of one chunk of logits: large enough for the matrix products to run at full rate, small
+# beside the model.
+_CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
+_MAX_CHUNK_ROWS = 8192
+
+
+class _Head(NamedTuple):
+    """The LM head over N rows: hidden (N, H), weight (V, H), bias (V,) or None, labels (N, 1)."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    labels: Tensor
+    row_temperature: Tensor | None
+    temperature: float
+    entropy: bool
+
+    def forward(self, rows: Tensor) -> tuple[Tensor, Tensor, list]:
+        """(hidden, logits, what `gather_logprobs` says of them) of the rows named."""
+        x = self.hidden.index_select(0, rows)
+        logits = x @ self.weight.t()
+        if self.bias is not None:
+            logits += self.bias
+        return x, logits, list(forward_op(logits, *self._arguments(rows), self.entropy))
+
+    def backward_(self, rows, logits, statistics, grad_logps, grad_entropy) -> None:
+        """Turns the logits of the rows named into their gradient."""
+        labels, *state = self._arguments(rows)
+        logps, _, _, stats = statistics
+        grads = [g if g is None else g.contiguous() for g in (grad_logps[:, None], grad_entropy)]
+        inplace_backward_op(logits, labels, logps, stats, *state, *grads, None)
+
+    def _arguments(self, rows: Tensor) -> tuple:
+        temperatures = self.row_temperature
+        if temperatures is not None:
+            temperatures = temperatures.index_select(0, rows)
+        return self.labels.index_select(0, rows), None, temperatures, self.temperature
+
+
+class _Gradients:
+    """dhidden (N, H), dW (V, H) and dbias (V,), the latter two summed over chunks in float32."""
+
+    def __init__(self, head: _Head, needed: list[bool]) -> None:
+        self._head = head
+        wide = torch.float64 if head.hidden.dtype == torch.float64 else torch.float32
+        vocab = head.weight.shape[0]
+        shapes = (head.hidden.shape, head.weight.shape, (vocab,))
+        dtypes = (head.hidden.dtype, wide, wide)
+        self.hidden, self.weight, self.bias = (
+            head.hidden.new_zeros(shape if need else (0,), dtype=dtype)
+            for shape, dtype, need in zip(shapes, dtypes, needed, strict=True)
+        )
+        self._needed = needed
+
+    def add(self, rows: Tensor, x: Tensor, grad_logits: Tensor) -> None:
+        need_hidden, need_weight, need_bias = self._needed
+        if need_hidden:
+            self.hidden.index_copy_(0, rows, grad_logits @ self._head.weight)
+        if need_weight and x.dtype == self.weight.dtype:
+            self.weight.addmm_(grad_logits.t(), x)
+        elif need_weight:
+            # One rounding to half precision a chunk; the sum over chunks is not rounded.
+            self.weight.add_(grad_logits.t() @ x)
+        if need_bias:
+            self.bias.add_(grad_logits.sum(0, dtype=self.bias.dtype))
+
+
+def _run(hidden, weight, labels, bias, row_temperature, *arguments):
+    old, advantages, mask, ref, rollout, token_weights, cu_seqlens, count = arguments[:8]
+    temperature, with_entropy, chunk_rows, needed, kinds, values = arguments[8:]
+    p = LossParameters(tuple(kinds), tuple(values))
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    head = _Head(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        bias,
+        labels.reshape(-1, 1),
+        None if row_temperature is None else row_temperature.reshape(-1),
+        temperature,
+        with_entropy,
+    )
+    logps = hidden.new_zeros(labels.shape, dtype=dtype)
+    entropy = torch.zeros_like(logps) if with_entropy else None
+    inputs = LossInputs(
+        logps, old, advantages, mask, ref, entropy, rollout, token_weights, cu_seqlens, None, count
+    )
+    chunks = _valid_rows(inputs).split(chunk_rows)
+    gradients = _Gradients(head, needed)
+    one_pass = any(needed) and not couples_tokens(inputs, p)
+    tokens = as_tokens(inputs, p) if one_pass else None
+    for chunk in chunks:
+        x, logits, statistics = head.forward(chunk)
+        logps.view(-1).index_copy_(0, chunk, statistics[0][:, 0])
+        if with_entropy:
+            entropy.view(-1).index_copy_(0, chunk, statistics[1])
+        if tokens is not None:
+            upstream = tokens.upstream(chunk, statistics[0])
+            head.backward_(chunk, logits, statistics, *upstream)
+            gradients.add(chunk, x, logits)
+    loss, grad_logps, grad_entropy, metrics = grpo_loss_op(*inputs, p.kinds, p.values)
+    if any(needed) and not one_pass:
+        grad_entropy = grad_entropy.reshape(-1) if grad_entropy.numel() else None
+        for chunk in chunks:
+            x, logits, statistics = head.forward(chunk)
+            upstream = take(grad_logps.reshape(-1), chunk), take(grad_entropy, chunk)
+            head.backward_(chunk, logits, statistics, *upstream)
+            gradients.add(chunk, x, logits)
+    grad_hidden = gradients.hidden.reshape(hidden.shape if needed[0] else (0,))
+    return loss, metrics, grad_hidden, gradients.weight, gradients.bias
+
+
+def _valid_rows(inputs: LossInputs) -> Tensor:
+    """Flat indices of the tokens that count; without a mask all do, and nothing is waited for."""
+    if inputs.mask is None:
+        return torch.arange(inputs.logps.numel(), device=inputs.logps.device)
+    return Completions(inputs).mask.reshape(-1).nonzero()[:, 0]
+
+
+def _fake(hidden, weight, labels, bias, row_temperature, *arguments):
+    needed = arguments[11]
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    return (
+        hidden.new_empty((), dtype=dtype),
+        hidden.new_empty(len(METRICS), dtype=dtype),
+        hidden.new_empty(hidden.shape if needed[0] else (0,)),
+        hidden.new_empty(weight.shape if needed[1] else (0,), dtype=dtype),
+        hidden.new_empty(weight.shape[:1] if needed[2] else (0,), dtype=dtype),
+    )
+
+
+linear_grpo_loss_op = Op(
+    "linear_grpo_loss",
+    "(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, Tensor? row_temperature, "
+    "Tensor? old_logps, Tensor advantages, Tensor? mask, Tensor? ref_logps, "
+    "Tensor? rollout_logps, Tensor? token_weights, Tensor? cu_seqlens, Tensor? denominator, "
+    "float temperature, bool entropy, int chunk_rows, bool[] needed, int[] kinds, float[] values) "
+    "-> (Tensor loss, Tensor metrics, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
+    _fake,
+)
+# Matrix products are torch's on every backend; the ops on rows and tokens choose their own.
+for _backend in BACKENDS:
+    linear_grpo_loss_op.register(_backend, _run)
+
+
+class _LinearGRPOLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels, *arguments):
+        needed = [bool(need) for need in ctx.needs_input_grad[:3]]
+        *tensors, temperature, entropy, chunk_rows, kinds, values = arguments
+        loss, metrics, *gradients = linear_grpo_loss_op(
+            hidden, weight, labels, bias, *tensors,
+            temperature, entropy, chunk_rows, needed, kinds, values,
+        )  # fmt: skip
+        ctx.save_for_backward(*gradients)
+        ctx.dtypes = [x if x is None else x.dtype for x in (hidden, weight, bias)]
+        ctx.mark_non_differentiable(metrics)
+        ctx.set_materialize_grads(False)
+        return loss, metrics
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss, _grad_metrics):
+        inputs = len(ctx.needs_input_grad)
+        if grad_loss is None:
+            return (None,) * inputs
+        gradients = [
+            _scaled(gradient, grad_loss, dtype) if need else None
+            for gradient, dtype, need in zip(
+                ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad, strict=False
+            )
+        ]
+        return (*gradients, *(None,) * (inputs - 3))
+
+
+def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient * scale in `dtype`, without another tensor in the gradient's own."""
+    if gradient.dtype == dtype:
+        return gradient * scale
+    return torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=dtype))
+
+
+def linear_grpo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None,
+    *,
+    old_logps: Tensor | None = None,
+    ref_logps: Tensor | None = None,
+    bias: Tensor | None = None,
+    rollout_logps: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    entropy: bool = False,
+    chunk_rows: int | None = None,
+    config: GRPOLossConfig = GRPOLossConfig(),  # noqa: B008 - immutable
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`grpo_loss` of the tokens that an LM head predicts, without the logits in memory.
+
+    The same loss, gradients and metrics as `linear_logprobs` followed by `grpo_loss`, to rounding;
+    differentiable in hidden, weight and bias, once. The gradient of the weight is summed in
+    float32; a weight that needs none costs nothing.
+
+    Args:
+        hidden: (B, T, H), or (N, H) packed with cu_seqlens: row t predicts labels[t]. Rows outside
+            the mask are never looked at.
+        weight, bias: (V, H) and (V,) of the head, in hidden's dtype.
+        labels: (B, T) or (N,) integers in [0, V) inside the mask.
+        advantages, old_logps, ref_logps, rollout_logps, token_weights, cu_seqlens, config: as in
+            `grpo_loss`.
+        mask: as in `grpo_loss`. Choosing its rows waits once for a GPU; None takes all rows
+            without waiting, and cu_seqlens must then cover them.
+        temperature: the logits are divided by it: a number, or a tensor with one per label.
+        entropy: report the mean entropy (always done if entropy_coef is not 0).
+        chunk_rows: rows whose logits exist at a time; None takes 128 MiB of logits on the CPU and
+            1 GiB on a GPU.
+
+    Returns and raises as `grpo_loss`; also ValueError for shapes or dtypes of the head that do
+    not fit, or labels outside the vocabulary.
+    """
+    shape = labels.shape
+    _check_head(hidden, weight, labels, bias)
+    with_entropy = entropy or config.entropy_coef != 0
+    tokens = {
+        "old_logps": old_logps,
+        "mask": mask,
+        "ref_logps": ref_logps,
+        "rollout_logps": rollout_logps,
+        "token_weights": token_weights,
+    }
+    check_inputs(config, shape, advantages, tokens, cu_seqlens)
+    if chunk_rows is None:
+        row_bytes = weight.shape[0] * hidden.element_size()
+        fitting = _CHUNK_BYTES.get(hidden.device.type, 1 << 30) // max(row_bytes, 1)
+        chunk_rows = min(max(fitting, 1), _MAX_CHUNK_ROWS)
+    if chunk_rows < 1:
+        raise ValueError(f"chunk_rows must be positive, got {chunk_rows}")
+    row_temperature, temperature = row_temperatures(temperature, shape, hidden.device)
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    old_logps, advantages, ref_logps, rollout_logps, token_weights = (
+        x if x is None else x.detach().to(dtype)
+        for x in (old_logps, advantages, ref_logps, rollout_logps, token_weights)
+    )
+    encoded = parameters(config)
+    loss, metrics = _LinearGRPOLoss.apply(
+        hidden,
+        weight,
+        bias,
+        labels.to(torch.int64),
+        row_temperature,
+        old_logps,
+        advantages,
+        mask,
+        ref_logps,
+        rollout_logps,
+        token_weights,
+        cu_seqlens,
+        denominator(config),
+        temperature,
+        with_entropy,
+        chunk_rows,
+        encoded.kinds,
+        encoded.values,
+    )
+    tokens["entropy"] = hidden if with_entropy else None
+    return loss, name_metrics(metrics, config, tokens)
+
+
+def _check_head(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:
+    if hidden.ndim < 2 or hidden.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)} and labels {tuple(labels.shape)} do not fit: expected "
+            "(B, T, H) and (B, T), or (N, H) and (N,)"
+        )
+    if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(f"weight must be (V, {hidden.shape[-1]}), got {tuple(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be ({weight.shape[0]},), got {tuple(bias.shape)}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != hidden.dtype:
+            raise ValueError(f"{name} is {tensor.dtype}, hidden {hidden.dtype}")
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise ValueError(f"labels must be integers, got {labels.dtype}")
