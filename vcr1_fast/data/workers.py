@@ -161,6 +161,7 @@ class _Worker:
                 [sys.executable, "-c", code, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
+                stdout=2,  # what a library prints must not mix with the parent's output
                 env={**os.environ, "PYTHONPATH": path},
                 start_new_session=True,  # Ctrl-C is the parent's affair
             )
@@ -192,12 +193,11 @@ def serve(descriptor: int) -> None:
     """The worker's life: receive (function, timeout), then answer items until the socket closes."""
     with socket.socket(fileno=descriptor) as channel:
         try:
-            try:
-                function, timeout = _receive(channel, None)
-            except (ImportError, AttributeError) as error:
-                reason = f"a worker cannot import the function: {error}"
-                _send(channel, WorkerError(reason), None)
+            first = _receive(channel, None)
+            if isinstance(first, WorkerError):
+                _send(channel, first, None)
                 return
+            function, timeout = first
             _send(channel, None, None)
             # Should the parent be killed while an item hangs, nobody else would end this process.
             # The default action of SIGALRM does, even inside a C library that holds the lock.
@@ -206,7 +206,7 @@ def serve(descriptor: int) -> None:
             while True:
                 item = _receive(channel, None)
                 signal.setitimer(signal.ITIMER_REAL, limit)
-                answer = _call(function, item)
+                answer = item if isinstance(item, WorkerError) else _call(function, item)
                 signal.setitimer(signal.ITIMER_REAL, 0)
                 _send(channel, _portable(answer), None)
                 del item, answer
@@ -258,7 +258,10 @@ def _receive(channel: socket.socket, deadline: float | None) -> Any:
     (count,) = _COUNT.unpack(_read(channel, _COUNT.size, deadline))
     sizes = struct.unpack(f"<{count}Q", _read(channel, count * _COUNT.size, deadline))
     body, *buffers = [_read(channel, size, deadline) for size in sizes]
-    return pickle.loads(body, buffers=buffers)
+    try:
+        return pickle.loads(body, buffers=buffers)
+    except (ImportError, AttributeError) as error:
+        return WorkerError(f"a process cannot import what another one sent: {error}")
 
 
 def _read(channel: socket.socket, size: int, deadline: float | None) -> bytearray:
