@@ -66,6 +66,7 @@ class Tensor {
   }
 
   bool is_contiguous() const {
+    if (numel_ == 0) return true;
     int64_t expected = 1;
     for (int i = ndim_ - 1; i >= 0; --i) {
       if (shape_[i] != 1 && strides_[i] != expected) return false;

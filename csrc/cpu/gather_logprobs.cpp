@@ -151,10 +151,11 @@ void write_row(const RowGradient& gradient, const T* x, T* out, int64_t n) {
   constexpr int w = Vec::kWidth;
   int64_t i = 0;
   for (; i + 4 * w <= n; i += 4 * w) {
-    for (int u = 0; u < 4 * w; u += w) {
-      const Vec g = gradient.at<kEntropy>(load(x + i + u));
-      kStream ? stream(out + i + u, g) : store(out + i + u, g);
-    }
+    // All loads before the first store: in place a load would wait for the store beside it.
+    Vec g[4];
+    for (int u = 0; u < 4; ++u) g[u] = gradient.at<kEntropy>(load(x + i + u * w));
+    for (int u = 0; u < 4; ++u)
+      kStream ? stream(out + i + u * w, g[u]) : store(out + i + u * w, g[u]);
   }
   for (; i + w <= n; i += w) store(out + i, gradient.at<kEntropy>(load(x + i)));
   if (i < n) {
