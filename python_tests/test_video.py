@@ -34,11 +34,21 @@ EVERY = FrameConfig(fps=1000.0)
 
 
 def write(
-    path: Path, count: int, *, fps=10, stamps=None, options=(), movflags="", size=SIZE
+    path: Path,
+    count: int,
+    *,
+    fps=10,
+    stamps=None,
+    options=(),
+    movflags="",
+    size=SIZE,
+    suffix="mp4",
 ) -> str:
-    """An H.264 mp4 whose frame i is grey of level i * STEP; `stamps` in milliseconds."""
+    """A file, by default H.264 in mp4, whose frame i is grey of level i * STEP; `stamps` in ms."""
+    codec = "mpeg4" if suffix == "avi" else "libx264"
+    path = path.with_suffix("." + suffix)
     with av.open(str(path), "w", options={"movflags": movflags} if movflags else {}) as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+        stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
         if stamps is not None:
             stream.codec_context.time_base = Fraction(1, 1000)
@@ -117,6 +127,8 @@ RATES = {
     "one key frame": {"options": {"g": "250"}},
     "index first": {"movflags": "faststart"},
     "fragments": {"movflags": "frag_keyframe+empty_moov"},
+    "Matroska": {"suffix": "mkv"},
+    "AVI": {"suffix": "avi", "options": {"b": "4000000", "bf": "0"}},
     "uneven": {"stamps": [0, 33, 133, 150, 400, 500, 533, 900, 1000, 1033, 2000, 2100]},
     "late start": {"stamps": list(range(500, 1700, 100))},
 }
@@ -141,6 +153,13 @@ def test_decoders_agree_to_the_pixel(tmp_path, name):
     if stamps := RATES[name].get("stamps"):
         expected = (np.array(stamps) - stamps[0]) / 1000
         np.testing.assert_allclose(read_clip(path, EVERY).times, expected, atol=1e-3)
+
+
+def test_decord_refuses_what_it_would_show_wrong(tmp_path):
+    path = write(tmp_path / "v.ts", 30, suffix="ts")
+    assert shown(read_clip(path, EVERY, backend="pyav")) == list(range(30))
+    with pytest.raises(VideoError, match=r'v\.ts: .*not exact for mpegts .*backend="pyav"'):
+        read_clip(path, EVERY, backend="decord")
 
 
 @pytest.mark.parametrize("turn", [90, 180, 270])

@@ -109,12 +109,16 @@ def _decord_jumps_right(path: str, keys: list[int], total: int) -> bool:
     try:
         with av.open(path) as container:
             index = _demux(path, container)
-            known = {"mp4", "matroska"} & set(container.format.name.split(","))
+            kinds = set(container.format.name.split(","))
     except (av.FFmpegError, OSError) as error:
         raise VideoError(path, f"PyAV cannot index it: {_message(error)}") from error
+    if not kinds & {"mp4", "matroska", "avi"}:
+        # Of an MPEG transport stream it shows the first frames wrong, even when read in order.
+        reason = f"decord is not exact for {'/'.join(sorted(kinds))} files"
+        raise VideoError(path, f'{reason}, read it by backend="pyav" or put it into an mp4')
     places = np.searchsorted(index.pts, index.key_pts)
     return (
-        bool(known)
+        "avi" not in kinds
         and (len(index.pts), places.tolist()) == (total, keys)
         and bool((index.key_dts[1:] > index.key_pts[:-1]).all())
     )
@@ -186,14 +190,14 @@ class _Index:
 def _demux(path: str, container: Any) -> _Index:
     if not container.streams.video:
         raise VideoError(path, NO_STREAM)
-    packets = [
-        (packet.pts, packet.dts, packet.is_keyframe)
+    packets = [  # Matroska stores no decoding times; it is searched by showing times
+        (packet.pts, packet.pts if packet.dts is None else packet.dts, packet.is_keyframe)
         for packet in container.demux(container.streams.video[0])
         if packet.size and not packet.is_discard
     ]
     if not packets:
         raise VideoError(path, NO_FRAMES)
-    if any(pts is None or dts is None for pts, dts, _ in packets):
+    if any(pts is None for pts, _, _ in packets):
         raise VideoError(path, "its packets carry no time stamps")
     packets.sort()
     keys = [packet for packet in packets if packet[2]]
