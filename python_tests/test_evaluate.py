@@ -135,6 +135,16 @@ def test_questions_about_one_video_are_resampled_together():
     assert grouped / alone == pytest.approx(math.sqrt(8), rel=0.1)
 
 
+def test_the_summary_interval_resamples_videos_not_questions():
+    spans = {True: "<answer>2.0 to 6.0</answer>", False: "<answer>7.0 to 9.0</answer>"}
+    records = [grounding(f"g{i}", video=f"v{i // 10}.mp4") for i in range(120)]
+    texts = {record.id: spans[i // 10 % 2 == 0] for i, record in enumerate(records)}  # 12 videos
+    (task,) = evaluate(None, None, records, answer=answers(texts)).tasks
+    assert task.metrics["mIoU"] == pytest.approx(0.5)
+    half = (task.interval[1] - task.interval[0]) / 2
+    assert half == pytest.approx(1.96 * 0.5 / math.sqrt(12), rel=0.15)
+
+
 def test_bootstrap_interval_repeats_and_refuses_nonsense():
     values = [0.0, 1.0, 0.5]
     assert bootstrap_interval(values, seed=1) == bootstrap_interval(values, seed=1)
