@@ -43,7 +43,7 @@ class Task:
     metrics(prediction, record): scores of one sample; their means over a split are the split's.
     primary: the metric to watch.
     blind(train, test): per strategy that never looks at the video, its metrics on `test`.
-    times(record, duration): seconds at which to sample frames; None leaves it to the frame rule.
+    times(record, duration): seconds of the frames to show; None leaves them to the frame rule.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Task:
     metrics: Callable[[Any, Record], Metrics]
     primary: str
     blind: Callable[[Sequence[Record], Sequence[Record]], dict[str, Metrics]]
-    times: Callable[[Record, float], list[float] | None] = lambda record, duration: None
+    times: Callable[[Record, float], list[float]] | None = None
 
     def score(
         self, completion: str, record: Record, duration: float | None = None, think: bool = False
