@@ -12,7 +12,9 @@
 namespace py = pybind11;
 using vcr1::Tensor;
 
-void bind_resize(py::module_& m);  // bindings_video.cpp
+// bindings_video.cpp
+void bind_iou(py::module_& m);
+void bind_resize(py::module_& m);
 
 namespace {
 
@@ -189,5 +191,6 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of vcr1_fast.";
   bind_runtime(m);
   bind_gather_logprobs(m);
+  bind_iou(m);
   bind_resize(m);
 }

@@ -161,3 +161,38 @@ struct VideoPatchesArgs {
 VCR1_CPU_LAUNCHER(video_patches, VideoPatchesArgs)
 
 }  // namespace vcr1::cpu
+
+namespace vcr1::cpu {
+
+enum class IouKind { kSpan, kIou, kGiou, kDiou, kCiou };
+
+struct BoxIouArgs {
+  DType dtype;  // float32 or float64
+  IouKind kind;
+  bool pairwise;      // out (n, m), else out (n,) with n == m
+  bool torchvision;   // its conventions for empty boxes
+  const void *a, *b;  // planes (2, n) of spans, (4, n) of boxes, (5, n) for kCiou: atan(w / h) last
+  void* out;
+  int64_t n, m;
+};
+VCR1_CPU_LAUNCHER(box_iou, BoxIouArgs)
+
+struct TrackIouArgs {
+  DType dtype;
+  const void *pred, *target;  // (batch, steps, 4)
+  const int64_t* lengths;     // (batch,), 0 .. steps
+  void* out;                  // (batch,)
+  int64_t batch, steps;
+};
+VCR1_CPU_LAUNCHER(track_iou, TrackIouArgs)
+
+struct IntervalSetIouArgs {
+  double *pred, *target;                         // (p, 2), (q, 2): sorted and merged in place
+  const int64_t *pred_offsets, *target_offsets;  // (n + 1,)
+  double* out;                                   // (n,)
+  double empty;
+  int64_t n;
+};
+VCR1_CPU_LAUNCHER(interval_set_iou, IntervalSetIouArgs)
+
+}  // namespace vcr1::cpu

@@ -56,3 +56,24 @@ def video_patches(
     scratch: Tensor,
     num_threads: int,
 ) -> None: ...
+def box_iou(
+    a: Tensor,
+    b: Tensor,
+    out: Tensor,
+    kind: str,
+    pairwise: bool,
+    torchvision: bool,
+    num_threads: int,
+) -> None: ...
+def track_iou(
+    pred: Tensor, target: Tensor, lengths: Tensor, out: Tensor, num_threads: int
+) -> None: ...
+def interval_set_iou(
+    pred: Tensor,
+    pred_offsets: Tensor,
+    target: Tensor,
+    target_offsets: Tensor,
+    empty: float,
+    out: Tensor,
+    num_threads: int,
+) -> None: ...
