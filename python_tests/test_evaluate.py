@@ -11,6 +11,7 @@ from vcr1_fast.data.records import Record, write_records
 from vcr1_fast.evaluate import run as run_module
 from vcr1_fast.evaluate.completions import Completion, load_completions, shard_path
 from vcr1_fast.evaluate.config import EvalConfig, EvalRun
+from vcr1_fast.evaluate.identity import fingerprint
 from vcr1_fast.evaluate.intervals import bootstrap_interval
 from vcr1_fast.evaluate.run import answer_shard, cut_batches, evaluate, main_eval
 
@@ -232,10 +233,42 @@ def test_another_evaluation_in_the_same_folder_is_refused(folder):
     folder("out")
     with pytest.raises(ValueError, match="max_new_tokens was 256, now 8"):
         folder("out", max_new_tokens=8)
-    (folder.path / "model" / "config.json").write_text("{ }")
+    weights = folder.path / "model" / "config.json"
+    weights.write_text("{}")  # written anew, the same contents: the same model
+    folder("out")
+    weights.write_text("{ }")
     with pytest.raises(ValueError, match="model_files"):
         folder("out")
     folder("other")
+
+
+def test_restart_deletes_the_other_evaluation_and_nothing_else(folder):
+    folder("out")
+    mine = folder.path / "out" / "notes.txt"
+    mine.write_text("mine")
+    folder.log.clear()
+    folder("out", max_new_tokens=8, restart=True)
+    assert len(folder.log) == 6 and mine.exists()  # every batch is answered again
+    assert (
+        json.loads((folder.path / "out" / "summary.json").read_text())["run"]["max_new_tokens"] == 8
+    )
+    folder.log.clear()
+    folder("out", max_new_tokens=8, restart=True)
+    assert folder.log == []  # the same evaluation goes on
+
+
+def test_fingerprints_see_every_part_of_a_large_file(tmp_path):
+    path = tmp_path / "weights"
+    with path.open("wb") as file:
+        file.truncate(200 << 20)  # sparse
+    first = fingerprint(path)
+    assert fingerprint(path) == first
+    for offset in (0, (200 << 20) - 1):
+        with path.open("r+b") as file:
+            file.seek(offset)
+            file.write(b"x")
+        assert fingerprint(path) != first
+        first = fingerprint(path)
 
 
 def test_a_malformed_line_in_the_middle_is_named(folder):

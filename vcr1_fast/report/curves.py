@@ -56,7 +56,7 @@ PANELS = (
     Panel("reward", "Reward, mean of a task", r"reward/([^/]+)"),
     Panel("length", "Completion length, tokens", r"(?:length|completion_length)(?:/([^/]+))?"),
     Panel("kl", "KL to the reference, nats a token", r"kl"),
-    Panel("clip_fraction", "Share of clipped tokens", r"clip_fraction"),
+    Panel("clip_fraction", "Share of clipped tokens", r"clip_(?:fraction|(low|high|region|delta))"),
     Panel("gradient", "Gradient norm", r"grad_norm"),
     Panel("seconds", "Seconds a step, by stage", r"seconds/([^/]+)", stacked=True),
 )
