@@ -31,12 +31,6 @@ _FILES = (
     "summary.json",
     "run.json",
 )
-    "completions.*.jsonl",
-    "predictions.jsonl",
-    "quarantine.jsonl",
-    "summary.json",
-    "run.json",
-)
 
 _BLOCK, _BLOCKS = 1 << 20, 64
 
