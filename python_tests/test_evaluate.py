@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -101,6 +103,23 @@ def test_the_floor_is_the_best_blind_strategy_fitted_on_training_records():
     assert (far.floor_fitted_on, own.floor_fitted_on) == ("train", "evaluated")
     assert near.floor["mIoU"] > 0.95  # always answering about 2 to 6 is right without eyes
     assert far.floor["mIoU"] < near.floor["mIoU"] <= own.floor["mIoU"] + 1e-9
+
+
+def test_always_answering_the_first_45_percent_of_charades_scores_as_published_arithmetic_says():
+    path = Path(os.environ.get("VCR1_TEST_DATA", "../shared/data"))
+    path = path / "annotations" / "Charades" / "charades_test.json"
+    if not path.exists():
+        pytest.skip(f"no {path}; set VCR1_TEST_DATA")
+    records, texts = [], {}
+    for video, entry in json.loads(path.read_text()).items():
+        for i, span in enumerate(entry["timestamps"]):
+            record = grounding(f"{video}-{i}", span, video)
+            records.append(record)
+            texts[record.id] = f"<answer>0.0 to {0.45 * entry['duration']:.6f}</answer>"
+    (task,) = evaluate(None, None, records, answer=answers(texts)).tasks
+    scores = [round(100 * task.metrics[name], 1) for name in ("R@0.3", "R@0.5", "R@0.7")]
+    assert task.n == 3720 and scores == [48.8, 27.7, 11.9]
+    assert task.metrics["mIoU"] == pytest.approx(0.3055, abs=1e-3)
 
 
 def test_bootstrap_interval_of_a_coin_is_the_binomial_one():
