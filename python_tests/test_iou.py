@@ -175,6 +175,14 @@ def test_degenerate_spans_and_tracks_give_zero(backend):
     assert ops.track_iou(tracks, tracks, torch.tensor([3, 0])).eq(0).all()
 
 
+def test_empty_batches(backend):
+    assert ops.track_iou(torch.zeros(0, 3, 4), torch.zeros(0, 3, 4)).shape == (0,)
+    assert ops.track_iou(torch.zeros(2, 0, 4), torch.zeros(2, 0, 4)).tolist() == [0, 0]
+    none, offsets = torch.zeros(0, 2), torch.tensor([0])
+    assert ops.interval_set_iou(none, offsets, none, offsets).shape == (0,)
+    assert ops.temporal_iou(torch.zeros(2), torch.ones(2)).shape == ()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_torchvision_convention(backend, kind):
     require_torchvision()
