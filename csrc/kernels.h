@@ -8,6 +8,7 @@
 
 #include "cpu/isa.h"
 #include "dtype.h"
+#include "grpo_loss.h"
 
 // Declares `void name(const Args&, int num_threads)` once per instruction set, as CMake's
 // vcr1_cpu_kernel() compiles it, and the function that picks one at run time.
@@ -196,3 +197,38 @@ struct IntervalSetIouArgs {
 VCR1_CPU_LAUNCHER(interval_set_iou, IntervalSetIouArgs)
 
 }  // namespace vcr1::cpu
+
+namespace vcr1 {
+
+// Log-probs and what belongs to them, N tokens in B completions. All pointers are dense, and of
+// `dtype` where they are void: fp32 or fp64. Null: not given.
+struct GrpoLossArgs {
+  DType dtype;
+  int64_t sequences, tokens;
+  int64_t columns;         // tokens a completion, where there are no offsets
+  const int64_t* offsets;  // (B + 1,) or null: (B, columns)
+  const void* logps;
+  const void* old_logps;  // null: the log-probs themselves
+  const void* advantages;
+  bool token_advantages;  // (N,) instead of (B,)
+  const bool* mask;
+  const void* ref_logps;
+  const void* entropy;
+  const void* rollout_logps;
+  const void* token_weights;
+  const void* weights;      // (B,), instead of the aggregation
+  const void* denominator;  // one number, instead of the count the aggregation divides by
+  grpo::Kinds kinds;
+  grpo::Values values;
+  void* loss;
+  void* grad_logps;    // written at the completions' tokens only
+  void* grad_entropy;  // likewise
+  void* metrics;       // (grpo::kMetrics,)
+  double* scratch;     // (B, grpo::kScratch)
+};
+
+namespace cpu {
+VCR1_CPU_LAUNCHER(grpo_loss, GrpoLossArgs)
+}  // namespace cpu
+
+}  // namespace vcr1

@@ -33,6 +33,16 @@ def gather_logprobs_backward(
     num_threads: int,
 ) -> None: ...
 
+grpo_loss_scratch: int
+
+def grpo_loss(
+    inputs: list[Tensor | None],
+    kinds: list[int],
+    values: list[float],
+    outputs: list[Tensor],
+    num_threads: int,
+) -> None: ...
+
 class ResizePlan:
     scratch_bytes: int
     def __init__(
