@@ -1,1 +1,0 @@
-"""Qwen2.5-VL: the only part of the package that knows the model."""

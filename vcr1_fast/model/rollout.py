@@ -55,6 +55,7 @@ def rollout(
     generator: torch.Generator | None = None,
     *,
     convention: str = "trained",
+    vision: Sequence[Tensor | None] | None = None,
 ) -> Rollout:
     """Draw `group_size` completions for every prompt.
 
@@ -67,6 +68,7 @@ def rollout(
         generator: a CPU generator (None: torch's default). Completion (i, j) uses its own numbers
             of it, whatever the others do.
         convention: of the positions, see `positions.py`.
+        vision: features of the prompts' clips where they are known (`prompt_features`).
 
     Raises:
         ValueError: for no prompts or a group size below 1.
@@ -77,7 +79,7 @@ def rollout(
     training = base.training
     base.eval()
     try:
-        features = prompt_features(base, prompts)
+        features = prompt_features(base, prompts, vision)
         run = _Run(base, processor, sampling, group_size * len(prompts))
         hidden = run.prefill(prompts, features, convention)
         run.decode(hidden.repeat_interleave(group_size, dim=0), group_size, generator)

@@ -1,0 +1,127 @@
+"""The `vcr1` command. Every subcommand imports what it needs only when it runs."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+PROG = "vcr1"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    root = argparse.ArgumentParser(
+        prog=PROG, description="GRPO fine-tuning of Qwen2.5-VL on video.", allow_abbrev=False
+    )
+    commands = root.add_subparsers(dest="command", required=True, metavar="command")
+
+    for name, text in (
+        ("sft", "fine-tune on right answers"),
+        ("train", "reinforce by GRPO"),
+    ):
+        command = commands.add_parser(name, help=text, allow_abbrev=False)
+        command.add_argument("--config", help="YAML file of settings")
+        command.add_argument("--model", help="checkpoint folder or hub name (model.path)")
+        command.add_argument("--data", help="records, JSONL (data.train)")
+        command.add_argument("--output", help="folder of the run (run.output)")
+        _add_overrides(command)
+        command.set_defaults(run=run_training)
+
+    command = commands.add_parser("eval", help="answer and score records", allow_abbrev=False)
+    command.add_argument("--config", help="YAML file of settings")
+    command.add_argument("--model", help="checkpoint folder or hub name (model)")
+    command.add_argument("--data", help="records, JSONL (records)")
+    command.add_argument("--output", help="folder of the results (output)")
+    _add_overrides(command)
+    command.set_defaults(run=run_eval)
+
+    data = commands.add_parser("data", help="make data", allow_abbrev=False)
+    kinds = data.add_subparsers(dest="kind", required=True, metavar="kind")
+    command = kinds.add_parser("synth", help="synthetic clips and records", allow_abbrev=False)
+    command.add_argument("output", help="folder to write to")
+    _add_overrides(command)
+    command.set_defaults(run=run_synth)
+
+    command = commands.add_parser("demo", help="learn from video on a laptop", allow_abbrev=False)
+    command.add_argument("--output", default="runs/demo", help="default: %(default)s")
+    command.add_argument("--quick", action="store_true", help="under two minutes")
+    command.set_defaults(run=run_demo)
+
+    command = commands.add_parser("doctor", help="what is installed, and what is missing")
+    command.set_defaults(run=run_doctor)
+    return root
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; its exit status. A mistake in settings or data is told in one line."""
+    options = parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"{PROG} {options.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{PROG} {options.command}: interrupted", file=sys.stderr)
+        return 130
+
+
+def run_training(options: argparse.Namespace) -> int:
+    from vcr1_fast.train.build import load_config
+    from vcr1_fast.train.config import TrainConfig
+
+    names = {"model.path": options.model, "data.train": options.data, "run.output": options.output}
+    config = load_config(TrainConfig, options.config, _overrides(names, options))
+    if options.command == "sft":
+        from vcr1_fast.train.sft import sft as work
+    else:
+        from vcr1_fast.train.loop import train as work
+    print(work(config))
+    return 0
+
+
+def run_eval(options: argparse.Namespace) -> int:
+    from vcr1_fast.evaluate.config import EvalRun
+    from vcr1_fast.evaluate.run import main_eval
+    from vcr1_fast.train.build import load_config
+
+    names = {"model": options.model, "records": options.data, "output": options.output}
+    return main_eval(load_config(EvalRun, options.config, _overrides(names, options)))
+
+
+def run_synth(options: argparse.Namespace) -> int:
+    from vcr1_fast.data.synth import SynthConfig, write_dataset
+    from vcr1_fast.train.build import load_config
+
+    config = load_config(SynthConfig, None, options.overrides)
+    for split, path in write_dataset(options.output, config).items():
+        print(f"{split}: {path}")
+    return 0
+
+
+def run_demo(options: argparse.Namespace) -> int:
+    from vcr1_fast.demo import main as demo
+
+    return demo(options.output, quick=options.quick)
+
+
+def run_doctor(options: argparse.Namespace) -> int:
+    from vcr1_fast.doctor import main as doctor
+
+    return doctor()
+
+
+def _add_overrides(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "overrides", nargs="*", metavar="section.field=value", help="settings, the last one wins"
+    )
+
+
+def _overrides(names: dict[str, str | None], options: argparse.Namespace) -> list[str]:
+    # Quoted, so that a path is never read as another YAML value.
+    from json import dumps
+
+    given = [f"{name}={dumps(value)}" for name, value in names.items() if value is not None]
+    return [*given, *options.overrides]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

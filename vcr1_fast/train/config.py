@@ -1,0 +1,224 @@
+"""Every setting of a training run, for `vcr1 sft` and `vcr1 train` alike.
+
+The defaults are those of the VideoChat-R1 recipe where it has one.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from vcr1_fast.data.sampling import FrameConfig
+from vcr1_fast.ops.grpo_config import GRPOLossConfig
+from vcr1_fast.train.build import ConfigError
+
+
+def _at_least(config: Any, least: float, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < least:
+            raise ConfigError(name, f"must be at least {least}, got {getattr(config, name)}")
+
+
+def _above(config: Any, bound: float, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) > bound:
+            raise ConfigError(name, f"must be above {bound}, got {getattr(config, name)}")
+
+
+def _inside(config: Any, low: float, high: float, *names: str) -> None:
+    for name in names:
+        if not low <= getattr(config, name) <= high:
+            value = getattr(config, name)
+            raise ConfigError(name, f"must lie in [{low}, {high}], got {value}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What is trained."""
+
+    path: str
+    """A checkpoint directory, or a hub name such as Qwen/Qwen2.5-VL-7B-Instruct."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    lora_rank: int = 0
+    """0: train the weights themselves; else low-rank adapters of this rank beside them."""
+    lora_alpha: float = 32.0
+    lora_targets: tuple[str, ...] = (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    )
+    freeze_vision: bool = False
+    """Leave the vision tower and its projection as they are."""
+    gradient_checkpointing: bool = False
+    mrope: Literal["trained", "installed"] = "trained"
+    """Positions as the checkpoints were trained with, or as the installed transformers has them."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "lora_rank")
+        _above(self, 0, "lora_alpha")
+        if not self.path:
+            raise ConfigError("path", "must not be empty")
+        if self.lora_rank and not self.lora_targets:
+            raise ConfigError("lora_targets", "must name a layer when lora_rank is not 0")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is trained on."""
+
+    train: str
+    """Records, JSONL."""
+    media_root: str | None = None
+    """Folder that `video` paths are relative to; default: the records file's own folder."""
+    tasks: tuple[str, ...] | None = None
+    """Train on these tasks only; default: all tasks in the file."""
+    think: bool = False
+    """Ask for reasoning before the answer."""
+    system: str | None = None
+    frames: FrameConfig = field(default_factory=FrameConfig)
+    decoder: Literal["decord", "pyav"] = "decord"
+    decode_workers: int = 2
+    """Processes that read clips ahead; 0 reads in this one, where no time-out can be kept."""
+    decode_timeout: float = 60.0
+    """Seconds a clip may take before it is quarantined."""
+    cache_mb: int = 1024
+    """Decoded clips held in memory, in MiB; 0 holds none."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "decode_workers", "cache_mb")
+        _above(self, 0, "decode_timeout")
+        if self.tasks is not None and not self.tasks:
+            raise ConfigError("tasks", "must not be an empty list")
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How completions are sampled. A checkpoint's generation config plays no part."""
+
+    group_size: int = 8
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """0: no limit."""
+    max_new_tokens: int = 1024
+    stop: tuple[str, ...] = ()
+    """Texts that end a completion, besides the end-of-turn token."""
+    batch_prompts: int = 8
+    """Prompts decoded together, each with its whole group."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 2, "group_size")
+        _above(self, 0, "temperature")
+        _inside(self, 0, 1, "top_p")
+        _above(self, 0, "top_p")
+        _at_least(self, 0, "top_k")
+        _at_least(self, 1, "max_new_tokens", "batch_prompts")
+
+
+@dataclass(frozen=True)
+class AdvantageConfig:
+    """How rewards become advantages; see `ops.group_advantages`."""
+
+    estimator: Literal["grpo", "rloo", "opo", "gdpo", "reinforce_plus_plus_baseline"] = "grpo"
+    scale: Literal["group", "batch", "none"] | None = None
+    """What the difference to the mean is divided by; null takes the estimator's usual one."""
+    eps: float = 1e-4
+
+    def __post_init__(self) -> None:
+        _above(self, 0, "eps")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW, its schedule, and how a step is cut up."""
+
+    steps: int = 1000
+    """Rollout steps of `train`, optimiser steps of `sft`."""
+    prompts_per_step: int = 8
+    """Prompts of one step over all processes."""
+    micro_prompts: int = 1
+    """Prompts (with their groups) in one forward and backward; gradients are accumulated."""
+    inner_epochs: int = 1
+    """Times the rollouts of a step are gone through."""
+    inner_steps: int = 1
+    """Optimiser steps each time; each takes an equal part of the prompts."""
+    lr: float = 1e-6
+    schedule: Literal["cosine", "linear", "constant"] = "linear"
+    warmup_steps: int = 0
+    final_lr_ratio: float = 0.0
+    """Learning rate of the last step over the highest one."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    skip_nonfinite: bool = True
+    """Leave out (and count) an optimiser step whose gradient is not finite, rather than stop."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "steps", "prompts_per_step", "micro_prompts")
+        _at_least(self, 1, "inner_epochs", "inner_steps")
+        _at_least(self, 0, "warmup_steps", "weight_decay")
+        _above(self, 0, "lr", "eps", "max_grad_norm")
+        _inside(self, 0, 1, "final_lr_ratio")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError("betas", f"must lie in [0, 1), got {list(self.betas)}")
+        if self.prompts_per_step % self.inner_steps:
+            raise ConfigError(
+                "inner_steps",
+                f"must divide prompts_per_step {self.prompts_per_step}, got {self.inner_steps}",
+            )
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where the run writes, and how often."""
+
+    output: str
+    """Folder of this run: config.yaml, metrics.jsonl, rollouts.jsonl, checkpoints, model."""
+    seed: int = 0
+    save_every: int = 100
+    """Steps between checkpoints; 0: only at the end."""
+    keep_checkpoints: int = 2
+    resume: bool = True
+    """Go on from the newest whole checkpoint in `output`, where there is one."""
+    log_every: int = 1
+    log_rollouts_every: int = 1
+    """Steps between those whose completions are written to rollouts.jsonl; 0: never."""
+    tensorboard: bool = True
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "seed", "save_every", "log_rollouts_every")
+        _at_least(self, 1, "keep_checkpoints", "log_every")
+        if not self.output:
+            raise ConfigError("output", "must not be empty")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One run."""
+
+    model: ModelConfig
+    data: DataConfig
+    run: RunConfig
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+    loss: GRPOLossConfig = field(default_factory=lambda: GRPOLossConfig(beta=0.04))
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("num_items", "num_sequences"):
+            if getattr(self.loss, name) is not None:
+                raise ConfigError(f"loss.{name}", "is counted by the trainer, not set")
+        if self.loss.entropy_aggregation != "loss":
+            raise ConfigError(
+                "loss.entropy_aggregation",
+                'must be "loss" here: a mean over each forward pass would change its weight',
+            )
+        if self.optim.warmup_steps >= self.optim.steps:
+            raise ConfigError(
+                "optim.warmup_steps",
+                f"must be less than steps {self.optim.steps}, got {self.optim.warmup_steps}",
+            )

@@ -1,0 +1,249 @@
+"""Records to prompts: which records a step takes, with clips decoded ahead, bad ones set aside."""
+
+import time
+from collections import OrderedDict, deque
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from vcr1_fast.data.quarantine import Quarantine
+from vcr1_fast.data.records import Record, load_records
+from vcr1_fast.data.video import Clip, ClipReader, ClipRequest, VideoError
+from vcr1_fast.model.processor import Processor, Prompt
+from vcr1_fast.tasks import TASKS
+from vcr1_fast.train.config import DataConfig
+
+MAX_CACHED_IN_A_ROW = 256
+"""Records planned ahead without finding one to decode; bounds the plan when all are cached."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """A record ready for the model; `duration`: seconds of the clip it shows."""
+
+    record: Record
+    prompt: Prompt
+    duration: float
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Which record comes at which place of an endless sequence of shuffled epochs.
+
+    A function of (size, seed) and nothing else: the place reached is its whole state, and leaving
+    a bad record out moves no other.
+    """
+
+    size: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"a sampler needs at least one record, got {self.size}")
+
+    def places(self, first: int, count: int, rank: int = 0, ranks: int = 1) -> Iterator[int]:
+        """Record numbers at places first .. first + count - 1, those of one of `ranks` only."""
+        order, epoch = np.empty(0, np.int64), -1
+        for place in range(first, first + count):
+            if place % ranks != rank:
+                continue
+            if place // self.size != epoch:
+                epoch = place // self.size
+                order = np.random.default_rng((self.seed, epoch)).permutation(self.size)
+            yield int(order[place % self.size])
+
+
+class ClipCache:
+    """The clips used last, up to a number of bytes of frames."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.bytes = limit, 0
+        self._clips: OrderedDict[Hashable, Clip] = OrderedDict()
+
+    def get(self, key: Hashable) -> Clip | None:
+        clip = self._clips.get(key)
+        if clip is not None:
+            self._clips.move_to_end(key)
+        return clip
+
+    def put(self, key: Hashable, clip: Clip) -> None:
+        """Keep a clip, dropping the least recently used ones; one above the limit is not kept."""
+        if key in self._clips or clip.frames.nbytes > self.limit:
+            return
+        self._clips[key] = clip
+        self.bytes += clip.frames.nbytes
+        while self.bytes > self.limit:
+            _, dropped = self._clips.popitem(last=False)
+            self.bytes -= dropped.frames.nbytes
+
+
+@dataclass(eq=False)
+class _Slot:
+    """Where a clip will be, shared by all planned records that show it."""
+
+    clip: Clip | VideoError | None = None
+    pending: bool = True
+
+
+class PromptSource:
+    """Batches of prompts, steps ahead of the consumer where workers decode.
+
+    A record that cannot be shown goes to `quarantine` and is missing from its batch; all other
+    records stay where they are. Use it in a `with` statement.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        processor: Processor,
+        config: DataConfig,
+        quarantine: Quarantine,
+        sampler: Sampler,
+    ) -> None:
+        self.records, self.processor, self.config = records, processor, config
+        self.quarantine, self.sampler = quarantine, sampler
+        self._seconds = 0.0
+        self._cache = ClipCache(config.cache_mb * 2**20)
+        self._bad: set[str] = set()
+        self._reader = ClipReader(
+            backend=config.decoder, timeout=config.decode_timeout, workers=config.decode_workers
+        )
+
+    def batches(
+        self, first_step: int, last_step: int, size: int, rank: int = 0, ranks: int = 1
+    ) -> Iterator[list[Sample]]:
+        """The batches of steps first_step .. last_step - 1; each is this rank's part of `size`
+        places. ValueError when no record of the data is left."""
+        places = [
+            list(self.sampler.places(step * size, size, rank, ranks))
+            for step in range(first_step, last_step)
+        ]
+        stream = self._stream(self.records[i] for step in places for i in step)
+        for step in places:
+            began = time.perf_counter()
+            batch = []
+            for _ in step:
+                record, clip = next(stream)
+                sample = self._sample(record, clip)
+                if sample is not None:
+                    batch.append(sample)
+            if len(self._bad) == len(self.records):
+                last = self.quarantine.items[-1]
+                raise ValueError(
+                    f"none of the {len(self.records)} records can be used; "
+                    f"the last one, {last.record_id}: {last.reason}"
+                )
+            self._seconds += time.perf_counter() - began
+            yield batch
+
+    def take_seconds(self) -> float:
+        """Time spent waiting for clips and cutting patches since the last call."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+    def _stream(self, plan: Iterator[Record]) -> Iterator[tuple[Record, Clip | VideoError | None]]:
+        """Each planned record with its clip, its error, or None where it is known to be bad.
+
+        The reader draws requests ahead of what it has yielded, and so plans ahead; `planned` holds
+        what was drawn, `waiting` the slots of it that the reader still owes, in its order.
+        """
+        planned: deque[tuple[Record, _Slot]] = deque()
+        waiting: deque[tuple[Hashable, _Slot]] = deque()
+        requested: dict[Hashable, _Slot] = {}
+        ended = False
+
+        def requests() -> Iterator[ClipRequest]:
+            nonlocal ended
+            in_a_row = 0
+            for record in plan:
+                key = clip_key(record)
+                known = record.id in self._bad or self._cache.get(key)
+                slot = requested.get(key)
+                if slot is None:
+                    slot = _Slot(known if isinstance(known, Clip) else None, pending=not known)
+                planned.append((record, slot))
+                in_a_row += 1
+                if slot.pending and key not in requested:
+                    requested[key] = slot
+                    waiting.append((key, slot))
+                    in_a_row = 0
+                    yield clip_request(record, self.config)
+                if in_a_row == MAX_CACHED_IN_A_ROW:
+                    return
+            ended = True
+
+        results = self._reader.read(requests())
+        while True:
+            if planned and not planned[0][1].pending:
+                record, slot = planned.popleft()
+                yield record, slot.clip
+            elif (result := next(results, None)) is not None:
+                key, slot = waiting.popleft()
+                slot.clip, slot.pending = result, False
+                del requested[key]
+                if isinstance(result, Clip):
+                    self._cache.put(key, result)
+            elif planned:
+                # Looking for a request, the reader has planned cached records up to its limit.
+                assert not planned[0][1].pending, "the reader left a request without an answer"
+            elif ended:
+                return
+            else:
+                results = self._reader.read(requests())
+
+    def _sample(self, record: Record, clip: Clip | VideoError | None) -> Sample | None:
+        if clip is None or record.id in self._bad:
+            return None
+        try:
+            if isinstance(clip, VideoError):
+                raise clip
+            text = TASKS[record.task].prompt(record, self.config.think)
+            prompt = self.processor.prompt(text, [clip], system=self.config.system)
+        except (ValueError, KeyError) as error:
+            self._bad.add(record.id)
+            self.quarantine.add(record.id, record.video, str(error))
+            return None
+        return Sample(record, prompt, clip.duration)
+
+    def close(self) -> None:
+        self._reader.close()
+
+    def __enter__(self) -> "PromptSource":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def training_records(config: DataConfig, quarantine: Quarantine) -> list[Record]:
+    """The usable rows of the data file; bad rows go to `quarantine`. ValueError for none at all."""
+    records = load_records(
+        config.train,
+        media_root=config.media_root,
+        tasks=config.tasks,
+        on_error="quarantine",
+        quarantine=quarantine,
+    )
+    if not records:
+        raise ValueError(f"{config.train}: no usable record ({len(quarantine)} bad ones)")
+    return records
+
+
+def clip_key(record: Record) -> Hashable:
+    """What two records share when they show the same frames."""
+    timed = record.id if TASKS[record.task].times else None
+    return record.video, record.start, record.end, timed
+
+
+def clip_request(record: Record, config: DataConfig) -> ClipRequest:
+    """The frames that a record's task wants to see."""
+    times = TASKS[record.task].times
+    return ClipRequest(
+        path=record.video,
+        config=config.frames,
+        start=record.start,
+        end=record.end,
+        times=None if times is None else partial(times, record),
+    )

@@ -1,0 +1,170 @@
+"""What a run shows and keeps: a progress line, metrics.jsonl, rollouts.jsonl, TensorBoard."""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+SHOWN = ("reward", "loss", "kl", "length", "grad_norm", "tokens_per_second")
+PLAIN_EVERY = 5.0
+"""Seconds between lines where the output is a file or a pipe."""
+
+
+class Stopwatch:
+    """Seconds of each stage of a step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the time spent inside to `name`; a GPU's queue is waited for, or its work would be
+        counted where it is next waited for."""
+        _wait_for_device()
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            _wait_for_device()
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+
+
+class RunLog:
+    """The files and the progress line of a run of `steps` steps, `done` of them behind it.
+
+    Rows of later steps, which a killed run has written since its last checkpoint, are cut off: the
+    files end up as those of a run that was never interrupted. Use it in a `with` statement. With
+    `active=False` (processes other than the first) nothing is written.
+    """
+
+    def __init__(
+        self,
+        output: str | Path,
+        steps: int,
+        done: int = 0,
+        *,
+        tensorboard: bool = True,
+        active: bool = True,
+        stream: TextIO | None = None,
+    ) -> None:
+        self.active, self.steps, self.done = active, steps, done
+        self.stream = sys.stderr if stream is None else stream
+        self._began, self._first, self._shown = time.monotonic(), done, -PLAIN_EVERY
+        self._board = self._bar = None
+        if not active:
+            return
+        self.output = Path(output)
+        self.output.mkdir(parents=True, exist_ok=True)
+        for name in ("metrics.jsonl", "rollouts.jsonl"):
+            _cut_after(self.output / name, done)
+        if tensorboard:
+            self._board = self._open_board()
+
+    def message(self, text: str) -> None:
+        """A line for the person at the terminal."""
+        if self.active:
+            print(text, file=self.stream, flush=True)
+
+    def step(self, metrics: Mapping[str, Any]) -> None:
+        """Keep and show the metrics of a step; `metrics["step"]` counts the steps done."""
+        self.done = metrics["step"]
+        if not self.active:
+            return
+        # JSON has no nan: what cannot be told is null.
+        finite = {
+            n: v if not isinstance(v, float) or math.isfinite(v) else None
+            for n, v in metrics.items()
+        }
+        _append(self.output / "metrics.jsonl", [finite])
+        if self._board is not None:
+            for name, value in metrics.items():
+                if isinstance(value, int | float) and name != "step":
+                    self._board.add_scalar(name, value, self.done)
+        self._show(metrics)
+
+    def rollouts(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Keep completions, one row each."""
+        if self.active:
+            _append(self.output / "rollouts.jsonl", rows)
+
+    def _show(self, metrics: Mapping[str, Any]) -> None:
+        text = "  ".join(f"{name} {metrics[name]:.4g}" for name in SHOWN if name in metrics)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.done, text=text)
+            return
+        now = time.monotonic()
+        if now - self._shown >= PLAIN_EVERY or self.done == self.steps:
+            self._shown = now
+            each = (now - self._began) / max(1, self.done - self._first)
+            left = _clock(each * (self.steps - self.done))
+            self.message(f"step {self.done}/{self.steps}  {text}  {left} left")
+
+    def _open_board(self) -> Any:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            self.message("TensorBoard is not installed: metrics go to metrics.jsonl alone")
+            return None
+        return SummaryWriter(str(self.output / "tensorboard"), purge_step=self.done + 1)
+
+    def __enter__(self) -> "RunLog":
+        if self.active and self.stream.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+            columns = ("{task.description}", BarColumn(), MofNCompleteColumn())
+            self._bar = Progress(
+                *columns,
+                TimeRemainingColumn(),
+                "{task.fields[text]}",
+                console=Console(file=self.stream),
+            )
+            self._task = self._bar.add_task("step", total=self.steps, completed=self.done, text="")
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        if self._board is not None:
+            self._board.close()
+
+
+def _append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(lines)
+
+
+def _cut_after(path: Path, step: int) -> None:
+    """Drop rows of steps after `step`, and half a row at the end."""
+    if not path.exists():
+        return
+    whole = path.read_bytes().rpartition(b"\n")[0].split(b"\n")
+    kept = [line for line in whole if line and json.loads(line)["step"] <= step]
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(b"".join(line + b"\n" for line in kept))
+    os.replace(partial, path)
+
+
+def _wait_for_device() -> None:
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,276 @@
+"""GRPO (DeepSeekMath) on video, as VideoChat-R1 trains: sample, score, advantage, loss, step.
+
+What is different from the plain form, with the same gradient to rounding:
+    a prompt is read once for its whole group, in the rollout and in the policy's forward pass;
+    the vision tower runs once a prompt where it is frozen, twice where it is trained;
+    a group without differences in reward is skipped where nothing but its advantages (all zero)
+    would move the model; it still counts in the loss's denominators;
+    the first update of a step needs no old log-probs (the policy is the sampler), later ones take
+    the sampler's own;
+    the reference is not there at beta 0, and is the model without its adapters under LoRA.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object
+
+from vcr1_fast.model.forward import Group, prompt_features
+from vcr1_fast.model.rollout import Rollout, SamplingConfig, rollout
+from vcr1_fast.model.wrapping import unwrap
+from vcr1_fast.ops import group_advantages
+from vcr1_fast.tasks import TASKS
+from vcr1_fast.train.config import TrainConfig
+from vcr1_fast.train.dataset import Sample
+from vcr1_fast.train.log import Stopwatch
+from vcr1_fast.train.optim import clip_gradients, learning_rate, sum_gradients
+from vcr1_fast.train.setup import Run, open_run
+from vcr1_fast.train.step import (
+    PolicyGroup,
+    Scored,
+    chunks,
+    completion_logps,
+    equal_parts,
+    loss_config,
+    merge_metrics,
+    policy_loss,
+    reward_matrix,
+    score,
+    task_metrics,
+)
+
+
+def train(config: TrainConfig) -> Path:
+    """Run or resume GRPO; the folder of the trained model.
+
+    Everything it writes lies in `config.run.output`. ValueError (ConfigError, CheckpointError,
+    RecordError among them) names the setting or the file at fault.
+    """
+    with open_run(config, reference=config.loss.beta != 0) as run:
+        for step, samples in enumerate(run.batches(), start=run.done):
+            watch = Stopwatch()
+            watch.seconds["decode"] = run.source.take_seconds()
+            drawn = sample_completions(run, samples, step, watch)
+            with watch.stage("reward"):
+                scored = score_completions(run, samples, drawn)
+                everyone: list[Scored] = gather_object(scored)
+                advantages = own_advantages(run, scored, everyone)
+            groups = make_groups(samples, drawn, advantages)
+            if config.loss.beta != 0:
+                with watch.stage("reference"):
+                    groups = with_reference(run, groups)
+            with watch.stage("policy"):
+                metrics = update(run, groups, learning_rate(step, config.optim))
+            log_step(run, step + 1, everyone, metrics, watch)
+            if config.run.log_rollouts_every and step % config.run.log_rollouts_every == 0:
+                log_rollouts(run, step + 1, samples, drawn, scored, advantages)
+            run.finish_step(step + 1)
+        return run.export()
+
+
+def sample_completions(
+    run: Run, samples: list[Sample], step: int, watch: Stopwatch
+) -> list[Rollout]:
+    """A rollout for each sample, drawn from random numbers of this step and process alone."""
+    settings = run.config.rollout
+    sampling = SamplingConfig(
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        top_k=settings.top_k,
+        max_new_tokens=settings.max_new_tokens,
+        stop=settings.stop,
+    )
+    seed = (run.config.run.seed * 1_000_003 + step) * run.ranks + run.rank
+    generator = torch.Generator().manual_seed(seed % 2**63)
+    drawn = []
+    for part in chunks(samples, settings.batch_prompts):
+        prompts = [sample.prompt for sample in part]
+        with watch.stage("vision"), torch.no_grad():
+            vision = prompt_features(unwrap(run.model), prompts)
+        with watch.stage("rollout"):
+            together = rollout(
+                run.model,
+                run.processor,
+                prompts,
+                settings.group_size,
+                sampling,
+                generator,
+                convention=run.config.model.mrope,
+                vision=vision,
+            )
+        drawn += [one_prompt(together, i) for i in range(len(part))]
+    return drawn
+
+
+def one_prompt(together: Rollout, i: int) -> Rollout:
+    """The i-th prompt's part of a rollout."""
+    fields = ("tokens", "logps", "full_logps", "texts", "finished", "vision")
+    return replace(together, **{name: [getattr(together, name)[i]] for name in fields})
+
+
+def score_completions(run: Run, samples: list[Sample], drawn: list[Rollout]) -> list[Scored]:
+    """Rewards of all completions, groups in order."""
+    think = run.config.data.think
+    return [
+        score(sample, text, len(tokens), finished, think)
+        for sample, one in zip(samples, drawn, strict=True)
+        for text, tokens, finished in zip(one.texts[0], one.tokens[0], one.finished[0], strict=True)
+    ]
+
+
+def own_advantages(run: Run, scored: list[Scored], everyone: list[Scored]) -> torch.Tensor:
+    """(N,) advantages of this process's completions. They are computed over those of all, since
+    some estimators normalise over the batch."""
+    settings = run.config.advantage
+    if not everyone:
+        return torch.zeros(0)
+    advantages = group_advantages(
+        reward_matrix(everyone),
+        run.config.rollout.group_size,
+        scale=settings.scale,
+        estimator=settings.estimator,
+        eps=settings.eps,
+        lengths=torch.tensor([one.length for one in everyone]),
+        nan="ignore",
+    )
+    counts = gather_object([len(scored)])
+    first = sum(counts[: run.rank])
+    return advantages[first : first + len(scored)]
+
+
+def make_groups(
+    samples: list[Sample], drawn: list[Rollout], advantages: torch.Tensor
+) -> list[PolicyGroup]:
+    """What the policy is trained on; the vision features are kept where no gradient flows there."""
+    size = len(advantages) // max(len(samples), 1)
+    return [
+        PolicyGroup(
+            Group(sample.prompt, one.tokens[0], one.vision[0]),
+            advantages[i * size : (i + 1) * size],
+            torch.cat(one.full_logps[0]),
+        )
+        for i, (sample, one) in enumerate(zip(samples, drawn, strict=True))
+    ]
+
+
+@torch.no_grad()
+def with_reference(run: Run, groups: list[PolicyGroup]) -> list[PolicyGroup]:
+    """The groups with the reference's log-probs."""
+    out = []
+    with run.reference() as reference:
+        for one in groups:
+            group = one.group if run.vision_is_frozen else replace(one.group, vision=None)
+            logps = completion_logps(
+                reference,
+                [group],
+                temperature=run.config.rollout.temperature,
+                convention=run.config.model.mrope,
+            )
+            out.append(replace(one, ref_logps=logps))
+    return out
+
+
+def update(run: Run, groups: list[PolicyGroup], lr: float) -> dict[str, float]:
+    """All optimiser steps on one step's groups; their metrics over all processes."""
+    config = run.config
+    needs_all = config.loss.beta != 0 or config.loss.entropy_coef != 0
+    parameters = run.optimizer.parameters
+    collected, norms, skipped_updates = [], [], 0
+    for epoch in range(config.optim.inner_epochs):
+        for number, part in enumerate(equal_parts(groups, config.optim.inner_steps)):
+            counted = run.accelerator.reduce(
+                torch.tensor(
+                    [
+                        sum(len(one.advantages) for one in part),
+                        sum(len(one.rollout_logps) for one in part),
+                    ],
+                    device=run.accelerator.device,
+                )
+            )
+            loss_settings = loss_config(config.loss, *counted.tolist())
+            kept = [one for one in part if needs_all or not one.is_silent]
+            for micro in chunks(kept, config.optim.micro_prompts):
+                if not run.vision_is_frozen:
+                    micro = [replace(one, group=replace(one.group, vision=None)) for one in micro]
+                loss, metrics = policy_loss(
+                    run.model,
+                    micro,
+                    loss_settings,
+                    temperature=config.rollout.temperature,
+                    on_policy=epoch == 0 and number == 0,
+                    convention=config.model.mrope,
+                )
+                loss.backward()
+                collected.append({"loss": loss.detach(), **metrics})
+            if int(counted[0]) == 0:
+                continue
+            sum_gradients(parameters)
+            norm = float(clip_gradients(parameters, config.optim.max_grad_norm))
+            if norm == norm and norm != float("inf"):
+                run.optimizer.step(lr)
+                norms.append(norm)
+            else:
+                run.optimizer.zero_grad()
+                skipped_updates += 1
+    merged = merge_metrics(gather_object([to_numbers(metrics) for metrics in collected]))
+    return {
+        **merged,
+        "grad_norm": sum(norms) / max(len(norms), 1),
+        "lr": lr,
+        "skipped_updates": skipped_updates,
+        "skipped_groups": sum(gather_object([one.is_silent and not needs_all for one in groups])),
+    }
+
+
+def to_numbers(metrics: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Metrics as floats, with one wait for the device."""
+    values = torch.stack([value.double() for value in metrics.values()]).tolist()
+    return dict(zip(metrics, values, strict=True))
+
+
+def log_step(
+    run: Run, step: int, everyone: list[Scored], metrics: dict[str, float], watch: Stopwatch
+) -> None:
+    """One row of metrics.jsonl."""
+    seconds = sum(watch.seconds.values())
+    renamed = {"clip_region": "clip_fraction"}
+    run.log.step(
+        {
+            "step": step,
+            **task_metrics(everyone),
+            **{renamed.get(name, name): value for name, value in metrics.items()},
+            "quarantined": len(run.source.quarantine),
+            "tokens_per_second": sum(one.length for one in everyone) / max(seconds, 1e-9),
+            **{f"seconds/{name}": value for name, value in watch.seconds.items()},
+        }
+    )
+
+
+def log_rollouts(
+    run: Run,
+    step: int,
+    samples: list[Sample],
+    drawn: list[Rollout],
+    scored: list[Scored],
+    advantages: torch.Tensor,
+) -> None:
+    """One row of rollouts.jsonl a completion."""
+    size = run.config.rollout.group_size
+    rows = [
+        {
+            "step": step,
+            "task": sample.record.task,
+            "id": sample.record.id,
+            "prompt": TASKS[sample.record.task].prompt(sample.record, run.config.data.think),
+            "target": sample.record.answer,
+            "completion": one.texts[0][j],
+            "rewards": scored[i * size + j].rewards,
+            "advantage": float(advantages[i * size + j]),
+            "tokens": len(one.tokens[0][j]),
+            "finished": one.finished[0][j],
+        }
+        for i, (sample, one) in enumerate(zip(samples, drawn, strict=True))
+        for j in range(size)
+    ]
+    run.log.rollouts(gather_object(rows))

@@ -1,0 +1,99 @@
+"""AdamW on float32 weights, its schedule, and gradients over processes."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from vcr1_fast.train.config import OptimConfig
+
+
+class MasterAdamW:
+    """AdamW whose weights and moments are float32.
+
+    Of a half-precision parameter a float32 copy is stepped and rounded back: steps of 1e-6 are far
+    below the spacing of bfloat16 numbers and would be lost one by one. Others are stepped in place.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], config: OptimConfig) -> None:
+        self.parameters = [p for p in parameters if p.requires_grad]
+        if not self.parameters:
+            raise ValueError("the model has no parameter to train")
+        self.masters = [
+            p if p.dtype == torch.float32 else p.detach().float().requires_grad_()
+            for p in self.parameters
+        ]
+        self.adamw = torch.optim.AdamW(
+            self.masters,
+            lr=config.lr,
+            betas=config.betas,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+        )
+
+    def step(self, lr: float) -> None:
+        """One update from the parameters' gradients, which are then dropped."""
+        for group in self.adamw.param_groups:
+            group["lr"] = lr
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            if master is not parameter and parameter.grad is not None:
+                master.grad = parameter.grad.float()
+        self.adamw.step()
+        with torch.no_grad():
+            for parameter, master in zip(self.parameters, self.masters, strict=True):
+                if master is not parameter:
+                    parameter.copy_(master)
+        self.zero_grad()
+
+    def zero_grad(self) -> None:
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            parameter.grad = master.grad = None
+
+    def state_dict(self) -> dict:
+        masters = [
+            None if master is parameter else master.detach()
+            for parameter, master in zip(self.parameters, self.masters, strict=True)
+        ]
+        return {"adamw": self.adamw.state_dict(), "masters": masters}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.adamw.load_state_dict(state["adamw"])
+        with torch.no_grad():
+            for master, saved in zip(self.masters, state["masters"], strict=True):
+                if saved is not None:
+                    master.copy_(saved)
+
+
+def learning_rate(step: int, config: OptimConfig) -> float:
+    """Learning rate of step 0 .. steps - 1: linear warm-up, then down to final_lr_ratio * lr."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / (config.warmup_steps + 1)
+    done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    left = {
+        "constant": 1.0,
+        "linear": 1.0 - done,
+        "cosine": 0.5 * (1.0 + math.cos(math.pi * done)),
+    }[config.schedule]
+    return config.lr * (config.final_lr_ratio + (1.0 - config.final_lr_ratio) * left)
+
+
+def sum_gradients(parameters: Iterable[Tensor]) -> None:
+    """Add up the gradients of all processes; none here counts as zero.
+
+    The loss of each process is already divided by the counts of all of them, so gradients are
+    summed, not averaged. By hand rather than by DistributedDataParallel, because a process whose
+    groups are all skipped runs no backward pass at all.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        torch.distributed.all_reduce(parameter.grad)
+
+
+def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+    """Scale all gradients down to a joint norm of at most `max_norm`; the norm before that, 0-d."""
+    parameters = list(parameters)
+    return torch.nn.utils.clip_grad_norm_(parameters, max_norm)

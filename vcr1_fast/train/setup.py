@@ -1,0 +1,210 @@
+"""What both kinds of training begin with: process, model, data and log, resumed where there is a
+checkpoint to resume from."""
+
+import copy
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import nn
+
+from vcr1_fast.data.quarantine import Quarantine
+from vcr1_fast.model.checkpoint import load, save
+from vcr1_fast.model.processor import Processor
+from vcr1_fast.model.vision import freeze_vision
+from vcr1_fast.model.wrapping import unwrap
+from vcr1_fast.train.build import dump_config
+from vcr1_fast.train.checkpoint import (
+    checkpoints,
+    load_checkpoint,
+    load_trained_state,
+    save_checkpoint,
+    trained_state,
+)
+from vcr1_fast.train.config import ModelConfig, TrainConfig
+from vcr1_fast.train.dataset import PromptSource, Sampler, training_records
+from vcr1_fast.train.log import RunLog
+from vcr1_fast.train.optim import MasterAdamW
+
+
+@dataclass(eq=False)
+class Run:
+    """The parts of a run. `done`: steps behind it; `anchor`: the frozen copy of the model that the
+    KL term refers to, None where adapters are switched off instead, or nothing refers to one."""
+
+    config: TrainConfig
+    accelerator: Accelerator
+    model: nn.Module
+    processor: Processor
+    anchor: nn.Module | None
+    optimizer: MasterAdamW
+    source: PromptSource
+    log: RunLog
+    done: int
+
+    @property
+    def rank(self) -> int:
+        return self.accelerator.process_index
+
+    @property
+    def ranks(self) -> int:
+        return self.accelerator.num_processes
+
+    def batches(self) -> Iterator[list]:
+        """This process's samples of each step still to do."""
+        optim = self.config.optim
+        return self.source.batches(
+            self.done, optim.steps, optim.prompts_per_step, self.rank, self.ranks
+        )
+
+    @property
+    def vision_is_frozen(self) -> bool:
+        """Whether a clip's features are the same for rollout, policy and reference."""
+        visual = unwrap(self.model).model.visual
+        return not any(parameter.requires_grad for parameter in visual.parameters())
+
+    @contextmanager
+    def reference(self) -> Iterator[nn.Module]:
+        """The model as it was before training."""
+        if self.anchor is not None:
+            yield self.anchor
+        else:
+            with self.model.disable_adapter():
+                yield self.model
+
+    def finish_step(self, step: int) -> None:
+        """Write the checkpoint of `step` steps done, where one is due."""
+        config = self.config
+        every = config.run.save_every
+        if step == config.optim.steps or (every and step % every == 0):
+            save_checkpoint(
+                Path(config.run.output) / "checkpoints",
+                {
+                    "step": step,
+                    "place": step * config.optim.prompts_per_step,
+                    "seed": config.run.seed,
+                    "model": trained_state(self.model),
+                    "optimizer": self.optimizer.state_dict(),
+                },
+                keep=config.run.keep_checkpoints,
+                rank=self.rank,
+                barrier=self.accelerator.wait_for_everyone,
+            )
+
+    def export(self) -> Path:
+        """Write the trained model, adapters added in, in the Hugging Face layout; its folder."""
+        path = Path(self.config.run.output) / "model"
+        if self.rank == 0:
+            save(self.model, self.processor, path)
+        self.accelerator.wait_for_everyone()
+        return path
+
+
+@contextmanager
+def open_run(config: TrainConfig, *, reference: bool) -> Iterator[Run]:
+    """Everything a run needs; `reference`: whether the loss refers to the untrained model."""
+    accelerator = Accelerator(cpu=config.run.device == "cpu")
+    set_seed(config.run.seed)
+    output = Path(config.run.output)
+    model, processor = prepare_model(config, accelerator.device)
+    anchor = None
+    if reference and not config.model.lora_rank:
+        anchor = copy.deepcopy(model).requires_grad_(False)
+    optimizer = MasterAdamW(model.parameters(), config.optim)
+    found, broken = checkpoints(output / "checkpoints")
+    done = 0
+    if config.run.resume and found:
+        done = restore(found[-1], config, model, optimizer, accelerator.process_index)
+    main = accelerator.is_main_process
+    if main and not config.run.resume and (found or (output / "metrics.jsonl").exists()):
+        raise ValueError(f"{output} holds a run already: resume it, or name another folder")
+    with ExitStack() as stack:
+        log = stack.enter_context(
+            RunLog(
+                output,
+                config.optim.steps,
+                done,
+                tensorboard=config.run.tensorboard,
+                active=main,
+            )
+        )
+        for path in broken:
+            log.message(f"ignoring {path}: an interrupted write left it incomplete")
+        if done:
+            log.message(f"resuming after step {done} from {found[-1]}")
+        if main:
+            (output / "config.yaml").write_text(dump_config(config))
+        quarantine = Quarantine(output / "quarantine.jsonl" if main else None)
+        records = training_records(config.data, quarantine)
+        for item in quarantine.items:
+            log.message(f"quarantined {item.record_id or item.source}: {item.reason}")
+        source = stack.enter_context(
+            PromptSource(
+                records,
+                processor,
+                config.data,
+                quarantine,
+                Sampler(len(records), config.run.seed),
+            )
+        )
+        yield Run(config, accelerator, model, processor, anchor, optimizer, source, log, done)
+
+
+def prepare_model(config: TrainConfig, device: torch.device) -> tuple[nn.Module, Processor]:
+    """The model to train, with adapters where they are asked for, and its processor."""
+    settings, frames = config.model, config.data.frames
+    model, processor = load(settings.path, dtype=settings.dtype, device=device)
+    processor = processor.with_video(
+        min_pixels=frames.min_pixels,
+        max_pixels=frames.max_pixels,
+        total_pixels=frames.total_pixels,
+    )
+    if settings.lora_rank:
+        model = add_adapters(model, settings)
+    if settings.freeze_vision:
+        freeze_vision(model)
+    if settings.gradient_checkpointing:
+        unwrap(model).gradient_checkpointing_enable({"use_reentrant": False})
+    return model.train(), processor
+
+
+def add_adapters(model: nn.Module, settings: ModelConfig) -> nn.Module:
+    """The model with low-rank adapters (peft); only they are trained. Without dropout, so that the
+    rollout and the training forward see the same network."""
+    from peft import LoraConfig, get_peft_model
+
+    adapters = LoraConfig(
+        r=settings.lora_rank,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=0.0,
+        target_modules=list(settings.lora_targets),
+        exclude_modules=r".*\bvisual\b.*" if settings.freeze_vision else None,
+    )
+    try:
+        return get_peft_model(model, adapters)
+    except ValueError as error:
+        raise ValueError(f"model.lora_targets {list(settings.lora_targets)}: {error}") from error
+
+
+def restore(path: Path, config: TrainConfig, model: nn.Module, optimizer: Any, rank: int) -> int:
+    """Load a checkpoint; the number of steps done. ValueError where the run is another one."""
+    state = load_checkpoint(path, rank=rank)
+    place = state["step"] * config.optim.prompts_per_step
+    for name, saved, given in (
+        ("run.seed", state["seed"], config.run.seed),
+        ("optim.prompts_per_step", state["place"], place),
+    ):
+        if saved != given:
+            raise ValueError(
+                f"{path} was written with another {name} ({json.dumps([saved, given])}): "
+                "the data would go on elsewhere; use another run.output or run.resume=false"
+            )
+    load_trained_state(model, state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"]

@@ -1,0 +1,75 @@
+"""Supervised fine-tuning on right answers; the loss is that of completion tokens alone."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from vcr1_fast.data.records import Record
+from vcr1_fast.model.forward import Group
+from vcr1_fast.tasks import TASKS
+from vcr1_fast.train.config import TrainConfig
+from vcr1_fast.train.log import Stopwatch
+from vcr1_fast.train.optim import clip_gradients, learning_rate, sum_gradients
+from vcr1_fast.train.setup import Run, open_run
+from vcr1_fast.train.step import chunks, completion_logps
+
+
+def right_answer(record: Record) -> str:
+    """The completion that answers a record rightly, without reasoning."""
+    return TASKS[record.task].target(record)
+
+
+def sft(config: TrainConfig, target: Callable[[Record], str] = right_answer) -> Path:
+    """Run or resume fine-tuning on `target(record)`; the folder of the trained model.
+
+    The sections `rollout`, `advantage` and `loss` of the configuration play no part, nor do
+    `optim.inner_epochs` and `optim.inner_steps`. Errors as `train`.
+    """
+    with open_run(config, reference=False) as run:
+        for step, samples in enumerate(run.batches(), start=run.done):
+            watch = Stopwatch()
+            watch.seconds["decode"] = run.source.take_seconds()
+            with watch.stage("policy"):
+                groups = [
+                    Group(one.prompt, [run.processor.completion(target(one.record))])
+                    for one in samples
+                ]
+                metrics = update(run, groups, learning_rate(step, config.optim))
+            seconds = sum(watch.seconds.values())
+            run.log.step(
+                {
+                    "step": step + 1,
+                    **metrics,
+                    "quarantined": len(run.source.quarantine),
+                    "tokens_per_second": metrics["num_tokens"] / max(seconds, 1e-9),
+                    **{f"seconds/{name}": value for name, value in watch.seconds.items()},
+                }
+            )
+            run.finish_step(step + 1)
+        return run.export()
+
+
+def update(run: Run, groups: list[Group], lr: float) -> dict[str, float]:
+    """One optimiser step on the mean loss of all processes' completion tokens."""
+    config, device = run.config, run.accelerator.device
+    own = sum(len(completion) for group in groups for completion in group.completions)
+    tokens = int(run.accelerator.reduce(torch.tensor(own, device=device)))
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for micro in chunks(groups, config.optim.micro_prompts):
+        logps = completion_logps(run.model, micro, convention=config.model.mrope)
+        loss = -logps.sum() / max(tokens, 1)
+        loss.backward()
+        total += loss.detach()
+    norm = 0.0
+    if tokens:
+        parameters = run.optimizer.parameters
+        sum_gradients(parameters)
+        norm = float(clip_gradients(parameters, config.optim.max_grad_norm))
+        run.optimizer.step(lr)
+    return {
+        "loss": float(run.accelerator.reduce(total)),
+        "grad_norm": norm,
+        "lr": lr,
+        "num_tokens": tokens,
+    }
