@@ -4,8 +4,6 @@ from dataclasses import dataclass, field
 
 import pytest
 
-pytest.importorskip("yaml")
-
 from vcr1_fast.train.build import ConfigError, build, dump_config, load_config
 from vcr1_fast.train.config import TrainConfig
 

@@ -10,6 +10,7 @@ What is different from the plain form, with the same gradient to rounding:
     the reference is not there at beta 0, and is the model without its adapters under LoRA.
 """
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -207,7 +208,7 @@ def update(run: Run, groups: list[PolicyGroup], lr: float) -> dict[str, float]:
                 continue
             sum_gradients(parameters)
             norm = float(clip_gradients(parameters, config.optim.max_grad_norm))
-            if norm == norm and norm != float("inf"):
+            if math.isfinite(norm):
                 run.optimizer.step(lr)
                 norms.append(norm)
             else:
@@ -215,6 +216,7 @@ def update(run: Run, groups: list[PolicyGroup], lr: float) -> dict[str, float]:
                 skipped_updates += 1
     merged = merge_metrics(gather_object([to_numbers(metrics) for metrics in collected]))
     return {
+        "loss": 0.0,  # where every group was skipped
         **merged,
         "grad_norm": sum(norms) / max(len(norms), 1),
         "lr": lr,

@@ -79,18 +79,19 @@ def learning_rate(step: int, config: OptimConfig) -> float:
 
 
 def sum_gradients(parameters: Iterable[Tensor]) -> None:
-    """Add up the gradients of all processes; none here counts as zero.
+    """Add up the gradients of all processes. A parameter without one gets zeros, as if the skipped
+    groups had been run.
 
     The loss of each process is already divided by the counts of all of them, so gradients are
     summed, not averaged. By hand rather than by DistributedDataParallel, because a process whose
     groups are all skipped runs no backward pass at all.
     """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        torch.distributed.all_reduce(parameter.grad)
+        if several:
+            torch.distributed.all_reduce(parameter.grad)
 
 
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:

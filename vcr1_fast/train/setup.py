@@ -3,6 +3,7 @@ checkpoint to resume from."""
 
 import copy
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -170,7 +171,10 @@ def prepare_model(config: TrainConfig, device: torch.device) -> tuple[nn.Module,
     if settings.freeze_vision:
         freeze_vision(model)
     if settings.gradient_checkpointing:
-        unwrap(model).gradient_checkpointing_enable({"use_reentrant": False})
+        base = unwrap(model)
+        # The name of transformers 6; 5.17 knows only the former one.
+        enable = getattr(base, "activation_checkpointing_enable", None)
+        (enable or base.gradient_checkpointing_enable)({"use_reentrant": False})
     return model.train(), processor
 
 
@@ -187,7 +191,10 @@ def add_adapters(model: nn.Module, settings: ModelConfig) -> nn.Module:
         exclude_modules=r".*\bvisual\b.*" if settings.freeze_vision else None,
     )
     try:
-        return get_peft_model(model, adapters)
+        with warnings.catch_warnings():
+            # peft asks transformers 5.23 for a property by its former name.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
+            return get_peft_model(model, adapters)
     except ValueError as error:
         raise ValueError(f"model.lora_targets {list(settings.lora_targets)}: {error}") from error
 

@@ -1,0 +1,266 @@
+"""Tasks: prompts, parsers, rewards, metrics and blind floors against values worked out by hand."""
+
+import json
+import math
+import os
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from vcr1_fast.data.records import Record
+
+from vcr1_fast.tasks import TASKS
+from vcr1_fast.tasks.grounded_qa import GroundedAnswer
+from vcr1_fast.tasks.spans import constant_spans
+
+BOX = (0.0, 0.0, 0.5, 0.5)
+OPTIONS = ("red circle", "blue square", "green star")
+GOLDEN = Path(os.environ.get("VCR1_TEST_DATA", "../shared/data")) / "golden_rewards.jsonl"
+
+
+def record(task, prompt, answer, **fields):
+    return Record(id="r", task=task, video="v.mp4", prompt=prompt, answer=answer, **fields)
+
+
+GROUNDING = record("temporal_grounding", {"event": "A dog runs."}, [2.0, 6.0])
+TRACKING = record("tracking", {"object": "the dog"}, [list(BOX)] * 8)
+GROUNDED = record(
+    "grounded_qa",
+    {"question": "What is seen?"},
+    {"answer": "B", "glue": [[2.0, 6.0], [8.0, 10.0]]},
+    options=OPTIONS,
+)
+CHOICE = record("multiple_choice", {"question": "What is seen?"}, "B", options=OPTIONS)
+RECORDS = (GROUNDING, TRACKING, GROUNDED, CHOICE)
+
+
+def by_name(item):
+    return item.task if isinstance(item, Record) else None
+
+
+@pytest.mark.parametrize("sample", RECORDS, ids=by_name)
+@pytest.mark.parametrize("think", [False, True])
+def test_the_right_answer_gets_every_reward_and_metric(sample, think):
+    task = TASKS[sample.task]
+    completion = task.target(sample)
+    if think:
+        completion = f"<think>It is <timestep>1 to 2</timestep>.</think>\n{completion}"
+    assert set(task.score(completion, sample, 10.0, think).values()) == {1.0}
+    assert set(task.metrics(task.parse(completion, sample), sample).values()) == {1.0}
+    # The other form of prompt asks for something else: only the format reward may notice.
+    other = task.score(completion, sample, 10.0, not think)
+    assert [name for name, value in other.items() if value == 0.0] == ["format"]
+
+
+@pytest.mark.parametrize("sample", RECORDS, ids=by_name)
+def test_no_answer_gets_nothing(sample):
+    task = TASKS[sample.task]
+    assert set(task.score("I cannot tell.", sample, 10.0).values()) == {0.0}
+    assert task.parse("I cannot tell.", sample) is None
+    assert set(task.metrics(None, sample).values()) == {0.0}
+
+
+@pytest.mark.parametrize("sample", RECORDS, ids=by_name)
+def test_prompt_shows_the_format_that_its_reward_wants(sample):
+    """An example answer in the prompt, completed where it is elided, earns the format reward."""
+    task = TASKS[sample.task]
+    for think in (False, True):
+        prompt = task.prompt(sample, think)
+        assert ("<think>" in prompt) == think
+        example = re.search(r"<answer>.*(?:</answer>|</glue>)", prompt)[0]
+        example = example.replace("...", ", ".join(["[0.1, 0.2, 0.3, 0.4]"] * 7))
+        if think:
+            example = f"<think>so</think>{example}"
+        assert task.score(example, sample, 10.0, think)["format"] == 1.0
+    assert len(task.prompt(sample, False)) < 260
+
+
+def test_prompts_hold_the_question():
+    prompts = [TASKS[r.task].prompt(r, False) for r in RECORDS]
+    assert "A dog runs" in prompts[0]
+    assert "the dog" in prompts[1]
+    assert "[0.00, 0.00, 0.50, 0.50]" in prompts[1]
+    for prompt in prompts[2:]:
+        assert "What is seen?" in prompt
+        assert "(A) red circle (B) blue square (C) green star" in prompt
+
+
+def test_temporal_grounding_values():
+    task = TASKS["temporal_grounding"]
+    assert task.score("<answer>4 to 8</answer>", GROUNDING) == {
+        "format": 1.0,
+        "iou": pytest.approx(1 / 3),
+    }
+    # 6 s of a 7 s clip: the answer's end is clipped to the clip, the annotation is inside.
+    assert task.score("<answer>2 to 60</answer>", GROUNDING, 7.0)["iou"] == pytest.approx(4 / 5)
+    assert task.score("4 to 8", GROUNDING) == {"format": 0.0, "iou": 0.0}
+    assert task.score("<answer>8 to 4</answer>", GROUNDING) == {"format": 0.0, "iou": 0.0}
+    assert task.metrics((2.0, 4.0), GROUNDING) == {
+        "mIoU": 0.5,
+        "R@0.3": 1.0,
+        "R@0.5": 1.0,
+        "R@0.7": 0.0,
+    }
+
+
+def test_tracking_values():
+    task = TASKS["tracking"]
+    inverted = (0.5, 0.5, 0.0, 0.0)
+    boxes = [BOX] * 4 + [inverted] * 4
+    completion = f"<answer>{[list(b) for b in boxes]}</answer>"
+    assert task.score(completion, TRACKING) == {"format": 1.0, "iou": 0.5}
+    assert task.score(f"<answer>{[list(BOX)] * 7}</answer>", TRACKING) == {
+        "format": 0.0,
+        "iou": 0.0,
+    }
+    metrics = task.metrics(tuple(boxes), TRACKING)
+    assert metrics["AO"] == metrics["SR@0.5"] == metrics["SR@0.7"] == 0.5
+    assert metrics["AO_unseen"] == metrics["SR@0.5_unseen"] == pytest.approx(3 / 7)
+    assert task.times(TRACKING, 14.0) == [0.0, 2.0, 4.0, 6.0, 8.0, 10.0, 12.0, 14.0]
+    timed = record("tracking", {"object": "x"}, [BOX] * 2, metadata={"times": [1, 2.5]})
+    assert task.times(timed, 14.0) == [1.0, 2.5]
+    assert TASKS["temporal_grounding"].times is None
+
+
+def test_grounded_qa_values():
+    task = TASKS["grounded_qa"]
+    completion = "<answer>(B)</answer> <glue>[(4, 6), (2, 5)]</glue>"
+    assert task.score(completion, GROUNDED) == {
+        "format": 1.0,
+        "accuracy": 1.0,
+        "iou": pytest.approx(4 / 6),
+    }
+    assert task.score("<answer>A</answer><glue>oops</glue>", GROUNDED) == {
+        "format": 0.0,
+        "accuracy": 0.0,
+        "iou": 0.0,
+    }
+    assert task.score("<answer>B</answer>", GROUNDED)["accuracy"] == 1.0
+    metrics = task.metrics(GroundedAnswer("B", ((0.0, 10.0),)), GROUNDED)
+    assert metrics == {
+        "accuracy": 1.0,
+        "mIoU": 0.6,
+        "mIoP": 0.6,
+        "Acc@GQA": 1.0,
+        "IoU@0.3": 1.0,
+        "IoP@0.3": 1.0,
+        "IoU@0.5": 1.0,
+        "IoP@0.5": 1.0,
+    }
+    wrong = task.metrics(GroundedAnswer("A", ((2.0, 4.0),)), GROUNDED)
+    assert (wrong["mIoU"], wrong["mIoP"], wrong["Acc@GQA"]) == (pytest.approx(2 / 6), 1.0, 0.0)
+
+
+def test_multiple_choice_values():
+    task = TASKS["multiple_choice"]
+    assert task.score("<answer>C</answer>", CHOICE) == {"format": 1.0, "accuracy": 0.0}
+    assert task.score("<answer>D</answer>", CHOICE) == {"format": 0.0, "accuracy": 0.0}
+    assert task.score("<answer>blue square</answer>", CHOICE) == {"format": 1.0, "accuracy": 1.0}
+
+
+def grounded_at(start, end, duration):
+    return record(
+        "temporal_grounding", {"event": "x"}, [start, end], metadata={"duration": duration}
+    )
+
+
+def test_blind_spans_are_fitted_on_train_and_scored_on_test():
+    train = [grounded_at(2.5, 7.5, 10), grounded_at(5, 15, 20)]
+    test = [grounded_at(10, 30, 40), grounded_at(0, 10, 40)]
+    floors = TASKS["temporal_grounding"].blind(train, test)
+    # Training events fill the middle half; so the constant span is [10, 30] of 40 s.
+    assert floors["constant span"]["mIoU"] == pytest.approx((1.0 + 0.0) / 2)
+    assert floors["whole video"]["mIoU"] == pytest.approx((0.5 + 0.25) / 2)
+    assert TASKS["temporal_grounding"].floor(train, test)[0] == "constant span"
+
+
+def test_blind_span_is_the_best_of_all_on_the_grid():
+    """Against a brute-force search with the reward's own IoU, evidence sets included."""
+    from vcr1_fast.rewards import interval_set_iou
+
+    answers = [[[0.0, 3.0], [2.0, 4.0]], [[1.0, 2.0], [6.0, 7.0]], [[5.0, 9.0]]]
+    records = [
+        record("grounded_qa", {}, {"glue": glue}, metadata={"duration": 10.0}) for glue in answers
+    ]
+    found = constant_spans(records, records, lambda r: r.answer["glue"], steps=10)
+    best = max(
+        sum(interval_set_iou([(a, b)], glue) for glue in answers)
+        for a in range(10)
+        for b in range(a + 1, 11)
+    )
+    span = found["constant span"][0]
+    assert sum(interval_set_iou([span], glue) for glue in answers) == pytest.approx(best)
+
+
+def test_blind_span_without_durations_uses_the_latest_training_second():
+    train = [record("temporal_grounding", {"event": "x"}, [4.0, 8.0])]
+    floors = TASKS["temporal_grounding"].blind(train, [GROUNDING])
+    assert floors["whole video"]["mIoU"] == pytest.approx(4 / 8)
+
+
+def test_blind_letters():
+    def asked(answer, *options):
+        return record("multiple_choice", {"question": "?"}, answer, options=options)
+
+    train = [asked("A", "x", "y"), asked("B", "y", "x"), asked("B", "z", "x"), asked("B", "w", "x")]
+    test = [asked("A", "x", "y"), asked("B", "z", "y")]
+    floors = TASKS["multiple_choice"].blind(train, test)
+    assert floors["most frequent letter"]["accuracy"] == 0.5
+    assert floors["likeliest option"]["accuracy"] == 0.5
+    assert TASKS["multiple_choice"].blind(train, test[:1])["likeliest option"]["accuracy"] == 1.0
+    grounded = TASKS["grounded_qa"].blind([GROUNDED], [GROUNDED])
+    assert grounded["most frequent letter, whole video"]["accuracy"] == 1.0
+
+
+def test_blind_tracks():
+    def moving(dx):
+        return record(
+            "tracking", {"object": "x"}, [[dx * i, 0.0, dx * i + 0.5, 0.5] for i in range(2)]
+        )
+
+    floors = TASKS["tracking"].blind([moving(0.25)], [moving(0.25)])
+    assert floors["first box repeated"]["AO_unseen"] == pytest.approx(1 / 3)
+    assert floors["mean motion"]["AO_unseen"] == 1.0
+
+
+TEXT = "<think> </think> <answer> </answer> <glue> </glue> 3 to 5 B [[0,0,1,1]] [(1,2)] 1e999"
+
+
+@settings(max_examples=200)
+@given(st.lists(st.sampled_from([*TEXT.split(), " "]) | st.text(max_size=5)).map("".join))
+def test_scores_are_in_range_for_any_text(text):
+    for sample in RECORDS:
+        task = TASKS[sample.task]
+        for think in (False, True):
+            scores = task.score(text, sample, 9.5, think).values()
+            assert all(math.isfinite(v) and 0.0 <= v <= 1.0 for v in scores)
+        for value in task.metrics(task.parse(text, sample), sample).values():
+            assert 0.0 <= value <= 1.0
+
+
+PLAIN = {
+    "temporal_grounding": r".*<answer>\s*(from )?\d+(\.\d+)? (to|and) \d+(\.\d+)?\s*</answer>",
+    "grounded_qa": r".*</answer>\s*<glue>\[(\(\d+(\.\d+)?, \d+(\.\d+)?\)(, |(?=\])))+\]</glue>",
+    "tracking": r"(<think>[^<]*</think>)?\s*<answer>[^<(]*</answer>",
+}
+
+
+@pytest.mark.skipif(not GOLDEN.exists(), reason=f"VCR1_TEST_DATA has no {GOLDEN.name}")
+def test_plain_completions_score_as_released():
+    """Where a completion meets none of the released functions' faults, the scores agree."""
+    compared = dict.fromkeys(PLAIN, 0)
+    for line in GOLDEN.read_text().splitlines():
+        row = json.loads(line)
+        answer, name = row["solution"], row["task"]
+        if not re.fullmatch(PLAIN[name], row["completion"].strip(), re.DOTALL | re.ASCII):
+            continue
+        if row["completion"].count("<glue>") > 1:
+            continue
+        if name == "grounded_qa":
+            answer = answer | {"answer": answer["answer"].strip("()")}
+        score = TASKS[name].score(row["completion"], record(name, {}, answer))
+        assert score["iou"] == pytest.approx(row["iou"], abs=1e-9), row
+        compared[name] += 1
+    assert all(count > 2 for count in compared.values()), compared

@@ -1,0 +1,546 @@
+"""Training on a tiny model: steps, gradients, resuming after a kill, bad samples, learning."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_run import configure, write_inputs
+
+from vcr1_fast.data.records import load_records, write_records
+from vcr1_fast.data.video import Clip
+from vcr1_fast.model.checkpoint import load
+from vcr1_fast.model.forward import Group
+from vcr1_fast.ops import GRPOLossConfig
+from vcr1_fast.train import checkpoint, loop, setup
+from vcr1_fast.train.config import OptimConfig
+from vcr1_fast.train.dataset import ClipCache, Sampler
+from vcr1_fast.train.log import RunLog
+from vcr1_fast.train.loop import train
+from vcr1_fast.train.optim import MasterAdamW, learning_rate
+from vcr1_fast.train.sft import sft
+from vcr1_fast.train.step import (
+    PolicyGroup,
+    Scored,
+    completion_logps,
+    loss_config,
+    merge_metrics,
+    policy_loss,
+    reward_matrix,
+    task_metrics,
+)
+
+TIMES = ("seconds/", "tokens_per_second")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def read(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def metrics_of(output):
+    """The rows of metrics.jsonl without what a clock decides."""
+    rows = read(output / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if not k.startswith(TIMES)} for row in rows]
+
+
+def reward_short(sample, text, length, finished, think):
+    """A reward that a random model earns now and then: end soon."""
+    return Scored(sample.record.task, {"short": 1.0 / length}, {}, length, finished)
+
+
+def reward_text(sample, text, length, finished, think):
+    """A reward that differs between almost any two completions."""
+    return Scored(sample.record.task, {"text": sum(map(ord, text)) % 97 / 97}, {}, length, finished)
+
+
+@pytest.fixture
+def any_reward(monkeypatch):
+    monkeypatch.setattr(loop, "score", reward_text)
+
+
+@pytest.fixture
+def shorter_is_better(monkeypatch):
+    monkeypatch.setattr(loop, "score", reward_short)
+
+
+# --- whole runs
+
+
+def test_a_run_writes_its_files_and_a_model_that_loads(inputs, tmp_path, capsys):
+    out = train(configure(*inputs, tmp_path / "run", "run.tensorboard=true"))
+    assert out == tmp_path / "run" / "model"
+    rows = read(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2]
+    for name in ("reward", "kl", "length", "clip_fraction", "entropy", "grad_norm", "lr"):
+        assert math.isfinite(rows[0][name])
+    assert rows[0]["rollout_gap_max"] < 1e-4
+    stages = {name for name in rows[0] if name.startswith("seconds/")}
+    names = ("decode", "vision", "rollout", "reward", "reference", "policy")
+    assert stages == {f"seconds/{name}" for name in names}
+    rollouts = read(tmp_path / "run" / "rollouts.jsonl")
+    assert len(rollouts) == 2 * 4 * 4
+    assert {"step", "task", "id", "prompt", "target", "completion", "rewards"} <= set(rollouts[0])
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+    model, _ = load(out)
+    before, _ = load(inputs[0])
+    changed = [
+        not torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True)
+    ]
+    assert any(changed)
+    assert "step 2/2" in capsys.readouterr().err
+
+
+def test_metrics_are_kept_apart_by_task(inputs, tmp_path):
+    train(configure(*inputs, tmp_path / "run", "optim.steps=1", "optim.prompts_per_step=12"))
+    row = read(tmp_path / "run" / "metrics.jsonl")[0]
+    rollouts = read(tmp_path / "run" / "rollouts.jsonl")
+    tasks = {one["task"] for one in rollouts}
+    assert len(tasks) == 4
+    for task in tasks:
+        own = [one for one in rollouts if one["task"] == task]
+        assert row[f"length/{task}"] == pytest.approx(np.mean([one["tokens"] for one in own]))
+        names = {k.rsplit("/", 1)[1] for k in row if k.startswith(f"reward/{task}/")}
+        assert names == set(own[0]["rewards"])
+    assert row["length"] == pytest.approx(np.mean([one["tokens"] for one in rollouts]))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model.lora_rank=2", "loss.beta=0.1"],
+        ["model.freeze_vision=true", "loss.beta=0"],
+        ["optim.inner_epochs=2", "optim.inner_steps=2", "loss.loss_type=dapo"],
+        ["model.gradient_checkpointing=true", "advantage.estimator=gdpo", "optim.steps=1"],
+        ["model.dtype=bfloat16", "loss.entropy_coef=0.01", "rollout.top_p=0.9"],
+    ],
+    ids=lambda overrides: overrides[0],
+)
+def test_variants_run(inputs, tmp_path, any_reward, overrides):
+    config = configure(*inputs, tmp_path / "run", *overrides)
+    train(config)
+    rows = metrics_of(tmp_path / "run")
+    assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in rows)
+    assert ("kl" in rows[0]) == (config.loss.beta != 0)
+    # Only the first update of a step is on the sampler's own policy.
+    assert (rows[0]["ratio_max"] > 1.0) == (config.optim.inner_epochs > 1)
+
+
+def test_sft_lowers_the_loss(inputs, tmp_path):
+    sft(configure(*inputs, tmp_path / "run", "optim.steps=12", "optim.lr=1e-2"))
+    losses = [row["loss"] for row in read(tmp_path / "run" / "metrics.jsonl")]
+    assert np.mean(losses[-3:]) < 0.7 * np.mean(losses[:3])
+
+
+def test_sft_loss_is_the_mean_over_completion_tokens(inputs, tmp_path):
+    """Against a plain forward pass of transformers over prompt and answer, one at a time."""
+    config = configure(*inputs, tmp_path / "run", "optim.steps=1", "optim.prompts_per_step=3")
+    with setup.open_run(config, reference=False) as run:
+        (samples,) = list(run.batches())
+        total, count = 0.0, 0
+        for sample in samples:
+            text = loop.TASKS[sample.record.task].target(sample.record)
+            answer = run.processor.completion(text)
+            group = Group(sample.prompt, [answer[:1]])
+            with torch.no_grad():
+                for end in range(1, len(answer) + 1):
+                    group = Group(sample.prompt, [answer[:end]])
+                    logps = completion_logps(run.model, [group], convention="trained")
+                    total -= float(logps[-1])
+            count += len(answer)
+    sft(
+        dataclasses.replace(config, run=dataclasses.replace(config.run, output=str(tmp_path / "b")))
+    )
+    row = read(tmp_path / "b" / "metrics.jsonl")[0]
+    assert row["num_tokens"] == count
+    assert row["loss"] == pytest.approx(total / count, rel=1e-4)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_mean_reward_rises_and_falls_with_the_advantage_reversed(
+    inputs, tmp_path, shorter_is_better, monkeypatch, sign
+):
+    right = loop.group_advantages
+    monkeypatch.setattr(loop, "group_advantages", lambda *a, **k: sign * right(*a, **k))
+    overrides = ("optim.steps=16", "optim.lr=1e-2", "rollout.group_size=8", "loss.beta=0")
+    train(configure(*inputs, tmp_path / "run", *overrides))
+    rewards = [row["reward"] for row in read(tmp_path / "run" / "metrics.jsonl")]
+    gain = np.mean(rewards[-4:]) - np.mean(rewards[:2])
+    assert sign * gain > 0.02
+
+
+# --- resuming
+
+
+def test_killed_and_resumed_is_as_never_interrupted(inputs, tmp_path, any_reward, capsys):
+    """kill -9 in the middle of writing a checkpoint; metrics, rollouts and weights bit for bit."""
+    overrides = ("optim.steps=5", "run.save_every=2", "optim.schedule=cosine", "loss.beta=0.1")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    train(configure(*inputs, whole, *overrides))
+    script = f"""
+        import os, signal, sys
+        from pathlib import Path
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from tiny_run import configure
+        from vcr1_fast.train import checkpoint
+        from test_train import loop, reward_text
+        loop.score = reward_text
+        write = checkpoint._write
+        def killing(path, value):
+            write(path, value)
+            if path.name == "state.pt" and value["step"] == 4:
+                os.kill(os.getpid(), signal.SIGKILL)
+        checkpoint._write = killing
+        loop.train(configure(*map(Path, sys.argv[1:4]), *sys.argv[4:]))
+    """
+    root = str(Path(__file__).parent.parent)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), *map(str, inputs), str(killed), *overrides],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([root, *sys.path])},
+        capture_output=True,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    assert len(read(killed / "metrics.jsonl")) == 4
+    with (killed / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "rew')  # and half a line
+    capsys.readouterr()
+    train(configure(*inputs, killed, *overrides))
+    told = capsys.readouterr().err
+    assert "incomplete" in told
+    assert "resuming after step 2" in told
+    assert metrics_of(killed) == metrics_of(whole)
+    assert read(killed / "rollouts.jsonl") == read(whole / "rollouts.jsonl")
+    weights = [path / "model" / "model.safetensors" for path in (killed, whole)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_resuming_another_run_is_refused(inputs, tmp_path):
+    train(configure(*inputs, tmp_path / "run", "optim.steps=1"))
+    with pytest.raises(ValueError, match=r"another run\.seed"):
+        train(configure(*inputs, tmp_path / "run", "run.seed=5"))
+    with pytest.raises(ValueError, match=r"another optim\.prompts_per_step"):
+        train(configure(*inputs, tmp_path / "run", "optim.prompts_per_step=2"))
+    with pytest.raises(ValueError, match="holds a run already"):
+        train(configure(*inputs, tmp_path / "run", "run.resume=false"))
+    with pytest.raises(ValueError, match="trained other parameters"):
+        train(configure(*inputs, tmp_path / "run", "model.freeze_vision=true"))
+
+
+def test_checkpoints_keep_the_newest_and_tell_broken_ones(tmp_path):
+    for step in (1, 2, 3):
+        checkpoint.save_checkpoint(tmp_path, {"step": step}, keep=2)
+    whole, broken = checkpoints = checkpoint.checkpoints(tmp_path)
+    assert [path.name for path in whole] == ["step-00000002", "step-00000003"], checkpoints
+    state = whole[1] / "state.pt"
+    state.write_bytes(state.read_bytes()[:-1])
+    whole, broken = checkpoint.checkpoints(tmp_path)
+    assert [path.name for path in whole] == ["step-00000002"]
+    assert [path.name for path in broken] == ["step-00000003"]
+
+
+def test_random_states_come_back(tmp_path):
+    import random
+
+    torch.manual_seed(1)
+    path = checkpoint.save_checkpoint(tmp_path, {"step": 1}, keep=1)
+    first = torch.rand(3), np.random.rand(3), random.random()
+    assert checkpoint.load_checkpoint(path) == {"step": 1}
+    second = torch.rand(3), np.random.rand(3), random.random()
+    assert torch.equal(first[0], second[0])
+    assert (first[1] == second[1]).all()
+    assert first[2] == second[2]
+
+
+def test_log_drops_the_steps_after_a_checkpoint(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    with RunLog(tmp_path, 5, 2, tensorboard=False) as log:
+        log.step({"step": 3, "reward": math.nan})
+    assert read(tmp_path / "metrics.jsonl") == [
+        {"step": 1},
+        {"step": 2},
+        {"step": 3, "reward": None},
+    ]
+
+
+# --- bad samples
+
+
+def test_bad_samples_are_named_and_the_others_keep_their_places(inputs, tmp_path):
+    model, path = inputs
+    records = [r for r in load_records(path) if r.task == "multiple_choice"]
+    records = [dataclasses.replace(records[i % len(records)], id=f"r{i}") for i in range(6)]
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "corrupt.mp4").write_bytes(os.urandom(4096))
+    (data / "empty.mp4").write_bytes(b"")
+
+    def run(name, *bad):
+        rows = data / f"{name}.jsonl"
+        good = [
+            dataclasses.replace(r, video=str(data / bad[i])) if i < len(bad) else r
+            for i, r in enumerate(records)
+        ]
+        write_records(rows, good)
+        overrides = ("optim.steps=3", "run.output=" + str(tmp_path / name))
+        train(configure(model, rows, tmp_path / name, *overrides))
+        return [(r["step"], r["id"]) for r in read(tmp_path / name / "rollouts.jsonl")]
+
+    good = run("good")
+    spoiled = run("bad", "corrupt.mp4", "empty.mp4", "missing.mp4")
+    assert spoiled == [(step, name) for step, name in good if name not in ("r0", "r1", "r2")]
+    listed = {item["record_id"]: item for item in read(tmp_path / "bad" / "quarantine.jsonl")}
+    assert set(listed) == {"r0", "r1", "r2"}
+    for name, file in zip(("r0", "r1", "r2"), ("corrupt", "empty", "missing"), strict=True):
+        assert listed[name]["source"].endswith(f"{file}.mp4")
+        assert listed[name]["reason"]
+
+
+def test_bad_rows_are_named(inputs, tmp_path, capsys):
+    model, path = inputs
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [row | {"video": str(path.parent / row["video"])} for row in rows]
+    rows[0] |= {"start": 2.0, "end": 1.0}
+    rows[1] |= {"task": "juggling"}
+    spoiled = tmp_path / "rows.jsonl"
+    spoiled.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train(configure(model, spoiled, tmp_path / "run", "optim.steps=1"))
+    told = capsys.readouterr().err
+    assert f"quarantined {rows[0]['id']}: field 'start'" in told
+    assert "unknown task 'juggling'" in told
+    sources = [item["source"] for item in read(tmp_path / "run" / "quarantine.jsonl")]
+    assert sources == [f"{spoiled}:1", f"{spoiled}:2"]
+
+
+def test_no_usable_sample_stops_the_run(inputs, tmp_path):
+    model, path = inputs
+    record = load_records(path)[0]
+    rows = tmp_path / "rows.jsonl"
+    write_records(rows, [dataclasses.replace(record, video=str(tmp_path / "gone.mp4"))])
+    with pytest.raises(ValueError, match=r"none of the 1 records.*gone\.mp4"):
+        train(configure(model, rows, tmp_path / "run"))
+    rows.write_text("{}\n")
+    with pytest.raises(ValueError, match="no usable record"):
+        train(configure(model, rows, tmp_path / "run2"))
+
+
+# --- the parts
+
+
+@pytest.fixture
+def run(inputs, tmp_path):
+    config = configure(*inputs, tmp_path / "run", "loss.beta=0")
+    with setup.open_run(config, reference=False) as run:
+        yield run
+
+
+def drawn_groups(run, advantages):
+    """Groups of this run's first samples, completions drawn by the model, advantages as given."""
+    samples = next(iter(run.batches()))[: len(advantages)]
+    drawn = loop.sample_completions(run, samples, 0, loop.Stopwatch())
+    return loop.make_groups(samples, drawn, torch.tensor(advantages).flatten())
+
+
+def gradient(run, groups, config, sequences):
+    run.optimizer.zero_grad()
+    for group in groups:
+        loss, _ = policy_loss(
+            run.model,
+            [group],
+            loss_config(config, sequences, 100),
+            temperature=1.0,
+            on_policy=True,
+            convention="trained",
+        )
+        loss.backward()
+    parameters = run.optimizer.parameters
+    return torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten()
+                      for p in parameters])  # fmt: skip
+
+
+ADVANTAGES = [[1.0, -1.0, 0.5, -0.5], [0.0] * 4, [0.0, 2.0, -1.0, -1.0]]
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo", "bnpo"])
+def test_skipping_silent_groups_leaves_the_gradient(run, loss_type):
+    config = GRPOLossConfig(loss_type=loss_type, max_length=8)
+    groups = drawn_groups(run, ADVANTAGES)
+    assert [group.is_silent for group in groups] == [False, True, False]
+    everything = gradient(run, groups, config, 12)
+    skipped = gradient(run, [g for g in groups if not g.is_silent], config, 12)
+    assert everything.abs().max() > 1e-4
+    torch.testing.assert_close(skipped, everything, rtol=1e-5, atol=1e-7)
+
+
+def test_update_is_the_same_in_one_pass_and_in_several(inputs, tmp_path, any_reward):
+    """Micro-batches are parts of one loss, so gradients (seen through their norm) agree."""
+    norms = []
+    for size in (1, 4):
+        output = tmp_path / str(size)
+        train(configure(*inputs, output, "optim.steps=1", f"optim.micro_prompts={size}"))
+        norms.append(read(output / "metrics.jsonl")[0]["grad_norm"])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+def test_a_step_raises_the_better_completion(run):
+    groups = drawn_groups(run, [[1.0, -1.0, 0.0, 0.0]])
+
+    def logps():
+        with torch.no_grad():
+            flat = completion_logps(run.model, [groups[0].group], convention="trained")
+        sizes = [len(c) for c in groups[0].group.completions]
+        return [float(part.sum()) for part in flat.split(sizes)]
+
+    before = logps()
+    loop.update(run, groups, 1e-3)
+    after = logps()
+    assert after[0] - after[1] > before[0] - before[1]
+
+
+def test_adapters_start_as_the_base_model_and_switch_off(inputs, tmp_path):
+    overrides = ("model.lora_rank=4", "model.freeze_vision=true", "optim.lr=1e-1")
+    config = configure(*inputs, tmp_path / "run", *overrides)
+    base, _ = load(inputs[0])
+    with setup.open_run(config, reference=True) as run:
+        assert run.anchor is None
+        assert run.vision_is_frozen
+        assert all("lora_" in name for name in checkpoint.trained_state(run.model))
+        groups = drawn_groups(run, [[1.0, -1.0, 0.0, 0.0]])
+        with torch.no_grad():
+            plain = completion_logps(base, [groups[0].group], convention="trained")
+        groups = loop.with_reference(run, groups)
+        torch.testing.assert_close(groups[0].ref_logps, plain, rtol=1e-5, atol=1e-5)
+        loop.update(run, groups, 1e-1)
+        moved = completion_logps(run.model, [groups[0].group], convention="trained")
+        assert (moved - plain).abs().max() > 1e-3
+        again = loop.with_reference(run, groups)
+        torch.testing.assert_close(again[0].ref_logps, plain, rtol=1e-5, atol=1e-5)
+        exported, _ = load(run.export())
+        with torch.no_grad():
+            written = completion_logps(exported, [groups[0].group], convention="trained")
+        torch.testing.assert_close(written, moved.detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_gradient_that_is_not_finite_is_left_out(run, monkeypatch):
+    groups = drawn_groups(run, [[1.0, -1.0, 0.0, 0.0]])
+    before = [p.detach().clone() for p in run.optimizer.parameters]
+    broken = dataclasses.replace(groups[0], advantages=torch.tensor([math.inf, -1.0, 0.0, 0.0]))
+    metrics = loop.update(run, [broken], 1e-3)
+    assert metrics["skipped_updates"] == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, run.optimizer.parameters, strict=True))
+
+
+def test_small_steps_of_half_precision_weights_add_up():
+    """A thousand steps of 1e-5 move a bfloat16 weight at 1.0, whose next neighbour is 2^-8 away."""
+    weight = torch.ones(4, dtype=torch.bfloat16, requires_grad=True)
+    optimizer = MasterAdamW([weight], OptimConfig(lr=1e-5))
+    for _ in range(1000):
+        weight.grad = torch.ones_like(weight)
+        optimizer.step(1e-5)
+    torch.testing.assert_close(weight.detach().float(), torch.full((4,), 0.99), rtol=0, atol=0.003)
+
+
+def test_learning_rate():
+    config = OptimConfig(lr=1.0, steps=12, warmup_steps=2, schedule="linear")
+    rates = [learning_rate(step, config) for step in range(12)]
+    assert rates[:3] == pytest.approx([1 / 3, 2 / 3, 1.0])
+    assert rates[7] == pytest.approx(0.5)
+    cosine = dataclasses.replace(config, schedule="cosine", final_lr_ratio=0.2)
+    assert learning_rate(7, cosine) == pytest.approx(0.6)
+    assert learning_rate(2, cosine) == 1.0
+    assert learning_rate(11, dataclasses.replace(config, schedule="constant")) == 1.0
+
+
+def test_sampler_is_a_function_of_the_place():
+    sampler = Sampler(5, seed=3)
+    places = list(sampler.places(0, 15))
+    assert all(sorted(places[i : i + 5]) == list(range(5)) for i in (0, 5, 10))
+    assert places[:5] != places[5:10]
+    assert list(sampler.places(7, 6)) == places[7:13]
+    parts = [list(sampler.places(4, 8, rank, 2)) for rank in range(2)]
+    assert parts[0] == places[4:12:2]
+    assert parts[1] == places[5:12:2]
+    assert list(Sampler(5, seed=4).places(0, 5)) != places[:5]
+
+
+def test_cache_is_bounded_in_bytes():
+    def clip(size):
+        return Clip(np.zeros((1, 1, size, 3), np.uint8), np.zeros(1), 1.0, 1.0, "x")
+
+    cache = ClipCache(limit=30)
+    cache.put("a", clip(4))
+    cache.put("b", clip(4))
+    assert cache.get("a") is not None
+    cache.put("c", clip(4))
+    assert cache.bytes == 24
+    assert cache.get("b") is None, "the one used least recently goes"
+    assert cache.get("a") is not None
+    cache.put("d", clip(11))
+    assert cache.get("d") is None
+    assert cache.bytes == 24
+
+
+def test_prompts_are_the_same_with_workers_and_without_a_cache(inputs, tmp_path):
+    seen = []
+    for number, overrides in enumerate(([], ["data.cache_mb=0"], ["data.decode_workers=2"])):
+        config = configure(*inputs, tmp_path / str(number), "optim.steps=5", *overrides)
+        with setup.open_run(config, reference=False) as run:
+            seen.append([[(s.record.id, s.prompt) for s in batch] for batch in run.batches()])
+    for other in seen[1:]:
+        for ours, theirs in zip(seen[0], other, strict=True):
+            assert [name for name, _ in ours] == [name for name, _ in theirs]
+            for (_, a), (_, b) in zip(ours, theirs, strict=True):
+                assert torch.equal(a.pixel_values_videos, b.pixel_values_videos)
+
+
+def test_merge_metrics():
+    parts = [
+        {"loss": 1.0, "kl": 1.0, "ratio_max": 2.0, "num_tokens": 1.0, "rollout_gap_mean": 0.5},
+        {"loss": 2.0, "kl": 4.0, "ratio_max": 1.0, "num_tokens": 3.0},
+    ]
+    assert merge_metrics(parts) == {
+        "loss": 3.0,
+        "kl": 3.25,
+        "ratio_max": 2.0,
+        "num_tokens": 4.0,
+        "rollout_gap_mean": 0.5,
+    }
+    assert merge_metrics([]) == {}
+
+
+def test_mixed_tasks_in_rewards_and_metrics():
+    scored = [
+        Scored("a", {"format": 1.0, "iou": 0.5}, {"mIoU": 0.5}, 4, True),
+        Scored("b", {"accuracy": 1.0, "format": 0.0}, {"accuracy": 1.0}, 2, False),
+    ]
+    matrix = reward_matrix(scored)
+    torch.testing.assert_close(
+        matrix,
+        torch.tensor([[math.nan, 1.0, 0.5], [1.0, 0.0, math.nan]], dtype=torch.float64),
+        equal_nan=True,
+    )
+    metrics = task_metrics(scored)
+    assert metrics["reward"] == 1.25
+    assert (metrics["reward/a"], metrics["reward/a/iou"], metrics["metric/b/accuracy"]) == (
+        1.5,
+        0.5,
+        1.0,
+    )
+    assert (metrics["finished"], metrics["length/b"]) == (0.5, 2.0)
+
+
+def test_silent_group_of_policy_groups():
+    group = PolicyGroup(None, torch.zeros(3), torch.zeros(0))
+    assert group.is_silent
+    assert not dataclasses.replace(group, advantages=torch.tensor([0.0, 1e-9])).is_silent
