@@ -3,7 +3,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstring>
 #include <optional>
+#include <vector>
 
 #include "cpu/isa.h"
 #include "kernels.h"
@@ -12,7 +14,9 @@
 namespace py = pybind11;
 using vcr1::Tensor;
 
-void bind_resize(py::module_& m);  // bindings_video.cpp
+// bindings_video.cpp
+void bind_iou(py::module_& m);
+void bind_resize(py::module_& m);
 
 namespace {
 
@@ -183,11 +187,90 @@ void bind_gather_logprobs(py::module_& m) {
       py::arg("grad_entropy"), py::arg("grad_lse"), py::arg("grad"), py::arg("num_threads"));
 }
 
+// The enumerators of grpo_loss.h follow the order of these fields; all are 8 bytes wide.
+template <typename Fields, typename T>
+Fields fields_from(const std::vector<T>& values, const char* name) {
+  static_assert(sizeof(Fields) % sizeof(T) == 0);
+  VCR1_CHECK(values.size() * sizeof(T) == sizeof(Fields), name, ": expected ",
+             sizeof(Fields) / sizeof(T), " values, got ", values.size());
+  Fields out;
+  std::memcpy(&out, values.data(), sizeof(Fields));
+  return out;
+}
+
+const void* dense_as(const std::optional<Tensor>& tensor, const Tensor& like, int64_t numel,
+                     const char* name) {
+  if (!tensor) return nullptr;
+  VCR1_CHECK(tensor->dtype() == like.dtype(), name, ": expected ", vcr1::name_of(like.dtype()),
+             ", got ", vcr1::name_of(tensor->dtype()));
+  VCR1_CHECK(tensor->numel() == numel, name, ": expected ", numel, " elements, got ",
+             tensor->numel());
+  VCR1_CHECK(tensor->is_contiguous(), name, ": expected a contiguous tensor");
+  VCR1_CHECK(tensor->same_device(like), name, ": is on another device than the log-probs");
+  return tensor->raw();
+}
+
+void bind_grpo_loss(py::module_& m) {
+  m.attr("grpo_loss_scratch") = int{vcr1::grpo::kScratch};
+  m.def(
+      "grpo_loss",
+      [](const std::vector<std::optional<Tensor>>& inputs, const std::vector<int64_t>& kinds,
+         const std::vector<double>& values, const std::vector<Tensor>& outputs, int num_threads) {
+        VCR1_CHECK(inputs.size() == 11 && inputs[0] && inputs[2], "inputs: expected 11 tensors");
+        VCR1_CHECK(outputs.size() == 5, "outputs: expected 5 tensors, got ", outputs.size());
+        const Tensor& logps = *inputs[0];
+        const auto& offsets = inputs[8];
+        const int64_t tokens = logps.numel();
+        VCR1_CHECK(logps.dtype() == vcr1::DType::kFloat32 || logps.dtype() == vcr1::DType::kFloat64,
+                   "logps: expected float32 or float64, got ", vcr1::name_of(logps.dtype()));
+        vcr1::GrpoLossArgs args{};
+        args.dtype = logps.dtype();
+        args.tokens = tokens;
+        args.sequences = offsets ? offsets->numel() - 1 : logps.size(0);
+        args.columns = offsets ? 0 : logps.size(1);
+        const int64_t sequences = args.sequences;
+        if (offsets) args.offsets = offsets->dense<int64_t>("cu_seqlens");
+        args.logps = dense_as(inputs[0], logps, tokens, "logps");
+        args.old_logps = dense_as(inputs[1], logps, tokens, "old_logps");
+        const Tensor& advantages = *inputs[2];
+        const bool per_sequence = advantages.numel() == sequences &&
+                                  (offsets || advantages.ndim() == 1 || args.columns == 1);
+        args.token_advantages = !per_sequence;
+        args.advantages =
+            dense_as(inputs[2], logps, per_sequence ? sequences : tokens, "advantages");
+        args.mask = dense<bool>(inputs[3], tokens, logps, "mask");
+        args.ref_logps = dense_as(inputs[4], logps, tokens, "ref_logps");
+        args.entropy = dense_as(inputs[5], logps, tokens, "entropy");
+        args.rollout_logps = dense_as(inputs[6], logps, tokens, "rollout_logps");
+        args.token_weights = dense_as(inputs[7], logps, tokens, "token_weights");
+        args.weights = dense_as(inputs[9], logps, sequences, "weights");
+        args.denominator = dense_as(inputs[10], logps, 1, "denominator");
+        args.kinds = fields_from<vcr1::grpo::Kinds>(kinds, "kinds");
+        args.values = fields_from<vcr1::grpo::Values>(values, "values");
+        const auto out = [&](int index, int64_t numel, const char* name) {
+          return const_cast<void*>(dense_as(outputs[index], logps, numel, name));
+        };
+        args.loss = out(0, 1, "loss");
+        args.grad_logps = out(1, tokens, "grad_logps");
+        const bool with_entropy = args.entropy != nullptr && args.values.entropy_coef != 0;
+        args.grad_entropy = out(2, with_entropy ? tokens : 0, "grad_entropy");
+        if (!with_entropy) args.grad_entropy = nullptr;
+        args.metrics = out(3, vcr1::grpo::kMetrics, "metrics");
+        args.scratch =
+            dense<double>(outputs[4], sequences * vcr1::grpo::kScratch, logps, "scratch");
+        launch_cpu("grpo_loss", logps, &vcr1::cpu::grpo_loss, args, num_threads);
+      },
+      py::arg("inputs"), py::arg("kinds"), py::arg("values"), py::arg("outputs"),
+      py::arg("num_threads"));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of vcr1_fast.";
   bind_runtime(m);
   bind_gather_logprobs(m);
+  bind_iou(m);
+  bind_grpo_loss(m);
   bind_resize(m);
 }

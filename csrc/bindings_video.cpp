@@ -163,3 +163,106 @@ void bind_resize(py::module_& m) {
       py::arg("num_threads"),
       "frames (T, H, W, 3) to out (N, 1176), normalised as (x - scale[0]) / scale[1].");
 }
+
+void bind_iou(py::module_& m) {
+  m.def(
+      "box_iou",
+      [](const Tensor& a, const Tensor& b, const Tensor& out, const std::string& kind,
+         bool pairwise, bool torchvision, int num_threads) {
+        using vcr1::cpu::IouKind;
+        const std::map<std::string, IouKind> kinds = {{"span", IouKind::kSpan},
+                                                      {"iou", IouKind::kIou},
+                                                      {"giou", IouKind::kGiou},
+                                                      {"diou", IouKind::kDiou},
+                                                      {"ciou", IouKind::kCiou}};
+        const auto found = kinds.find(kind);
+        VCR1_CHECK(found != kinds.end(), "kind: unknown ", kind);
+        const auto [planes, n] = a.shape<2>("a");
+        const auto [planes_b, m] = b.shape<2>("b");
+        const int64_t expected = kind == "span" ? 2 : kind == "ciou" ? 5 : 4;
+        VCR1_CHECK(planes == expected && planes_b == expected, "a and b: expected ", expected,
+                   " planes, got ", planes, " and ", planes_b);
+        VCR1_CHECK(pairwise || n == m, "a and b: expected as many boxes, got ", n, " and ", m);
+        VCR1_CHECK(out.numel() == (pairwise ? n * m : n), "out: got ", out.numel(), " elements");
+        vcr1::cpu::BoxIouArgs args{
+            a.dtype(), found->second, pairwise, torchvision, nullptr, nullptr, nullptr, n, m};
+        if (args.dtype == vcr1::DType::kFloat64) {
+          args.a = a.dense<double>("a");
+          args.b = b.dense<double>("b");
+          args.out = out.dense<double>("out");
+        } else {
+          args.a = a.dense<float>("a");
+          args.b = b.dense<float>("b");
+          args.out = out.dense<float>("out");
+        }
+        VCR1_CHECK(a.on_cpu() && b.on_cpu() && out.on_cpu(), "a, b, out: expected CPU tensors");
+        py::gil_scoped_release release;
+        vcr1::cpu::box_iou(args, num_threads);
+      },
+      py::arg("a"), py::arg("b"), py::arg("out"), py::arg("kind"), py::arg("pairwise"),
+      py::arg("torchvision"), py::arg("num_threads"), "Planes (4, N) and (4, M) to out.");
+  m.def(
+      "track_iou",
+      [](const Tensor& pred, const Tensor& target, const Tensor& lengths, const Tensor& out,
+         int num_threads) {
+        const auto [batch, steps, four] = pred.shape<3>("pred");
+        VCR1_CHECK(four == 4 && target.numel() == pred.numel() && lengths.numel() == batch &&
+                       out.numel() == batch,
+                   "pred: expected (B, L, 4), got ", batch, " x ", steps, " x ", four,
+                   " beside a target of ", target.numel(), " values");
+        VCR1_CHECK(pred.on_cpu() && target.on_cpu() && lengths.on_cpu() && out.on_cpu(),
+                   "expected CPU tensors");
+        vcr1::cpu::TrackIouArgs args{};
+        args.dtype = pred.dtype();
+        args.lengths = lengths.dense<int64_t>("lengths");
+        args.batch = batch;
+        args.steps = steps;
+        for (int64_t i = 0; i < batch; ++i)
+          VCR1_CHECK(args.lengths[i] >= 0 && args.lengths[i] <= steps, "lengths: expected 0 to ",
+                     steps, ", got ", args.lengths[i], " at ", i);
+        if (args.dtype == vcr1::DType::kFloat64) {
+          args.pred = pred.dense<double>("pred");
+          args.target = target.dense<double>("target");
+          args.out = out.dense<double>("out");
+        } else {
+          args.pred = pred.dense<float>("pred");
+          args.target = target.dense<float>("target");
+          args.out = out.dense<float>("out");
+        }
+        py::gil_scoped_release release;
+        vcr1::cpu::track_iou(args, num_threads);
+      },
+      py::arg("pred"), py::arg("target"), py::arg("lengths"), py::arg("out"),
+      py::arg("num_threads"), "Mean IoU of tracks (B, L, 4) to out (B,).");
+  m.def(
+      "interval_set_iou",
+      [](const Tensor& pred, const Tensor& pred_offsets, const Tensor& target,
+         const Tensor& target_offsets, double empty, const Tensor& out, int num_threads) {
+        vcr1::cpu::IntervalSetIouArgs args{};
+        args.n = out.numel();
+        VCR1_CHECK(pred_offsets.numel() == args.n + 1 && target_offsets.numel() == args.n + 1,
+                   "offsets: expected ", args.n + 1, " values, got ", pred_offsets.numel(), " and ",
+                   target_offsets.numel());
+        args.pred_offsets = pred_offsets.dense<int64_t>("pred_offsets");
+        args.target_offsets = target_offsets.dense<int64_t>("target_offsets");
+        const auto check = [&](const char* name, const int64_t* offsets, int64_t count) {
+          VCR1_CHECK(offsets[0] == 0 && offsets[args.n] == count, name, " must rise from 0 to ",
+                     count, ", the number of spans; got ", offsets[0], " to ", offsets[args.n]);
+          for (int64_t i = 0; i < args.n; ++i)
+            VCR1_CHECK(offsets[i] <= offsets[i + 1], name, " must rise from 0 to ", count,
+                       ", the number of spans; got ", offsets[i], " before ", offsets[i + 1]);
+        };
+        check("pred_offsets", args.pred_offsets, pred.numel() / 2);
+        check("target_offsets", args.target_offsets, target.numel() / 2);
+        VCR1_CHECK(pred.on_cpu() && target.on_cpu() && out.on_cpu(), "expected CPU tensors");
+        args.pred = pred.dense<double>("pred");
+        args.target = target.dense<double>("target");
+        args.out = out.dense<double>("out");
+        args.empty = empty;
+        py::gil_scoped_release release;
+        vcr1::cpu::interval_set_iou(args, num_threads);
+      },
+      py::arg("pred"), py::arg("pred_offsets"), py::arg("target"), py::arg("target_offsets"),
+      py::arg("empty"), py::arg("out"), py::arg("num_threads"),
+      "Sets of float64 spans, merged in place, to out (N,).");
+}

@@ -8,6 +8,7 @@
 
 #include "cpu/isa.h"
 #include "dtype.h"
+#include "grpo_loss.h"
 
 // Declares `void name(const Args&, int num_threads)` once per instruction set, as CMake's
 // vcr1_cpu_kernel() compiles it, and the function that picks one at run time.
@@ -161,3 +162,73 @@ struct VideoPatchesArgs {
 VCR1_CPU_LAUNCHER(video_patches, VideoPatchesArgs)
 
 }  // namespace vcr1::cpu
+
+namespace vcr1::cpu {
+
+enum class IouKind { kSpan, kIou, kGiou, kDiou, kCiou };
+
+struct BoxIouArgs {
+  DType dtype;  // float32 or float64
+  IouKind kind;
+  bool pairwise;      // out (n, m), else out (n,) with n == m
+  bool torchvision;   // its conventions for empty boxes
+  const void *a, *b;  // planes (2, n) of spans, (4, n) of boxes, (5, n) for kCiou: atan(w / h) last
+  void* out;
+  int64_t n, m;
+};
+VCR1_CPU_LAUNCHER(box_iou, BoxIouArgs)
+
+struct TrackIouArgs {
+  DType dtype;
+  const void *pred, *target;  // (batch, steps, 4)
+  const int64_t* lengths;     // (batch,), 0 .. steps
+  void* out;                  // (batch,)
+  int64_t batch, steps;
+};
+VCR1_CPU_LAUNCHER(track_iou, TrackIouArgs)
+
+struct IntervalSetIouArgs {
+  double *pred, *target;                         // (p, 2), (q, 2): sorted and merged in place
+  const int64_t *pred_offsets, *target_offsets;  // (n + 1,)
+  double* out;                                   // (n,)
+  double empty;
+  int64_t n;
+};
+VCR1_CPU_LAUNCHER(interval_set_iou, IntervalSetIouArgs)
+
+}  // namespace vcr1::cpu
+
+namespace vcr1 {
+
+// Log-probs and what belongs to them, N tokens in B completions. All pointers are dense, and of
+// `dtype` where they are void: fp32 or fp64. Null: not given.
+struct GrpoLossArgs {
+  DType dtype;
+  int64_t sequences, tokens;
+  int64_t columns;         // tokens a completion, where there are no offsets
+  const int64_t* offsets;  // (B + 1,) or null: (B, columns)
+  const void* logps;
+  const void* old_logps;  // null: the log-probs themselves
+  const void* advantages;
+  bool token_advantages;  // (N,) instead of (B,)
+  const bool* mask;
+  const void* ref_logps;
+  const void* entropy;
+  const void* rollout_logps;
+  const void* token_weights;
+  const void* weights;      // (B,), instead of the aggregation
+  const void* denominator;  // one number, instead of the count the aggregation divides by
+  grpo::Kinds kinds;
+  grpo::Values values;
+  void* loss;
+  void* grad_logps;    // written at the completions' tokens only
+  void* grad_entropy;  // likewise
+  void* metrics;       // (grpo::kMetrics,)
+  double* scratch;     // (B, grpo::kScratch)
+};
+
+namespace cpu {
+VCR1_CPU_LAUNCHER(grpo_loss, GrpoLossArgs)
+}  // namespace cpu
+
+}  // namespace vcr1

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -12,6 +14,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from vcr1_fast.model import checkpoint
 from vcr1_fast.model.checkpoint import CheckpointError
 from vcr1_fast.model.positions import SpecialIds
+from vcr1_fast.model.rollout import SamplingConfig, rollout
 from vcr1_fast.model.tiny import TinyConfig, write_tiny
 from vcr1_fast.model.vision import PACKED_ATTENTION
 
@@ -241,6 +244,9 @@ def test_released_vocabulary_and_ids(copy):
     assert "visual.patch_embed.proj.weight" in names  # the hub's names, not those in memory
     _flatten_text_settings(copy / "config.json")
     _move_ids(copy / "tokenizer.json", ids)
+    settings = json.loads((copy / "tokenizer_config.json").read_text())
+    settings["tokenizer_class"] = "Qwen2Tokenizer"
+    (copy / "tokenizer_config.json").write_text(json.dumps(settings))
 
     model, processor = checkpoint.load(copy)
     assert model.get_input_embeddings().weight.shape == (152064, 16)
@@ -251,6 +257,14 @@ def test_released_vocabulary_and_ids(copy):
     banned = set(processor.banned_ids(152064).tolist())
     assert set(ids.values()) - {151645} <= banned
     assert set(range(len(processor.tokenizer), 152064)) <= banned
+    text = "<answer>1.5 to 3.5</answer>"
+    tokens = processor.completion(text)
+    assert tokens[-1] == 151645 and processor.decode(tokens) == text
+    frames = np.zeros((4, 56, 56, 3), dtype=np.uint8)
+    prompt = processor.prompt(text, [SimpleNamespace(frames=frames, fps=2.0)])
+    assert int((prompt.input_ids == 151656).sum()) == 2 * 2 * 2
+    got = rollout(model, processor, [prompt], 2, SamplingConfig(max_new_tokens=3))
+    assert all(len(c) <= 3 and not set(c.tolist()) & banned for c in got.tokens[0])
 
 
 def _flatten_text_settings(path):

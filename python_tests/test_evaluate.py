@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from vcr1_fast.data.records import Record, write_records
 from vcr1_fast.evaluate import run as run_module
 from vcr1_fast.evaluate.completions import Completion, load_completions, shard_path
 from vcr1_fast.evaluate.config import EvalConfig, EvalRun
+from vcr1_fast.evaluate.identity import fingerprint
 from vcr1_fast.evaluate.intervals import bootstrap_interval
 from vcr1_fast.evaluate.run import answer_shard, cut_batches, evaluate, main_eval
 
@@ -100,6 +103,23 @@ def test_the_floor_is_the_best_blind_strategy_fitted_on_training_records():
     assert (far.floor_fitted_on, own.floor_fitted_on) == ("train", "evaluated")
     assert near.floor["mIoU"] > 0.95  # always answering about 2 to 6 is right without eyes
     assert far.floor["mIoU"] < near.floor["mIoU"] <= own.floor["mIoU"] + 1e-9
+
+
+def test_always_answering_the_first_45_percent_of_charades_scores_as_published_arithmetic_says():
+    path = Path(os.environ.get("VCR1_TEST_DATA", "../shared/data"))
+    path = path / "annotations" / "Charades" / "charades_test.json"
+    if not path.exists():
+        pytest.skip(f"no {path}; set VCR1_TEST_DATA")
+    records, texts = [], {}
+    for video, entry in json.loads(path.read_text()).items():
+        for i, span in enumerate(entry["timestamps"]):
+            record = grounding(f"{video}-{i}", span, video)
+            records.append(record)
+            texts[record.id] = f"<answer>0.0 to {0.45 * entry['duration']:.6f}</answer>"
+    (task,) = evaluate(None, None, records, answer=answers(texts)).tasks
+    scores = [round(100 * task.metrics[name], 1) for name in ("R@0.3", "R@0.5", "R@0.7")]
+    assert task.n == 3720 and scores == [48.8, 27.7, 11.9]
+    assert task.metrics["mIoU"] == pytest.approx(0.3055, abs=1e-3)
 
 
 def test_bootstrap_interval_of_a_coin_is_the_binomial_one():
@@ -232,10 +252,42 @@ def test_another_evaluation_in_the_same_folder_is_refused(folder):
     folder("out")
     with pytest.raises(ValueError, match="max_new_tokens was 256, now 8"):
         folder("out", max_new_tokens=8)
-    (folder.path / "model" / "config.json").write_text("{ }")
+    weights = folder.path / "model" / "config.json"
+    weights.write_text("{}")  # written anew, the same contents: the same model
+    folder("out")
+    weights.write_text("{ }")
     with pytest.raises(ValueError, match="model_files"):
         folder("out")
     folder("other")
+
+
+def test_restart_deletes_the_other_evaluation_and_nothing_else(folder):
+    folder("out")
+    mine = folder.path / "out" / "notes.txt"
+    mine.write_text("mine")
+    folder.log.clear()
+    folder("out", max_new_tokens=8, restart=True)
+    assert len(folder.log) == 6 and mine.exists()  # every batch is answered again
+    assert (
+        json.loads((folder.path / "out" / "summary.json").read_text())["run"]["max_new_tokens"] == 8
+    )
+    folder.log.clear()
+    folder("out", max_new_tokens=8, restart=True)
+    assert folder.log == []  # the same evaluation goes on
+
+
+def test_fingerprints_see_every_part_of_a_large_file(tmp_path):
+    path = tmp_path / "weights"
+    with path.open("wb") as file:
+        file.truncate(200 << 20)  # sparse
+    first = fingerprint(path)
+    assert fingerprint(path) == first
+    for offset in (0, (200 << 20) - 1):
+        with path.open("r+b") as file:
+            file.seek(offset)
+            file.write(b"x")
+        assert fingerprint(path) != first
+        first = fingerprint(path)
 
 
 def test_a_malformed_line_in_the_middle_is_named(folder):

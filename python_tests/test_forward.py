@@ -16,7 +16,7 @@ from vcr1_fast.model.vision import encode_videos, freeze_vision
 from vcr1_fast.model.wrapping import checkpoint_activations
 
 CONFIG = TinyConfig(
-    hidden_size=32, layers=2, heads=2, kv_heads=1, vision_hidden=32, vision_depth=2, vocab_limit=300
+    hidden_size=32, layers=2, heads=2, kv_heads=1, vision_hidden=16, vision_depth=2, vocab_limit=300
 )
 
 
@@ -46,7 +46,7 @@ def _groups(processor, seed, sizes):
         videos = [
             Clip(
                 np.random.default_rng(seed + 10 * i + k).integers(
-                    0, 256, (rng.randint(2, 9), 56, 28 * rng.randint(2, 4), 3), dtype=np.uint8
+                    0, 256, (rng.randint(2, 6), 56, 28 * rng.randint(1, 3), 3), dtype=np.uint8
                 ),
                 2.0,
             )
@@ -128,7 +128,7 @@ def test_log_probs_and_gradients_equal_the_plain_form(loaded, shape):
 def test_random_shapes_equal_the_plain_form(loaded):
     model, processor = loaded
     rng = random.Random(5)
-    for seed in range(6):
+    for seed in range(4):
         shape = [
             (rng.randint(0, 2), [rng.randint(1, 6) for _ in range(rng.randint(1, 4))])
             for _ in range(rng.randint(1, 3))

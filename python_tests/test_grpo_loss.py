@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from vcr1_fast import ops
 from vcr1_fast.ops import GRPOLossConfig, grpo_loss
+from vcr1_fast.ops.backend import native
 from vcr1_fast.ops.grpo_config import LOSS_TYPES, parameters
 from vcr1_fast.ops.grpo_loss import grpo_loss_op
 from vcr1_fast.ops.grpo_reference import METRICS
@@ -440,6 +441,48 @@ def test_repeats_bit_for_bit(backend):
         assert all(
             torch.equal(a, b) for a, b in zip(first[3].values(), run[3].values(), strict=True)
         )
+
+
+@pytest.mark.skipif(native is None, reason="the native module is not built")
+@pytest.mark.parametrize("isa", ("baseline", "avx2", "avx512"))
+def test_every_instruction_set(isa):
+    batch = make_batch(lengths=(300, 17, 1, 0))
+    config = GRPOLossConfig(beta=0.1, entropy_coef=0.1, rollout_correction="token_mask")
+    expected = oracle(batch, config)
+    try:
+        native.choose_cpu_isa(isa)
+    except ValueError:
+        pytest.skip(f"this processor has no {isa}")
+    try:
+        with ops.use("cpu"):
+            got = call(batch, config, dtype=torch.float32)
+    finally:
+        native.choose_cpu_isa("auto")
+    for a, b in zip(got[:3], expected, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=3e-5, atol=3e-6)
+
+
+@pytest.mark.skipif(native is None, reason="the native module is not built")
+def test_writes_nothing_outside_the_segments():
+    """Outputs are views of larger buffers, whose other elements stay as they were."""
+    batch = make_batch()
+    packed, cu_seqlens = pack(batch)
+    p = parameters(GRPOLossConfig())
+    n = len(packed["logps"])
+    buffer = torch.full((n + 64,), 7.0, dtype=torch.float64)
+    metrics = torch.full((len(METRICS) + 8,), 7.0, dtype=torch.float64)
+    loss = torch.zeros((), dtype=torch.float64)
+    count = len(cu_seqlens) - 1
+    scratch = torch.zeros(count * native.grpo_loss_scratch, dtype=torch.float64)
+    inputs = [packed["logps"], packed["old"], packed["advantages"], *[None] * 5]
+    outputs = [loss, buffer[32:-32], buffer[:0], metrics[4:-4], scratch]
+    native.grpo_loss([*inputs, cu_seqlens.long(), None, None], p.kinds, p.values, outputs, 1)
+    assert (buffer[:32] == 7).all() and (buffer[-32:] == 7).all()
+    assert (metrics[:4] == 7).all() and (metrics[-4:] == 7).all()
+    expected = grpo_loss(
+        packed["logps"], packed["old"], packed["advantages"], None, cu_seqlens=cu_seqlens
+    )
+    torch.testing.assert_close(loss, expected[0])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -7,9 +7,18 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
-from vcr1_fast.report.curves import DPI, Panel, read_metrics, running_mean, spread, write_curves
+from vcr1_fast.report.curves import (
+    DPI,
+    Panel,
+    draw_panel,
+    read_metrics,
+    running_mean,
+    spread,
+    write_curves,
+)
 from vcr1_fast.report.jsonl import read_jsonl
 from vcr1_fast.report.rollouts import write_rollouts_html
 from vcr1_fast.report.table import Table, evaluation_table, markdown_table, print_table
@@ -55,6 +64,16 @@ def test_curve_values_reach_the_panel_unchanged(metrics_file):
     np.testing.assert_allclose(values, 0.001 * steps, rtol=1e-12)
     stages = Panel("s", "", r"seconds/([^/]+)").series(read_metrics(metrics_file))
     assert list(stages) == ["rollout", "policy"]
+
+
+def test_lines_are_named_only_where_there_are_several():
+    figure = Figure()
+    steps = np.arange(3)
+    clipped = Panel("c", "", r"clip_(?:fraction|(low|high))")
+    series = {"": (steps, np.ones(3)), "low": (steps, np.zeros(3))}
+    names = [end[:2] for end in draw_panel(figure.add_subplot(), clipped, series)]
+    assert names == [("all", 1.0), ("low", 0.0)]
+    assert draw_panel(figure.add_subplot(), clipped, {"": series[""]}) == []
 
 
 def test_a_repeated_step_counts_once_with_its_last_values(tmp_path):

@@ -22,7 +22,7 @@ CONFIG = TinyConfig(
     layers=2,
     heads=4,
     kv_heads=2,
-    vision_hidden=32,
+    vision_hidden=16,
     vocab_limit=260,
     initializer_range=0.3,
 )
@@ -58,9 +58,9 @@ def _prompts(processor):
         return Clip(rng.integers(0, 256, (frames, height, width, 3), dtype=np.uint8), 2.0)
 
     return [
-        processor.prompt("When does it happen?", [clip(12, 56, 56)]),
+        processor.prompt("When does it happen?", [clip(12, 28, 56)]),
         processor.prompt("a"),
-        processor.prompt("Two clips.", [clip(4, 56, 84), clip(7, 84, 56)]),
+        processor.prompt("Two clips.", [clip(4, 56, 28), clip(7, 28, 56)]),
     ]
 
 

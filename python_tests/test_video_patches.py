@@ -1,12 +1,11 @@
 """video_patches against a numpy model of the layout and transformers' own video processor."""
 
-import importlib.util
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torchvision_shim import require_torchvision
 
 from vcr1_fast import ops
 from vcr1_fast.ops.video_patches import CLIP_MEAN, CLIP_STD, _op
@@ -120,19 +119,10 @@ def test_every_pixel_value_is_rounded_once(backend, dtype):
 
 def transformers_processor():
     """The video processor of transformers, or a skip that says why it cannot run."""
-    for name in ("transformers", "torchvision"):
-        if importlib.util.find_spec(name) is None:
-            pytest.skip(f"{name} is not installed")
-    if not hasattr(torch.ops.torchvision, "nms"):
-        # A torchvision built for another torch does not load its operators; declaring the two
-        # names it asks for lets the Python half, which is all that is used, import.
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        transformers_processor.library = library  # the definitions live as long as it does
+    require_torchvision()
     try:
         from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
-    except (ImportError, RuntimeError) as error:
+    except ImportError as error:
         pytest.skip(f"transformers' video processor does not import: {error}")
     return Qwen2VLVideoProcessor
 

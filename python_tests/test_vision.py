@@ -8,19 +8,20 @@ from vcr1_fast.model import checkpoint
 from vcr1_fast.model.tiny import TinyConfig, write_tiny
 from vcr1_fast.model.vision import (
     PACKED_ATTENTION,
-    batch_windows,
+    PatchProjection,
     encode_videos,
     freeze_vision,
     packed_attention,
+    prepare_vision,
 )
 
-CONFIG = TinyConfig(hidden_size=32, heads=2, kv_heads=1, layers=1, vision_hidden=32, vision_depth=3)
+CONFIG = TinyConfig(hidden_size=32, heads=2, kv_heads=1, layers=1, vision_hidden=16, vision_depth=3)
 GRIDS = {
     "one window": [(3, 4, 4)],
     "one size": [(2, 8, 16)],
-    "ragged windows": [(4, 10, 14)],
-    "single row": [(3, 2, 18)],
-    "several clips": [(2, 4, 4), (3, 10, 6), (1, 20, 12), (2, 4, 4)],
+    "ragged windows": [(2, 10, 14)],
+    "single row": [(2, 2, 18)],
+    "several clips": [(1, 4, 4), (2, 10, 6), (1, 12, 6), (1, 4, 4)],
 }
 
 
@@ -107,12 +108,23 @@ def test_frozen_tower_keeps_no_graph(directory):
     assert all(p.requires_grad for p in model.model.language_model.parameters())
 
 
+def test_patches_are_projected_by_a_product_with_the_same_parameter(directory):
+    ours, theirs = _pair(directory, torch.float64)
+    projection = ours.model.visual.patch_embed.proj
+    assert isinstance(projection, PatchProjection)
+    assert not isinstance(theirs.model.visual.patch_embed.proj, PatchProjection)
+    patches = torch.randn(5, 3, 2, 14, 14, dtype=torch.float64)
+    expected = theirs.model.visual.patch_embed.proj(patches)
+    assert torch.allclose(projection(patches), expected, rtol=0, atol=1e-12)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+
+
 def test_flash_attention_is_left_in_place(directory):
     model, _ = checkpoint.load(directory)
     config = model.model.visual.config
     config._attn_implementation = "flash_attention_2"
-    batch_windows(model)
+    prepare_vision(model)
     assert config._attn_implementation == "flash_attention_2"
     config._attn_implementation = "sdpa"
-    batch_windows(model)
+    prepare_vision(model)
     assert config._attn_implementation == PACKED_ATTENTION

@@ -33,6 +33,16 @@ def gather_logprobs_backward(
     num_threads: int,
 ) -> None: ...
 
+grpo_loss_scratch: int
+
+def grpo_loss(
+    inputs: list[Tensor | None],
+    kinds: list[int],
+    values: list[float],
+    outputs: list[Tensor],
+    num_threads: int,
+) -> None: ...
+
 class ResizePlan:
     scratch_bytes: int
     def __init__(
@@ -54,5 +64,26 @@ def video_patches(
     plan: ResizePlan,
     scale: Tensor,
     scratch: Tensor,
+    num_threads: int,
+) -> None: ...
+def box_iou(
+    a: Tensor,
+    b: Tensor,
+    out: Tensor,
+    kind: str,
+    pairwise: bool,
+    torchvision: bool,
+    num_threads: int,
+) -> None: ...
+def track_iou(
+    pred: Tensor, target: Tensor, lengths: Tensor, out: Tensor, num_threads: int
+) -> None: ...
+def interval_set_iou(
+    pred: Tensor,
+    pred_offsets: Tensor,
+    target: Tensor,
+    target_offsets: Tensor,
+    empty: float,
+    out: Tensor,
     num_threads: int,
 ) -> None: ...

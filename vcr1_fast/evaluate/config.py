@@ -39,6 +39,8 @@ class EvalConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """"auto": bfloat16 on a GPU, float32 on the CPU."""
     device: str = "auto"
+    restart: bool = False
+    """Delete what the output folder holds of another evaluation, rather than refuse to mix them."""
     level: float = 0.95
     resamples: int = 2000
     seed: int = 0

@@ -7,7 +7,6 @@ shard finds all batches answered writes the merged files.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 from collections.abc import Callable, Iterator, Sequence
@@ -29,24 +28,12 @@ from vcr1_fast.evaluate.completions import (
     write_text_atomic,
 )
 from vcr1_fast.evaluate.config import EvalConfig, EvalRun
+from vcr1_fast.evaluate.identity import claim_folder, run_identity
 from vcr1_fast.evaluate.score import Scored, TaskSummary, score, summarise
 from vcr1_fast.report.table import evaluation_table, print_table
 
 Answer = Callable[[Sequence[Sequence[Record]]], Iterator[list[Completion]]]
 """Batches of records in, one list of completions a batch out, in order."""
-
-# Fields that say how completions come about. An output folder holds one value of each.
-_IDENTITY = (
-    "frames",
-    "tasks",
-    "think",
-    "system",
-    "max_new_tokens",
-    "mrope",
-    "batch_size",
-    "decoder",
-    "dtype",
-)
 
 
 @dataclass(frozen=True)
@@ -113,7 +100,7 @@ def evaluate_checkpoint(
     if config.train_records is not None:
         train_records = load_records(config.train_records, tasks=config.tasks)
     identity = run_identity(model_path, records_path, config)
-    claim_folder(out_dir, identity)
+    claim_folder(out_dir, identity, restart=config.restart)
 
     answer = load_answers(model_path, config)
     completions = answer_shard(answer, records, out_dir, config)
@@ -225,42 +212,6 @@ def write_results(out_dir: str | Path, evaluation: Evaluation, identity: dict[st
     }
     text = json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False)
     write_text_atomic(out / "summary.json", text + "\n")
-
-
-def run_identity(
-    model_path: str | Path, records_path: str | Path, config: EvalConfig
-) -> dict[str, Any]:
-    """What completions depend on: checkpoint files (size, time), records (hash), settings."""
-    model = Path(model_path)
-    files = sorted(file for file in model.glob("*") if file.is_file()) if model.is_dir() else []
-    settings = asdict(config) | {"dtype": str(config.placement()[0])}
-    return {
-        "model": str(model_path),
-        "model_files": {
-            file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files
-        },
-        "records": str(records_path),
-        "records_sha256": hashlib.sha256(Path(records_path).read_bytes()).hexdigest(),
-        **{name: settings[name] for name in _IDENTITY},
-    }
-
-
-def claim_folder(out_dir: str | Path, identity: dict[str, Any]) -> None:
-    """Create `out_dir` for this evaluation, or check that it already belongs to it."""
-    out = Path(out_dir)
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / "run.json"
-    mine = json.loads(json.dumps(identity))
-    if path.exists():
-        theirs = json.loads(path.read_text(encoding="utf-8"))
-        different = [name for name in mine if mine[name] != theirs.get(name)]
-        if different:
-            name = different[0]
-            raise ValueError(
-                f"{out} holds another evaluation: {name} was {theirs.get(name)!r}, now "
-                f"{mine[name]!r}; write to another folder or delete this one"
-            )
-    write_text_atomic(path, json.dumps(mine, indent=2) + "\n")
 
 
 def _model_answers(model: Any, processor: Any, config: EvalConfig) -> Answer:

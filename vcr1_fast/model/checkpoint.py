@@ -17,7 +17,7 @@ from torch import nn
 
 from vcr1_fast.model.files import CheckpointError, check_weights, read_json, resolve
 from vcr1_fast.model.processor import Processor
-from vcr1_fast.model.vision import batch_windows
+from vcr1_fast.model.vision import prepare_vision
 from vcr1_fast.model.wrapping import unwrap
 
 __all__ = ["CheckpointError", "load", "save", "unwrap"]
@@ -69,7 +69,7 @@ def load(
         if info.get(kind):
             names = ", ".join(sorted(map(str, info[kind]))[:4])
             raise CheckpointError(files[0], f"{len(info[kind])} {kind.replace('_', ' ')}: {names}")
-    batch_windows(model)
+    prepare_vision(model)
     return model.to(device).eval(), processor
 
 

@@ -68,7 +68,7 @@ _CHAT_TEMPLATE = """\
 
 @dataclass(frozen=True)
 class TinyConfig:
-    """Sizes of the random model. Lengths are counts; `window` is in pixels, `fps`-free.
+    """Sizes of the random model; `window` (of the vision tower's attention) is in pixels.
 
     `mrope_section` splits half a head over (time, height, width); None uses Qwen's 2:3:3.
     `vocab_limit` bounds the text vocabulary before the special tokens are added.

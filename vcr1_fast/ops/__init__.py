@@ -7,6 +7,7 @@ from vcr1_fast.ops.grpo_config import GRPOLossConfig
 from vcr1_fast.ops.grpo_loss import grpo_loss
 from vcr1_fast.ops.iou import box_iou, interval_set_iou, temporal_iou, track_iou
 from vcr1_fast.ops.linear_grpo_loss import linear_grpo_loss
+from vcr1_fast.ops.linear_logprobs import linear_logprobs
 from vcr1_fast.ops.resize_frames import resize_frames
 from vcr1_fast.ops.video_patches import video_patches
 
@@ -19,6 +20,7 @@ __all__ = [
     "grpo_loss",
     "interval_set_iou",
     "linear_grpo_loss",
+    "linear_logprobs",
     "resize_frames",
     "temporal_iou",
     "track_iou",

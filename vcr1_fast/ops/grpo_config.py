@@ -178,7 +178,7 @@ class LossParameters:
     """A config as numbers, the form in which it goes through the operator and to the kernels.
 
     `kinds` and `values` follow `KINDS` and `VALUES`; an absent bound is an infinity and an absent
-    count 0. The enumerations of csrc/cpu/grpo_loss.h repeat both orders.
+    count 0. The enumerations of csrc/grpo_loss.h repeat both orders.
     """
 
     kinds: tuple[int, ...]

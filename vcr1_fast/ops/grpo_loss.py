@@ -8,7 +8,7 @@ multiplication by the incoming gradient; metrics stay on the device, nothing wai
 import torch
 from torch import Tensor
 
-from vcr1_fast.ops.backend import Op
+from vcr1_fast.ops.backend import Op, native
 from vcr1_fast.ops.grpo_config import GRPOLossConfig, LossParameters, denominator, parameters
 from vcr1_fast.ops.grpo_reference import METRICS, reference
 from vcr1_fast.ops.grpo_terms import LossInputs
@@ -37,8 +37,36 @@ def _reference(*args):
     return reference(LossInputs(*args[:11]), LossParameters(tuple(args[11]), tuple(args[12])))
 
 
+def _cpu(*args):
+    inputs, (kinds, values) = LossInputs(*args[:11]), args[11:]
+    logps = inputs.logps
+    dense = inputs._replace(
+        mask=None if inputs.mask is None else inputs.mask.to(torch.bool),
+        cu_seqlens=None if inputs.cu_seqlens is None else inputs.cu_seqlens.long(),
+        denominator=None if inputs.denominator is None else inputs.denominator.to(logps.dtype),
+    )
+    dense = [x if x is None else x.contiguous() for x in dense]
+    packed = inputs.cu_seqlens is not None
+    sequences = len(inputs.cu_seqlens) - 1 if packed else len(logps)
+    # Packed tensors may hold tokens outside every segment, which the kernel does not visit.
+    new = dense[0].new_zeros if packed else dense[0].new_empty
+    with_entropy = inputs.entropy is not None and LossParameters(kinds, values).value(
+        "entropy_coef"
+    )
+    outputs = (
+        logps.new_empty(()),
+        new(logps.shape),
+        new(logps.shape if with_entropy else (0,)),
+        logps.new_empty(len(METRICS)),
+    )
+    scratch = logps.new_empty(sequences * native.grpo_loss_scratch, dtype=torch.float64)
+    native.grpo_loss(dense, kinds, values, [*outputs, scratch], torch.get_num_threads())
+    return outputs
+
+
 grpo_loss_op = Op("grpo_loss", _SCHEMA, _fake)
 grpo_loss_op.register("reference", _reference)
+grpo_loss_op.register("cpu", _cpu)
 
 
 class _GRPOLoss(torch.autograd.Function):

@@ -24,7 +24,7 @@ import math
 import torch
 from torch import Tensor
 
-from vcr1_fast.ops.backend import Op
+from vcr1_fast.ops.backend import Op, native
 
 KINDS = ("iou", "giou", "diou", "ciou")
 CONVENTIONS = ("zero", "torchvision")
@@ -52,9 +52,16 @@ def temporal_iou_reference(pred: Tensor, target: Tensor, pairwise: bool) -> Tens
     return _ratio(shared, length_pred + length_target - shared)
 
 
+def _angle(wh: Tensor, exact: bool) -> Tensor:
+    width, height = wh.unbind(-1)
+    return torch.atan(width / height) if exact else torch.atan2(width, height)
+
+
 def _ciou_penalty(wh_a: Tensor, wh_b: Tensor, iou: Tensor, eps: float) -> Tensor:
-    angle_a, angle_b = (torch.atan2(wh[..., 0], wh[..., 1]) for wh in (wh_a, wh_b))
+    angle_a, angle_b = (_angle(wh, bool(eps)) for wh in (wh_a, wh_b))
     v = (4 / math.pi**2) * (angle_a - angle_b) ** 2
+    if not eps:
+        v = torch.where(v.isfinite(), v, 0.0)
     with torch.no_grad():
         alpha = v / (1 - iou + v + eps) if eps else _ratio(v, 1 - iou + v)
     return alpha * v
@@ -142,10 +149,61 @@ def interval_set_iou_reference(
         shared = overlap.clamp(min=0).sum()
         union = (p_end - p_start).sum() + (t_end - t_start).sum() - shared
         iou = _ratio(shared, union).clamp(max=1)
-        result.append(torch.where(union > 0, iou, empty))
+        result.append(torch.where(union == 0, empty, iou))
     if not result:
         return pred.new_empty(0)
     return torch.stack(result).to(pred.dtype)
+
+
+def _planes(x: Tensor, kind: str, exact: bool) -> Tensor:
+    """(..., k) to contiguous (k, n): one array a coordinate; for CIoU the angle is one more."""
+    x = x.reshape(-1, x.shape[-1])
+    if kind == "ciou":
+        wh = x[:, 2:] - x[:, :2]
+        angle = _angle(wh if exact else wh.clamp(min=0), exact)
+        x = torch.cat([x, angle[:, None]], dim=1)
+    return x.t().contiguous()
+
+
+def _box_cpu(a: Tensor, b: Tensor, kind: str, pairwise: bool, convention: str) -> Tensor:
+    out = _fake_pairs(a, b, pairwise)
+    exact = convention == "torchvision"
+    if out.numel() == 0:
+        return out
+    planes = _planes(a, kind, exact), _planes(b, kind, exact)
+    native.box_iou(*planes, out, kind, pairwise, exact, torch.get_num_threads())
+    return out
+
+
+def _temporal_cpu(pred: Tensor, target: Tensor, pairwise: bool) -> Tensor:
+    return _box_cpu(pred, target, "span", pairwise, "zero")
+
+
+def _track_cpu(pred: Tensor, target: Tensor, lengths: Tensor) -> Tensor:
+    out = pred.new_empty(pred.shape[0])
+    inputs = (x.contiguous() for x in (pred, target, lengths))
+    native.track_iou(*inputs, out, torch.get_num_threads())
+    return out
+
+
+def _sets_cpu(
+    pred: Tensor, pred_offsets: Tensor, target: Tensor, target_offsets: Tensor, empty: float
+) -> Tensor:
+    out = pred.new_empty(pred_offsets.shape[0] - 1, dtype=torch.float64)
+    # Copies, which the kernel sorts and merges in place.
+    pred_spans, target_spans = (
+        torch.empty(x.shape, dtype=torch.float64).copy_(x) for x in (pred, target)
+    )
+    native.interval_set_iou(
+        pred_spans,
+        pred_offsets.contiguous(),
+        target_spans,
+        target_offsets.contiguous(),
+        empty,
+        out,
+        torch.get_num_threads(),
+    )
+    return out.to(pred.dtype)
 
 
 def _fake_pairs(a: Tensor, b: Tensor, pairwise: bool) -> Tensor:
@@ -168,14 +226,17 @@ def _fake_sets(
 
 _temporal = Op("temporal_iou", "(Tensor pred, Tensor target, bool pairwise) -> Tensor", _fake_pairs)
 _temporal.register("reference", temporal_iou_reference)
+_temporal.register("cpu", _temporal_cpu)
 _box = Op(
     "box_iou",
     "(Tensor a, Tensor b, str kind, bool pairwise, str convention) -> Tensor",
     _fake_boxes,
 )
 _box.register("reference", box_iou_reference)
+_box.register("cpu", _box_cpu)
 _track = Op("track_iou", "(Tensor pred, Tensor target, Tensor lengths) -> Tensor", _fake_tracks)
 _track.register("reference", track_iou_reference)
+_track.register("cpu", _track_cpu)
 _sets = Op(
     "interval_set_iou",
     "(Tensor pred, Tensor pred_offsets, Tensor target, Tensor target_offsets, float empty)"
@@ -183,6 +244,7 @@ _sets = Op(
     _fake_sets,
 )
 _sets.register("reference", interval_set_iou_reference)
+_sets.register("cpu", _sets_cpu)
 
 
 def _check_floats(names: str, a: Tensor, b: Tensor, width: int) -> None:

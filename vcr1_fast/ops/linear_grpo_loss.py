@@ -14,84 +14,23 @@ incoming gradient on the device.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from vcr1_fast.ops.backend import BACKENDS, Op
-from vcr1_fast.ops.gather_logprobs import forward_op, inplace_backward_op, row_temperatures
+from vcr1_fast.ops.gather_logprobs import row_temperatures
 from vcr1_fast.ops.grpo_config import GRPOLossConfig, LossParameters, denominator, parameters
 from vcr1_fast.ops.grpo_loss import check_inputs, grpo_loss_op, name_metrics
 from vcr1_fast.ops.grpo_reference import METRICS
 from vcr1_fast.ops.grpo_terms import Completions, LossInputs
 from vcr1_fast.ops.grpo_tokens import as_tokens, couples_tokens, take
-
-# Bytes of one chunk of logits: large enough for the matrix products to run at full rate, small
-# beside the model.
-_CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
-_MAX_CHUNK_ROWS = 8192
-
-
-class _Head(NamedTuple):
-    """The LM head over N rows: hidden (N, H), weight (V, H), bias (V,) or None, labels (N, 1)."""
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    labels: Tensor
-    row_temperature: Tensor | None
-    temperature: float
-    entropy: bool
-
-    def forward(self, rows: Tensor) -> tuple[Tensor, Tensor, list]:
-        """(hidden, logits, what `gather_logprobs` says of them) of the rows named."""
-        x = self.hidden.index_select(0, rows)
-        logits = x @ self.weight.t()
-        if self.bias is not None:
-            logits += self.bias
-        return x, logits, list(forward_op(logits, *self._arguments(rows), self.entropy))
-
-    def backward_(self, rows, logits, statistics, grad_logps, grad_entropy) -> None:
-        """Turns the logits of the rows named into their gradient."""
-        labels, *state = self._arguments(rows)
-        logps, _, _, stats = statistics
-        grads = [g if g is None else g.contiguous() for g in (grad_logps[:, None], grad_entropy)]
-        inplace_backward_op(logits, labels, logps, stats, *state, *grads, None)
-
-    def _arguments(self, rows: Tensor) -> tuple:
-        temperatures = self.row_temperature
-        if temperatures is not None:
-            temperatures = temperatures.index_select(0, rows)
-        return self.labels.index_select(0, rows), None, temperatures, self.temperature
-
-
-class _Gradients:
-    """dhidden (N, H), dW (V, H) and dbias (V,), the latter two summed over chunks in float32."""
-
-    def __init__(self, head: _Head, needed: list[bool]) -> None:
-        self._head = head
-        wide = torch.float64 if head.hidden.dtype == torch.float64 else torch.float32
-        vocab = head.weight.shape[0]
-        shapes = (head.hidden.shape, head.weight.shape, (vocab,))
-        dtypes = (head.hidden.dtype, wide, wide)
-        self.hidden, self.weight, self.bias = (
-            head.hidden.new_zeros(shape if need else (0,), dtype=dtype)
-            for shape, dtype, need in zip(shapes, dtypes, needed, strict=True)
-        )
-        self._needed = needed
-
-    def add(self, rows: Tensor, x: Tensor, grad_logits: Tensor) -> None:
-        need_hidden, need_weight, need_bias = self._needed
-        if need_hidden:
-            self.hidden.index_copy_(0, rows, grad_logits @ self._head.weight)
-        if need_weight and x.dtype == self.weight.dtype:
-            self.weight.addmm_(grad_logits.t(), x)
-        elif need_weight:
-            # One rounding to half precision a chunk; the sum over chunks is not rounded.
-            self.weight.add_(grad_logits.t() @ x)
-        if need_bias:
-            self.bias.add_(grad_logits.sum(0, dtype=self.bias.dtype))
+from vcr1_fast.ops.linear_head import (
+    Head,
+    HeadGradients,
+    check_head,
+    rows_per_chunk,
+    under_autocast,
+)
 
 
 def _run(hidden, weight, labels, bias, row_temperature, *arguments):
@@ -99,7 +38,7 @@ def _run(hidden, weight, labels, bias, row_temperature, *arguments):
     temperature, with_entropy, chunk_rows, needed, kinds, values = arguments[8:]
     p = LossParameters(tuple(kinds), tuple(values))
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    head = _Head(
+    head = Head(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         bias,
@@ -114,7 +53,7 @@ def _run(hidden, weight, labels, bias, row_temperature, *arguments):
         logps, old, advantages, mask, ref, entropy, rollout, token_weights, cu_seqlens, None, count
     )
     chunks = _valid_rows(inputs).split(chunk_rows)
-    gradients = _Gradients(head, needed)
+    gradients = HeadGradients(head, needed)
     one_pass = any(needed) and not couples_tokens(inputs, p)
     tokens = as_tokens(inputs, p) if one_pass else None
     for chunk in chunks:
@@ -250,7 +189,8 @@ def linear_grpo_loss(
     not fit, or labels outside the vocabulary.
     """
     shape = labels.shape
-    _check_head(hidden, weight, labels, bias)
+    hidden, weight, bias = under_autocast(hidden, weight, bias)
+    check_head(hidden, weight, labels, bias)
     with_entropy = entropy or config.entropy_coef != 0
     tokens = {
         "old_logps": old_logps,
@@ -260,12 +200,7 @@ def linear_grpo_loss(
         "token_weights": token_weights,
     }
     check_inputs(config, shape, advantages, tokens, cu_seqlens)
-    if chunk_rows is None:
-        row_bytes = weight.shape[0] * hidden.element_size()
-        fitting = _CHUNK_BYTES.get(hidden.device.type, 1 << 30) // max(row_bytes, 1)
-        chunk_rows = min(max(fitting, 1), _MAX_CHUNK_ROWS)
-    if chunk_rows < 1:
-        raise ValueError(f"chunk_rows must be positive, got {chunk_rows}")
+    chunk_rows = rows_per_chunk(hidden, weight, chunk_rows)
     row_temperature, temperature = row_temperatures(temperature, shape, hidden.device)
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     old_logps, advantages, ref_logps, rollout_logps, token_weights = (
@@ -295,20 +230,3 @@ def linear_grpo_loss(
     )
     tokens["entropy"] = hidden if with_entropy else None
     return loss, name_metrics(metrics, config, tokens)
-
-
-def _check_head(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:
-    if hidden.ndim < 2 or hidden.shape[:-1] != labels.shape:
-        raise ValueError(
-            f"hidden {tuple(hidden.shape)} and labels {tuple(labels.shape)} do not fit: expected "
-            "(B, T, H) and (B, T), or (N, H) and (N,)"
-        )
-    if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
-        raise ValueError(f"weight must be (V, {hidden.shape[-1]}), got {tuple(weight.shape)}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must be ({weight.shape[0]},), got {tuple(bias.shape)}")
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype != hidden.dtype:
-            raise ValueError(f"{name} is {tensor.dtype}, hidden {hidden.dtype}")
-    if labels.is_floating_point() or labels.dtype == torch.bool:
-        raise ValueError(f"labels must be integers, got {labels.dtype}")

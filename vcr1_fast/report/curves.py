@@ -1,6 +1,6 @@
 """Training curves: metrics.jsonl -> PNG.
 
-One picture of six panels, and each panel alone. Lines carry their names at their right end, in
+One picture of all panels, and each panel alone. Lines carry their names at their right end, in
 their colour, so there is no legend to look up.
 """
 
@@ -30,7 +30,7 @@ DPI = 120
 class Panel:
     """A picture of all metrics whose whole name matches `pattern`.
 
-    The pattern's first group, where there is one, is the line's label.
+    The pattern's first group, where there is one, is the line's label; a line without is "all".
     """
 
     name: str
@@ -54,10 +54,13 @@ class Panel:
 
 PANELS = (
     Panel("reward", "Reward, mean of a task", r"reward/([^/]+)"),
-    Panel("length", "Completion length, tokens", r"(?:length|completion_length)(?:/([^/]+))?"),
+    Panel("length", "Completion length, tokens", r"length/([^/]+)"),
+    Panel("finished", "Share of completions that end", r"finished/([^/]+)"),
     Panel("kl", "KL to the reference, nats a token", r"kl"),
-    Panel("clip_fraction", "Share of clipped tokens", r"clip_fraction"),
+    Panel("clip_fraction", "Share of clipped tokens", r"clip_(?:fraction|(low|high|delta))"),
+    Panel("loss", "Loss", r"loss"),
     Panel("gradient", "Gradient norm", r"grad_norm"),
+    Panel("speed", "Tokens a second", r"tokens_per_second"),
     Panel("seconds", "Seconds a step, by stage", r"seconds/([^/]+)", stacked=True),
 )
 
@@ -151,7 +154,9 @@ def draw_panel(
     axes.margins(x=0)
     if all(values.min() >= 0 for _, values in series.values()):
         axes.set_ylim(bottom=0)
-    return [end for end in ends if end[0]]
+    if len(ends) == 1 and not ends[0][0]:
+        return []  # the title says it all
+    return [(label or "all", height, colour) for label, height, colour in ends]
 
 
 def running_mean(values: np.ndarray, share: float = 0.06) -> np.ndarray:
@@ -189,12 +194,16 @@ def _label_lines(axes: Axes, ends: Sequence[tuple[str, float, str]]) -> None:
     to_points = 72 / axes.figure.dpi
     bottom = axes.transAxes.transform((0, 0))[1]
     wanted = [(axes.transData.transform((0, y))[1] - bottom) * to_points for _, y, _ in ends]
-    for (label, _, colour), height in zip(ends, spread(wanted, 9.5), strict=True):
+    placed = spread(wanted, 9.5)
+    # Names pushed above the panel would run into its neighbour's title.
+    room = axes.get_window_extent().height * to_points
+    excess = max(0.0, max(placed, default=0.0) - room)
+    for (label, _, colour), height in zip(ends, placed, strict=True):
         axes.annotate(
             label,
             xy=(1, 0),
             xycoords="axes fraction",
-            xytext=(4, height),
+            xytext=(4, height - excess),
             textcoords="offset points",
             va="center",
             fontsize=8,

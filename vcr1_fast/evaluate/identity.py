@@ -1,0 +1,92 @@
+"""Which evaluation an output folder belongs to, so that a resumed run never mixes two."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from vcr1_fast.evaluate.completions import write_text_atomic
+from vcr1_fast.evaluate.config import EvalConfig
+
+# Settings that completions depend on. An output folder holds one value of each.
+_IDENTITY = (
+    "frames",
+    "tasks",
+    "think",
+    "system",
+    "max_new_tokens",
+    "mrope",
+    "batch_size",
+    "decoder",
+    "dtype",
+)
+
+_FILES = (
+    "completions.*.jsonl",
+    "predictions.jsonl",
+    "quarantine.jsonl",
+    "summary.json",
+    "run.json",
+)
+
+_BLOCK, _BLOCKS = 1 << 20, 64
+
+
+def run_identity(
+    model_path: str | Path, records_path: str | Path, config: EvalConfig
+) -> dict[str, Any]:
+    """What completions depend on: contents of the checkpoint and the records, and settings."""
+    model = Path(model_path)
+    files = sorted(file for file in model.glob("*") if file.is_file()) if model.is_dir() else []
+    settings = asdict(config) | {"dtype": str(config.placement()[0])}
+    return {
+        "model": str(model_path),
+        "model_files": {file.name: fingerprint(file) for file in files},
+        "records": str(records_path),
+        "records_sha256": hashlib.sha256(Path(records_path).read_bytes()).hexdigest(),
+        **{name: settings[name] for name in _IDENTITY},
+    }
+
+
+def fingerprint(path: Path) -> str:
+    """Hash of a file's size and of its contents: all of them up to 64 MiB, else 64 blocks of 1 MiB
+    at even distances, since weight files of many GiB differ everywhere or nowhere. Does not depend
+    on times, so that copies of a checkpoint on other machines are the same checkpoint."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        if size <= _BLOCK * _BLOCKS:
+            digest.update(file.read())
+        else:
+            for index in range(_BLOCKS):
+                file.seek((size - _BLOCK) * index // (_BLOCKS - 1))
+                digest.update(file.read(_BLOCK))
+    return digest.hexdigest()[:32]
+
+
+def claim_folder(out_dir: str | Path, identity: dict[str, Any], *, restart: bool = False) -> None:
+    """Create `out_dir` for this evaluation, or check that it already belongs to it.
+
+    With `restart` the files of another evaluation are deleted; else ValueError names the first
+    difference.
+    """
+    out = Path(out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "run.json"
+    mine = json.loads(json.dumps(identity))
+    if path.exists():
+        theirs = json.loads(path.read_text(encoding="utf-8"))
+        different = [name for name in mine if mine[name] != theirs.get(name)]
+        if different and not restart:
+            name = different[0]
+            raise ValueError(
+                f"{out} holds another evaluation: {name} was {theirs.get(name)!r}, now "
+                f"{mine[name]!r}; write to another folder, or set restart to delete that one"
+            )
+        if different:
+            for stale in (file for pattern in _FILES for file in out.glob(pattern)):
+                stale.unlink(missing_ok=True)  # another shard may be doing the same
+    write_text_atomic(path, json.dumps(mine, indent=2) + "\n")
