@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vcr1_fast.data.records import Record
 
+from vcr1_fast.data.records import Record
 from vcr1_fast.tasks import TASKS
 from vcr1_fast.tasks.grounded_qa import GroundedAnswer
 from vcr1_fast.tasks.spans import constant_spans

@@ -11,14 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from vcr1_fast.model.forward import Group, completion_hidden, lm_head
-from vcr1_fast.ops import GRPOLossConfig, gather_logprobs, linear_grpo_loss
+from vcr1_fast.ops import GRPOLossConfig, linear_grpo_loss, linear_logprobs
 from vcr1_fast.tasks import TASKS
 from vcr1_fast.train.dataset import Sample
 
 T = TypeVar("T")
-
-LOGITS_BYTES = 256 << 20
-"""Most memory for logits at a time where log-probs are computed from them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,17 +120,7 @@ def completion_logps(
     """(N,) float32 log-probs of all completion tokens; with gradient where that is enabled."""
     hidden, labels, _ = completion_hidden(model, groups, convention=convention)
     weight, bias = lm_head(model)
-    rows = max(1, LOGITS_BYTES // (weight.shape[0] * hidden.element_size()))
-    parts = [
-        gather_logprobs(
-            nn.functional.linear(part, weight, bias),
-            labels[first : first + rows],
-            temperature=temperature,
-            inplace_backward=True,
-        ).logps
-        for first, part in zip(range(0, len(labels), rows), hidden.split(rows), strict=True)
-    ]
-    return torch.cat(parts)
+    return linear_logprobs(hidden, weight, labels, bias, temperature=temperature).logps
 
 
 def chunks(items: Sequence[T], size: int) -> list[Sequence[T]]:
