@@ -56,6 +56,12 @@ def metrics_of(output):
     return [{k: v for k, v in row.items() if not k.startswith(TIMES)} for row in rows]
 
 
+def environment():
+    """For a process that imports what this one does."""
+    here = Path(__file__).parent
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(here.parent), str(here), *sys.path])}
+
+
 def reward_short(sample, text, length, finished, think):
     """A reward that a random model earns now and then: end soon."""
     return Scored(sample.record.task, {"short": 1.0 / length}, {}, length, finished)
@@ -181,6 +187,35 @@ def test_the_mean_reward_rises_and_falls_with_the_advantage_reversed(
     assert sign * gain > 0.02
 
 
+def test_two_processes_take_the_step_of_one(inputs, tmp_path):
+    """Fine-tuning draws nothing, so loss and gradient must agree; a bad clip is met by either."""
+    model, path = inputs
+    records = load_records(path)
+    records[0] = dataclasses.replace(records[0], video=str(tmp_path / "gone.mp4"))
+    rows = tmp_path / "rows.jsonl"
+    write_records(rows, records)
+    overrides = ("optim.steps=3", f"optim.prompts_per_step={len(records) // 2 * 2}")
+    sft(configure(model, rows, tmp_path / "one", *overrides))
+    script = """
+        import sys
+        from pathlib import Path
+        from tiny_run import configure
+        from vcr1_fast.train.sft import sft
+        sft(configure(*map(Path, sys.argv[1:4]), *sys.argv[4:]))
+    """
+    (tmp_path / "two.py").write_text(textwrap.dedent(script))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    given = [tmp_path / "two.py", model, rows, tmp_path / "two", *overrides]
+    subprocess.run([*launch, *map(str, given)], env=environment(), check=True, capture_output=True)
+    one, two = (read(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    for a, b in zip(one, two, strict=True):
+        for name in ("loss", "grad_norm", "num_tokens", "quarantined"):
+            assert a[name] == pytest.approx(b[name], rel=1e-4), name
+    assert sum(row["quarantined"] for row in one) > 0
+    listed = [item["record_id"] for item in read(tmp_path / "two" / "quarantine.jsonl")]
+    assert set(listed) == {records[0].id}
+
+
 # --- resuming
 
 
@@ -189,10 +224,9 @@ def test_killed_and_resumed_is_as_never_interrupted(inputs, tmp_path, any_reward
     overrides = ("optim.steps=5", "run.save_every=2", "optim.schedule=cosine", "loss.beta=0.1")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     train(configure(*inputs, whole, *overrides))
-    script = f"""
+    script = """
         import os, signal, sys
         from pathlib import Path
-        sys.path.insert(0, {str(Path(__file__).parent)!r})
         from tiny_run import configure
         from vcr1_fast.train import checkpoint
         from test_train import loop, reward_text
@@ -205,10 +239,9 @@ def test_killed_and_resumed_is_as_never_interrupted(inputs, tmp_path, any_reward
         checkpoint._write = killing
         loop.train(configure(*map(Path, sys.argv[1:4]), *sys.argv[4:]))
     """
-    root = str(Path(__file__).parent.parent)
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script), *map(str, inputs), str(killed), *overrides],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([root, *sys.path])},
+        env=environment(),
         capture_output=True,
     )
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
@@ -300,6 +333,8 @@ def test_bad_samples_are_named_and_the_others_keep_their_places(inputs, tmp_path
     good = run("good")
     spoiled = run("bad", "corrupt.mp4", "empty.mp4", "missing.mp4")
     assert spoiled == [(step, name) for step, name in good if name not in ("r0", "r1", "r2")]
+    counted = [row["quarantined"] for row in read(tmp_path / "bad" / "metrics.jsonl")]
+    assert sum(counted) == 12 - len(spoiled) // 4
     listed = {item["record_id"]: item for item in read(tmp_path / "bad" / "quarantine.jsonl")}
     assert set(listed) == {"r0", "r1", "r2"}
     for name, file in zip(("r0", "r1", "r2"), ("corrupt", "empty", "missing"), strict=True):

@@ -63,6 +63,7 @@ def train(config: TrainConfig) -> Path:
                     groups = with_reference(run, groups)
             with watch.stage("policy"):
                 metrics = update(run, groups, learning_rate(step, config.optim))
+            metrics["quarantined"] = run.missing(samples)
             log_step(run, step + 1, everyone, metrics, watch)
             if config.run.log_rollouts_every and step % config.run.log_rollouts_every == 0:
                 log_rollouts(run, step + 1, samples, drawn, scored, advantages)
@@ -242,7 +243,6 @@ def log_step(
             "step": step,
             **task_metrics(everyone),
             **{renamed.get(name, name): value for name, value in metrics.items()},
-            "quarantined": len(run.source.quarantine),
             "tokens_per_second": sum(one.length for one in everyone) / max(seconds, 1e-9),
             **{f"seconds/{name}": value for name, value in watch.seconds.items()},
         }

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from torch import nn
 
 from vcr1_fast.data.quarantine import Quarantine
@@ -79,6 +79,10 @@ class Run:
             with self.model.disable_adapter():
                 yield self.model
 
+    def missing(self, samples: list) -> int:
+        """Samples that are not in this step's batches because they are bad, in all processes."""
+        return self.config.optim.prompts_per_step - sum(gather_object([len(samples)]))
+
     def finish_step(self, step: int) -> None:
         """Write the checkpoint of `step` steps done, where one is due."""
         config = self.config
@@ -141,10 +145,16 @@ def open_run(config: TrainConfig, *, reference: bool) -> Iterator[Run]:
             log.message(f"resuming after step {done} from {found[-1]}")
         if main:
             (output / "config.yaml").write_text(dump_config(config))
-        quarantine = Quarantine(output / "quarantine.jsonl" if main else None)
+        accelerator.wait_for_everyone()
+        # Bad rows are seen by every process and listed by the first; bad clips by who meets them.
+        listed = output / "quarantine.jsonl"
+        quarantine = Quarantine(listed if main else None)
         records = training_records(config.data, quarantine)
         for item in quarantine.items:
             log.message(f"quarantined {item.record_id or item.source}: {item.reason}")
+        accelerator.wait_for_everyone()
+        if not main:
+            quarantine = Quarantine(listed)
         source = stack.enter_context(
             PromptSource(
                 records,

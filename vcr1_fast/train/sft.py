@@ -41,7 +41,7 @@ def sft(config: TrainConfig, target: Callable[[Record], str] = right_answer) -> 
                 {
                     "step": step + 1,
                     **metrics,
-                    "quarantined": len(run.source.quarantine),
+                    "quarantined": run.missing(samples),
                     "tokens_per_second": metrics["num_tokens"] / max(seconds, 1e-9),
                     **{f"seconds/{name}": value for name, value in watch.seconds.items()},
                 }
