@@ -1,8 +1,58 @@
-PYTHON ?= python
+# Everything a contributor runs. `make demo` and `make test` need python3, pip, venv and a C++ compiler.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+CSRC := CMakeLists.txt $(shell find csrc -type f)
+PIP_INSTALL = $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+CLANG_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: inplace
-inplace:  ## Build the native module into vcr1_fast/, for work in the source tree.
-	cmake -S . -B build/dev -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE=$(PYTHON) \
+.PHONY: build demo test lint format bench gpu-check inplace clean
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# Build tools first, pinned like the rest: an isolated build would fetch its own, unpinned.
+$(VENV)/.built: $(VENV)/bin/python pyproject.toml constraints.txt $(CSRC)
+	$(PIP_INSTALL) scikit-build-core pybind11 ninja cmake
+	$(PIP_INSTALL) --no-build-isolation -e '.[train,report,dev]'
+	touch $@
+
+# torchvision breaks transformers' imports when it was built for another torch, so the tests' oracle
+# lives in a folder of its own.
+$(VENV)/.oracle: $(VENV)/bin/python constraints.txt
+	$(PIP_INSTALL) --no-deps --upgrade --target $(VENV)/oracle torchvision
+	touch $@
+
+build: $(VENV)/.built  ## Install the package, editable, into .venv.
+
+demo: $(VENV)/.built  ## Make clips, warm-start, train by GRPO, evaluate; writes runs/demo.
+	$(PY) -m vcr1_fast.cli demo $(ARGS)
+
+test: $(VENV)/.built $(VENV)/.oracle  ## Every test that this machine can run.
+	VCR1_TORCHVISION=$(abspath $(VENV)/oracle) $(PY) -m pytest $(ARGS)
+
+lint: $(VENV)/.built
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(CLANG_FILES)
+
+format: $(VENV)/.built
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(CLANG_FILES)
+
+bench: $(VENV)/.built  ## Kernel tables on this machine, stored in benches/results.
+	set -e; for bench in benches/bench_*.py; do $(PY) $$bench; done
+
+inplace:  ## Build the native module beside the sources, for PYTHON and the torch it has.
+	cmake -S . -B build/inplace -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE=$$(which $(PYTHON)) \
 	  -Dpybind11_DIR=$$($(PYTHON) -m pybind11 --cmakedir)
-	cmake --build build/dev --parallel
-	cmake --install build/dev --prefix .
+	cmake --build build/inplace --parallel
+	cmake --install build/inplace --prefix .
+
+gpu-check: inplace  ## On a GPU machine: the gpu tests and the benches, with that machine's torch.
+	PYTHONPATH=. $(PYTHON) -m pytest -m gpu
+	set -e; for bench in benches/bench_*.py; do PYTHONPATH=. $(PYTHON) $$bench; done
+
+clean:
+	rm -rf build dist $(VENV)
