@@ -37,6 +37,7 @@ from vcr1_fast.train.step import (
     merge_metrics,
     policy_loss,
     reward_matrix,
+    row_tokens,
     score,
     task_metrics,
 )
@@ -192,6 +193,7 @@ def update(run: Run, groups: list[PolicyGroup], lr: float) -> dict[str, float]:
             )
             loss_settings = loss_config(config.loss, *counted.tolist())
             kept = [one for one in part if needs_all or not one.is_silent]
+            kept.sort(key=lambda one: row_tokens(one.group), reverse=True)
             for micro in chunks(kept, config.optim.micro_prompts):
                 if not run.vision_is_frozen:
                     micro = [replace(one, group=replace(one.group, vision=None)) for one in micro]

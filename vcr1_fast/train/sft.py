@@ -12,7 +12,7 @@ from vcr1_fast.train.config import TrainConfig
 from vcr1_fast.train.log import Stopwatch
 from vcr1_fast.train.optim import clip_gradients, learning_rate, sum_gradients
 from vcr1_fast.train.setup import Run, open_run
-from vcr1_fast.train.step import chunks, completion_logps
+from vcr1_fast.train.step import chunks, completion_logps, row_tokens
 
 
 def right_answer(record: Record) -> str:
@@ -56,7 +56,7 @@ def update(run: Run, groups: list[Group], lr: float) -> dict[str, float]:
     own = sum(len(completion) for group in groups for completion in group.completions)
     tokens = int(run.accelerator.reduce(torch.tensor(own, device=device)))
     total = torch.zeros((), dtype=torch.float64, device=device)
-    for micro in chunks(groups, config.optim.micro_prompts):
+    for micro in chunks(sorted(groups, key=row_tokens, reverse=True), config.optim.micro_prompts):
         logps = completion_logps(run.model, micro, convention=config.model.mrope)
         loss = -logps.sum() / max(tokens, 1)
         loss.backward()

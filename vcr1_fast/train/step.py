@@ -123,6 +123,12 @@ def completion_logps(
     return linear_logprobs(hidden, weight, labels, bias, temperature=temperature).logps
 
 
+def row_tokens(group: Group) -> int:
+    """Length of a group's row. Micro-batches are cut from the longest row down: so rows are padded
+    the least, and a batch that does not fit in memory is the first one."""
+    return len(group.prompt.input_ids) + sum(map(len, group.completions))
+
+
 def chunks(items: Sequence[T], size: int) -> list[Sequence[T]]:
     """Consecutive parts of `size`, the last one possibly shorter."""
     return [items[i : i + size] for i in range(0, len(items), size)]
