@@ -1,7 +1,7 @@
 """Synthetic scenes that need looking: coloured shapes that appear, vanish and move over noise.
 
-A scene holds one *mover*, visible throughout and crossing the frame along one axis, and one to
-three *visitors*, each visible during one span. The colours within a scene are distinct. The light
+A scene holds one *mover*, visible throughout and crossing the frame along one axis, and one or
+two *visitors*, each visible during one span. The colours within a scene are distinct. The light
 falls from one side and above, and warms as the clip plays: so a patch of the background tells,
 under its noise, where it lies and when, and a model of a million parameters can learn to read both.
 Everything follows from the random generator: equal seeds give equal scenes, frames, questions.
@@ -19,8 +19,6 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "green": (40, 190, 70),
     "blue": (55, 85, 235),
     "yellow": (235, 215, 45),
-    "purple": (165, 55, 205),
-    "cyan": (45, 205, 215),
     "white": (245, 245, 245),
     "black": (15, 15, 15),
 }
@@ -34,8 +32,8 @@ TRACK_STEPS = 8
 # with every second from blue dusk towards warm noon.
 _ACROSS = np.array([35.0, 35.0, 35.0])
 _DOWN = np.array([-20.0, 40.0, -20.0])
-_PER_SECOND = np.array([8.0, 0.0, -8.0])
-_NOON = 6.0
+_PER_SECOND = np.array([10.0, 0.0, -10.0])
+_NOON = 4.5
 
 
 @dataclass(frozen=True)
@@ -43,10 +41,10 @@ class SceneConfig:
     """What scenes look like: times in seconds, sizes in pixels, radii as fractions of the frame."""
 
     min_seconds: float = 6.0
-    max_seconds: float = 12.0
+    max_seconds: float = 9.0
     fps: tuple[float, ...] = (6.0, 8.0, 10.0, 12.0)
     sizes: tuple[tuple[int, int], ...] = ((112, 112),)
-    visitors: tuple[int, int] = (1, 3)
+    visitors: tuple[int, int] = (1, 2)
     span: tuple[float, float] = (0.12, 0.4)
     radius: tuple[float, float] = (0.14, 0.19)
     noise: float = 14.0
@@ -57,8 +55,8 @@ class SceneConfig:
             raise ValueError(
                 f"need 0 < min_seconds <= max_seconds, got {self.min_seconds}, {self.max_seconds}"
             )
-        if not 1 <= self.visitors[0] <= self.visitors[1] <= 4:
-            raise ValueError(f"visitors must lie in 1..4, got {self.visitors}")
+        if not 1 <= self.visitors[0] <= self.visitors[1] <= len(QUARTERS):
+            raise ValueError(f"visitors must lie in 1..{len(QUARTERS)}, got {self.visitors}")
         if not 0 < self.span[0] <= self.span[1] < 1:
             raise ValueError(f"span must be increasing fractions of the clip, got {self.span}")
 
