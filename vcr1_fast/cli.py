@@ -44,6 +44,12 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("demo", help="learn from video on a laptop", allow_abbrev=False)
     command.add_argument("--output", default="runs/demo", help="default: %(default)s")
     command.add_argument("--quick", action="store_true", help="under two minutes")
+    command.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    command.add_argument(
+        "--make-warm-start",
+        action="store_true",
+        help="make the shipped checkpoint again (half an hour), then stop",
+    )
     command.set_defaults(run=run_demo)
 
     command = commands.add_parser("doctor", help="what is installed, and what is missing")
@@ -98,9 +104,19 @@ def run_synth(options: argparse.Namespace) -> int:
 
 
 def run_demo(options: argparse.Namespace) -> int:
-    from vcr1_fast.demo import main as demo
+    from dataclasses import replace
+    from pathlib import Path
 
-    return demo(options.output, quick=options.quick)
+    from vcr1_fast.demo.run import main_demo
+    from vcr1_fast.demo.settings import QUICK, DemoConfig
+
+    if options.make_warm_start:
+        from vcr1_fast.demo.warm_start import make_warm_start
+
+        print(make_warm_start(Path(options.output)))
+        return 0
+    config = QUICK if options.quick else DemoConfig()
+    return main_demo(replace(config, output=options.output, seed=options.seed))
 
 
 def run_doctor(options: argparse.Namespace) -> int:

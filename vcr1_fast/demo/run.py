@@ -1,0 +1,163 @@
+"""`vcr1 demo`: draw clips, warm-start on blurred answers, GRPO, and the table of what it changed.
+
+Reads top to bottom: clips -> SFT -> evaluate -> GRPO -> evaluate -> table, curves, summary.json.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import vcr1_fast
+from vcr1_fast.data.records import load_records, write_records
+from vcr1_fast.data.synth import write_dataset
+from vcr1_fast.demo.blur import blur_records
+from vcr1_fast.demo.settings import FRAMES, WARM_START, DemoConfig
+from vcr1_fast.evaluate.config import EvalConfig
+from vcr1_fast.evaluate.run import evaluate_checkpoint
+from vcr1_fast.report.curves import write_curves
+from vcr1_fast.report.rollouts import write_rollouts_html
+from vcr1_fast.report.table import print_table, stages_table
+from vcr1_fast.train.config import (
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    RolloutConfig,
+    RunConfig,
+    TrainConfig,
+)
+
+_STAGES = ("data", "sft", "grpo")
+
+
+def main_demo(config: DemoConfig) -> int:
+    """Runs the demo into `config.output`; exit status 0. A demo that was interrupted goes on where
+    it stopped, a finished one begins anew."""
+    if (Path(config.output) / "summary.json").exists():
+        for stage in _STAGES:
+            shutil.rmtree(Path(config.output) / stage)
+        (Path(config.output) / "summary.json").unlink()
+    summary = run_demo(config)
+    print_table(stages_table([summary["stages"]]))
+    print(f"{sum(summary['seconds'].values()):.0f} s in all; wrote {config.output}/summary.json")
+    return 0
+
+
+def run_demo(config: DemoConfig) -> dict[str, Any]:
+    """Every stage; the summary that is also written to summary.json."""
+    from vcr1_fast.train.loop import train
+    from vcr1_fast.train.sft import sft
+
+    out = Path(config.output)
+    seconds: dict[str, float] = {}
+    with _timed("clips", seconds):
+        splits = write_dataset(out / "data", dataclasses.replace(config.clips, seed=config.seed))
+        blurred = splits["train"].with_name("blurred.jsonl")
+        write_records(
+            blurred, blur_records(load_records(splits["train"]), config.seed, config.blur)
+        )
+    with _timed("sft", seconds):
+        sft(_sft(config, blurred))
+    stages = {}
+    with _timed("evaluate", seconds):
+        stages["SFT"] = _evaluate(out / "sft", splits, config)
+    with _timed("grpo", seconds):
+        train(_grpo(config, out / "sft" / "model", splits["train"]))
+    with _timed("evaluate", seconds):
+        stages["GRPO"] = _evaluate(out / "grpo", splits, config)
+    write_curves(out / "grpo" / "metrics.jsonl", out)
+    write_rollouts_html(out / "grpo" / "rollouts.jsonl", out / "rollouts.html")
+    packages = ("torch", "transformers", "numpy")
+    summary = {
+        "seed": config.seed,
+        "stages": stages,
+        "seconds": {stage: round(spent, 1) for stage, spent in seconds.items()},
+        "versions": {
+            "vcr1_fast": vcr1_fast.__version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in packages},
+        },
+        "config": dataclasses.asdict(config),
+    }
+    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def _sft(config: DemoConfig, records: Path) -> TrainConfig:
+    return TrainConfig(
+        model=_model(WARM_START),
+        data=_data(records),
+        run=_run(config, "sft"),
+        optim=OptimConfig(
+            steps=config.sft_steps,
+            prompts_per_step=config.sft_prompts,
+            micro_prompts=config.sft_prompts // 4,
+            lr=config.sft_lr,
+            schedule="cosine",
+            warmup_steps=config.sft_steps // 10,
+        ),
+    )
+
+
+def _grpo(config: DemoConfig, model: Path, records: Path) -> TrainConfig:
+    return TrainConfig(
+        model=_model(model),
+        data=_data(records),
+        run=_run(config, "grpo"),
+        rollout=RolloutConfig(
+            group_size=config.group_size,
+            max_new_tokens=config.max_new_tokens,
+            batch_prompts=config.grpo_prompts,
+        ),
+        loss=config.loss,
+        optim=OptimConfig(
+            steps=config.grpo_steps,
+            prompts_per_step=config.grpo_prompts,
+            micro_prompts=config.grpo_prompts // 4,
+            lr=config.grpo_lr,
+            schedule="linear",
+            warmup_steps=min(10, config.grpo_steps - 1),
+            final_lr_ratio=0.1,
+        ),
+    )
+
+
+def _model(path: Path) -> ModelConfig:
+    return ModelConfig(path=str(path), dtype="float32", freeze_vision=False)
+
+
+def _data(records: Path) -> DataConfig:
+    return DataConfig(train=str(records), frames=FRAMES)
+
+
+def _run(config: DemoConfig, stage: str) -> RunConfig:
+    return RunConfig(output=str(Path(config.output) / stage), seed=config.seed)
+
+
+def _evaluate(stage: Path, splits: dict[str, Path], config: DemoConfig) -> dict[str, Any]:
+    settings = EvalConfig(
+        frames=FRAMES,
+        train_records=str(splits["train"]),
+        max_new_tokens=config.max_new_tokens,
+        batch_size=32,
+        restart=True,
+    )
+    evaluation = evaluate_checkpoint(stage / "model", splits["test"], stage / "eval", settings)
+    assert evaluation is not None  # there is one shard
+    return evaluation.summary()
+
+
+@contextmanager
+def _timed(stage: str, seconds: dict[str, float]) -> Iterator[None]:
+    print(f"== {stage}", flush=True)
+    began = time.perf_counter()
+    yield
+    seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - began

@@ -1,0 +1,86 @@
+"""Sizes of the demo: the model, the clips, and how long each stage runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vcr1_fast.data.sampling import FrameConfig
+from vcr1_fast.data.synth import SynthConfig
+from vcr1_fast.demo.blur import BlurConfig
+from vcr1_fast.model.tiny import TinyConfig
+from vcr1_fast.ops import GRPOLossConfig
+
+WARM_START = Path(__file__).parent / "warm_start"
+"""The shipped checkpoint, made by `vcr1 demo --make-warm-start`."""
+
+# Two frames a second at their exact times, so that half seconds in an answer mean frames.
+FRAMES = FrameConfig(
+    fps=2.0,
+    min_frames=4,
+    max_frames=24,
+    min_pixels=56 * 56,
+    max_pixels=56 * 56,
+    total_pixels=None,
+    rule="hf",
+)
+
+# A small head needs fast rotations: with theta 10 neighbouring rows, columns and seconds differ by
+# angles that attention can tell apart, on all three axes.
+MODEL = TinyConfig(
+    hidden_size=128,
+    layers=4,
+    heads=4,
+    kv_heads=4,
+    mlp_ratio=2.0,
+    vocab_limit=1024,
+    mrope_section=(6, 5, 5),
+    rope_theta=10.0,
+    vision_hidden=64,
+    vision_heads=4,
+    vision_mlp_ratio=2.0,
+    tokens_per_second=1,
+    initializer_range=0.05,
+    min_pixels=56 * 56,
+    max_pixels=56 * 56,
+)
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """One demo. Clips per split, steps per stage, prompts per step."""
+
+    output: str = "runs/demo"
+    seed: int = 0
+    clips: SynthConfig = field(default_factory=lambda: SynthConfig(train=400, val=0, test=100))
+    blur: BlurConfig = field(default_factory=BlurConfig)
+    sft_steps: int = 60
+    sft_prompts: int = 48
+    sft_lr: float = 5e-4
+    grpo_steps: int = 300
+    grpo_prompts: int = 16
+    grpo_lr: float = 3e-4
+    group_size: int = 8
+    max_new_tokens: int = 112
+    loss: GRPOLossConfig = field(default_factory=lambda: GRPOLossConfig(loss_type="grpo", beta=0.0))
+    """The mean over a completion's tokens first: a tracking answer has ten times the tokens of
+    the others and must not weigh ten times as much."""
+
+
+QUICK = DemoConfig(
+    clips=SynthConfig(train=60, val=0, test=30), sft_steps=10, grpo_steps=20, grpo_prompts=8
+)
+"""`vcr1 demo --quick`: every stage, too short to learn much."""
+
+
+@dataclass(frozen=True)
+class WarmStartConfig:
+    """How the shipped checkpoint is made. Of the tracking records one in `tracking` is used."""
+
+    seed: int = 1
+    clips: int = 2500
+    tracking: int = 6
+    steps: int = 1600
+    prompts: int = 32
+    lr: float = 1.5e-3
+    warmup_steps: int = 100

@@ -1,0 +1,64 @@
+"""Makes the checkpoint that the demo begins with: a random tiny Qwen2.5-VL, fine-tuned for as long
+as it takes to look at the video at all. The demo then blurs what it knows, and GRPO begins there.
+
+Without it the demo would spend its minutes there: below that point answers sit at the best guess
+that ignores the clip, and GRPO cannot leave it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from vcr1_fast.data.records import Record, load_records, write_records
+from vcr1_fast.data.synth import SynthConfig, write_dataset
+from vcr1_fast.demo.settings import FRAMES, MODEL, WARM_START, WarmStartConfig
+from vcr1_fast.model import checkpoint
+from vcr1_fast.model.tiny import write_tiny
+from vcr1_fast.tasks import TASKS
+from vcr1_fast.train.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from vcr1_fast.train.sft import sft
+
+
+def make_warm_start(work: Path, config: WarmStartConfig | None = None) -> Path:
+    """Trains in the folder `work`, resuming what is there, and replaces the shipped checkpoint."""
+    config = config or WarmStartConfig()
+    clips = SynthConfig(train=config.clips, val=0, test=0, seed=config.seed)
+    exact = load_records(write_dataset(work / "data", clips)["train"])
+    # A tracking answer has ten times the tokens of the others: a part of them weighs as much.
+    chosen = [r for i, r in enumerate(exact) if r.task != "tracking" or i % config.tracking == 0]
+    records = work / "data" / "train" / "chosen.jsonl"
+    write_records(records, chosen)
+    write_tiny(work / "random", texts=_texts(chosen), seed=config.seed, config=MODEL)
+    trained = sft(
+        TrainConfig(
+            model=ModelConfig(path=str(work / "random"), dtype="float32", freeze_vision=False),
+            data=DataConfig(train=str(records), frames=FRAMES, cache_mb=4096),
+            run=RunConfig(output=str(work / "sft"), seed=config.seed, save_every=200),
+            optim=OptimConfig(
+                steps=config.steps,
+                prompts_per_step=config.prompts,
+                micro_prompts=config.prompts // 4,
+                lr=config.lr,
+                betas=(0.9, 0.98),
+                schedule="cosine",
+                warmup_steps=config.warmup_steps,
+                final_lr_ratio=0.05,
+            ),
+        )
+    )
+    # Half precision halves the file; the demo trains it in float32 again.
+    model, processor = checkpoint.load(trained, dtype=torch.bfloat16)
+    shutil.rmtree(WARM_START, ignore_errors=True)
+    checkpoint.save(model, processor, WARM_START)
+    return WARM_START
+
+
+def _texts(records: list[Record]) -> list[str]:
+    """What the tokenizer is to know: prompts and answers, and every number an answer can hold."""
+    texts = [TASKS[r.task].prompt(r, False) + TASKS[r.task].target(r) for r in records]
+    seconds = [f"{i / 2:.1f}" for i in range(41)]
+    coordinates = [f"{i / 100:.2f}" for i in range(101)]
+    return [*texts, " ".join(seconds), " ".join(coordinates)]
