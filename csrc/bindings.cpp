@@ -229,12 +229,23 @@ void bind_grpo_loss(py::module_& m) {
         args.sequences = offsets ? offsets->numel() - 1 : logps.size(0);
         args.columns = offsets ? 0 : logps.size(1);
         const int64_t sequences = args.sequences;
-        if (offsets) args.offsets = offsets->dense<int64_t>("cu_seqlens");
+        if (offsets) {
+          VCR1_CHECK(offsets->on_cpu() && sequences >= 0,
+                     "cu_seqlens: expected (B + 1,) on the CPU");
+          args.offsets = offsets->dense<int64_t>("cu_seqlens");
+          for (int64_t b = 0; b <= sequences; ++b) {
+            const int64_t before = b > 0 ? args.offsets[b - 1] : 0;
+            VCR1_CHECK(args.offsets[b] >= before && args.offsets[b] <= tokens,
+                       "cu_seqlens must rise within 0 to ", tokens, ", the number of tokens; got ",
+                       args.offsets[b], " after ", before);
+          }
+        }
         args.logps = dense_as(inputs[0], logps, tokens, "logps");
         args.old_logps = dense_as(inputs[1], logps, tokens, "old_logps");
         const Tensor& advantages = *inputs[2];
         const bool per_sequence = advantages.numel() == sequences &&
-                                  (offsets || advantages.ndim() == 1 || args.columns == 1);
+                                  (offsets || advantages.ndim() == 1 ||
+                                   (advantages.ndim() == 2 && advantages.size(1) == 1));
         args.token_advantages = !per_sequence;
         args.advantages =
             dense_as(inputs[2], logps, per_sequence ? sequences : tokens, "advantages");

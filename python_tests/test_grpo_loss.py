@@ -486,6 +486,42 @@ def test_writes_nothing_outside_the_segments():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_advantages_may_be_a_column(backend):
+    batch = make_batch()
+    column = {**batch, "advantages": batch["advantages"][:, None]}
+    with ops.use(backend):
+        expected = call(batch, GRPOLossConfig())
+        got = call(column, GRPOLossConfig())
+    assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_token_weights_stay_with_tokens_where_there_are_as_many_completions(backend):
+    batch = make_batch(lengths=(2, 0, 3, 1, 0, 0))
+    packed, cu_seqlens = pack(batch)
+    config = GRPOLossConfig(entropy_coef=0.1)
+    assert len(packed["logps"]) == len(batch["mask"])
+    with ops.use(backend):
+        got = call(packed, config, cu_seqlens=cu_seqlens)
+    for ours, want in zip(got[:3], oracle(batch, config), strict=True):
+        want = want if want.ndim == 0 else want[batch["mask"]]
+        torch.testing.assert_close(ours, want, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sapo_with_a_steep_gate(backend):
+    # tau (1 - r) beyond log 88 and beyond 88: far from the gate's middle.
+    config = GRPOLossConfig(loss_type="sapo", sapo_tau_pos=8.0, sapo_tau_neg=95.0)
+    batch = make_batch(spread=3.0)
+    expected = oracle(batch, config)
+    scale = max(float(expected[0].abs()), float(expected[1].abs().max()))
+    with ops.use(backend):
+        got = call(batch, config, dtype=torch.float32)
+    for ours, want in zip(got[:3], expected, strict=True):
+        torch.testing.assert_close(ours.double(), want, rtol=3e-5, atol=3e-6 * scale)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_no_gradient_where_none_is_asked(backend):
     batch = make_batch()
     with ops.use(backend):
@@ -631,9 +667,13 @@ def test_call_errors():
         ((x, x, a, None), {"cu_seqlens": torch.tensor([0, 6])}, "must be"),
         ((x.long(), x, a, None), {}, "floating"),
         ((x[0], x[0], a, None), {"cu_seqlens": torch.tensor([0.0, 3.0])}, "cu_seqlens"),
+        ((x[0], x[0], a, None), {"cu_seqlens": torch.tensor([0, 2, 4])}, "must rise within 0 to 3"),
+        ((x[0], x[0], a, None), {"cu_seqlens": torch.tensor([0, 2, 1])}, "must rise within 0 to 3"),
+        ((x[0], x[0], a, None), {"cu_seqlens": torch.tensor([-1, 2, 3])}, "must rise within"),
     ):
-        with pytest.raises(ValueError, match=message):
-            grpo_loss(*arguments, **options)
+        for backend in BACKENDS:
+            with ops.use(backend), pytest.raises(ValueError, match=message):
+                grpo_loss(*arguments, **options)
 
 
 def test_metric_names_are_unique():

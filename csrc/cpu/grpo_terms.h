@@ -17,6 +17,7 @@ constexpr int kBlock = 256;  // tokens worked on at a time, in the first-level c
 constexpr double kVespoFloor = -18.420680743952367;  // log 1e-8
 constexpr double kVespoCeiling = 20.0;
 
+// x and out must not be the same.
 void exp_all(const double* x, double* out, int n) {
   for (int i = 0; i < n; ++i) out[i] = std::exp(x[i]);
 }
@@ -170,9 +171,9 @@ class Terms {
       const T tau_pos = static_cast<T>(v_.sapo_tau_pos), tau_neg = static_cast<T>(v_.sapo_tau_neg);
       for (int j = 0; j < n; ++j)
         t.scratch[j] = (t.advantage[j] > 0 ? tau_pos : tau_neg) * (1 - t.ratio[j]);
-      exp_all(t.scratch, t.scratch, n);
+      exp_all(t.scratch, t.phi, n);
       for (int j = 0; j < n; ++j) {
-        const T gate = 1 / (1 + t.scratch[j]);
+        const T gate = 1 / (1 + t.phi[j]);
         const T step = -4 * t.advantage[j] * gate;
         t.policy[j] = step / (t.advantage[j] > 0 ? tau_pos : tau_neg);
         t.d_ratio[j] = step * (1 - gate);

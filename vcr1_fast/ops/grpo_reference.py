@@ -150,7 +150,7 @@ def entropy_weights(
 ) -> Tensor:
     each = rows.mask.to(weights.dtype)
     if inputs.token_weights is not None:
-        each = rows.per_token(inputs.token_weights)
+        each = rows.keep(inputs.token_weights)
     if not p.kind("entropy_token_mean"):
         return weights * each
     total = each.sum()

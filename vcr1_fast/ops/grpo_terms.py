@@ -45,11 +45,22 @@ class Completions:
             inside = torch.ones(self._shape, dtype=torch.bool, device=inputs.logps.device)
         else:
             self.count = len(self._offsets) - 1
+            self._check_offsets()
             position = torch.arange(self._shape[0], device=inputs.logps.device)
             inside = (position >= self._offsets[0]) & (position < self._offsets[-1])
             index = torch.searchsorted(self._offsets[1:].contiguous(), position, right=True)
             self._index = index.clamp(max=max(self.count - 1, 0))
         self.mask = inside if inputs.mask is None else inside & (inputs.mask != 0)
+
+    def _check_offsets(self) -> None:
+        offsets, tokens = self._offsets, self._shape[0]
+        if offsets.device.type != "cpu":  # the check would synchronise
+            return
+        if offsets[0] < 0 or offsets[-1] > tokens or bool((offsets.diff() < 0).any()):
+            raise ValueError(
+                f"cu_seqlens must rise within 0 to {tokens}, the number of tokens; got "
+                f"{offsets.tolist()}"
+            )
 
     def sum(self, x: Tensor) -> Tensor:
         """(tokens) -> (B,). Segment sums run in a fixed order, unlike index_add on GPUs."""
@@ -138,7 +149,7 @@ def constant_factors(
         tokens = rows.sum(rows.mask.to(logps.dtype)).clamp(min=1)
         drift = rows.spread(rows.sum(old - rollout.gap - logps) / tokens)
         kept = ((advantages >= 0) | (drift <= p.value("off_policy_threshold"))).to(logps.dtype)
-    policy = kept if inputs.token_weights is None else kept * rows.per_token(inputs.token_weights)
+    policy = kept if inputs.token_weights is None else kept * rows.keep(inputs.token_weights)
     weight = ones if LOSS_TYPES[p.kind("loss_type")] == "vespo" else rollout.weight
     kl = weight if p.kind("rollout_after_kl") else ones
     return Factors(policy * weight, kl, kept), rollout
