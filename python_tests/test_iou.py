@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torchvision_shim import require_torchvision
 
 from vcr1_fast import ops
+from vcr1_fast.ops.backend import native
 from vcr1_fast.ops.iou import KINDS, _box, box_iou_reference
 
 DTYPES = [torch.float32, torch.float64]
@@ -287,6 +288,23 @@ def test_iou_is_symmetric_and_bounded(values, dtype):
             assert 0 <= span <= 1
             assert -1 <= ops.box_iou(a, b, kind="giou") <= 1
             assert ops.box_iou(a, a) in (0, 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_iou_is_symmetric_on_every_instruction_set(dtype):
+    if native is None:
+        pytest.skip("the native module is not built")
+    a, b = random_boxes(2000, 21, dtype), random_boxes(2000, 22, dtype)
+    try:
+        for isa in ("baseline", "avx2", "avx512"):
+            try:
+                native.choose_cpu_isa(isa)
+            except ValueError:
+                continue
+            for kind in KINDS:
+                assert torch.equal(ops.box_iou(a, b, kind=kind), ops.box_iou(b, a, kind=kind))
+    finally:
+        native.choose_cpu_isa("auto")
 
 
 def test_gradients():
