@@ -11,6 +11,7 @@ from PIL import Image
 
 from vcr1_fast import ops
 from vcr1_fast.ops import backend as backend_module
+from vcr1_fast.ops.resample import taps
 from vcr1_fast.ops.resize_frames import _op
 from vcr1_fast.ops.resize_frames import reference as reference_op
 
@@ -68,6 +69,16 @@ def test_u8_equals_torch_to_the_bit(backend, shape, size, mode):
     result = ops.resize_frames(frames, size, resample=mode)
     assert result.dtype == torch.uint8
     assert torch.equal(result, torch_resize(frames, size, mode))
+
+
+@pytest.mark.parametrize("mode", ["bicubic", "bilinear"])
+def test_u8_with_weights_as_fine_as_pillows(backend, mode):
+    # Shrunk so much that every weight fits int16 with 22 bits of fraction.
+    frames = noise((1, 5, 3840))
+    assert taps(3840, 14, mode, True, "u8").bits == taps(3840, 14, mode, True, "pil").bits
+    assert torch.equal(
+        ops.resize_frames(frames, (3, 14), resample=mode), torch_resize(frames, (3, 14), mode)
+    )
 
 
 @pytest.mark.parametrize("mode", ["bicubic", "bilinear"])

@@ -134,7 +134,7 @@ def resample_axis(x: Tensor, dim: int, n_out: int, table: Taps) -> Tensor:
 _NATIVE_MODE = {"u8": "int16", "pil": "int22", "f32": "float_rounded", "none": "float"}
 
 
-def _native_table(table: Taps) -> tuple[Tensor, Tensor]:
+def _native_table(table: Taps, rounding: str) -> tuple[Tensor, Tensor]:
     """(first, weights) as csrc/kernels.h describes ResizeAxis: integer taps come in pairs."""
     if not table.bits:
         return table.start.int(), table.weights.contiguous()
@@ -146,7 +146,7 @@ def _native_table(table: Taps) -> tuple[Tensor, Tensor]:
     while columns > 2 and not weights[:, columns - 2 :].any():
         columns -= 2
     weights = weights[:, :columns]
-    if table.bits == PILLOW_BITS:  # too wide for int16: high part, then low byte
+    if rounding == "pil":  # too wide for int16: high part, then low byte
         weights = torch.cat([weights >> 8, weights & 255], dim=1)
     return (table.start // 2).int(), weights.to(torch.int16)
 
@@ -170,7 +170,7 @@ def native_plan(
         "copy" if unchanged else _NATIVE_MODE[rounding],
         size_in,
         size_out,
-        [_native_table(t)[0] for t in tables],
-        [_native_table(t)[1] for t in tables],
+        [_native_table(t, rounding)[0] for t in tables],
+        [_native_table(t, rounding)[1] for t in tables],
         [t.bits for t in tables],
     )
