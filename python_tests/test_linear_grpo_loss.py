@@ -11,6 +11,7 @@ from vcr1_fast import ops
 from vcr1_fast.ops import GRPOLossConfig, grpo_loss, linear_grpo_loss
 from vcr1_fast.ops.grpo_config import LOSS_TYPES, parameters
 from vcr1_fast.ops.grpo_loss import grpo_loss_op
+from vcr1_fast.ops.linear_head import HeadGradients
 
 HIDDEN, VOCAB = 12, 37
 LENGTHS = (5, 0, 1, 9)
@@ -247,6 +248,23 @@ def test_only_what_is_needed(backend):
     torch.testing.assert_close(frozen, both[0], rtol=0, atol=0)
     torch.testing.assert_close(head_only, both[1], rtol=0, atol=0)
     assert not none.requires_grad
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_gradient_is_made_under_no_grad(backend, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("a gradient was made")
+
+    monkeypatch.setattr(HeadGradients, "add", refuse)
+    batch = make_batch()
+    arguments = (batch["labels"], batch["advantages"], batch["mask"])
+    parameter = torch.nn.Parameter(batch["weight"])
+    with ops.use(backend):
+        with torch.no_grad():
+            loss, _ = linear_grpo_loss(batch["hidden"], parameter, *arguments)
+        assert not loss.requires_grad
+        with pytest.raises(AssertionError, match="gradient was made"):
+            linear_grpo_loss(batch["hidden"], parameter, *arguments)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -207,6 +207,9 @@ def linear_grpo_loss(
         x if x is None else x.detach().to(dtype)
         for x in (old_logps, advantages, ref_logps, rollout_logps, token_weights)
     )
+    if not torch.is_grad_enabled():
+        # The gradient is made in the forward pass, where parameters still ask for one.
+        hidden, weight, bias = (x if x is None else x.detach() for x in (hidden, weight, bias))
     encoded = parameters(config)
     loss, metrics = _LinearGRPOLoss.apply(
         hidden,
