@@ -42,6 +42,7 @@ class ResizePlan {
     vcr1::cpu::ResizeArgs out = args_;
     const auto [n, height, width, channels] = frames.shape<4>("frames");
     VCR1_CHECK(frames.on_cpu() && scratch.on_cpu(), "frames and scratch: expected CPU tensors");
+    VCR1_CHECK(n > 0, "frames: there are none");
     VCR1_CHECK(height == args_.vertical.n_in && width == args_.horizontal.n_in && channels == 3,
                "frames: expected ", args_.vertical.n_in, " x ", args_.horizontal.n_in, " x 3, got ",
                height, " x ", width, " x ", channels);
@@ -71,6 +72,7 @@ class ResizePlan {
     }
     const bool is_int = args_.mode == ResizeMode::kInt16 || args_.mode == ResizeMode::kInt22;
     const int64_t parts = args_.mode == ResizeMode::kInt22 ? 2 : 1;
+    VCR1_CHECK(first.on_cpu() && weights.on_cpu(), "tables: expected CPU tensors");
     const auto [rows, columns] = weights.shape<2>("weights");
     VCR1_CHECK(rows == n_out && first.numel() == n_out, "tables: expected ", n_out, " rows, got ",
                rows, " and ", first.numel());
@@ -150,6 +152,7 @@ void bind_resize(py::module_& m) {
             args.out_dtype == vcr1::DType::kFloat32 || args.out_dtype == vcr1::DType::kBFloat16 ||
                 args.out_dtype == vcr1::DType::kFloat16,
             "out: expected float32, bfloat16 or float16, got ", vcr1::name_of(args.out_dtype));
+        VCR1_CHECK(scale.on_cpu(), "scale: expected a CPU tensor");
         VCR1_CHECK(scale.numel() == 6, "scale: expected (2, 3), got ", scale.numel(), " values");
         const float* values_of = scale.dense<float>("scale");
         for (int c = 0; c < 3; ++c) {

@@ -145,4 +145,4 @@ def video_patches(
         if not out.is_contiguous():
             raise ValueError(f"out must be contiguous, got strides {out.stride()}")
     _op(frames, out, [height, width], resample, rounding, list(mean), list(std))
-    return out, torch.tensor(grid, dtype=torch.int64)
+    return out, torch.tensor(grid, dtype=torch.int64, device="cpu")
