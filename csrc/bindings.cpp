@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cmath>
 #include <cstring>
 #include <optional>
 #include <vector>
@@ -130,8 +131,9 @@ vcr1::GatherLogprobsInput gather_logprobs_input(const Tensor& logits, const Tens
         VCR1_CHECK(in.labels[i] >= 0 && in.labels[i] < in.vocab, "labels: row ", row, " holds ",
                    in.labels[i], ", outside a vocabulary of ", in.vocab);
       if (in.row_temperature != nullptr)
-        VCR1_CHECK(in.row_temperature[row] > 0, "temperature: row ", row, " holds ",
-                   in.row_temperature[row], ", expected a positive number");
+        VCR1_CHECK(in.row_temperature[row] > 0 && std::isfinite(in.row_temperature[row]),
+                   "temperature: row ", row, " holds ", in.row_temperature[row],
+                   ", expected a positive number");
     }
   }
   return in;

@@ -366,6 +366,8 @@ def test_wrong_arguments_are_refused(variant):
         ((x, y - 1), {}, "labels: .*-1.* outside a vocabulary of 5"),
         ((x, y), {"temperature": 0.0}, "temperature must be positive and finite, got 0.0"),
         ((x, y), {"temperature": float("nan")}, "temperature must be positive"),
+        ((x, y), {"temperature": torch.tensor([1.0, 0.0, 1.0])}, "temperature: .* holds 0"),
+        ((x, y), {"temperature": torch.tensor([1.0, 1.0, torch.inf])}, "temperature: .* holds inf"),
     ]
     for args, options, message in cases:
         with pytest.raises(ValueError, match=message):

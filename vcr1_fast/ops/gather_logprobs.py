@@ -101,10 +101,21 @@ def _check_labels(labels: Tensor, mask: Tensor | None, vocab: int) -> None:
         raise ValueError(f"labels: {labels[bad][0].item()} is outside a vocabulary of {vocab}")
 
 
+def _check_temperatures(rows: Tensor | None, mask: Tensor | None) -> None:
+    if rows is None or rows.device.type != "cpu":
+        return
+    bad = ~((rows > 0) & rows.isfinite())
+    if mask is not None:
+        bad &= mask
+    if bad.any():
+        raise ValueError(f"temperature: a row holds {rows[bad][0].item()}, expected a positive one")
+
+
 def _reference_forward(logits, labels, mask, row_temperature, temperature, entropy):
     if logits.numel() == 0:
         return _allocate(logits, labels, entropy)
     _check_labels(labels, mask, logits.shape[-1])
+    _check_temperatures(row_temperature, mask)
     d, top, t = _scaled(logits, mask, row_temperature, temperature)
     log_sum = d.exp().sum(-1, keepdim=True).log()
     index = labels if mask is None else labels.masked_fill(~mask[..., None], 0)
