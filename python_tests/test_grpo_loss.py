@@ -646,7 +646,10 @@ def test_any_batch(lengths, seed, loss_type, level, spread, beta):
         ({"loss_type": "cispo", "delta": 2.0}, "delta is for"),
         ({"loss_type": "dr_grpo"}, "max_length"),
         ({"rollout_correction": "token_icepop", "rollout_max": 2.0}, "rollout_min"),
+        ({"loss_type": "dr_grpo", "max_length": -5}, "max_length"),
+        ({"rollout_min": 2.0, "rollout_max": 0.5}, "rollout_min 2.0 is above"),
         ({"eps_low": -0.1}, "eps_low"),
+        ({"eps_high": math.nan}, "eps_high"),
         ({"sapo_tau_neg": 0.0}, "sapo_tau_neg"),
     ),
 )

@@ -150,7 +150,7 @@ class GRPOLossConfig:
             raise ValueError(f'vespo needs level "token", got {self.level!r}')
         if self.delta is not None and self.loss_type not in CLIPPED_LOSSES:
             raise ValueError(f"delta is for {CLIPPED_LOSSES}, not for {self.loss_type!r}")
-        if self.resolved_aggregation == "max_length" and not self.max_length:
+        if self.resolved_aggregation == "max_length" and not (self.max_length or 0) > 0:
             raise ValueError(f"{self.loss_type} averages over max_length: give it (> 0)")
         if "icepop" in (self.rollout_correction or "") and None in (
             self.rollout_min,
@@ -160,11 +160,14 @@ class GRPOLossConfig:
                 f"{self.rollout_correction} needs rollout_min and rollout_max, got "
                 f"{self.rollout_min} and {self.rollout_max}"
             )
+        low, high = self.rollout_min, self.rollout_max
+        if low is not None and high is not None and not low <= high:
+            raise ValueError(f"rollout_min {low} is above rollout_max {high}")
         for name in ("eps_low", "eps_high"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("sapo_tau_pos", "sapo_tau_neg"):
-            if getattr(self, name) <= 0:
+            if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
     @property
