@@ -207,6 +207,8 @@ def test_opcheck_and_compile(backend):
         (torch.zeros(6), {"group_size": 2, "estimator": "opo"}, "opo needs lengths"),
         (torch.zeros(6), {"group_size": 2, "scale": "std"}, "unknown scale 'std'"),
         (torch.zeros(2, 2, 2), {"group_size": 2}, "must be"),
+        (torch.tensor([0.0, math.inf]), {"group_size": 2}, r"rows \[1\] are nan or infinite"),
+        (torch.tensor([-math.inf, 0.0]), {"group_size": 2, "nan": "ignore"}, r"rows \[0\] are"),
     ),
 )
 def test_errors(rewards, options, message):

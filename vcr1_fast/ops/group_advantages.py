@@ -64,9 +64,13 @@ def reference(
     singleton)."""
     estimator, scale, nan, singleton = options
     valid = ~rewards.isnan()
-    if nan == "error" and not bool(valid.all()):
-        bad = (~valid).reshape(len(rewards), -1).any(1).nonzero().flatten().tolist()
-        raise ValueError(f'rewards of rows {bad} are nan; nan="ignore" leaves them out')
+    # An infinite reward would make all of its group nan.
+    refused = ~rewards.isfinite() if nan == "error" else rewards.isinf()
+    if bool(refused.any()):
+        bad = refused.reshape(len(rewards), -1).any(1).nonzero().flatten().tolist()
+        raise ValueError(
+            f'rewards of rows {bad} are nan or infinite; nan="ignore" leaves the nan out'
+        )
     if len(rewards) == 0:
         return rewards.new_zeros(0, dtype=torch.float32)
     groups = _Groups(rewards, group_index, group_size)
@@ -176,8 +180,8 @@ def group_advantages(
             sums and statistics, and a row without any reward gets advantage 0.
         singleton: a group of one gets advantage "zero", or with "keep" its reward (verl).
 
-    A group whose rewards are all equal gets exactly 0. ValueError for shapes, names or (with
-    nan="error") values that do not fit; the check of values waits for the device.
+    A group whose rewards are all equal gets exactly 0. ValueError for shapes or names that do not
+    fit, infinite rewards and, with nan="error", nan ones; that check waits for the device.
     """
     n = rewards.shape[0] if rewards.ndim else -1
     if rewards.ndim not in (1, 2):
