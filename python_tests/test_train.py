@@ -25,7 +25,7 @@ from vcr1_fast.train.config import OptimConfig
 from vcr1_fast.train.dataset import ClipCache, Sampler
 from vcr1_fast.train.log import RunLog
 from vcr1_fast.train.loop import train
-from vcr1_fast.train.optim import MasterAdamW, learning_rate
+from vcr1_fast.train.optim import MasterAdamW, clipped_step, learning_rate
 from vcr1_fast.train.sft import sft
 from vcr1_fast.train.step import (
     PolicyGroup,
@@ -467,13 +467,28 @@ def test_adapters_start_as_the_base_model_and_switch_off(inputs, tmp_path):
         torch.testing.assert_close(written, moved.detach(), rtol=1e-4, atol=1e-4)
 
 
-def test_a_gradient_that_is_not_finite_is_left_out(run, monkeypatch):
+def test_a_gradient_that_is_not_finite_is_left_out(run):
     groups = drawn_groups(run, [[1.0, -1.0, 0.0, 0.0]])
     before = [p.detach().clone() for p in run.optimizer.parameters]
     broken = dataclasses.replace(groups[0], advantages=torch.tensor([math.inf, -1.0, 0.0, 0.0]))
     metrics = loop.update(run, [broken], 1e-3)
     assert metrics["skipped_updates"] == 1
     assert all(torch.equal(a, b) for a, b in zip(before, run.optimizer.parameters, strict=True))
+
+
+def test_a_step_without_a_finite_gradient_changes_nothing():
+    for skip in (True, False):
+        parameter = torch.ones(3, requires_grad=True)
+        optimizer = MasterAdamW([parameter], OptimConfig())
+        parameter.grad = torch.tensor([1.0, math.nan, 1.0])
+        config = OptimConfig(skip_nonfinite=skip)
+        if skip:
+            assert math.isnan(clipped_step(optimizer, 1e-3, config))
+            assert parameter.grad is None
+        else:
+            with pytest.raises(ValueError, match=r"optim\.skip_nonfinite"):
+                clipped_step(optimizer, 1e-3, config)
+        assert torch.equal(parameter, torch.ones(3))
 
 
 def test_small_steps_of_half_precision_weights_add_up():

@@ -25,7 +25,7 @@ from vcr1_fast.tasks import TASKS
 from vcr1_fast.train.config import TrainConfig
 from vcr1_fast.train.dataset import Sample
 from vcr1_fast.train.log import Stopwatch
-from vcr1_fast.train.optim import clip_gradients, learning_rate, sum_gradients
+from vcr1_fast.train.optim import clipped_step, learning_rate
 from vcr1_fast.train.setup import Run, open_run
 from vcr1_fast.train.step import (
     PolicyGroup,
@@ -178,7 +178,6 @@ def update(run: Run, groups: list[PolicyGroup], lr: float) -> dict[str, float]:
     """All optimiser steps on one step's groups; their metrics over all processes."""
     config = run.config
     needs_all = config.loss.beta != 0 or config.loss.entropy_coef != 0
-    parameters = run.optimizer.parameters
     collected, norms, skipped_updates = [], [], 0
     for epoch in range(config.optim.inner_epochs):
         for number, part in enumerate(equal_parts(groups, config.optim.inner_steps)):
@@ -209,13 +208,10 @@ def update(run: Run, groups: list[PolicyGroup], lr: float) -> dict[str, float]:
                 collected.append({"loss": loss.detach(), **metrics})
             if int(counted[0]) == 0:
                 continue
-            sum_gradients(parameters)
-            norm = float(clip_gradients(parameters, config.optim.max_grad_norm))
+            norm = clipped_step(run.optimizer, lr, config.optim)
             if math.isfinite(norm):
-                run.optimizer.step(lr)
                 norms.append(norm)
             else:
-                run.optimizer.zero_grad()
                 skipped_updates += 1
     merged = merge_metrics(gather_object([to_numbers(metrics) for metrics in collected]))
     return {

@@ -94,7 +94,19 @@ def sum_gradients(parameters: Iterable[Tensor]) -> None:
             torch.distributed.all_reduce(parameter.grad)
 
 
-def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-    """Scale all gradients down to a joint norm of at most `max_norm`; the norm before that, 0-d."""
-    parameters = list(parameters)
-    return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+def clipped_step(optimizer: MasterAdamW, lr: float, config: OptimConfig) -> float:
+    """One update from the gradients of all processes, scaled down to a joint norm of at most
+    `max_grad_norm`; the norm before that.
+
+    A norm that is not finite means that no update was made, the gradients being dropped; without
+    `skip_nonfinite` it is a ValueError.
+    """
+    sum_gradients(optimizer.parameters)
+    norm = float(torch.nn.utils.clip_grad_norm_(optimizer.parameters, config.max_grad_norm))
+    if math.isfinite(norm):
+        optimizer.step(lr)
+    elif config.skip_nonfinite:
+        optimizer.zero_grad()
+    else:
+        raise ValueError(f"the gradient's norm is {norm}; optim.skip_nonfinite would go on")
+    return norm

@@ -1,5 +1,6 @@
 """Supervised fine-tuning on right answers; the loss is that of completion tokens alone."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from vcr1_fast.model.forward import Group
 from vcr1_fast.tasks import TASKS
 from vcr1_fast.train.config import TrainConfig
 from vcr1_fast.train.log import Stopwatch
-from vcr1_fast.train.optim import clip_gradients, learning_rate, sum_gradients
+from vcr1_fast.train.optim import clipped_step, learning_rate
 from vcr1_fast.train.setup import Run, open_run
 from vcr1_fast.train.step import chunks, completion_logps, row_tokens
 
@@ -61,15 +62,11 @@ def update(run: Run, groups: list[Group], lr: float) -> dict[str, float]:
         loss = -logps.sum() / max(tokens, 1)
         loss.backward()
         total += loss.detach()
-    norm = 0.0
-    if tokens:
-        parameters = run.optimizer.parameters
-        sum_gradients(parameters)
-        norm = float(clip_gradients(parameters, config.optim.max_grad_norm))
-        run.optimizer.step(lr)
+    norm = clipped_step(run.optimizer, lr, config.optim) if tokens else 0.0
     return {
         "loss": float(run.accelerator.reduce(total)),
         "grad_norm": norm,
         "lr": lr,
+        "skipped_updates": int(not math.isfinite(norm)),
         "num_tokens": tokens,
     }
