@@ -79,6 +79,7 @@ def test_round_trip(tmp_path):
         ("optim=3", "optim"),
         ("run.resume=1", "run.resume"),
         ("run.output=", "run.output"),
+        ("run.device=cuda", "run.device"),
         ("model.dtype=float16", "model.dtype"),
         ("model.path=7", "model.path"),
         ("rollout.group_size=1", "rollout.group_size"),

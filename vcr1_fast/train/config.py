@@ -183,15 +183,15 @@ class RunConfig:
     keep_checkpoints: int = 2
     resume: bool = True
     """Go on from the newest whole checkpoint in `output`, where there is one."""
-    log_every: int = 1
     log_rollouts_every: int = 1
     """Steps between those whose completions are written to rollouts.jsonl; 0: never."""
     tensorboard: bool = True
-    device: str = "auto"
+    device: Literal["auto", "cpu"] = "auto"
+    """"auto": this process's GPU where there is one."""
 
     def __post_init__(self) -> None:
         _at_least(self, 0, "seed", "save_every", "log_rollouts_every")
-        _at_least(self, 1, "keep_checkpoints", "log_every")
+        _at_least(self, 1, "keep_checkpoints")
         if not self.output:
             raise ConfigError("output", "must not be empty")
 
