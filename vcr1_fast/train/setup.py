@@ -19,7 +19,7 @@ from vcr1_fast.data.quarantine import Quarantine
 from vcr1_fast.model.checkpoint import load, save
 from vcr1_fast.model.processor import Processor
 from vcr1_fast.model.vision import freeze_vision
-from vcr1_fast.model.wrapping import unwrap
+from vcr1_fast.model.wrapping import checkpoint_activations, unwrap
 from vcr1_fast.train.build import dump_config
 from vcr1_fast.train.checkpoint import (
     checkpoints,
@@ -181,10 +181,7 @@ def prepare_model(config: TrainConfig, device: torch.device) -> tuple[nn.Module,
     if settings.freeze_vision:
         freeze_vision(model)
     if settings.gradient_checkpointing:
-        base = unwrap(model)
-        # The name of transformers 6; 5.17 knows only the former one.
-        enable = getattr(base, "activation_checkpointing_enable", None)
-        (enable or base.gradient_checkpointing_enable)({"use_reentrant": False})
+        checkpoint_activations(model)
     return model.train(), processor
 
 
