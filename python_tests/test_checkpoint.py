@@ -190,6 +190,15 @@ def _damage(path, kind):
         path.write_bytes(data + b"\0")
 
 
+def test_the_file_that_would_be_loaded_is_the_one_checked(copy):
+    """Where both a single file and an index lie, transformers reads the single file."""
+    (copy / "model.safetensors.index.json").write_text('{"weight_map": {"x": "gone.safetensors"}}')
+    checkpoint.load(copy)
+    _damage(copy / "model.safetensors", "truncate")
+    with pytest.raises(CheckpointError, match="truncated"):
+        checkpoint.load(copy)
+
+
 def test_index_without_a_map_is_named(copy):
     _split(copy)
     index = copy / "model.safetensors.index.json"

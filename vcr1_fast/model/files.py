@@ -57,10 +57,11 @@ def read_json(path: Path) -> dict:
 def check_weights(directory: Path) -> list[Path]:
     """The weight files of a checkpoint, each one whole (its length is what its header says).
 
-    One `model.safetensors`, or the shards that `model.safetensors.index.json` names.
+    One `model.safetensors`, which transformers prefers, or the shards that
+    `model.safetensors.index.json` names.
     """
     single, index = directory / WEIGHTS, directory / WEIGHTS_INDEX
-    if index.exists():
+    if index.exists() and not single.exists():
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(index, 'no "weight_map"')
