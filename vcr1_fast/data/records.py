@@ -165,6 +165,9 @@ def parse_record(row: Any, media_root: str | os.PathLike[str] = ".") -> Record:
     start, end = (_seconds(name, row.get(name)) for name in ("start", "end"))
     if start is not None and end is not None and start >= end:
         raise FieldError("start", f"{start:g} is not before end {end:g}")
+    duration = metadata.get("duration")
+    if duration is not None and not (_is_number(duration) and duration > 0):
+        raise FieldError("metadata.duration", f"expected seconds above 0, got {_kind(duration)}")
     record = Record(
         id=row["id"],
         task=row["task"],
@@ -224,6 +227,13 @@ def _check_tracking(record: Record) -> None:
     check_prompt(record, "object")
     if len(_boxes("answer", record.answer)) < 2:
         raise FieldError("answer", "expected at least 2 boxes, the first being the given one")
+    times = record.metadata.get("times")
+    if times is not None and not (
+        isinstance(times, list | tuple)
+        and len(times) == len(record.answer)
+        and all(_is_number(time) and time >= 0 for time in times)
+    ):
+        raise FieldError("metadata.times", f"expected one time a box, got {_kind(times)}")
 
 
 def _check_multiple_choice(record: Record) -> None:
