@@ -260,11 +260,15 @@ def test_killed_and_resumed_is_as_never_interrupted(inputs, tmp_path, any_reward
 
 
 def test_resuming_another_run_is_refused(inputs, tmp_path):
-    train(configure(*inputs, tmp_path / "run", "optim.steps=1"))
+    train(configure(*inputs, tmp_path / "run"))
     with pytest.raises(ValueError, match=r"another run\.seed"):
         train(configure(*inputs, tmp_path / "run", "run.seed=5"))
     with pytest.raises(ValueError, match=r"another optim\.prompts_per_step"):
         train(configure(*inputs, tmp_path / "run", "optim.prompts_per_step=2"))
+    with pytest.raises(ValueError, match=r"is 2 steps in, optim\.steps is 1"):
+        train(configure(*inputs, tmp_path / "run", "optim.steps=1"))
+    with pytest.raises(ValueError, match="another number of records"):
+        train(configure(*inputs, tmp_path / "run", "data.tasks=[tracking]"))
     with pytest.raises(ValueError, match="holds a run already"):
         train(configure(*inputs, tmp_path / "run", "run.resume=false"))
     with pytest.raises(ValueError, match="trained other parameters"):

@@ -94,6 +94,7 @@ class Run:
                     "step": step,
                     "place": step * config.optim.prompts_per_step,
                     "seed": config.run.seed,
+                    "records": len(self.source.records),
                     "model": trained_state(self.model),
                     "optimizer": self.optimizer.state_dict(),
                 },
@@ -117,18 +118,27 @@ def open_run(config: TrainConfig, *, reference: bool) -> Iterator[Run]:
     accelerator = Accelerator(cpu=config.run.device == "cpu")
     set_seed(config.run.seed)
     output = Path(config.run.output)
+    main = accelerator.is_main_process
+    found, broken = checkpoints(output / "checkpoints")
+    if main and not config.run.resume and (found or (output / "metrics.jsonl").exists()):
+        raise ValueError(f"{output} holds a run already: resume it, or name another folder")
+    # Bad rows are seen by every process and listed by the first; bad clips by who meets them.
+    listed = output / "quarantine.jsonl"
+    quarantine = Quarantine(listed if main else None)
+    records = training_records(config.data, quarantine)
     model, processor = prepare_model(config, accelerator.device)
     anchor = None
     if reference and not config.model.lora_rank:
         anchor = copy.deepcopy(model).requires_grad_(False)
     optimizer = MasterAdamW(model.parameters(), config.optim)
-    found, broken = checkpoints(output / "checkpoints")
     done = 0
     if config.run.resume and found:
-        done = restore(found[-1], config, model, optimizer, accelerator.process_index)
-    main = accelerator.is_main_process
-    if main and not config.run.resume and (found or (output / "metrics.jsonl").exists()):
-        raise ValueError(f"{output} holds a run already: resume it, or name another folder")
+        state = load_checkpoint(found[-1], rank=accelerator.process_index)
+        check_same_run(found[-1], state, config, len(records))
+        load_trained_state(model, state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        done = state["step"]
+        del state  # several times the size of the model
     with ExitStack() as stack:
         log = stack.enter_context(
             RunLog(
@@ -145,11 +155,6 @@ def open_run(config: TrainConfig, *, reference: bool) -> Iterator[Run]:
             log.message(f"resuming after step {done} from {found[-1]}")
         if main:
             (output / "config.yaml").write_text(dump_config(config))
-        accelerator.wait_for_everyone()
-        # Bad rows are seen by every process and listed by the first; bad clips by who meets them.
-        listed = output / "quarantine.jsonl"
-        quarantine = Quarantine(listed if main else None)
-        records = training_records(config.data, quarantine)
         for item in quarantine.items:
             log.message(f"quarantined {item.record_id or item.source}: {item.reason}")
         accelerator.wait_for_everyone()
@@ -206,19 +211,22 @@ def add_adapters(model: nn.Module, settings: ModelConfig) -> nn.Module:
         raise ValueError(f"model.lora_targets {list(settings.lora_targets)}: {error}") from error
 
 
-def restore(path: Path, config: TrainConfig, model: nn.Module, optimizer: Any, rank: int) -> int:
-    """Load a checkpoint; the number of steps done. ValueError where the run is another one."""
-    state = load_checkpoint(path, rank=rank)
+def check_same_run(path: Path, state: dict[str, Any], config: TrainConfig, records: int) -> None:
+    """ValueError where the checkpoint's state cannot be gone on from: the data would go on
+    elsewhere, or it is past the last step."""
     place = state["step"] * config.optim.prompts_per_step
     for name, saved, given in (
         ("run.seed", state["seed"], config.run.seed),
         ("optim.prompts_per_step", state["place"], place),
+        ("number of records in data.train", state["records"], records),
     ):
         if saved != given:
             raise ValueError(
                 f"{path} was written with another {name} ({json.dumps([saved, given])}): "
-                "the data would go on elsewhere; use another run.output or run.resume=false"
+                "the data would go on elsewhere; use another run.output"
             )
-    load_trained_state(model, state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"]
+    if state["step"] > config.optim.steps:
+        raise ValueError(
+            f"{path} is {state['step']} steps in, optim.steps is {config.optim.steps}: "
+            "use another run.output"
+        )
