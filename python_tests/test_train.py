@@ -369,6 +369,10 @@ def test_no_usable_sample_stops_the_run(inputs, tmp_path):
     write_records(rows, [dataclasses.replace(record, video=str(tmp_path / "gone.mp4"))])
     with pytest.raises(ValueError, match=r"none of the 1 records.*gone\.mp4"):
         train(configure(model, rows, tmp_path / "run"))
+    many = [dataclasses.replace(record, id=f"r{i}", video="gone.mp4") for i in range(20)]
+    write_records(rows, many)  # more than the run gets round to
+    with pytest.raises(ValueError, match=r"no sample of 2 steps could be used.*quarantine\.jsonl"):
+        sft(configure(model, rows, tmp_path / "run3"))
     rows.write_text("{}\n")
     with pytest.raises(ValueError, match="no usable record"):
         train(configure(model, rows, tmp_path / "run2"))

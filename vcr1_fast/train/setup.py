@@ -48,6 +48,8 @@ class Run:
     source: PromptSource
     log: RunLog
     done: int
+    used: int = 0
+    """Samples trained on since then, in all processes."""
 
     @property
     def rank(self) -> int:
@@ -81,13 +83,21 @@ class Run:
 
     def missing(self, samples: list) -> int:
         """Samples that are not in this step's batches because they are bad, in all processes."""
-        return self.config.optim.prompts_per_step - sum(gather_object([len(samples)]))
+        present = sum(gather_object([len(samples)]))
+        self.used += present
+        return self.config.optim.prompts_per_step - present
 
     def finish_step(self, step: int) -> None:
-        """Write the checkpoint of `step` steps done, where one is due."""
+        """Write the checkpoint of `step` steps done, where one is due. ValueError where every
+        sample was bad so far: it would be a checkpoint of nothing."""
         config = self.config
         every = config.run.save_every
         if step == config.optim.steps or (every and step % every == 0):
+            if not (self.done or self.used):
+                raise ValueError(
+                    f"no sample of {step} steps could be used: see "
+                    f"{Path(config.run.output) / 'quarantine.jsonl'}"
+                )
             save_checkpoint(
                 Path(config.run.output) / "checkpoints",
                 {
