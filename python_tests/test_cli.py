@@ -70,6 +70,7 @@ def test_a_saved_config_runs_again(inputs, tmp_path, capsys):
         (["train", "--model", "m", "--data", "d", "--output", "o", "optim.lr=x"], "optim.lr: "),
         (["sft", "optim.speed=1"], "optim.speed: unknown field"),
         (["train", "--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["train", "--config", "."], "Is a directory"),
         (["eval", "--model", "m"], "vcr1 eval: records: missing"),
         (["data", "synth", "out", "train=-1"], "train must not be negative"),
     ],
@@ -80,6 +81,15 @@ def test_mistakes_are_told_in_one_line(arguments, told, capsys, tmp_path, monkey
     message = capsys.readouterr().err
     assert told in message
     assert len(message.splitlines()) == 1
+
+
+def test_a_missing_package_is_named_with_what_installs_it(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    monkeypatch.delitem(sys.modules, "vcr1_fast.train.build", raising=False)
+    assert cli.main(["train"]) == 2
+    told = capsys.readouterr().err
+    assert "yaml" in told
+    assert "vcr1_fast[train,report]" in told
 
 
 def test_bad_checkpoints_and_data_are_named(inputs, tmp_path, capsys):

@@ -58,12 +58,17 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; its exit status. A mistake in settings or data is told in one line."""
+    """Run a command; its exit status. A mistake in settings or data, or a package that
+    is not installed, is told in one line."""
     options = parser().parse_args(arguments)
     try:
         return options.run(options)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"{PROG} {options.command}: {error}", file=sys.stderr)
+        return 2
+    except ImportError as error:
+        extras = "pip install 'vcr1_fast[train,report]' brings what the commands use"
+        print(f"{PROG} {options.command}: {error}; {extras}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{PROG} {options.command}: interrupted", file=sys.stderr)
