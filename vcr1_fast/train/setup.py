@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import DistributedType, gather_object, set_seed
 from torch import nn
 
 from vcr1_fast.data.quarantine import Quarantine
@@ -32,6 +32,8 @@ from vcr1_fast.train.config import ModelConfig, TrainConfig
 from vcr1_fast.train.dataset import PromptSource, Sampler, training_records
 from vcr1_fast.train.log import RunLog
 from vcr1_fast.train.optim import MasterAdamW
+
+_SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
 @dataclass(eq=False)
@@ -126,6 +128,11 @@ class Run:
 def open_run(config: TrainConfig, *, reference: bool) -> Iterator[Run]:
     """Everything a run needs; `reference`: whether the loss refers to the untrained model."""
     accelerator = Accelerator(cpu=config.run.device == "cpu")
+    if accelerator.distributed_type in _SHARDED:
+        raise ValueError(
+            f"accelerate was told to use {accelerator.distributed_type.value}, but every process "
+            "holds the whole model here: launch with --multi_gpu"
+        )
     set_seed(config.run.seed)
     output = Path(config.run.output)
     main = accelerator.is_main_process
