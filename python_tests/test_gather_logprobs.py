@@ -233,6 +233,19 @@ def test_inplace_backward_writes_over_the_logits(variant, dtype):
         loss.backward()
 
 
+@pytest.mark.parametrize("stride", [0, 4])
+def test_inplace_backward_spares_rows_that_share_memory(variant, stride):
+    labels = torch.tensor([0, 5, 10])
+    grads = []
+    for inplace in (False, True):
+        memory = torch.linspace(-1, 1, 19)
+        leaf = memory.as_strided((3, 11), (stride, 1)).requires_grad_()
+        out = gather_logprobs(leaf, labels, inplace_backward=inplace)
+        grads += torch.autograd.grad(out.logps.sum(), leaf)
+        assert torch.equal(memory, torch.linspace(-1, 1, 19))
+    assert torch.equal(*grads)
+
+
 def test_inplace_backward_leaves_the_neighbours_alone(variant):
     """Rows inside a larger buffer: what lies around them must not change."""
     buffer = torch.full((6, 3, 140), 77.0)

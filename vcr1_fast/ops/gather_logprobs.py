@@ -284,6 +284,17 @@ def _check(logits: Tensor, labels: Tensor) -> None:
         raise ValueError(f"labels must be integers, got {labels.dtype}")
 
 
+def _overlaps(x: Tensor) -> bool:
+    """Whether two elements may share memory (expanded rows, sliding windows)."""
+    reach = 1  # elements that the dimensions so far, those of smaller strides, extend over
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1:
+            if stride < reach:
+                return True
+            reach += stride * (size - 1)
+    return False
+
+
 def gather_logprobs(
     logits: Tensor,
     labels: Tensor,
@@ -318,10 +329,7 @@ def gather_logprobs(
     rows_t, scalar_t = row_temperatures(temperature, lead, logits.device)
     ids = labels if several else labels[..., None]
     # In place needs memory of its own for each row, and functional graphs cannot express it.
-    overlapping = any(
-        stride == 0 and size > 1 for size, stride in zip(logits.shape, logits.stride(), strict=True)
-    )
-    inplace = inplace_backward and not overlapping and not torch.compiler.is_compiling()
+    inplace = inplace_backward and not torch.compiler.is_compiling() and not _overlaps(logits)
     logps, row_entropy, lse = _GatherLogprobs.apply(
         logits,
         ids.to(torch.int64).contiguous(),
