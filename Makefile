@@ -30,6 +30,8 @@ demo: $(VENV)/.built  ## Make clips, warm-start, train by GRPO, evaluate; writes
 
 test: $(VENV)/.built $(VENV)/.oracle  ## Every test that this machine can run.
 	VCR1_TORCHVISION=$(abspath $(VENV)/oracle) $(PY) -m pytest $(ARGS)
+	PYTHONPATH=$(VENV)/oracle $(PY) -m pytest -q -k 'torchvision or transformers' \
+	  python_tests/test_iou.py python_tests/test_video_patches.py
 
 lint: $(VENV)/.built
 	$(VENV)/bin/ruff check .
