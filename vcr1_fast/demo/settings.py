@@ -28,16 +28,16 @@ FRAMES = FrameConfig(
 # A small head needs fast rotations: with theta 10 neighbouring rows, columns and seconds differ by
 # angles that attention can tell apart, on all three axes.
 MODEL = TinyConfig(
-    hidden_size=128,
-    layers=4,
-    heads=4,
-    kv_heads=4,
+    hidden_size=64,
+    layers=3,
+    heads=2,
+    kv_heads=2,
     mlp_ratio=2.0,
     vocab_limit=1024,
     mrope_section=(6, 5, 5),
     rope_theta=10.0,
-    vision_hidden=64,
-    vision_heads=4,
+    vision_hidden=48,
+    vision_heads=2,
     vision_mlp_ratio=2.0,
     tokens_per_second=1,
     initializer_range=0.05,
@@ -54,7 +54,7 @@ class DemoConfig:
     seed: int = 0
     clips: SynthConfig = field(default_factory=lambda: SynthConfig(train=400, val=0, test=100))
     blur: BlurConfig = field(default_factory=BlurConfig)
-    sft_steps: int = 60
+    sft_steps: int = 40
     sft_prompts: int = 48
     sft_lr: float = 5e-4
     grpo_steps: int = 300
@@ -79,8 +79,8 @@ class WarmStartConfig:
 
     seed: int = 1
     clips: int = 2500
-    tracking: int = 6
-    steps: int = 1600
-    prompts: int = 32
-    lr: float = 1.5e-3
+    tracking: int = 3
+    steps: int = 4000
+    prompts: int = 48
+    lr: float = 2e-3
     warmup_steps: int = 100
