@@ -40,14 +40,19 @@ _STAGES = ("data", "sft", "grpo")
 
 def main_demo(config: DemoConfig) -> int:
     """Runs the demo into `config.output`; exit status 0. A demo that was interrupted goes on where
-    it stopped, a finished one begins anew."""
-    if (Path(config.output) / "summary.json").exists():
+    it stopped; after a finished one, or one with other settings, it begins anew."""
+    out = Path(config.output)
+    settings = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+    kept = out / "demo.json"
+    if (out / "summary.json").exists() or not kept.exists() or kept.read_text() != settings:
         for stage in _STAGES:
-            shutil.rmtree(Path(config.output) / stage)
-        (Path(config.output) / "summary.json").unlink()
+            shutil.rmtree(out / stage, ignore_errors=True)
+        (out / "summary.json").unlink(missing_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
+        kept.write_text(settings)
     summary = run_demo(config)
     print_table(stages_table([summary["stages"]]))
-    print(f"{sum(summary['seconds'].values()):.0f} s in all; wrote {config.output}/summary.json")
+    print(f"{sum(summary['seconds'].values()):.0f} s in all; wrote {out}/summary.json")
     return 0
 
 

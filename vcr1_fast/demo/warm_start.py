@@ -10,12 +10,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import torch
-
 from vcr1_fast.data.records import Record, load_records, write_records
 from vcr1_fast.data.synth import SynthConfig, write_dataset
 from vcr1_fast.demo.settings import FRAMES, MODEL, WARM_START, WarmStartConfig
-from vcr1_fast.model import checkpoint
 from vcr1_fast.model.tiny import write_tiny
 from vcr1_fast.tasks import TASKS
 from vcr1_fast.train.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
@@ -49,10 +46,8 @@ def make_warm_start(work: Path, config: WarmStartConfig | None = None) -> Path:
             ),
         )
     )
-    # Half precision halves the file; the demo trains it in float32 again.
-    model, processor = checkpoint.load(trained, dtype=torch.bfloat16)
     shutil.rmtree(WARM_START, ignore_errors=True)
-    checkpoint.save(model, processor, WARM_START)
+    shutil.copytree(trained, WARM_START)
     return WARM_START
 
 
