@@ -84,6 +84,7 @@ def test_round_trip(tmp_path):
         ("model.path=7", "model.path"),
         ("rollout.group_size=1", "rollout.group_size"),
         ("rollout.top_p=0", "rollout.top_p"),
+        ("rollout.stop=['']", "rollout.stop"),
         ("rollout.temperature=0", "rollout.temperature"),
         ("data.tasks=tracking", "data.tasks"),
         ("data.tasks=[]", "data.tasks"),

@@ -334,3 +334,14 @@ def test_main_eval_prints_scores_floor_and_quarantine(folder, capsys):
     out = capsys.readouterr().out
     assert "no look" in out and "mIoU" in out and "multiple_choice" in out
     assert "quarantined q7: v1.mp4: cannot be decoded" in out
+
+
+def test_an_evaluation_that_scores_nothing_fails(folder, capsys):
+    (folder.path / "bad.jsonl").write_text('{"id": "bad", "task": "tracking", "video": "v"}\n')
+    run = EvalRun(
+        model=str(folder.path / "model"),
+        records=str(folder.path / "bad.jsonl"),
+        output=str(folder.path / "nothing"),
+    )
+    assert main_eval(run) == 1
+    assert "no sample could be scored" in capsys.readouterr().out

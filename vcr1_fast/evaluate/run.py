@@ -114,7 +114,8 @@ def evaluate_checkpoint(
 
 
 def main_eval(run: EvalRun) -> int:
-    """Body of `vcr1 eval`: evaluate, print the table and what was quarantined. Exit status."""
+    """Body of `vcr1 eval`: evaluate, print the table and what was quarantined. Exit status: 1
+    when nothing could be scored."""
     evaluation = evaluate_checkpoint(run.model, run.records, run.output, run.eval)
     if evaluation is None:
         index, count = run.eval.shard_index, run.eval.shard_count
@@ -124,6 +125,9 @@ def main_eval(run: EvalRun) -> int:
     for item in evaluation.quarantined:
         print(f"quarantined {item.record_id or item.source}: {item.reason}")
     print(f"wrote {Path(run.output) / 'predictions.jsonl'} and summary.json")
+    if not evaluation.predictions:
+        print("no sample could be scored")
+        return 1
     return 0
 
 

@@ -115,6 +115,8 @@ class RolloutConfig:
         _above(self, 0, "top_p")
         _at_least(self, 0, "top_k")
         _at_least(self, 1, "max_new_tokens", "batch_prompts")
+        if not all(self.stop):
+            raise ConfigError("stop", f"must not hold an empty string, got {list(self.stop)}")
 
 
 @dataclass(frozen=True)
