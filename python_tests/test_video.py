@@ -423,6 +423,8 @@ def test_an_end_from_outside_ends_everything(tmp_path, blow, third):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # A shell's background job ignores SIGINT, and so would all its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         pids = [int(process.stdout.readline()) for _ in range(2)]
