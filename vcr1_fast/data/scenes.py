@@ -24,7 +24,7 @@ COLORS: dict[str, tuple[int, int, int]] = {
 }
 SHAPES = ("circle", "square", "triangle")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-QUARTERS = ("top left", "top right", "bottom left", "bottom right")
+MAX_VISITORS = 4  # one in each quarter of the frame
 LETTERS = "ABCD"
 TRACK_STEPS = 8
 
@@ -55,8 +55,8 @@ class SceneConfig:
             raise ValueError(
                 f"need 0 < min_seconds <= max_seconds, got {self.min_seconds}, {self.max_seconds}"
             )
-        if not 1 <= self.visitors[0] <= self.visitors[1] <= len(QUARTERS):
-            raise ValueError(f"visitors must lie in 1..{len(QUARTERS)}, got {self.visitors}")
+        if not 1 <= self.visitors[0] <= self.visitors[1] <= MAX_VISITORS:
+            raise ValueError(f"visitors must lie in 1..{MAX_VISITORS}, got {self.visitors}")
         if not 0 < self.span[0] <= self.span[1] < 1:
             raise ValueError(f"span must be increasing fractions of the clip, got {self.span}")
 
@@ -72,12 +72,6 @@ class Thing:
     center: tuple[float, float]
     velocity: tuple[float, float]
     radius: float
-
-    @property
-    def quarter(self) -> int:
-        """Index into `QUARTERS` of where the thing is at time 0."""
-        x, y = self.center
-        return (x >= 0.5) + 2 * (y >= 0.5)
 
     @property
     def name(self) -> str:
@@ -116,7 +110,7 @@ def sample_scene(rng: np.random.Generator, config: SceneConfig) -> Scene:
     direction = str(rng.choice(list(DIRECTIONS)))
     things = [_mover(rng, config, str(colors[0]), shapes[0], duration, direction)]
     # Visitors sit in different quarters of the frame, so that none hides another.
-    quarters = rng.permutation(4)
+    quarters = rng.permutation(MAX_VISITORS)
     for i in range(count):
         length = max(1, round(ticks * rng.uniform(*config.span)))
         first = int(rng.integers(0, ticks - length + 1))
@@ -214,15 +208,16 @@ def questions(scene: Scene, rng: np.random.Generator) -> list[dict[str, Any]]:
     boxes = [[round(c, 3) for c in mover.box(t)] for t in track_times(scene.duration, scene.fps)]
     asked.append({"task": "tracking", "prompt": {"object": f"the {mover.name}"}, "answer": boxes})
     target = visitors[int(rng.integers(len(visitors)))]
+    letter = LETTERS[list(DIRECTIONS).index(scene.direction)]
     asked.append(
         {
             "task": "grounded_qa",
-            "prompt": {"question": f"Where does the {target.name} appear?"},
-            "options": list(QUARTERS),
-            "answer": {
-                "answer": LETTERS[target.quarter],
-                "glue": [[target.start, target.end]],
+            "prompt": {
+                "question": f"Which way does the {mover.name} move while the {target.name} "
+                "is visible?"
             },
+            "options": list(DIRECTIONS),
+            "answer": {"answer": letter, "glue": [[target.start, target.end]]},
         }
     )
     asked.append(
@@ -230,7 +225,7 @@ def questions(scene: Scene, rng: np.random.Generator) -> list[dict[str, Any]]:
             "task": "multiple_choice",
             "prompt": {"question": f"Which way does the {mover.name} move?"},
             "options": list(DIRECTIONS),
-            "answer": LETTERS[list(DIRECTIONS).index(scene.direction)],
+            "answer": letter,
         }
     )
     return asked
