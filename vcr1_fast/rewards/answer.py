@@ -161,5 +161,10 @@ def parse_letter(text: str, options: Sequence[str] = ()) -> str | None:
     return None
 
 
+def parse_label(text: str) -> str | None:
+    """The label in lower case, single spaces, without markup, quotes and a final full stop."""
+    return _plain(" ".join(text.translate(_MARKUP).split()).strip("\"'")) or None
+
+
 def _plain(text: str) -> str:
     return text.strip(" .").lower()

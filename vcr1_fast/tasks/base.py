@@ -86,8 +86,3 @@ def ask(question: str, think: bool, answer: str) -> str:
         f"{question} First reason step by step inside <think> </think>, giving the times you rely "
         f"on as <timestep>2.0 to 3.5</timestep>. Then reply {answer}."
     )
-
-
-def expected_tags(think: bool, *tags: str) -> tuple[str, ...]:
-    """Tags of a well-formed completion, in order."""
-    return ("think", *tags) if think else tags

@@ -3,33 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vcr1_fast.rewards import (
-    interval_set_iop,
-    interval_set_iou,
-    last_block,
-    parse_letter,
-    parse_spans,
-    well_formed,
-)
-from vcr1_fast.tasks.base import Metrics, Task, ask, expected_tags, mean_metrics
+from vcr1_fast.rewards import interval_set_iop, interval_set_iou, strict
+from vcr1_fast.rewards.strict import GroundedAnswer
+from vcr1_fast.tasks.base import Metrics, Task, ask, mean_metrics
 from vcr1_fast.tasks.multiple_choice import blind_letters, question
 from vcr1_fast.tasks.spans import constant_spans
 
 if TYPE_CHECKING:
     from vcr1_fast.data.records import Record
-
-Spans = tuple[tuple[float, float], ...]
-
-
-@dataclass(frozen=True)
-class GroundedAnswer:
-    """A letter, its evidence in seconds, or one of the two where the other cannot be read."""
-
-    letter: str | None
-    spans: Spans | None
 
 
 def prompt(record: Record, think: bool) -> str:
@@ -47,38 +30,28 @@ def target(record: Record) -> str:
 
 
 def parse(completion: str, record: Record | None = None) -> GroundedAnswer | None:
-    answer, glue = last_block(completion, "answer"), last_block(completion, "glue")
-    letter = None if answer is None else parse_letter(answer, record.options if record else ())
-    spans = None if glue is None else parse_spans(glue)
-    return None if letter is None and spans is None else GroundedAnswer(letter, spans)
+    return strict.read_grounded(completion, record.options if record else ())
 
 
 def format_reward(
     completion: str, record: Record, duration: float | None = None, *, think: bool = False
 ) -> float:
     """1 for the tags asked for around a readable letter and readable spans, else 0."""
-    if not well_formed(completion, expected_tags(think, "answer", "glue")):
-        return 0.0
-    prediction = parse(completion, record)
-    return float(bool(prediction and prediction.letter and prediction.spans))
+    return strict.grounded_format(completion, record.options, think)
 
 
 def accuracy_reward(
     completion: str, record: Record, duration: float | None = None, *, think: bool = False
 ) -> float:
     """1 for the right letter, else 0."""
-    prediction = parse(completion, record)
-    return float(prediction is not None and prediction.letter == record.answer["answer"])
+    return strict.letter_accuracy(completion, record.answer["answer"], record.options)
 
 
 def iou_reward(
     completion: str, record: Record, duration: float | None = None, *, think: bool = False
 ) -> float:
     """IoU of the unions of the evidence given and the evidence annotated, clipped to the clip."""
-    prediction = parse(completion, record)
-    if prediction is None or prediction.spans is None:
-        return 0.0
-    return interval_set_iou(prediction.spans, record.answer["glue"], duration)
+    return strict.evidence_iou(completion, record.answer["glue"], duration)
 
 
 def metrics(prediction: GroundedAnswer | None, record: Record) -> Metrics:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from string import ascii_uppercase
 from typing import TYPE_CHECKING
 
-from vcr1_fast.rewards import last_block, parse_letter, well_formed
-from vcr1_fast.tasks.base import Metrics, Task, ask, expected_tags, mean_metrics
+from vcr1_fast.rewards import strict
+from vcr1_fast.tasks.base import Metrics, Task, ask, mean_metrics
 
 if TYPE_CHECKING:
     from vcr1_fast.data.records import Record
@@ -30,23 +30,21 @@ def target(record: Record) -> str:
 
 
 def parse(completion: str, record: Record | None = None) -> str | None:
-    answer = last_block(completion, "answer")
-    return None if answer is None else parse_letter(answer, record.options if record else ())
+    return strict.read_letter(completion, record.options if record else ())
 
 
 def format_reward(
     completion: str, record: Record, duration: float | None = None, *, think: bool = False
 ) -> float:
     """1 for the tags asked for around one readable letter, else 0."""
-    well = well_formed(completion, expected_tags(think, "answer"))
-    return float(well and parse(completion, record) is not None)
+    return strict.letter_format(completion, record.options, think)
 
 
 def accuracy_reward(
     completion: str, record: Record, duration: float | None = None, *, think: bool = False
 ) -> float:
     """1 for the right letter, else 0."""
-    return float(parse(completion, record) == record.answer)
+    return strict.letter_accuracy(completion, record.answer, record.options)
 
 
 def metrics(prediction: str | None, record: Record) -> Metrics:

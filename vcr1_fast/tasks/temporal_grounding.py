@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from vcr1_fast.rewards import last_block, parse_span, temporal_iou, well_formed
-from vcr1_fast.tasks.base import Metrics, Task, ask, expected_tags, mean_metrics
+from vcr1_fast.rewards import strict, temporal_iou
+from vcr1_fast.tasks.base import Metrics, Task, ask, mean_metrics
 from vcr1_fast.tasks.spans import constant_spans
 
 if TYPE_CHECKING:
@@ -31,24 +31,21 @@ def target(record: Record) -> str:
 
 
 def parse(completion: str, record: Record | None = None) -> Span | None:
-    answer = last_block(completion, "answer")
-    return None if answer is None else parse_span(answer)
+    return strict.read_span(completion)
 
 
 def format_reward(
     completion: str, record: Record, duration: float | None = None, *, think: bool = False
 ) -> float:
     """1 for the tags asked for around one readable span, else 0."""
-    well = well_formed(completion, expected_tags(think, "answer"))
-    return float(well and parse(completion, record) is not None)
+    return strict.span_format(completion, think)
 
 
 def iou_reward(
     completion: str, record: Record, duration: float | None = None, *, think: bool = False
 ) -> float:
     """IoU with the annotated span, both clipped to the clip."""
-    span = parse(completion, record)
-    return 0.0 if span is None else temporal_iou(span, record.answer, duration)
+    return strict.span_iou(completion, record.answer, duration)
 
 
 def metrics(prediction: Span | None, record: Record) -> Metrics:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from vcr1_fast.rewards import box_iou, last_block, parse_boxes, track_iou, well_formed
-from vcr1_fast.tasks.base import Metrics, Task, ask, expected_tags, mean_metrics
+from vcr1_fast.rewards import box_iou, strict
+from vcr1_fast.tasks.base import Metrics, Task, ask, mean_metrics
 
 if TYPE_CHECKING:
     from vcr1_fast.data.records import Record
@@ -38,8 +38,7 @@ def target(record: Record) -> str:
 
 
 def parse(completion: str, record: Record | None = None) -> Boxes | None:
-    answer = last_block(completion, "answer")
-    return None if answer is None else parse_boxes(answer, len(record.answer) if record else BOXES)
+    return strict.read_boxes(completion, len(record.answer) if record else BOXES)
 
 
 def times(record: Record, duration: float) -> list[float]:
@@ -55,16 +54,14 @@ def format_reward(
     completion: str, record: Record, duration: float | None = None, *, think: bool = False
 ) -> float:
     """1 for the tags asked for around as many boxes as asked for, else 0."""
-    well = well_formed(completion, expected_tags(think, "answer"))
-    return float(well and parse(completion, record) is not None)
+    return strict.boxes_format(completion, len(record.answer), think)
 
 
 def iou_reward(
     completion: str, record: Record, duration: float | None = None, *, think: bool = False
 ) -> float:
-    """Mean IoU over all the boxes, the given first one included; an impossible box scores 0."""
-    boxes = parse(completion, record)
-    return 0.0 if boxes is None else track_iou(boxes, record.answer)
+    """Mean IoU over the boxes after the given first one; an impossible box scores 0."""
+    return strict.boxes_iou(completion, record.answer)
 
 
 def metrics(prediction: Boxes | None, record: Record) -> Metrics:

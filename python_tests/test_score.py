@@ -1,0 +1,204 @@
+"""`rewards.score`: the released rewards as recorded, the mended ones against hand-made values."""
+
+import json
+import math
+import os
+import re
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vcr1_fast.rewards import TERMS, mentions, score
+
+GOLDEN = Path(os.environ.get("VCR1_TEST_DATA", "../shared/data")) / "golden_rewards.jsonl"
+BOX = [0.25, 0.25, 0.75, 0.75]
+TARGETS = {
+    "temporal_grounding": [2.0, 6.0],
+    "tracking": [BOX] * 8,
+    "grounded_qa": {"answer": "(B)", "glue": [[2.0, 6.0]]},
+    "multiple_choice": "(B)",
+    "classification": "High quality",
+    "caption": ["a man opens a red door", "the dog jumps over the fence"],
+}
+THINK = "<think>x</think>"
+
+
+def one(task, completion, target=None, **options):
+    """The rewards of one completion, by name."""
+    target = TARGETS[task] if target is None else target
+    scores = score(task, [completion], [target], **options)
+    assert set(scores) == set(TERMS[task])
+    return {name: values[0] for name, values in scores.items()}
+
+
+@pytest.mark.skipif(not GOLDEN.exists(), reason=f"VCR1_TEST_DATA has no {GOLDEN.name}")
+@pytest.mark.parametrize("task", ["temporal_grounding", "tracking", "grounded_qa"])
+def test_legacy_equals_every_recorded_case(task):
+    rows = [json.loads(line) for line in GOLDEN.read_text().splitlines()]
+    rows = [row for row in rows if row["task"] == task]
+    assert len(rows) == 200
+    got = score(
+        task,
+        [row["completion"] for row in rows],
+        [row["solution"] for row in rows],
+        mode="legacy",
+        durations=[row.get("duration") for row in rows],
+    )
+    for name in TERMS[task]:
+        assert got[name] == pytest.approx([row[name] for row in rows], abs=1e-9), name
+
+
+DOCS = Path(__file__).parents[1] / "docs" / "rewards.md"
+ROW = re.compile(r"\| (.+) \| (\w+) \| (\w+) \| `(.+)` \| ([\d.]+|nan) \| ([\d.]+) \|")
+FAULTS = [
+    match.groups() for line in DOCS.read_text().splitlines() if (match := ROW.fullmatch(line))
+]
+
+
+def test_the_table_of_faults_is_whole():
+    assert len(FAULTS) == len({fault for fault, *_ in FAULTS}) > 15
+    assert {task for _, task, *_ in FAULTS} == set(TERMS) - {"caption"}
+
+
+@pytest.mark.parametrize(
+    ("task", "term", "completion", "released", "mended"),
+    [row[1:] for row in FAULTS],
+    ids=[row[0] for row in FAULTS],
+)
+def test_faults_before_and_after(task, term, completion, released, mended):
+    before = one(task, completion, mode="legacy", durations=[7.0])[term]
+    assert before == pytest.approx(float(released), abs=1e-4, nan_ok=True)
+    assert before != one(task, completion, durations=[7.0])[term]
+    assert one(task, completion, durations=[7.0])[term] == pytest.approx(float(mended), abs=1e-4)
+
+
+def spans(answer):
+    return f"{THINK}<answer>B</answer><glue>{answer}</glue>"
+
+
+def test_empty_evidence_earned_everything_when_released():
+    target = {"answer": "B", "glue": [[3, 3]]}
+    assert one("grounded_qa", spans("[]"), target, mode="legacy")["iou"] == 1.0
+    assert one("grounded_qa", spans("[]"), target)["iou"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("text", "iou"),
+    [
+        ("2 to 6", 1.0),
+        ("4 TO 10", 0.25),
+        ("from 2. and 6.0.", 1.0),
+        ("9 to 2", 0.0),
+        ("5 to 7, or 2 to 6", 1.0),  # the last
+        ("5 to 2 to 6", 0.0),  # 5 to 2 takes the 2
+        ("1.2.2 to 6", 0.95),  # 2.2 is the longest number before the separator
+        ("\u0662 to \u0666", 1.0),
+        (" to 6", 0.0),
+        ("2 to and 6", 0.0),
+    ],
+)
+def test_legacy_reads_spans_as_the_released_pattern(text, iou):
+    completion = f"<answer>7 to 9</answer><answer>{text}</answer>"
+    assert one("temporal_grounding", completion, mode="legacy")["iou"] == pytest.approx(iou)
+
+
+def test_format_asks_for_reasoning_as_told():
+    plain, reasoned = "<answer>2 to 6</answer>", f"{THINK}<answer>2 to 6</answer>"
+    for think, expected in ((None, (1, 1)), (True, (0, 1)), (False, (1, 0))):
+        got = score("temporal_grounding", [plain, reasoned], [[2, 6]] * 2, think=think)
+        assert got["format"] == list(expected), think
+
+
+def test_caption_recall():
+    told = "<answer>A man is opening the red door. Then his dog jumped the fence.</answer>"
+    assert one("caption", told) == {"format": 1.0, "recall": 1.0}
+    assert one("caption", "<answer>A man opens a door, which is red.</answer>")["recall"] == 0.5
+    assert one("caption", "<answer></answer>") == {"format": 0.0, "recall": 0.0}
+    # Far apart in the caption is not one event.
+    assert not mentions("A man waits. Rain falls. Cars pass. A door is red.", TARGETS["caption"][0])
+    asked = []
+    judged = one(
+        "caption", told, judge=lambda caption, event: asked.append(event) or "dog" in event
+    )
+    assert judged["recall"] == 0.5 and asked == TARGETS["caption"]
+
+
+@pytest.mark.parametrize("mode", ["strict", "legacy"])
+@pytest.mark.parametrize("task", list(TERMS))
+def test_hostile_text_takes_linear_time(task, mode):
+    size = 100_000
+    hostile = [
+        "<think>" * (size // 7),
+        "<answer>" * (size // 8),
+        "</think><answer>" * (size // 15),
+        "<think></think><answer>" + "1" * size,
+        "<answer>" + "1" * size + "</answer>",
+        "<answer>" + "1 to " * (size // 5) + "</answer>",
+        "<answer>" + "[" * size + "</answer>",
+        "<answer>" + "-" * size + "1</answer>",
+        "<think>x</think>" + " " * size + "<answer>",
+        "<answer>B</answer><glue>[" + "(1, 2), " * (size // 8) + "</glue>",
+        "<answer>B</answer><glue>[(1," + " " * size + "</glue>",
+        "<answer>" + "A" * size + "</answer>",
+        "<answer>" + "word. " * (size // 6) + "</answer>",
+    ]
+    start = time.perf_counter()
+    score(task, hostile, [TARGETS[task]] * len(hostile), mode=mode)
+    # Milliseconds each; a quadratic pattern takes minutes. The slack is for a busy machine.
+    assert time.perf_counter() - start < 5.0
+
+
+def test_nothing_is_run(tmp_path):
+    mark = tmp_path / "mark"
+    code = f"__import__('pathlib').Path({str(mark)!r}).touch()"
+    for task in TERMS:
+        for mode in ("strict", "legacy"):
+            texts = [f"{THINK}<answer>{code}</answer>", f"{THINK}<answer>[{code}]</answer>"]
+            texts.append(f"{THINK}<answer>B</answer><glue>[{code}]</glue>")
+            score(task, texts, [TARGETS[task]] * 3, mode=mode)
+    assert not mark.exists()
+
+
+_PIECES = (
+    "<think> </think> <answer> </answer> <glue> </glue> to and TO 5 12.5 . , ( ) [ ] - nan 1e999 B "
+    "(C) [(1,2)] [(05,10)] [[0,0,1,1]] 'a' {} None 1j \\ \x00 \ud800 \u0661 \n"
+)
+PIECES = [*_PIECES.split(" "), " "]
+
+
+@settings(max_examples=300)
+@given(st.lists(st.sampled_from(PIECES) | st.text(max_size=5)).map("".join))
+def test_any_text_scores(text):
+    for task, target in TARGETS.items():
+        for values in score(task, [text], [target], durations=[9.5]).values():
+            assert 0.0 <= values[0] <= 1.0
+        for values in score(task, [text], [target], mode="legacy").values():
+            assert math.isnan(values[0]) or 0.0 <= values[0] <= 1.0
+
+
+def test_targets_in_either_shape():
+    for task in ("multiple_choice", "classification", "caption"):
+        wrapped = {"answer": TARGETS[task]}
+        completion = f"<answer>{TARGETS[task]}</answer>"
+        assert one(task, completion, wrapped) == one(task, completion)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("tracing", [""], [[]]), "tracing"),
+        (("tracking", [""], []), "1 completions, 0 targets"),
+        (("temporal_grounding", ["", ""], [[1, 2], [1]]), r"targets\[1\].*temporal_grounding"),
+        (("temporal_grounding", [""], [[1, math.nan]]), r"targets\[0\]"),
+        (("grounded_qa", [""], [{"answer": "B"}]), r"targets\[0\]"),
+        (("caption", [""], ["one text"]), r"targets\[0\]"),
+    ],
+)
+def test_errors_name_the_fault(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        score(*arguments)
+    with pytest.raises(ValueError, match="mode must be one of strict, legacy, got 'lax'"):
+        score("tracking", [], [], mode="lax")
