@@ -88,7 +88,7 @@ class Kernel : Terms<T> {
   void completion(int64_t b) const {
     int64_t begin, end;
     range(b, begin, end);
-    Completion c{};
+    Sums c{};
     c.sums = sums(b);
     c.tokens = c.sums[kNumTokens];
     c.weight = batch_weight_;
@@ -102,7 +102,7 @@ class Kernel : Terms<T> {
       return;
     }
     Block<T> block;
-    if (shares_statistics()) statistics(begin, end, block, c);
+    if (shares_statistics(a_)) statistics(begin, end, block, c);
     for (int64_t i = begin; i < end; i += kBlock) {
       const int n = static_cast<int>(std::min<int64_t>(kBlock, end - i));
       load_tokens(b, i, n, block);
@@ -123,15 +123,10 @@ class Kernel : Terms<T> {
     }
   }
 
-  bool shares_statistics() const {
-    return k_.level != kToken || k_.loss == kVespo || std::isfinite(v_.off_policy_threshold) ||
-           k_.rollout >= kSequenceTruncate;
-  }
-
   // Sums over the completion, before any token can be weighed.
-  void statistics(int64_t begin, int64_t end, Block<T>& t, Completion& c) const {
+  void statistics(int64_t begin, int64_t end, Block<T>& t, Sums& c) const {
     const int64_t b = (c.sums - a_.scratch) / kScratch;
-    double log_ratio = 0.0, bounded = 0.0, gap = 0.0, drift = 0.0, log_weight = 0.0;
+    Statistics sums{};
     const auto blocks = [&](auto&& fn) {
       for (int64_t i = begin; i < end; i += kBlock) {
         const int n = static_cast<int>(std::min<int64_t>(kBlock, end - i));
@@ -140,71 +135,53 @@ class Kernel : Terms<T> {
       }
     };
     blocks([&](int64_t first, int n) {
-      log_ratio += sum(t.log_ratio, t.counts, n);
+      sums.log_ratio += sum(t.log_ratio, t.counts, n);
       for (int j = 0; j < n; ++j) {
-        bounded += clamp(double{t.log_ratio[j]}, -20.0, 20.0);
+        sums.bounded += clamp(double{t.log_ratio[j]}, -20.0, 20.0);
         if (!t.counts[j]) continue;
         const T shift = a_.rollout_logps != nullptr ? t.gap[j] : T{0};
         const T before = a_.old_logps != nullptr ? old()[first + j] : t.logp[j];
-        gap += shift;
-        drift += double{before} - shift - t.logp[j];
+        sums.gap += shift;
+        sums.drift += double{before} - shift - t.logp[j];
       }
     });
-    c.log_ratio = log_ratio / c.tokens;
-    c.off_policy = drift / c.tokens > v_.off_policy_threshold;
-    c.correction = 1.0;
-    if (k_.rollout >= kSequenceTruncate) {
-      const double tested =
-          static_cast<T>(std::exp(k_.rollout == kSequenceIcepop ? gap / c.tokens : gap));
-      c.dropped = tested < v_.rollout_min || tested > v_.rollout_max;
-      c.correction = k_.rollout == kSequenceTruncate ? clamp(tested, v_.rollout_min, v_.rollout_max)
-                     : c.dropped                     ? 0.0
-                                                     : tested;
-    }
+    set_statistics<T>(a_, sums, c);
     if (k_.loss != kVespo) return;
-    if (k_.rollout == kSequenceTruncate || k_.rollout == kSequenceMask) {
-      log_weight = clamp(std::log(c.correction), kVespoFloor, kVespoCeiling);
+    double log_weight = 0.0;
+    if (corrects_whole(k_)) {
+      log_weight = vespo_log(c.correction);
     } else if (k_.rollout != kNone) {
       blocks([&](int64_t, int n) {
         rollout(c, n, t);
         for (int j = 0; j < n; ++j)
-          if (t.counts[j])
-            log_weight += clamp(std::log(double{t.weight[j]}), kVespoFloor, kVespoCeiling);
+          if (t.counts[j]) log_weight += vespo_log(double{t.weight[j]});
       });
     }
-    const double log_w = clamp(bounded + log_weight, kVespoFloor, kVespoCeiling);
-    const auto phi = [&](double k, double lambda) {
-      lambda = std::max(lambda, 1e-4);
-      return std::exp(lambda + k * log_w - lambda * std::exp(log_w));
-    };
-    c.phi_pos = phi(v_.vespo_k_pos, v_.vespo_lambda_pos);
-    c.phi_neg = phi(v_.vespo_k_neg, v_.vespo_lambda_neg);
+    set_vespo(v_, sums.bounded, log_weight, c);
   }
 
-  void combine(int64_t first, Completion& c, int n, Block<T>& t) const {
+  void combine(int64_t first, Sums& c, int n, Block<T>& t) const {
     T* const grad = static_cast<T*>(a_.grad_logps) + first;
     const T weight = static_cast<T>(c.weight), beta = static_cast<T>(v_.beta);
     T* const loss = t.scratch;
     for (int j = 0; j < n; ++j) {
-      const T correction = k_.kl_bias_correction ? t.ratio[j] : T{1};
-      const T kl_weight = beta * (k_.rollout_after_kl && k_.loss != kVespo ? t.weight[j] : T{1});
-      T through = t.factor[j] * t.d_ratio[j];
-      if (k_.kl_bias_correction) through += kl_weight * t.kl[j];
-      const T direct = t.factor[j] * t.d_logp[j] + kl_weight * t.d_kl[j] * correction;
-      t.policy[j] *= t.factor[j] * weight;
-      loss[j] = t.policy[j] + weight * kl_weight * t.kl[j] * correction;
-      t.d_ratio[j] = weight * through * t.ratio[j];  // dloss/ds
-      const T own = k_.level == kToken      ? t.d_ratio[j] * t.unclamped[j]
+      const Part<T> part = grpo::combine(k_, weight, beta, t.factor[j], t.weight[j], t.ratio[j],
+                                         Policy<T>{t.policy[j], t.d_ratio[j], t.d_logp[j]},
+                                         KlTerm<T>{t.kl[j], t.d_kl[j]});
+      t.policy[j] = part.policy;
+      loss[j] = part.loss;
+      t.d_ratio[j] = part.d_s;
+      const T own = k_.level == kToken      ? part.d_s * t.unclamped[j]
                     : k_.level == kSequence ? T{0}
-                                            : t.d_ratio[j];
-      grad[j] = t.counts[j] ? weight * direct + own : T{0};
+                                            : part.d_s;
+      grad[j] = t.counts[j] ? part.direct + own : T{0};
     }
     c.sums[kLossSum] += sum(loss, t.counts, n);
     c.sums[kPolicyLoss] += sum(t.policy, t.counts, n);
     if (k_.level == kSequence) c.grad_s += sum(t.d_ratio, t.counts, n);
   }
 
-  void entropy(int64_t first, const Completion& c, int n, Block<T>& t) const {
+  void entropy(int64_t first, const Sums& c, int n, Block<T>& t) const {
     const T* const values = static_cast<const T*>(a_.entropy) + first;
     c.sums[kEntropyMean] += sum(values, t.counts, n);
     if (a_.grad_entropy == nullptr) return;
@@ -220,7 +197,7 @@ class Kernel : Terms<T> {
     c.sums[kLossSum] += sum(t.scratch, t.counts, n);
   }
 
-  void metrics(const Completion& c, int n, Block<T>& t) const {
+  void metrics(const Sums& c, int n, Block<T>& t) const {
     double* const out = c.sums;
     out[kRatioMean] += sum(t.ratio, t.counts, n);
     T lowest = static_cast<T>(out[kRatioMin]), highest = static_cast<T>(out[kRatioMax]);

@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "../kernels.h"
+#include "../grpo_token.h"
 #include "simd.h"
 
 namespace vcr1::cpu::VCR1_ISA {
@@ -14,8 +14,6 @@ namespace {
 using namespace vcr1::grpo;
 
 constexpr int kBlock = 256;  // tokens worked on at a time, in the first-level cache
-constexpr double kVespoFloor = -18.420680743952367;  // log 1e-8
-constexpr double kVespoCeiling = 20.0;
 
 // x and out must not be the same.
 void exp_all(const double* x, double* out, int n) {
@@ -43,24 +41,10 @@ double sum(const T* x, const bool* counts, int n) {
          ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
 }
 
-template <typename T>
-T clamp(T x, double low, double high) {
-  return x < static_cast<T>(low)    ? static_cast<T>(low)
-         : x > static_cast<T>(high) ? static_cast<T>(high)
-                                    : x;
-}
-
-// What the tokens of one completion share.
-struct Completion {
+// A completion and what its tokens add up to.
+struct Sums : Completion {
   double* sums;
-  double weight;     // of a token in the loss
-  double tokens;     // that count
-  double log_ratio;  // mean
-  double phi_pos, phi_neg;
-  double correction;  // rollout weight of the completion
-  bool dropped;       // by the rollout correction
-  bool off_policy;    // leave out where the advantage is negative
-  double grad_s;      // sum of dloss/ds, for sequence ratios
+  double grad_s;  // sum of dloss/ds, for sequence ratios
 };
 
 template <typename T>
@@ -84,25 +68,14 @@ class Terms {
   const T* old() const { return static_cast<const T*>(a_.old_logps); }
 
   void load_tokens(int64_t b, int64_t first, int n, Block<T>& t) const {
-    const T* const rollout = static_cast<const T*>(a_.rollout_logps);
-    const T* const advantages = static_cast<const T*>(a_.advantages);
-    const T limit = static_cast<T>(v_.log_ratio_clamp);
     for (int j = 0; j < n; ++j) {
-      const int64_t i = first + j;
-      const bool counts = a_.mask == nullptr || a_.mask[i];
-      // Selected, not multiplied: what stands outside the mask may be inf or nan.
-      const T logp = counts ? logps()[i] : T{0};
-      const T before = counts && a_.old_logps != nullptr ? old()[i] : logp;
-      const T x = logp - before;
-      t.counts[j] = counts;
-      t.logp[j] = logp;
-      t.log_ratio[j] = clamp(x, -limit, limit);
-      t.unclamped[j] = std::abs(x) <= limit ? T{1} : T{0};
-      t.advantage[j] = counts ? advantages[a_.token_advantages ? i : b] : T{0};
-      if (rollout != nullptr) {
-        const T gap = counts ? before - rollout[i] : T{0};
-        t.gap[j] = std::isnan(gap) ? T{0} : gap;
-      }
+      const Token<T> token = load_token<T>(a_, b, first + j);
+      t.counts[j] = token.counts;
+      t.logp[j] = token.logp;
+      t.log_ratio[j] = token.log_ratio;
+      t.unclamped[j] = token.unclamped;
+      t.advantage[j] = token.advantage;
+      t.gap[j] = token.gap;
     }
   }
 
@@ -116,23 +89,21 @@ class Terms {
 
   // The rollout correction of each token, and whether it changed the token.
   void rollout(const Completion& c, int n, Block<T>& t) const {
-    if (k_.rollout == kSequenceTruncate || k_.rollout == kSequenceMask) {
+    if (corrects_whole(k_)) {
       std::fill(t.weight, t.weight + n, static_cast<T>(c.correction));
       std::fill(t.clipped, t.clipped + n, static_cast<T>(c.dropped));
       return;
     }
     exp_all(t.gap, t.weight, n);
-    const T low = static_cast<T>(v_.rollout_min), high = static_cast<T>(v_.rollout_max);
     for (int j = 0; j < n; ++j) {
-      const T x = t.weight[j];
-      const bool outside = k_.rollout == kSequenceIcepop ? c.dropped : x < low || x > high;
-      t.clipped[j] = static_cast<T>(outside);
-      t.weight[j] = k_.rollout == kTokenTruncate ? clamp(x, low, high) : outside ? T{0} : x;
+      const Correction<T> correction = token_correction(a_, c, t.weight[j]);
+      t.weight[j] = correction.weight;
+      t.clipped[j] = correction.clipped;
     }
   }
 
   // F of the reference: what multiplies the policy term and is constant for the gradient.
-  void factors(int64_t first, const Completion& c, int n, Block<T>& t) const {
+  void factors(int64_t first, const Sums& c, int n, Block<T>& t) const {
     const T* const token_weights = static_cast<const T*>(a_.token_weights);
     if (k_.rollout != kNone) {
       rollout(c, n, t);
@@ -151,45 +122,33 @@ class Terms {
   }
 
   // The policy term, its derivative in the ratio and its direct derivative in logp.
-  void policy(const Completion& c, int n, Block<T>& t) const {
+  void policy(const Sums& c, int n, Block<T>& t) const {
     const T low = static_cast<T>(v_.ratio_low), high = static_cast<T>(v_.ratio_high);
     const T delta = static_cast<T>(v_.delta);
-    const auto direct = [&](int j, T phi) {
-      t.policy[j] = -phi * t.advantage[j] * t.logp[j];
-      t.d_ratio[j] = 0;
-      t.d_logp[j] = -phi * t.advantage[j];
+    const auto put = [&](int j, const Policy<T>& term) {
+      t.policy[j] = term.value;
+      t.d_ratio[j] = term.d_ratio;
+      t.d_logp[j] = term.d_logp;
     };
     if (k_.loss == kVespo) {
       for (int j = 0; j < n; ++j) {
         t.phi[j] = static_cast<T>(t.advantage[j] >= 0 ? c.phi_pos : c.phi_neg);
-        direct(j, t.phi[j]);
+        put(j, weighted_policy(t.phi[j], t.advantage[j], t.logp[j]));
       }
       c.sums[kVespoPhi] += sum(t.phi, t.counts, n);
     } else if (k_.loss == kCispo) {
-      for (int j = 0; j < n; ++j) direct(j, clamp(t.ratio[j], low, high));
+      for (int j = 0; j < n; ++j)
+        put(j, weighted_policy(clamp(t.ratio[j], low, high), t.advantage[j], t.logp[j]));
     } else if (k_.loss == kSapo) {
       const T tau_pos = static_cast<T>(v_.sapo_tau_pos), tau_neg = static_cast<T>(v_.sapo_tau_neg);
       for (int j = 0; j < n; ++j)
         t.scratch[j] = (t.advantage[j] > 0 ? tau_pos : tau_neg) * (1 - t.ratio[j]);
       exp_all(t.scratch, t.phi, n);
-      for (int j = 0; j < n; ++j) {
-        const T gate = 1 / (1 + t.phi[j]);
-        const T step = -4 * t.advantage[j] * gate;
-        t.policy[j] = step / (t.advantage[j] > 0 ? tau_pos : tau_neg);
-        t.d_ratio[j] = step * (1 - gate);
-        t.d_logp[j] = 0;
-      }
+      for (int j = 0; j < n; ++j)
+        put(j, sapo_policy(t.advantage[j], t.advantage[j] > 0 ? tau_pos : tau_neg, t.phi[j]));
     } else {
-      for (int j = 0; j < n; ++j) {
-        const T r = t.ratio[j], a = t.advantage[j];
-        const T free = (r > delta ? delta : r) * a, clipped = clamp(r, low, high) * a;
-        const T d_free = r <= delta ? -a : T{0};
-        const T d_clipped = r >= low && r <= high ? -a : T{0};
-        const T tie = T{0.5} * (d_free + d_clipped);
-        t.policy[j] = -(free < clipped ? free : clipped);
-        t.d_ratio[j] = free < clipped ? d_free : free > clipped ? d_clipped : tie;
-        t.d_logp[j] = 0;
-      }
+      for (int j = 0; j < n; ++j)
+        put(j, clipped_policy(t.ratio[j], t.advantage[j], low, high, delta));
     }
   }
 
@@ -205,19 +164,10 @@ class Terms {
       t.scratch[j] = clamp(t.counts[j] ? ref[first + j] - t.logp[j] : T{0}, -limit, limit);
     if (k_.kl == kK3) exp_all(t.scratch, t.kl, n);
     for (int j = 0; j < n; ++j) {
-      const T d = t.scratch[j];
       const T raw = t.counts[j] ? ref[first + j] - t.logp[j] : T{0};
-      T value = std::abs(d), slope = d > 0 ? T{1} : d < 0 ? T{-1} : T{0};
-      if (k_.kl == kK1) value = -d, slope = -1;
-      if (k_.kl == kK2) value = T{0.5} * d * d, slope = d;
-      if (k_.kl == kK3) value = t.kl[j] - d - 1, slope = t.kl[j] - 1;
-      bool inside = std::abs(raw) <= limit;
-      if (k_.kl_straight_through)
-        slope = d;
-      else
-        inside = inside && std::abs(value) <= bound;
-      t.kl[j] = clamp(value, -bound, bound);
-      t.d_kl[j] = inside ? -slope : T{0};
+      const KlTerm<T> term = kl_term(k_, raw, t.scratch[j], t.kl[j], limit, bound);
+      t.kl[j] = term.value;
+      t.d_kl[j] = term.d_logp;
     }
   }
 
