@@ -11,7 +11,8 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 
 from vcr1_fast.model import checkpoint
 from vcr1_fast.model import rollout as rollout_module
-from vcr1_fast.model.forward import Group, completion_hidden, lm_head
+from vcr1_fast.model.forward import completion_hidden, lm_head
+from vcr1_fast.model.packing import Group
 from vcr1_fast.model.rollout import SamplingConfig, rollout
 from vcr1_fast.model.sampling import draw, truncate
 from vcr1_fast.model.tiny import TinyConfig, write_tiny
@@ -225,9 +226,8 @@ def test_the_model_is_left_as_it_was(loaded):
     model, processor = loaded
     model.train()
     checkpoint_activations(model)
-    config = model.model.language_model.config
     rollout(model, processor, _prompts(processor), 2, SamplingConfig(max_new_tokens=2), _seeded())
-    assert model.training and config._attn_implementation == "sdpa"
+    assert model.training
     with pytest.raises(ValueError, match="0 prompts"):
         rollout(model, processor, [], 2, SamplingConfig(max_new_tokens=2))
     assert model.training
@@ -301,6 +301,16 @@ def test_ends_of_the_unit_interval_give_possible_tokens():
     tokens, logps, _ = draw(logits, uniforms, torch.tensor([0, 5]), SamplingConfig())
     assert tokens.tolist() == [1, 4]
     assert torch.allclose(logps.exp(), torch.tensor([0.5, 0.5]))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_logits_without_a_distribution_are_told_of(temperature, value):
+    logits = torch.zeros(3, 6)
+    logits[1] = value
+    uniforms = torch.full((3,), 0.5, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"nan or infinite in rows \[1\] of 3"):
+        draw(logits, uniforms, torch.tensor([0]), SamplingConfig(temperature=temperature))
 
 
 def test_truncation_keeps_ties_of_the_last_place_and_the_first_token():

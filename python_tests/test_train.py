@@ -18,7 +18,7 @@ from tiny_run import configure, write_inputs
 from vcr1_fast.data.records import load_records, write_records
 from vcr1_fast.data.video import Clip
 from vcr1_fast.model.checkpoint import load
-from vcr1_fast.model.forward import Group
+from vcr1_fast.model.packing import Group
 from vcr1_fast.ops import GRPOLossConfig
 from vcr1_fast.train import checkpoint, loop, setup
 from vcr1_fast.train.config import OptimConfig
@@ -88,7 +88,7 @@ def early_letters(monkeypatch):
 # --- whole runs
 
 
-def test_a_run_writes_its_files_and_a_model_that_loads(inputs, tmp_path, capsys):
+def test_a_run_writes_its_files_and_a_model_that_loads(inputs, tmp_path, capsys, any_reward):
     out = train(configure(*inputs, tmp_path / "run", "run.tensorboard=true"))
     assert out == tmp_path / "run" / "model"
     rows = read(tmp_path / "run" / "metrics.jsonl")

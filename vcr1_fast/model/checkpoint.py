@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vcr1_fast.model.attention import prepare_attention
 from vcr1_fast.model.files import CheckpointError, check_weights, read_json, resolve
 from vcr1_fast.model.processor import Processor
 from vcr1_fast.model.vision import prepare_vision
@@ -70,6 +71,8 @@ def load(
             names = ", ".join(sorted(map(str, info[kind]))[:4])
             raise CheckpointError(files[0], f"{len(info[kind])} {kind.replace('_', ' ')}: {names}")
     prepare_vision(model)
+    if attention == "sdpa":
+        prepare_attention(model)
     return model.to(device).eval(), processor
 
 

@@ -5,14 +5,13 @@ reads them once for all G queries, as one matrix product, and each completion's 
 buffer.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-DECODE_ATTENTION = "vcr1_shared_prefix"
+from vcr1_fast.model.partial_attention import merge, partial, partial_product
+
 _FIRST_CAPACITY = 32
 
 
@@ -25,7 +24,7 @@ class SharedPrefix:
 
     def __init__(self) -> None:
         self.prefix: list[tuple[Tensor, Tensor]] = []  # per layer, each (N, heads, P, D)
-        self.bias: Tensor | None = None  # (N, 1, 1, P) float32: 0, or -inf on padding
+        self.bias: Tensor | None = None  # (N, 1, 1, P) as the keys: 0, or -inf on padding
         self._own: list[list[Tensor]] = []  # per layer [keys, values], (rows, heads, capacity, D)
         self._rows = 0
         self._used = 0
@@ -54,7 +53,7 @@ class SharedPrefix:
         """From here on tokens belong to completions. lengths: (N,) of the prompts."""
         keys = self.prefix[0][0]
         padding = torch.arange(keys.shape[2], device=keys.device) >= lengths[:, None]
-        bias = torch.zeros(padding.shape, device=keys.device)
+        bias = torch.zeros(padding.shape, dtype=keys.dtype, device=keys.device)
         self.bias = bias.masked_fill(padding, -torch.inf)[:, None, None]
 
     def select(self, prompts: Tensor | None, rows: Tensor) -> None:
@@ -71,50 +70,25 @@ def shared_prefix_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None = None,
-    *,
     scaling: float,
-    shared_prefix: SharedPrefix,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
+    memory: SharedPrefix,
+) -> Tensor:
     """Attention of one new token a row over its prompt and its own completion.
 
     query: (rows, H, 1, D); key, value: (rows, heads, t, D) of the completions; rows are grouped by
-    prompt, equally many each. One softmax over both parts, in float32 (float64 for such a model).
-    Returns (rows, 1, H, D).
+    prompt, equally many each. Returns (rows, 1, H, D).
     """
-    prefix_key, prefix_value = shared_prefix.prefix[module.layer_idx]
+    prefix_key, prefix_value = memory.prefix[module.layer_idx]
     rows, heads, _, dim = query.shape
-    prompts, kv_heads, length, _ = prefix_key.shape
+    prompts, kv_heads = prefix_key.shape[:2]
     group, share = rows // prompts, heads // kv_heads
-    exact = torch.promote_types(query.dtype, torch.float32)
-    query = (query.to(exact) * scaling).reshape(rows, kv_heads, share, dim)
+    part = partial if query.device.type == "cpu" else partial_product
+    # All of a prompt's queries that share a key head, one after another.
     together = query.view(prompts, group, kv_heads, share, dim).transpose(1, 2)
     together = together.reshape(prompts, kv_heads, group * share, dim)
-    on_prefix = together @ prefix_key.to(exact).mT + shared_prefix.bias
-    on_prefix = on_prefix.view(prompts, kv_heads, group, share, length).transpose(1, 2)
-    on_own = query @ key.to(exact).mT
-    scores = torch.cat([on_prefix.reshape(rows, kv_heads, share, length), on_own], dim=-1)
-    weights = scores.softmax(-1)
-    on_prefix, on_own = weights.split([length, on_own.shape[-1]], dim=-1)
-    on_prefix = on_prefix.view(prompts, group, kv_heads, share, length).transpose(1, 2)
-    on_prefix = on_prefix.reshape(prompts, kv_heads, group * share, length)
-    out = (on_prefix @ prefix_value.to(exact)).view(prompts, kv_heads, group, share, dim)
-    out = out.transpose(1, 2).reshape(rows, kv_heads, share, dim)
-    out = out + on_own @ value.to(exact)
-    return out.reshape(rows, 1, heads, dim).to(value.dtype), None
-
-
-@contextmanager
-def decoding(language_model: nn.Module) -> Iterator[None]:
-    """Inside, the language model's layers attend by `shared_prefix_attention`."""
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(DECODE_ATTENTION, shared_prefix_attention)
-    config = language_model.config
-    before = config._attn_implementation
-    config._attn_implementation = DECODE_ATTENTION
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
+    on_prefix = [
+        x.unflatten(2, (group, share)).transpose(1, 2).reshape(rows, heads, 1, *x.shape[3:])
+        for x in part(together, prefix_key, prefix_value, scaling, bias=memory.bias)
+    ]
+    out, _ = merge(on_prefix, part(query, key, value, scaling))
+    return out.transpose(1, 2)

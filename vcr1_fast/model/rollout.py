@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from vcr1_fast.model.decode import SharedPrefix, decoding
-from vcr1_fast.model.forward import embed, lm_head, prompt_features, prompt_positions
+from vcr1_fast.model.attention import prepare_attention
+from vcr1_fast.model.decode import SharedPrefix
+from vcr1_fast.model.forward import embed, lm_head, prompt_features
+from vcr1_fast.model.packing import prompt_positions
 from vcr1_fast.model.positions import SpecialIds, next_position
 from vcr1_fast.model.processor import Processor, Prompt
 from vcr1_fast.model.sampling import SamplingConfig, draw
@@ -76,6 +78,7 @@ def rollout(
     if not prompts or group_size < 1:
         raise ValueError(f"got {len(prompts)} prompts and a group size of {group_size}")
     base = unwrap(model)
+    prepare_attention(base)
     training = base.training
     base.eval()
     try:
@@ -115,9 +118,7 @@ class _Run:
         tokens = pad_sequence([p.input_ids for p in prompts], batch_first=True).to(self.device)
         lengths = torch.tensor([len(p) for p in prompts], device=self.device)
         given = [f for f in features if f is not None]
-        embeddings = embed(
-            self.model, tokens, tokens == ids.video, torch.cat(given) if given else None, ids
-        )
+        embeddings = embed(self.model, tokens, tokens == ids.video, given, ids)
         hidden = self.model.model.language_model(
             inputs_embeds=embeddings,
             position_ids=pad_sequence([p.T for p in positions], batch_first=True)
@@ -141,32 +142,31 @@ class _Run:
         alive = torch.ones(self.total, dtype=torch.bool)
         embedding = self.model.get_input_embeddings()
         language_model = self.model.model.language_model
-        with decoding(language_model):
-            for step in range(sampling.max_new_tokens):
-                logits = nn.functional.linear(hidden, self.weight, self.bias)
-                chance = uniforms[step][rows.clamp(max=self.total - 1)]
-                tokens, logps, full = draw(logits, chance, self.banned, sampling)
-                self.tokens[rows, step] = tokens
-                self.logps[0, rows, step] = logps
-                self.logps[1, rows, step] = full
-                ended = self._ended(tokens, rows, alive, step)
-                if bool(ended.any()):
-                    alive &= ~ended
-                    kept = self._compact(rows, alive)
-                    if kept is not None:
-                        rows, alive = rows[kept], alive[kept.cpu()]
-                        tokens, resume = tokens[kept], resume[kept]
-                    rows = rows.masked_fill(~alive.to(self.device), self.total)
-                if not bool(alive.any()) or step + 1 == sampling.max_new_tokens:
-                    return
-                hidden = language_model(
-                    inputs_embeds=embedding(tokens[:, None]),
-                    position_ids=(resume + step)[None, :, None].expand(3, -1, -1),
-                    attention_mask={"full_attention": None},
-                    past_key_values=self.memory,
-                    use_cache=True,
-                    shared_prefix=self.memory,
-                ).last_hidden_state[:, 0]
+        for step in range(sampling.max_new_tokens):
+            logits = nn.functional.linear(hidden, self.weight, self.bias)
+            chance = uniforms[step][rows.clamp(max=self.total - 1)]
+            tokens, logps, full = draw(logits, chance, self.banned, sampling)
+            self.tokens[rows, step] = tokens
+            self.logps[0, rows, step] = logps
+            self.logps[1, rows, step] = full
+            ended = self._ended(tokens, rows, alive, step)
+            if bool(ended.any()):
+                alive &= ~ended
+                kept = self._compact(rows, alive)
+                if kept is not None:
+                    rows, alive = rows[kept], alive[kept.cpu()]
+                    tokens, resume = tokens[kept], resume[kept]
+                rows = rows.masked_fill(~alive.to(self.device), self.total)
+            if not bool(alive.any()) or step + 1 == sampling.max_new_tokens:
+                return
+            hidden = language_model(
+                inputs_embeds=embedding(tokens[:, None]),
+                position_ids=(resume + step)[None, :, None].expand(3, -1, -1),
+                attention_mask={"full_attention": None},
+                past_key_values=self.memory,
+                use_cache=True,
+                shared_prefix=self.memory,
+            ).last_hidden_state[:, 0]
 
     def _ended(self, tokens: Tensor, rows: Tensor, alive: Tensor, step: int) -> Tensor:
         """Which of the live rows end with this token; on the CPU (the step's only wait)."""

@@ -50,18 +50,30 @@ def draw(
         tokens (R,) int64; logps (R,), their log-probability under the distribution drawn from (0
         for temperature 0); full_logps (R,), under the plain softmax of logits / temperature over
         the whole vocabulary (temperature 1 for 0). Both in float32, or float64 for such logits.
+
+    Raises:
+        ValueError: for a row without a distribution: a logit that is nan or +inf, or nothing but
+            -inf outside `banned`.
     """
     scores = logits if logits.dtype == torch.float64 else logits.float()
     if config.temperature not in (0.0, 1.0):
         scores = scores / config.temperature
     full = scores.logsumexp(-1)
     allowed = scores.index_fill(-1, banned, -torch.inf)
+    norm = allowed.logsumexp(-1)
+    # One wait for a GPU; past here nan would be an index outside the vocabulary.
+    if not bool((full + norm).isfinite().all()):
+        bad = (full + norm).isfinite().logical_not().nonzero()[:, 0].tolist()
+        raise ValueError(
+            f"the model's logits are nan or infinite in rows {bad[:8]} of {len(scores)}: its "
+            "weights are spoiled (a learning rate too high?), or its dtype overflows"
+        )
     if config.temperature == 0:
         best, tokens = allowed.max(-1)
         return tokens, torch.zeros_like(best), best - full
     if config.top_k or config.top_p < 1:
         allowed = truncate(allowed, config.top_k, config.top_p)
-    norm = allowed.logsumexp(-1)
+        norm = allowed.logsumexp(-1)
     # Inverse transform sampling in float64: a token without probability spans no part of the line,
     # and the last factor keeps the point left of its end.
     line = (allowed - norm[:, None]).double().exp().cumsum(-1)

@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from accelerate.utils import gather_object
 
-from vcr1_fast.model.forward import Group, prompt_features
+from vcr1_fast.model.forward import prompt_features
+from vcr1_fast.model.packing import Group
 from vcr1_fast.model.rollout import Rollout, SamplingConfig, rollout
 from vcr1_fast.model.wrapping import unwrap
 from vcr1_fast.ops import group_advantages

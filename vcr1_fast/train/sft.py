@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from vcr1_fast.data.records import Record
-from vcr1_fast.model.forward import Group
+from vcr1_fast.model.packing import Group
 from vcr1_fast.tasks import TASKS
 from vcr1_fast.train.config import TrainConfig
 from vcr1_fast.train.log import Stopwatch

@@ -10,7 +10,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from vcr1_fast.model.forward import Group, completion_hidden, lm_head
+from vcr1_fast.model.forward import completion_hidden, lm_head
+from vcr1_fast.model.packing import Group
 from vcr1_fast.ops import GRPOLossConfig, linear_grpo_loss, linear_logprobs
 from vcr1_fast.tasks import TASKS
 from vcr1_fast.train.dataset import Sample

@@ -1,0 +1,187 @@
+"""The language model's attention: over groups that share their prompts, or as transformers has it.
+
+In a pack (`packing.py`) a token sees its group's prompt, and the tokens before it of its own
+completion. With queries Q, keys K and values V of the prompt (p) and of the completions (s):
+
+    prompt        softmax(Q_p K_p^T, causal) V_p
+    completions   two partial attentions, a = (Q_s on K_p, V_p), all of it, and
+                  b = (Q_s on K_s, V_s), causal within each completion, merged by their
+                  log-sum-exps: L = log(e^L_a + e^L_b), out = a e^(L_a - L) + b e^(L_b - L)
+
+The prompt's keys and values are read where they lie, once for all completions: no copy of them, no
+mask, and nothing of size (tokens x tokens) in memory. Backward, each part's kernel gets the merged
+output and log-sum-exp: softmax probabilities are e^(score - L), whichever part a key is in, and the
+parts' gradients add up.
+
+The parts need a kernel that returns the log-sum-exp. torch has one for the CPU; elsewhere the
+completions go through one masked call over the group's own stretch of keys.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vcr1_fast.model.decode import SharedPrefix, shared_prefix_attention
+from vcr1_fast.model.packing import Span
+from vcr1_fast.model.partial_attention import (
+    fold_heads,
+    merge,
+    partial,
+    partial_backward,
+    unfold_heads,
+)
+from vcr1_fast.model.wrapping import unwrap
+
+ATTENTION = "vcr1_shared_prompt"
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    scaling: float,
+    spans: Sequence[Span] | None = None,
+    shared_prefix: SharedPrefix | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls in every layer; query (B, H, N, D), key and value (B, heads, N, D).
+
+    `spans`: the sequence is a pack of groups. `shared_prefix`: one new token a completion, see
+    `decode.py`. Neither: transformers' own SDPA. Returns (B, N, H, D).
+    """
+    if spans is not None:
+        return group_attention(query, key, value, scaling, spans), None
+    if shared_prefix is not None:
+        return shared_prefix_attention(module, query, key, value, scaling, shared_prefix), None
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    return sdpa_attention_forward(
+        module, query, key, value, attention_mask, scaling=scaling, **kwargs
+    )
+
+
+def prepare_attention(model: nn.Module) -> None:
+    """Let the language model of `model`, which was loaded with SDPA, use `attention`.
+
+    It stays so: a backward pass that recomputes activations comes here a second time.
+    ValueError for other attention, or for sliding windows.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    config = unwrap(model).model.language_model.config
+    if config._attn_implementation == ATTENTION:
+        return
+    if config._attn_implementation != "sdpa":
+        raise ValueError(
+            f"attention {config._attn_implementation!r} cannot share prompts; load with sdpa"
+        )
+    if any(kind != "full_attention" for kind in config.layer_types):
+        raise ValueError(f"sliding-window layers are not supported: {set(config.layer_types)}")
+    AttentionInterface.register(ATTENTION, attention)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    config._attn_implementation = ATTENTION
+
+
+def group_attention(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, spans: Sequence[Span]
+) -> Tensor:
+    """Attention within a pack. query (1, H, N, D), key and value (1, heads, N, D); (1, N, H, D)."""
+    if query.device.type == "cpu":
+        return _MergedParts.apply(query, key, value, scaling, spans)
+    return masked_group_attention(query, key, value, scaling, spans)
+
+
+def masked_group_attention(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, spans: Sequence[Span]
+) -> Tensor:
+    """`group_attention` from public functions alone, on any device. The completions' mask takes
+    S (P + S) bytes a group, once for all layers."""
+    share = query.shape[1] // key.shape[1]
+    outputs = []
+    for span in spans:
+        prompt = slice(span.start, span.middle)
+        q, k, v = (x[:, :, prompt] for x in (query, key, value))
+        outputs.append(
+            F.scaled_dot_product_attention(
+                q, k, v, is_causal=True, scale=scaling, enable_gqa=share > 1
+            )
+        )
+        if not span.lengths:
+            continue
+        q = fold_heads(query[:, :, span.middle : span.end], share, causal=True)
+        k, v = (x[:, :, span.start : span.end].expand(share, -1, -1, -1) for x in (key, value))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=span.mask, scale=scaling)
+        outputs.append(unfold_heads(out, share, causal=True))
+    return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+class _MergedParts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key, value, scaling, spans):
+        out = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
+        out = out.transpose(1, 2)
+        exact = torch.promote_types(query.dtype, torch.float32)
+        lse = query.new_empty(query.shape[:3], dtype=exact)
+        for span in spans:
+            prompt, answers = slice(span.start, span.middle), slice(span.middle, span.end)
+            q, k, v = (x[:, :, prompt] for x in (query, key, value))
+            out[:, :, prompt], lse[:, :, prompt] = partial(q, k, v, scaling, causal=True)
+            if not span.lengths:
+                continue
+            q, *own = (x[:, :, answers] for x in (query, key, value))
+            padded = partial(*(_to_batch(x, span) for x in (q, *own)), scaling, causal=True)
+            on_own = [_from_batch(x, span) for x in padded]
+            out[:, :, answers], lse[:, :, answers] = merge(partial(q, k, v, scaling), on_own)
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.scaling, ctx.spans = scaling, spans
+        return out.transpose(1, 2)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        saved = [grad.transpose(1, 2), *ctx.saved_tensors]
+        grads = [torch.empty_like(x) for x in saved[1:4]]
+        for span in ctx.spans:
+            prompt, answers = slice(span.start, span.middle), slice(span.middle, span.end)
+            of_prompt = [x[:, :, prompt] for x in saved]
+            parts = partial_backward(*of_prompt, ctx.scaling, causal=True)
+            for whole, part in zip(grads, parts, strict=True):
+                whole[:, :, prompt] = part
+            if not span.lengths:
+                continue
+            of_answers = [x[:, :, answers] for x in saved]
+            own = [_to_batch(x, span) for x in of_answers]
+            if span.is_ragged:
+                # What stands in for padding must not send gradients to the keys before it.
+                own[0] = own[0] * span.valid[:, None, :, None]
+            parts = partial_backward(*own, ctx.scaling, causal=True)
+            for whole, part in zip(grads, parts, strict=True):
+                whole[:, :, answers] = _from_batch(part, span)
+            of_answers[2:4] = of_prompt[2:4]
+            parts = partial_backward(*of_answers, ctx.scaling)
+            for whole, part, where in zip(grads, parts, (answers, prompt, prompt), strict=True):
+                whole[:, :, where] += part
+        return (*grads, None, None)
+
+
+def _to_batch(x: Tensor, span: Span) -> Tensor:
+    """(1, heads, S, ...) of a group's completion tokens to (G, heads, longest, ...)."""
+    rows = x[0].transpose(0, 1)
+    if span.is_ragged:
+        rows = rows.index_select(0, span.padded.flatten())
+    return rows.unflatten(0, (len(span.lengths), -1)).transpose(1, 2)
+
+
+def _from_batch(x: Tensor, span: Span) -> Tensor:
+    """The way back: (G, heads, longest, ...) to (1, heads, S, ...)."""
+    rows = x.transpose(1, 2).flatten(0, 1)
+    if span.is_ragged:
+        rows = rows.index_select(0, span.places)
+    return rows.transpose(0, 1)[None]

@@ -1,0 +1,160 @@
+"""Groups in one sequence without padding: what is where.
+
+A group is a prompt and its completions. Its tokens lie in a row, the prompt first,
+
+    prompt | completion 1 | ... | completion G | next group's prompt | ...
+
+and a completion's last token is left out: nothing is predicted from it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from vcr1_fast.model.positions import SpecialIds, mrope_positions, next_position
+from vcr1_fast.model.processor import Prompt
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """A prompt with its completions, each (C_j,) int64 with C_j >= 1.
+
+    `vision` (video tokens, hidden) is what the tower made of the prompt's clips; None has
+    `completion_hidden` encode them, with gradient if the tower is trained.
+    """
+
+    prompt: Prompt
+    completions: Sequence[Tensor]
+    vision: Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Length of the group in a pack."""
+        return len(self.prompt) + sum(len(c) - 1 for c in self.completions)
+
+
+@dataclass(frozen=True, eq=False)
+class Span:
+    """Where a group lies: `prompt` tokens from `start`, then completions of `lengths` (>= 1).
+
+    Completions attend to themselves as a batch padded to the longest. `padded` (G, longest) holds
+    the offset, behind the prompt, of the token at each place of that batch, the completion's last
+    one again where there is none; `valid` (G, longest) tells which places hold one of their own,
+    and `places` (S,) lists those.
+    """
+
+    start: int
+    prompt: int
+    lengths: tuple[int, ...]
+    device: torch.device
+
+    @property
+    def middle(self) -> int:
+        return self.start + self.prompt
+
+    @property
+    def end(self) -> int:
+        return self.middle + sum(self.lengths)
+
+    @property
+    def is_ragged(self) -> bool:
+        return len(set(self.lengths)) > 1
+
+    @cached_property
+    def valid(self) -> Tensor:
+        lengths = torch.tensor(self.lengths)
+        return (torch.arange(max(self.lengths)) < lengths[:, None]).to(self.device)
+
+    @cached_property
+    def padded(self) -> Tensor:
+        lengths = torch.tensor(self.lengths)
+        within = torch.arange(max(self.lengths)).minimum(lengths[:, None] - 1)
+        return (within + (lengths.cumsum(0) - lengths)[:, None]).to(self.device)
+
+    @cached_property
+    def places(self) -> Tensor:
+        return self.valid.flatten().nonzero()[:, 0]
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """Which of the group's tokens a completion token sees, bool (S, P + S)."""
+        owner = torch.arange(len(self.lengths)).repeat_interleave(torch.tensor(self.lengths))
+        own = (owner[:, None] == owner) & torch.ones(len(owner), len(owner)).tril().bool()
+        prompt = torch.ones(len(owner), self.prompt, dtype=torch.bool)
+        return torch.cat([prompt, own], dim=1).to(self.device)
+
+
+@dataclass(frozen=True, eq=False)
+class Pack:
+    """Groups as one sequence of N tokens, on the model's device.
+
+    tokens (N,), is_prompt (N,) bool, positions (3, N); sources (nnz,): the token that predicts each
+    of the labels (nnz,), groups and completions in order; cu_seqlens (completions + 1,) int32,
+    where each completion starts in them; spans: for attention.
+    """
+
+    tokens: Tensor
+    is_prompt: Tensor
+    positions: Tensor
+    sources: Tensor
+    labels: Tensor
+    cu_seqlens: Tensor
+    spans: tuple[Span, ...]
+
+
+def pack_groups(
+    groups: Sequence[Group], ids: SpecialIds, convention: str, device: torch.device
+) -> Pack:
+    """Lay `groups` out one after another; ValueError for none, or for an empty completion."""
+    if not groups:
+        raise ValueError("no groups given")
+    tokens, is_prompt, positions, sources, spans = [], [], [], [], []
+    start = 0
+    for group in groups:
+        prompt, fed = group.prompt, [len(c) - 1 for c in group.completions]
+        if not fed or min(fed) < 0:
+            lengths = [len(c) for c in group.completions]
+            raise ValueError(
+                f"a group needs completions of at least one token, got lengths {lengths}"
+            )
+        of_prompt = prompt_positions(prompt, ids, convention)
+        resume = next_position(of_prompt)
+        tokens.append(prompt.input_ids)
+        positions.append(of_prompt)
+        place = start + len(prompt)
+        for completion, count in zip(group.completions, fed, strict=True):
+            tokens.append(completion[:-1].cpu())
+            positions.append((resume + torch.arange(count)).expand(3, -1))
+            # The last prompt token, then the completion's tokens but the last.
+            sources.append(torch.tensor([start + len(prompt) - 1]))
+            sources.append(torch.arange(place, place + count))
+            place += count
+        is_prompt.append(torch.arange(place - start) < len(prompt))
+        spans.append(Span(start, len(prompt), tuple(n for n in fed if n), device))
+        start = place
+    completions = [completion.cpu() for group in groups for completion in group.completions]
+    lengths = torch.tensor([0, *map(len, completions)])
+    return Pack(
+        tokens=torch.cat(tokens).to(device),
+        is_prompt=torch.cat(is_prompt).to(device),
+        positions=torch.cat(positions, dim=1).to(device),
+        sources=torch.cat(sources).to(device),
+        labels=torch.cat(completions).to(device),
+        cu_seqlens=lengths.cumsum(0, dtype=torch.int32).to(device),
+        spans=tuple(spans),
+    )
+
+
+def prompt_positions(prompt: Prompt, ids: SpecialIds, convention: str) -> Tensor:
+    """(3, P) positions of a prompt."""
+    return mrope_positions(
+        prompt.input_ids,
+        prompt.video_grid_thw,
+        prompt.second_per_grid_ts,
+        None,
+        ids,
+        convention=convention,
+    )
