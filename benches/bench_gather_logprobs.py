@@ -1,8 +1,9 @@
-"""gather_logprobs beside what trainers use today: TRL's per-row form, and F.cross_entropy.
+"""gather_logprobs beside what trainers use today: TRL, and F.cross_entropy.
 
 Bytes: forward reads the logits once; backward reads them and writes as much.
 """
 
+import peers
 import torch
 import torch.nn.functional as F
 from harness import Bench, arguments
@@ -10,15 +11,6 @@ from harness import Bench, arguments
 from vcr1_fast.ops import gather_logprobs
 
 SHAPES = {"cpu": [(256, 151_936), (2048, 4096)], "cuda": [(4096, 151_936), (2048, 151_936)]}
-
-
-def per_row(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The usual trainer's form: float32 less a log-sum-exp a row, halves by log_softmax a row."""
-    if logits.dtype == torch.float32:
-        chosen = logits.gather(-1, labels[:, None])[:, 0]
-        return chosen - torch.stack([row.logsumexp(-1) for row in logits])
-    rows = zip(logits, labels, strict=True)
-    return torch.stack([x.log_softmax(-1)[label] for x, label in rows])
 
 
 def bench_shape(bench: Bench, rows: int, vocab: int, dtype: torch.dtype) -> None:
@@ -30,15 +22,18 @@ def bench_shape(bench: Bench, rows: int, vocab: int, dtype: torch.dtype) -> None
     size = logits.numel() * logits.element_size()
     shape, name = f"{rows}x{vocab}", str(dtype).removeprefix("torch.")
     forms = {
-        "per row": per_row,
+        "TRL": peers.trl_logprobs(),
         "cross_entropy": lambda x, y: -F.cross_entropy(x, y, reduction="none"),
         "ours": lambda x, y: gather_logprobs(x, y).logps,
     }
 
     def forward(fn):
-        return lambda: fn(logits, labels)
+        return fn if isinstance(fn, str) else lambda: fn(logits, labels)
 
     def both(fn):
+        if isinstance(fn, str):
+            return fn
+
         def step():
             leaf.grad = None
             fn(leaf, labels).sum().backward()
@@ -59,6 +54,7 @@ def bench_shape(bench: Bench, rows: int, vocab: int, dtype: torch.dtype) -> None
         name,
         {
             "log_softmax": lambda: _entropy(logits, labels),
+            "TRL": forward(peers.trl_logprobs_entropy()),
             "ours": lambda: gather_logprobs(logits, labels, entropy=True),
         },
         size,
@@ -73,7 +69,10 @@ def bench_shape(bench: Bench, rows: int, vocab: int, dtype: torch.dtype) -> None
         x = leaf.detach().requires_grad_()
         gather_logprobs(x, labels, inplace_backward=True).logps.sum().backward()
 
-    in_place_forms = {"per row": both(per_row), "ours": in_place}
+    in_place_forms = {
+        **{key: both(forms[key]) for key in ("TRL", "cross_entropy")},
+        "ours": in_place,
+    }
     bench.run("forward + backward in place", shape, name, in_place_forms, 3 * size)
 
 

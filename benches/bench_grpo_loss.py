@@ -1,8 +1,9 @@
-"""grpo_loss beside the eager torch form that trainers use: loss, gradient and logged metrics.
+"""grpo_loss beside TRL's and a plainer eager torch form: loss, gradient and logged metrics.
 
 Bytes: log-probs, old and reference log-probs and the mask are read once, the gradient written once.
 """
 
+import peers
 import torch
 from harness import Bench, arguments
 
@@ -47,6 +48,7 @@ def bench_shape(bench: Bench, rows: int, columns: int) -> None:
     mask = (torch.arange(columns, device=device) < lengths).float()
     leaf.requires_grad_()
     kept = mask.bool()
+    ids, entropy = kept.long(), torch.rand_like(mask)
     for name, config in CONFIGS.items():
 
         def ours(config=config):
@@ -57,6 +59,14 @@ def bench_shape(bench: Bench, rows: int, columns: int) -> None:
             leaf.grad = None
             eager(leaf, old, advantages, mask, ref, config)[0].backward()
 
+        trl = peers.trl_grpo_loss(
+            beta=config.beta, loss_type="grpo", importance_sampling_level=config.level
+        )
+
+        def theirs(trl=trl):
+            leaf.grad = None
+            trl(leaf, old, advantages, ids, ref, entropy).backward()
+
         inputs = (leaf, old, advantages, mask, ref)
         got = grpo_loss(*inputs[:4], ref_logps=ref, config=config)[0]
         torch.testing.assert_close(got, eager(*inputs, config)[0])
@@ -64,7 +74,11 @@ def bench_shape(bench: Bench, rows: int, columns: int) -> None:
             f"{name}, forward + backward",
             f"{rows}x{columns}",
             "float32",
-            {"eager": baseline, "ours": ours},
+            {
+                "eager": baseline,
+                "TRL": trl if isinstance(trl, str) else theirs,
+                "ours": ours,
+            },
             (4 * 4 + 1) * leaf.numel(),
         )
 

@@ -3,6 +3,9 @@
 Bytes: both sides' boxes read once, the result written once.
 """
 
+from types import ModuleType
+
+import peers
 import torch
 from harness import Bench, arguments
 
@@ -16,16 +19,7 @@ from vcr1_fast.ops.iou import (
 )
 
 
-def torchvision_boxes() -> object | None:
-    try:
-        from torchvision.ops import boxes
-    except (ImportError, RuntimeError) as error:
-        print(f"torchvision: not compared, {error}")
-        return None
-    return boxes
-
-
-def bench_boxes(bench: Bench, n: int, m: int, boxes: object | None) -> None:
+def bench_boxes(bench: Bench, n: int, m: int, boxes: ModuleType | str) -> None:
     corners = torch.rand(n + m, 2, 2).sort(1).values.flatten(1)
     a, b = corners[:n], corners[n:]
     names = dict(
@@ -33,7 +27,9 @@ def bench_boxes(bench: Bench, n: int, m: int, boxes: object | None) -> None:
     )
     for kind in KINDS:
         fns = {"torch": lambda k=kind: box_iou_reference(a, b, k, True, "zero")}
-        if boxes is not None:
+        if isinstance(boxes, str):
+            fns["torchvision"] = boxes
+        else:
             theirs = getattr(boxes, f"{names[kind]}_iou")
             fns["torchvision"] = lambda f=theirs: f(a, b)
         fns["ours"] = lambda k=kind: ops.box_iou(a, b, kind=k, pairwise=True)
@@ -81,7 +77,7 @@ def bench_rewards(bench: Bench, n: int) -> None:
 
 def main() -> None:
     args = arguments(__doc__.splitlines()[0])
-    boxes = torchvision_boxes()
+    boxes = peers.torchvision("ops.boxes")
     with Bench("iou", **vars(args)) as bench:
         torch.manual_seed(0)
         bench_boxes(bench, 2048, 2048, boxes)

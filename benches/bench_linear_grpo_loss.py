@@ -1,12 +1,10 @@
 """linear_grpo_loss beside the plain head, Liger's fused head and the bare matrix products.
 
-"bare products" are the three that any form needs (logits, dhidden, dW) and nothing else: its ratio
-is the share of their rate that the whole loss reaches. Bytes: the weight is read twice, and its
-gradient written once in float32, for each chunk of rows.
+The limit, "bare products", are the three that any form needs (logits, dhidden, dW) and nothing
+else. Bytes: the weight is read twice, and its gradient written once in float32, for each chunk.
 """
 
-import importlib.util
-
+import peers
 import torch
 import torch.nn.functional as F
 from harness import Bench, arguments
@@ -28,16 +26,6 @@ def plain(hidden, weight, labels, advantages, old):
     ratio = torch.exp(logps - old)
     a = advantages[:, None]
     return -torch.min(ratio * a, ratio.clamp(0.8, 1.2) * a).mean()
-
-
-def liger(hidden, weight, labels, advantages, old):
-    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
-
-    loss = LigerFusedLinearGRPOLoss(
-        beta=0.0, use_ref_model=False, loss_type="bnpo", compiled=hidden.is_cuda
-    )
-    mask = torch.ones_like(labels, dtype=torch.float32)
-    return loss(hidden, weight, labels, mask, advantages, old_per_token_logps=old)[0]
 
 
 def bench_shape(bench: Bench, lead: tuple[int, int], hidden: int, vocab: int, dtype) -> None:
@@ -75,11 +63,21 @@ def bench_shape(bench: Bench, lead: tuple[int, int], hidden: int, vocab: int, dt
         torch.mm(rows, weight.detach().t(), out=logits)
         return logits @ weight.detach(), logits.t() @ rows
 
-    fns = {"plain": step(plain), "bare products": products}
-    if importlib.util.find_spec("liger_kernel") is not None:
-        fns["liger"] = step(liger)
-    else:
-        print("liger: not installed")
+    liger = peers.liger_fused_grpo(loss_type="bnpo", compiled=x.is_cuda)
+    mask = torch.ones_like(labels, dtype=torch.float32)
+
+    def liger_form(x, weight, labels, advantages, old):
+        return liger(x, weight, labels, mask, advantages, old)
+
+    fns = {
+        "plain": step(plain),
+        "bare products": products,
+        "Liger": liger if isinstance(liger, str) else step(liger_form),
+    }
+
+    def release():
+        x.grad = weight.grad = None
+
     size = weight.numel() * (2 * weight.element_size() + 4)
     bench.run(
         "linear_grpo_loss forward + backward",
@@ -87,6 +85,8 @@ def bench_shape(bench: Bench, lead: tuple[int, int], hidden: int, vocab: int, dt
         str(dtype).removeprefix("torch."),
         {**fns, "ours": step(ours)},
         size,
+        limit="bare products",
+        memory=release,
     )
 
 

@@ -5,13 +5,21 @@
 
 prints one row for each entry other than "ours":
 
-    op | shape | dtype | baseline | ours | speedup | GB/s | % of limit
+    op | shape | dtype | baseline | ours | speedup | GB/s | % of limit | error | extra MiB
 
 Times are medians over rounds in which the entries take turns, so that a change of clock or load
-hits all of them. GB/s is ours: `bytes` (what the work must move at least: say how it is counted)
-over our time. The limit is the read or the copy bandwidth measured in the same run, on more memory
-than the caches hold. A geometric mean closes the table, and everything goes to
-benches/results/<stem>_<device>.json.
+hits all of them. Before each call the caches are filled with something else, as in a training step,
+where the rest of the model has just run: on a GPU by writing 256 MiB, on a CPU by reading twice
+what the cores' second-level caches hold. The CPU's last level is left as it is (on a shared host it
+is not ours, and emptying it would time the interpreter's own misses), so small inputs may come from
+there, faster than memory; `cold=False` leaves all alone. GB/s is ours: `bytes` (what the work must
+move at least: say how it is counted) over our time. The limit is the read or the copy bandwidth
+measured in the same run on more memory than the caches hold, or the time of an entry that does
+nothing but the unavoidable part (`limit="bare products"`).
+
+An entry may be a string in place of a callable: the reason why a peer cannot run here (see
+peers.py), which is printed and stored in place of numbers. A geometric mean closes the table, and
+everything goes to benches/results/<stem>_<device>.json.
 """
 
 from __future__ import annotations
@@ -25,15 +33,18 @@ import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
 
 import torch
+from memory import peak_extra
+from peers import versions
 
 RESULTS = Path(__file__).parent / "results"
-_LIMIT_BYTES = 1 << 28
+_MIB = 1 << 20
+Entry = Callable[[], object]
 
 
 def _cpu_name() -> str:
@@ -43,6 +54,14 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
     match = re.search(r"model name\s*:\s*(.+)", text)
     return match.group(1).strip() if match else platform.machine()
+
+
+def _cache_bytes(level: int) -> int:
+    """Size of one cache of that level as the kernel reports it; 32 MiB where it does not."""
+    for folder in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
+        if (folder / "level").read_text().strip() == str(level):
+            return int((folder / "size").read_text().strip().removesuffix("K")) << 10
+    return 32 * _MIB
 
 
 def _commit() -> str:
@@ -66,19 +85,20 @@ class Timer:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        # Written between two calls: on a GPU the second-level cache would keep the inputs.
-        self._flush = (
-            torch.empty(_LIMIT_BYTES, dtype=torch.uint8, device=device)
-            if device.type == "cuda"
-            else None
-        )
+        size = 256 * _MIB
+        if device.type == "cpu":
+            size = 2 * _cache_bytes(2) * torch.get_num_threads()
+        self._flush = torch.zeros(size // 4, device=device)
 
-    def once(self, fn: Callable[[], object]) -> float:
-        if self._flush is None:
+    def once(self, fn: Entry, *, cold: bool = True) -> float:
+        if self.device.type == "cpu":
+            if cold:
+                self._flush.sum()
             start = time.perf_counter()
             fn()
             return time.perf_counter() - start
-        self._flush.zero_()
+        if cold:
+            self._flush.zero_()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         fn()
@@ -86,18 +106,25 @@ class Timer:
         end.synchronize()
         return begin.elapsed_time(end) / 1e3
 
-    def medians(self, fns: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
+    def medians(
+        self, fns: Mapping[str, Entry], seconds: float, *, cold: bool = True
+    ) -> dict[str, float]:
         """Rounds in turn until `seconds` have passed, at least 5 and at most 200."""
-        for fn in fns.values():
-            fn()
         times: dict[str, list[float]] = {name: [] for name in fns}
         start = time.perf_counter()
         for done in range(1, 201):
             for name, fn in fns.items():
-                times[name].append(self.once(fn))
+                times[name].append(self.once(fn, cold=cold))
             if done >= 5 and time.perf_counter() - start > seconds:
                 break
         return {name: statistics.median(values) for name, values in times.items()}
+
+
+def scaled_error(got: torch.Tensor, exact: torch.Tensor) -> float:
+    """Largest absolute difference over the largest absolute value of `exact` (float64)."""
+    exact = exact.double()
+    scale = exact.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
+    return float((got.double() - exact).abs().max() / scale)
 
 
 class Bench:
@@ -123,17 +150,20 @@ class Bench:
         }
 
     def _limit(self, kind: str) -> float:
-        source = torch.ones(_LIMIT_BYTES // 4, device=self.device)
+        size = 256 * _MIB
+        if self.device.type == "cpu":
+            size = max(size, min(2 * _cache_bytes(3), 1024 * _MIB))
+        source = torch.ones(size // 4, device=self.device)
         if kind == "read":
-            best = min(self._timer.once(source.sum) for _ in range(7))
-            return _LIMIT_BYTES / best
+            return size / min(self._timer.once(source.sum, cold=False) for _ in range(7))
         target = torch.ones_like(source)
-        best = min(self._timer.once(lambda: target.copy_(source)) for _ in range(7))
-        return 2 * _LIMIT_BYTES / best
+        copy = (self._timer.once(lambda: target.copy_(source), cold=False) for _ in range(7))
+        return 2 * size / min(copy)
 
     def __enter__(self) -> Bench:
         print(" | ".join(f"{key} {value}" for key, value in self.header.items()))
-        print("op | shape | dtype | baseline | ours | speedup | GB/s | % of limit")
+        print("op | shape | dtype | baseline | ours | speedup | GB/s | % of limit", end="")
+        print(" | error (theirs, ours) | extra MiB (theirs, ours)")
         return self
 
     def run(
@@ -141,44 +171,89 @@ class Bench:
         op: str,
         shape: str,
         dtype: str,
-        fns: dict[str, Callable[[], object]],
+        fns: Mapping[str, Entry | str],
         bytes: float,
         *,
         limit: str = "copy",
+        errors: Mapping[str, float] | None = None,
+        memory: bool | Callable[[], None] = False,
+        cold: bool = True,
     ) -> dict[str, float]:
         """Times `fns`, of which "ours" is compared with each other one; returns the medians (s).
 
-        bytes: least traffic of the work, for GB/s; limit: "read" or "copy", which it is held to.
+        bytes: least traffic of the work, for GB/s; limit: "read" or "copy", which it is held to,
+        or the entry of `fns` whose time is the limit (it then gets no row of its own).
+        errors: for "ours" and the entries that have one, against float64 (see scaled_error).
+        memory: measure the peak that each entry adds while it runs (see memory.py); a callable is
+        called before each measurement, to free what an earlier call has left (gradients).
         """
-        if "ours" not in fns or len(fns) < 2:
-            raise ValueError(f"expected 'ours' and at least one baseline, got {list(fns)}")
-        medians = self._timer.medians(fns, self.seconds)
+        reasons = {name: fn for name, fn in fns.items() if isinstance(fn, str)}
+        runnable = {name: fn for name, fn in fns.items() if not isinstance(fn, str)}
+        for name, fn in list(runnable.items()):
+            try:
+                fn()
+            except torch.OutOfMemoryError:
+                reasons[name] = "out of memory"
+                del runnable[name]
+        baselines = [name for name in runnable if name not in ("ours", limit)]
+        if "ours" not in runnable or not baselines or not {*(errors or ())} <= fns.keys():
+            raise ValueError(
+                f"expected 'ours' and at least one baseline that run, and errors of these only; "
+                f"got {list(runnable)}, {reasons} and errors of {list(errors or ())}"
+            )
+        medians = self._timer.medians(runnable, self.seconds, cold=cold)
+        release = memory if callable(memory) else None
+        extra = {n: peak_extra(fn, self.device, release) for n, fn in runnable.items() if memory}
         ours = medians["ours"]
         rate = bytes / ours / 1e9
-        share = 100 * rate / float(self.header[f"{limit}_GBps"])  # type: ignore[arg-type]
-        for name, seconds in medians.items():
-            if name == "ours":
-                continue
-            print(
-                f"{op} | {shape} | {dtype} | {name} {seconds * 1e3:.3f} ms | {ours * 1e3:.3f} ms"
-                f" | {seconds / ours:.2f}x | {rate:.1f} | {share:.0f} % of {limit}",
-                flush=True,
-            )
-            self._rows.append(
-                {
-                    "op": op,
-                    "shape": shape,
-                    "dtype": dtype,
-                    "baseline": name,
-                    "baseline_ms": round(seconds * 1e3, 4),
-                    "ours_ms": round(ours * 1e3, 4),
-                    "speedup": round(seconds / ours, 3),
-                    "GBps": round(rate, 2),
-                    "limit": limit,
-                    "percent_of_limit": round(share, 1),
-                }
-            )
+        if limit in medians:
+            share = 100 * medians[limit] / ours
+        else:
+            share = 100 * rate / float(self.header[f"{limit}_GBps"])  # type: ignore[arg-type]
+        for name in baselines:
+            row: dict[str, object] = {
+                "op": op,
+                "shape": shape,
+                "dtype": dtype,
+                "baseline": name,
+                "baseline_ms": round(medians[name] * 1e3, 4),
+                "ours_ms": round(ours * 1e3, 4),
+                "speedup": round(medians[name] / ours, 3),
+                "GBps": round(rate, 2),
+                "limit": limit,
+                "percent_of_limit": round(share, 1),
+                "cold": cold,
+            }
+            for side, key in (("baseline", name), ("ours", "ours")):
+                if key in (errors or {}):
+                    row[f"{side}_error"] = float(f"{errors[key]:.2e}")  # type: ignore[index]
+                if extra.get(key) is not None:
+                    row[f"{side}_extra_MiB"] = round(extra[key] / _MIB, 1)  # type: ignore[operator]
+            self._add(row)
+        for name, reason in reasons.items():
+            self.skip(op, shape, dtype, name, reason)
         return medians
+
+    def skip(self, op: str, shape: str, dtype: str, name: str, reason: str) -> None:
+        """A row without numbers: why the peer `name` was not timed."""
+        self._add({"op": op, "shape": shape, "dtype": dtype, "baseline": name, "skipped": reason})
+
+    def _add(self, row: dict[str, object]) -> None:
+        self._rows.append(row)
+        start = f"{row['op']} | {row['shape']} | {row['dtype']} | {row['baseline']}"
+        if "skipped" in row:
+            print(f"{start}: {row['skipped']}", flush=True)
+            return
+        pairs = [
+            " ".join(str(row.get(f"{side}_{what}", "-")) for side in ("baseline", "ours"))
+            for what in ("error", "extra_MiB")
+        ]
+        print(
+            f"{start} {row['baseline_ms']:.3f} ms | {row['ours_ms']:.3f} ms"
+            f" | {row['speedup']:.2f}x | {row['GBps']:.1f}"
+            f" | {row['percent_of_limit']:.0f} % of {row['limit']} | {' | '.join(pairs)}",
+            flush=True,
+        )
 
     def __exit__(
         self,
@@ -186,11 +261,12 @@ class Bench:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if kind is not None or not self._rows:
+        ratios = [float(row["speedup"]) for row in self._rows if "speedup" in row]  # type: ignore[arg-type]
+        if kind is not None or not ratios:
             return
-        ratios = [float(row["speedup"]) for row in self._rows]  # type: ignore[arg-type]
         mean = math.exp(statistics.fmean(math.log(ratio) for ratio in ratios))
         print(f"geometric mean of {len(ratios)} speedups: {mean:.2f}x")
+        self.header["peers"] = versions()
         slug = re.sub(r"\((r|tm)\)|\W+", "-", str(self.header["device"]).lower())
         slug = re.sub("-+", "-", slug).strip("-")
         RESULTS.mkdir(exist_ok=True)
