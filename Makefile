@@ -4,6 +4,8 @@ VENV := .venv
 PY := $(VENV)/bin/python
 CSRC := CMakeLists.txt $(shell find csrc -type f)
 PIP_INSTALL = $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Triton kernels run on the CPU only in a process that never compiles them.
+TRITON_TESTS := python_tests/test_gather_logprobs.py
 CLANG_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: build demo test lint format bench gpu-check inplace clean
@@ -30,6 +32,7 @@ demo: $(VENV)/.built  ## Make clips, warm-start, train by GRPO, evaluate; writes
 
 test: $(VENV)/.built $(VENV)/.oracle  ## Every test that this machine can run.
 	VCR1_TORCHVISION=$(abspath $(VENV)/oracle) $(PY) -m pytest $(ARGS)
+	TRITON_INTERPRET=1 $(PY) -m pytest -q -k triton $(TRITON_TESTS)
 	PYTHONPATH=$(VENV)/oracle $(PY) -m pytest -q -k 'torchvision or transformers' \
 	  python_tests/test_iou.py python_tests/test_video_patches.py
 

@@ -1,20 +1,24 @@
 import multiprocessing
+import os
 import threading
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
 from vcr1_fast import ops
 from vcr1_fast.ops import backend, gather_logprobs
-from vcr1_fast.ops.gather_logprobs import backward_op, forward_op, reference
+from vcr1_fast.ops.gather_logprobs import allocate, backward_op, forward_op, reference
 
 HALVES = [torch.bfloat16, torch.float16]
 DTYPES = [torch.float32, *HALVES]
 ISAS = ["baseline", "avx2", "avx512"]
+# With TRITON_INTERPRET=1 alone, for `make test` runs those in a process of their own.
+TRITON = [name for name in ("triton",) if name in forward_op.backends("cpu")]
 
 
-@pytest.fixture(params=["reference", *(f"cpu:{isa}" for isa in ISAS)])
+@pytest.fixture(params=["reference", *(f"cpu:{isa}" for isa in ISAS), *TRITON])
 def variant(request):
     """Each backend that can run here, the C++ one with each instruction set."""
     name, _, isa = request.param.partition(":")
@@ -25,7 +29,8 @@ def variant(request):
             backend.native.choose_cpu_isa(isa)
         except ValueError as error:
             pytest.skip(str(error))
-    with ops.use(name):
+    # Interpreted kernels are numpy, which warns of the infinities that GPUs compute with.
+    with ops.use(name), np.errstate(all="ignore"):
         yield request.param
     if isa:
         backend.native.choose_cpu_isa("auto")
@@ -73,13 +78,14 @@ def test_error_is_within_twice_torchs(variant, dtype, shape, k):
         ("logps", "entropy", "gradient"), mine, theirs, truth, strict=True
     ):
         error = (got.double() - exact).abs().max().item()
-        allowed = 2 * (plain.double() - exact).abs().max().item() + 4 * eps * (
-            1 + exact.abs().max().item()
-        )
+        largest = exact.abs().max().item()
+        allowed = 2 * (plain.double() - exact).abs().max().item() + 4 * eps * (1 + largest)
+        if variant == "triton" and dtype == torch.bfloat16 and name == "gradient":
+            allowed += 2**-8 * largest  # interpreted, bfloat16 is cut; GPUs round
         assert error <= allowed, (name, error, allowed)
         if name != "gradient":  # sums are float32 whatever the logits are
             assert got.dtype == torch.float32
-            assert error <= 8 * eps * (1 + exact.abs().max().item()), name
+            assert error <= 8 * eps * (1 + largest), name
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -152,7 +158,7 @@ def test_strided_rows(variant, dtype):
         "cut columns": (whole[..., 3:123], labels),
         "swapped": (whole.transpose(0, 1), labels.T),
         "steps": (whole[::2, 1::3, :120], labels[::2, 1::3]),
-        "columns": (whole.transpose(0, 2)[:120], torch.ones(120, 6, dtype=torch.int64)),
+        "columns": (whole.transpose(0, 2)[:9], torch.ones(9, 6, dtype=torch.int64)),
         "expanded": (whole[:1].expand(4, 6, 130), labels),
     }
     for name, (x, y) in views.items():
@@ -262,8 +268,8 @@ def test_inplace_backward_leaves_the_neighbours_alone(variant):
 
 
 def test_outputs_do_not_spill(variant):
-    if variant == "reference":
-        pytest.skip("plain torch writes no buffer of ours")
+    if not variant.startswith("cpu"):
+        pytest.skip("other backends make their own buffers")
     logits, labels = make(3, 37, torch.bfloat16)
     outs = [torch.full((n + 16,), 77.0) for n in (3, 3, 3, 9)]
     views = [out[8:-8] for out in outs]
@@ -410,14 +416,42 @@ def test_native_checks_its_arguments():
             call(**options)
 
 
-@pytest.mark.parametrize("name", ["reference", "cpu"])
+@pytest.mark.skipif(not TRITON, reason="needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize("vocab", [37, 64, 4097])
+def test_triton_outputs_do_not_spill(monkeypatch, vocab):
+    from vcr1_fast.ops.triton import gather_logprobs as module
+
+    buffers = []
+
+    def guarded(logits, labels, entropy):
+        outs = [torch.full((x.numel() + 64,), 77.0) for x in allocate(logits, labels, entropy)]
+        buffers.extend(outs)
+        views = zip(outs, allocate(logits, labels, entropy), strict=True)
+        return tuple(out[32:-32].view(x.shape) for out, x in views)
+
+    monkeypatch.setattr(module, "allocate", guarded)
+    logits, labels = make(3, vocab, torch.bfloat16, k=40)
+    with ops.use("triton"), np.errstate(all="ignore"):
+        got = gather_logprobs(logits, labels, entropy=True)
+        assert not any((buffer[32:-32] == 77).any() for buffer in buffers)
+    for buffer in buffers:
+        assert (buffer[:32] == 77).all() and (buffer[-32:] == 77).all()
+    exact = reference(logits.double(), labels)  # more labels than the kernel takes at a time
+    torch.testing.assert_close(got.logps.double(), exact.logps, rtol=2e-6, atol=2e-6)
+
+
+def test_triton_is_tested_where_it_is_interpreted():
+    assert bool(TRITON) == (os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@pytest.mark.parametrize("name", ["reference", "cpu", *TRITON])
 def test_opcheck(name):
     if name not in forward_op.backends("cpu"):
         pytest.skip(f"{name}: {backend.unavailable(name)}")
     logits, labels = make(3, 11, torch.float32, k=2)
     mask, rows = torch.tensor([True, False, True]), torch.tensor([1.0, 2.0, 0.5])
     namespace = torch.ops.vcr1_fast
-    with ops.use(name):
+    with ops.use(name), np.errstate(all="ignore"):
         args = (logits, labels, mask, rows, 1.0, True)
         torch.library.opcheck(namespace.gather_logprobs.default, args)
         logps, _, _, stats = forward_op(*args)
@@ -431,7 +465,8 @@ def test_opcheck(name):
 # torch's tracer makes a Function object while it looks at one, and warns about it.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("inplace", [False, True])
-def test_compiles_whole(inplace):
+@pytest.mark.parametrize("name", ["default", *TRITON])
+def test_compiles_whole(name, inplace):
     logits, labels = make(4, 50, torch.float32)
     w = torch.linspace(-1, 1, 4)
 
@@ -442,9 +477,10 @@ def test_compiles_whole(inplace):
         return (out.logps * w).sum() + out.entropy.sum() + out.lse.sum()
 
     a, b = (logits.clone().requires_grad_() for _ in range(2))
-    eager, compiled = loss(a), torch.compile(loss, fullgraph=True, backend="aot_eager")(b)
-    eager.backward()
-    compiled.backward()
+    with ops.use(None if name == "default" else name), np.errstate(all="ignore"):
+        eager, compiled = loss(a), torch.compile(loss, fullgraph=True, backend="aot_eager")(b)
+        eager.backward()
+        compiled.backward()
     assert torch.equal(eager, compiled)
     assert torch.equal(a.grad, b.grad)
 

@@ -12,6 +12,7 @@ RuntimeError and says what to do.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 from collections.abc import Callable
@@ -59,6 +60,16 @@ def unavailable(backend: str) -> str | None:
     if backend == "triton" and importlib.util.find_spec("triton") is None:
         return "Triton is not installed: run `pip install triton`"
     return None
+
+
+def from_triton(module: str, name: str) -> Callable[..., Any]:
+    """The function `name` of ops/triton/<module>.py, imported when it is first called: Triton takes
+    long to import, and the ops do without it elsewhere."""
+
+    def run(*args: Any) -> Any:
+        return getattr(importlib.import_module(f"vcr1_fast.ops.triton.{module}"), name)(*args)
+
+    return run
 
 
 def _parse(names: str) -> tuple[str, ...]:

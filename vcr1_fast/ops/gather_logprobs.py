@@ -24,7 +24,7 @@ from torch import Tensor
 
 from vcr1_fast.ops import backend
 
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class LogProbs(NamedTuple):
@@ -72,7 +72,7 @@ def _accumulator(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-def _allocate(logits: Tensor, labels: Tensor, entropy: bool) -> tuple[Tensor, ...]:
+def allocate(logits: Tensor, labels: Tensor, entropy: bool) -> tuple[Tensor, ...]:
     lead = logits.shape[:-1]
     dtype = _accumulator(logits)
     shapes = (labels.shape, lead if entropy else (0,), lead, (*lead, 3))
@@ -80,7 +80,7 @@ def _allocate(logits: Tensor, labels: Tensor, entropy: bool) -> tuple[Tensor, ..
 
 
 def _forward_fake(logits, labels, mask, row_temperature, temperature, entropy):
-    return _allocate(logits, labels, entropy)
+    return allocate(logits, labels, entropy)
 
 
 def _scaled(logits, mask, row_temperature, temperature):
@@ -93,29 +93,33 @@ def _scaled(logits, mask, row_temperature, temperature):
     return (x - top) / t, top, t
 
 
-def _check_labels(labels: Tensor, mask: Tensor | None, vocab: int) -> None:
+def check_values(
+    labels: Tensor, mask: Tensor | None, row_temperature: Tensor | None, vocab: int
+) -> None:
+    """ValueError for labels or temperatures of live rows that no row can have. On the CPU only:
+    elsewhere the check would synchronise."""
+    if labels.device.type != "cpu":
+        return
     bad = (labels < 0) | (labels >= vocab)
     if mask is not None:
         bad &= mask[..., None]
-    if labels.device.type == "cpu" and bad.any():  # elsewhere the check would synchronise
+    if bad.any():
         raise ValueError(f"labels: {labels[bad][0].item()} is outside a vocabulary of {vocab}")
-
-
-def _check_temperatures(rows: Tensor | None, mask: Tensor | None) -> None:
-    if rows is None or rows.device.type != "cpu":
+    if row_temperature is None:
         return
-    bad = ~((rows > 0) & rows.isfinite())
+    bad = ~((row_temperature > 0) & row_temperature.isfinite())
     if mask is not None:
         bad &= mask
     if bad.any():
-        raise ValueError(f"temperature: a row holds {rows[bad][0].item()}, expected a positive one")
+        raise ValueError(
+            f"temperature: a row holds {row_temperature[bad][0].item()}, expected a positive one"
+        )
 
 
-def _reference_forward(logits, labels, mask, row_temperature, temperature, entropy):
+def reference_forward(logits, labels, mask, row_temperature, temperature, entropy):
     if logits.numel() == 0:
-        return _allocate(logits, labels, entropy)
-    _check_labels(labels, mask, logits.shape[-1])
-    _check_temperatures(row_temperature, mask)
+        return allocate(logits, labels, entropy)
+    check_values(labels, mask, row_temperature, logits.shape[-1])
     d, top, t = _scaled(logits, mask, row_temperature, temperature)
     log_sum = d.exp().sum(-1, keepdim=True).log()
     index = labels if mask is None else labels.masked_fill(~mask[..., None], 0)
@@ -128,7 +132,7 @@ def _reference_forward(logits, labels, mask, row_temperature, temperature, entro
     return logps, row_entropy[..., 0] if entropy else lse.new_empty(0), lse[..., 0], stats
 
 
-def _reference_backward(
+def reference_backward(
     logits, labels, logps, stats, mask, row_temperature, temperature, grads, grad_entropy, grad_lse
 ):
     if logits.numel() == 0:
@@ -152,16 +156,16 @@ def _reference_backward(
     return grad.masked_fill(dead[..., None], 0).to(logits.dtype)
 
 
-def _reference_backward_(logits, *args):
-    logits.copy_(_reference_backward(logits, *args))
+def reference_backward_(logits, *args):
+    logits.copy_(reference_backward(logits, *args))
 
 
 def _native_forward(logits, labels, mask, row_temperature, temperature, entropy):
-    if logits.dtype not in _KERNEL_DTYPES:
-        return _reference_forward(logits, labels, mask, row_temperature, temperature, entropy)
+    if logits.dtype not in KERNEL_DTYPES:
+        return reference_forward(logits, labels, mask, row_temperature, temperature, entropy)
     if logits.stride(-1) != 1:
         logits = logits.contiguous()
-    logps, row_entropy, lse, stats = _allocate(logits, labels, entropy)
+    logps, row_entropy, lse, stats = allocate(logits, labels, entropy)
     backend.native.gather_logprobs(
         logits,
         labels,
@@ -178,8 +182,8 @@ def _native_forward(logits, labels, mask, row_temperature, temperature, entropy)
 
 
 def _native_backward(logits, *args):
-    if logits.dtype not in _KERNEL_DTYPES:
-        return _reference_backward(logits, *args)
+    if logits.dtype not in KERNEL_DTYPES:
+        return reference_backward(logits, *args)
     if logits.stride(-1) != 1:
         logits = logits.contiguous()
     grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
@@ -188,8 +192,8 @@ def _native_backward(logits, *args):
 
 
 def _native_backward_(logits, *args):
-    if logits.dtype not in _KERNEL_DTYPES or logits.stride(-1) != 1:
-        return _reference_backward_(logits, *args)
+    if logits.dtype not in KERNEL_DTYPES or logits.stride(-1) != 1:
+        return reference_backward_(logits, *args)
     backend.native.gather_logprobs_backward(logits, *args, logits, torch.get_num_threads())
 
 
@@ -211,13 +215,16 @@ inplace_backward_op = backend.Op(
     f"(Tensor(a!) logits, Tensor labels, Tensor logps, Tensor stats, {_STATE}, {_UPSTREAM}) -> ()",
     lambda logits, *_: None,
 )
-forward_op.register("reference", _reference_forward)
-backward_op.register("reference", _reference_backward)
-inplace_backward_op.register("reference", _reference_backward_)
+forward_op.register("reference", reference_forward)
+backward_op.register("reference", reference_backward)
+inplace_backward_op.register("reference", reference_backward_)
 for _backend in ("cpu", "cuda"):
     forward_op.register(_backend, _native_forward)
     backward_op.register(_backend, _native_backward)
     inplace_backward_op.register(_backend, _native_backward_)
+forward_op.register("triton", backend.from_triton("gather_logprobs", "forward"))
+backward_op.register("triton", backend.from_triton("gather_logprobs", "backward"))
+inplace_backward_op.register("triton", backend.from_triton("gather_logprobs", "backward_"))
 
 
 class _GatherLogprobs(torch.autograd.Function):
@@ -270,7 +277,7 @@ def row_mask(mask: Tensor | None, lead: torch.Size) -> Tensor | None:
 
 
 def _check(logits: Tensor, labels: Tensor) -> None:
-    if logits.dtype not in (*_KERNEL_DTYPES, torch.float64):
+    if logits.dtype not in (*KERNEL_DTYPES, torch.float64):
         raise ValueError(f"logits must be floating point, got {logits.dtype}")
     if logits.ndim == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits must be (..., V) with V > 0, got {tuple(logits.shape)}")
