@@ -77,9 +77,8 @@ QUICK = DemoConfig(
 class WarmStartConfig:
     """How the shipped checkpoint is made. Of the tracking records one in `tracking` is used.
 
-    The shipped file's first 2,400 steps followed the learning rates of a 3,000-step run, the rest
-    those below; a new one is its equal in kind, not to the bit. Demo seeds other than 1 draw
-    training clips that it has not seen; test clips are new under every seed.
+    Demo seeds other than 1 draw training clips that it has not seen; test clips are new under every
+    seed.
     """
 
     seed: int = 1
