@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,8 @@ GROUNDED = record(
     options=OPTIONS,
 )
 CHOICE = record("multiple_choice", {"question": "What is seen?"}, "B", options=OPTIONS)
-RECORDS = (GROUNDING, TRACKING, GROUNDED, CHOICE)
+LABEL = record("classification", {"question": "What is seen?"}, "low", options=("low", "high"))
+RECORDS = (GROUNDING, TRACKING, GROUNDED, CHOICE, LABEL)
 
 
 def by_name(item):
@@ -85,6 +87,7 @@ def test_prompts_hold_the_question():
     assert "[0.00, 0.00, 0.50, 0.50]" in prompts[1]
     for prompt in prompts[2:]:
         assert "What is seen?" in prompt
+    for prompt in prompts[2:4]:
         assert "(A) red circle (B) blue square (C) green star" in prompt
 
 
@@ -124,6 +127,17 @@ def test_tracking_values():
     timed = record("tracking", {"object": "x"}, [BOX] * 2, metadata={"times": [1, 2.5]})
     assert task.times(timed, 14.0) == [1.0, 2.5]
     assert TASKS["temporal_grounding"].times is None
+
+
+def test_classification_values():
+    task = TASKS["classification"]
+    assert task.score("<answer>Low.</answer>", LABEL) == {"format": 1.0, "accuracy": 1.0}
+    assert task.score("<answer>high</answer>", LABEL) == {"format": 1.0, "accuracy": 0.0}
+    assert task.score("<answer>low or high</answer>", LABEL) == {"format": 0.0, "accuracy": 0.0}
+    assert task.parse("<answer> HIGH </answer>", LABEL) == "high"
+    assert "low, high" in task.prompt(LABEL, False)
+    seen = [replace(LABEL, answer="high"), replace(LABEL, answer="high"), LABEL]
+    assert task.blind(seen, [LABEL, seen[0]]) == {"most frequent label": {"accuracy": 0.5}}
 
 
 def test_grounded_qa_values():

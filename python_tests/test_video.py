@@ -12,6 +12,7 @@ from pathlib import Path
 import fake_readers
 import numpy as np
 import pytest
+from PIL import Image
 
 from vcr1_fast.data.sampling import FrameConfig
 from vcr1_fast.data.video import (
@@ -230,7 +231,7 @@ def bad_files(video: str, folder: Path) -> dict[str, tuple[str, str]]:
         "lie before the first key frame",
     )
     files["missing"] = (str(folder / "missing.mp4"), "no such file")
-    files["folder"] = (str(folder), "not a file")
+    files["folder"] = (str(folder), "holds no video frames")
     files["one frame"] = (write(folder / "one.mp4", 1), "too short")
     return files
 
@@ -243,6 +244,24 @@ def test_bad_files_give_errors_that_name_them(video, tmp_path):
                 read_clip(path, EVERY, backend=backend)
             assert caught.value.path == path and str(caught.value).startswith(f"{path}: "), name
             assert "\n" not in str(caught.value)
+
+
+def test_a_folder_of_images_is_a_video(tmp_path):
+    frames = np.random.default_rng(0).integers(0, 256, (8, *SIZE, 3), np.uint8)
+    for i in (3, 0, 6, 1, 7, 5, 2, 4):  # the names give the order, not the directory
+        Image.fromarray(frames[i]).save(tmp_path / f"{i:08d}.png")
+    (tmp_path / "groundtruth.txt").write_text("1,2,3,4")
+    clip = read_clip(str(tmp_path), EVERY)
+    assert np.array_equal(clip.frames, frames)
+    assert clip.times.tolist() == pytest.approx([i / 10 for i in range(8)])
+    assert probe(str(tmp_path)).frames == 8
+
+    Image.fromarray(frames[0, :-4]).save(tmp_path / "00000003.png")
+    with pytest.raises(VideoError, match=r"00000003\.png: frames of a clip differ in size"):
+        read_clip(str(tmp_path), EVERY)
+    (tmp_path / "00000002.png").write_bytes(b"no picture")
+    with pytest.raises(VideoError, match=r"00000002\.png: not a picture"):
+        read_clip(str(tmp_path), EVERY)
 
 
 def test_frames_that_decode_are_counted_against_the_container(video, tmp_path):

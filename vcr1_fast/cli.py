@@ -34,12 +34,27 @@ def parser() -> argparse.ArgumentParser:
     _add_overrides(command)
     command.set_defaults(run=run_eval)
 
-    data = commands.add_parser("data", help="make data", allow_abbrev=False)
+    data = commands.add_parser("data", help="make and check data", allow_abbrev=False)
     kinds = data.add_subparsers(dest="kind", required=True, metavar="kind")
     command = kinds.add_parser("synth", help="synthetic clips and records", allow_abbrev=False)
     command.add_argument("output", help="folder to write to")
     _add_overrides(command)
     command.set_defaults(run=run_synth)
+
+    command = kinds.add_parser("convert", help="published annotations to records")
+    command.add_argument("format", help="charades, activitynet, nextgqa, got10k or quality")
+    command.add_argument("annotations", help="the file as its authors publish it")
+    command.add_argument("output", help="records to write, JSONL")
+    command.add_argument("--media", required=True, help="folder of the videos")
+    command.set_defaults(run=run_convert)
+
+    command = kinds.add_parser("check", help="faults of records and media, and blind scores")
+    command.add_argument("records", help="records, JSONL")
+    command.add_argument("--train", help="records trained on: floors are fitted on them")
+    command.add_argument("--media", help="folder of the videos (default: the records' own)")
+    command.add_argument("--no-media", action="store_true", help="do not open the videos")
+    command.add_argument("--json", help="write the report to this file")
+    command.set_defaults(run=run_check)
 
     command = commands.add_parser("demo", help="learn from video on a laptop", allow_abbrev=False)
     command.add_argument("--output", default="runs/demo", help="default: %(default)s")
@@ -105,6 +120,32 @@ def run_synth(options: argparse.Namespace) -> int:
     config = load_config(SynthConfig, None, options.overrides)
     for split, path in write_dataset(options.output, config).items():
         print(f"{split}: {path}")
+    return 0
+
+
+def run_convert(options: argparse.Namespace) -> int:
+    from vcr1_fast.data.convert import convert
+
+    done = convert(options.format, options.annotations, options.output, media_root=options.media)
+    print(
+        f"{done.path}: {done.records} records of {done.annotations} annotations on {done.videos} "
+        f"videos, {done.quarantined} refused"
+    )
+    return 0
+
+
+def run_check(options: argparse.Namespace) -> int:
+    from json import dumps
+    from pathlib import Path
+
+    from vcr1_fast.evaluate.check import check, report_text
+
+    report = check(
+        options.records, train=options.train, media_root=options.media, media=not options.no_media
+    )
+    print(report_text(report))
+    if options.json:
+        Path(options.json).write_text(dumps(report.as_json(), indent=1) + "\n")
     return 0
 
 

@@ -1,5 +1,7 @@
 """The two video decoders behind `read_clip`: decord, and PyAV. Both give the same pixels.
 
+A folder of images, in the order of their names, is a video too (GOT-10k has nothing else).
+
 A file is opened, read and closed for each clip: a decord reader that is kept decodes ahead into
 memory and cannot be used after a fork.
 """
@@ -15,6 +17,9 @@ from typing import Any
 import numpy as np
 
 BACKENDS = ("decord", "pyav")
+IMAGES = (".jpg", ".jpeg", ".png")
+FOLDER_FPS = 10.0
+"""Frames a second of a folder of images, which says nothing about time: GOT-10k's rate."""
 NO_FRAMES = "holds no video frames"
 NO_STREAM = f"{NO_FRAMES} (no video stream)"
 
@@ -49,11 +54,41 @@ def open_source(path: str, backend: str) -> Iterator[Source]:
     """Open `path`, close it on leaving. Whatever the decoder reports becomes a VideoError."""
     if backend not in BACKENDS:
         raise ValueError(f"unknown video backend {backend!r}, expected one of {BACKENDS}")
-    _check_file(path)
-    with _open_decord(path) if backend == "decord" else _open_pyav(path) as source:
+    if os.path.isdir(path):
+        opener = _open_folder
+    else:
+        _check_file(path)
+        opener = _open_decord if backend == "decord" else _open_pyav
+    with opener(path) as source:
         if len(source.timestamps) == 0:
             raise VideoError(path, NO_FRAMES)
         yield source
+
+
+@contextmanager
+def _open_folder(path: str) -> Iterator[Source]:
+    names = sorted(n for n in os.listdir(path) if n.lower().endswith(IMAGES))
+
+    def read(indices: np.ndarray) -> np.ndarray:
+        files = [os.path.join(path, names[i]) for i in indices]
+        frames = [_picture(file) for file in files]
+        for file, frame in zip(files, frames, strict=True):
+            if frame.shape != frames[0].shape:
+                sizes = f"{frame.shape[:2]}, the first one {frames[0].shape[:2]}"
+                raise VideoError(file, f"frames of a clip differ in size: {sizes}")
+        return np.stack(frames)
+
+    yield Source(np.arange(len(names)) / FOLDER_FPS, FOLDER_FPS, read)
+
+
+def _picture(file: str) -> np.ndarray:
+    import av
+
+    try:
+        with av.open(file) as container:
+            return _upright(next(container.decode(video=0)))
+    except (av.FFmpegError, OSError, IndexError, StopIteration) as error:
+        raise VideoError(file, f"not a picture: {_message(error)}") from error
 
 
 @contextmanager

@@ -25,7 +25,8 @@ class Record:
     texts of a choice without their letters; `start` and `end` (seconds) are the part of the file to
     watch; `boxes` are given boxes [x0, y0, x1, y1], normalised to 0..1. `answer` by task:
     temporal_grounding [start, end]; tracking a list of boxes, the first being the one given;
-    multiple_choice a letter; grounded_qa {"answer": letter, "glue": [[start, end], ...]}.
+    multiple_choice a letter; classification one of the options; grounded_qa
+    {"answer": letter, "glue": [[start, end], ...]}.
     """
 
     id: str
@@ -241,6 +242,14 @@ def _check_multiple_choice(record: Record) -> None:
     check_letter("answer", record.answer, record.options)
 
 
+def _check_classification(record: Record) -> None:
+    check_prompt(record, "question")
+    if len(set(record.options)) < 2:
+        raise FieldError("options", f"expected at least 2 labels, got {list(record.options)}")
+    if record.answer not in record.options:
+        raise FieldError("answer", f"{_kind(record.answer)} is none of {list(record.options)}")
+
+
 def _check_grounded_qa(record: Record) -> None:
     check_prompt(record, "question")
     answer = record.answer
@@ -260,6 +269,7 @@ ANSWER_CHECKS: dict[str, AnswerCheck] = {
     "tracking": _check_tracking,
     "grounded_qa": _check_grounded_qa,
     "multiple_choice": _check_multiple_choice,
+    "classification": _check_classification,
 }
 
 _FIELDS = tuple(f.name for f in fields(Record))

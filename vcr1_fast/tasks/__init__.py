@@ -1,6 +1,12 @@
 """Tasks by name. A new one is one file here and one line below."""
 
-from vcr1_fast.tasks import grounded_qa, multiple_choice, temporal_grounding, tracking
+from vcr1_fast.tasks import (
+    classification,
+    grounded_qa,
+    multiple_choice,
+    temporal_grounding,
+    tracking,
+)
 from vcr1_fast.tasks.base import Metrics, Reward, Task, mean_metrics
 
 TASKS: dict[str, Task] = {
@@ -10,6 +16,7 @@ TASKS: dict[str, Task] = {
         tracking.TASK,
         grounded_qa.TASK,
         multiple_choice.TASK,
+        classification.TASK,
     )
 }
 

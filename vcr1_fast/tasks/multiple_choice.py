@@ -60,7 +60,8 @@ def blind_letters(
     train: Sequence[Record], test: Sequence[Record], letter_of: Callable[[Record], str]
 ) -> dict[str, list[str]]:
     """Per strategy, one letter for each test record: the letter most often right in `train`, and
-    the option whose text was right most often among the times it was offered."""
+    the option whose text was right most often among the times it was offered. A record that is in
+    `train` too does not vote for its own option."""
     counts = Counter(letter_of(record) for record in train)
     frequent = min(counts, key=lambda letter: (-counts[letter], letter)) if counts else "A"
     offered = Counter(option for record in train for option in record.options)
@@ -70,8 +71,15 @@ def blind_letters(
         if ascii_uppercase.index(letter_of(record)) < len(record.options)
     )
 
+    known = {record.id for record in train}
+
     def likeliest(record: Record) -> str:
-        rates = [right[option] / max(offered[option], 1) for option in record.options]
+        own = record.options[ascii_uppercase.index(letter_of(record))]
+        votes = record.id in known
+        rates = [
+            (right[option] - (votes and option == own)) / max(offered[option] - votes, 1)
+            for option in record.options
+        ]
         return ascii_uppercase[rates.index(max(rates))] if rates else frequent
 
     return {

@@ -65,14 +65,16 @@ def iou_reward(
 
 
 def metrics(prediction: Boxes | None, record: Record) -> Metrics:
-    """Average overlap (AO) and success rates (SR: share of boxes with at least that IoU) over all
-    boxes, as published, and over those that were not given in the prompt ("unseen")."""
+    """Average overlap (AO), whether it reaches 0.5 and 0.7 (R), success rates (SR: share of boxes
+    with at least that IoU), over all boxes, as published, and over those that the prompt did not
+    give ("unseen")."""
     truth = record.answer
     ious = [0.0] * len(truth) if prediction is None else list(map(box_iou, prediction, truth))
     out = {}
     for suffix, part in (("", ious), ("_unseen", ious[1:])):
         out[f"AO{suffix}"] = sum(part) / max(len(part), 1)
         for level in (0.5, 0.7):
+            out[f"R@{level}{suffix}"] = float(out[f"AO{suffix}"] >= level)
             out[f"SR@{level}{suffix}"] = sum(iou >= level for iou in part) / max(len(part), 1)
     return out
 

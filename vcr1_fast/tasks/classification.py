@@ -1,0 +1,70 @@
+"""Classification: one label of a few, in words. Video quality (VidTAB) is asked like this."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from vcr1_fast.rewards import parse_label, strict
+from vcr1_fast.tasks.base import Metrics, Task, ask, mean_metrics
+
+if TYPE_CHECKING:
+    from vcr1_fast.data.records import Record
+
+
+def prompt(record: Record, think: bool) -> str:
+    """`record.prompt["question"]`, then the labels in `record.options`."""
+    labels = ", ".join(record.options)
+    question = f"{record.prompt['question'].strip()} Choose one of these labels: {labels}."
+    return ask(question, think, f"with the label, like <answer>{record.options[0]}</answer>")
+
+
+def target(record: Record) -> str:
+    return f"<answer>{record.answer}</answer>"
+
+
+def parse(completion: str, record: Record | None = None) -> str | None:
+    """The label as it stands in the record's options; None for a text that is none of them."""
+    label = strict.read_label(completion)
+    if record is None or label is None:
+        return label
+    return {parse_label(option): option for option in record.options}.get(label)
+
+
+def format_reward(
+    completion: str, record: Record, duration: float | None = None, *, think: bool = False
+) -> float:
+    """1 for the tags asked for around one of the labels, else 0."""
+    known = parse(completion, record) is not None
+    return strict.label_format(completion, think) if known else 0.0
+
+
+def accuracy_reward(
+    completion: str, record: Record, duration: float | None = None, *, think: bool = False
+) -> float:
+    """1 for the right label, else 0."""
+    return strict.label_accuracy(completion, record.answer)
+
+
+def metrics(prediction: str | None, record: Record) -> Metrics:
+    return {"accuracy": float(prediction == record.answer)}
+
+
+def blind(train: Sequence[Record], test: Sequence[Record]) -> dict[str, Metrics]:
+    """The label most often right in `train`."""
+    counts = Counter(record.answer for record in train)
+    frequent = min(counts, key=lambda label: (-counts[label], label)) if counts else None
+    return {"most frequent label": mean_metrics(metrics(frequent, record) for record in test)}
+
+
+TASK = Task(
+    name="classification",
+    prompt=prompt,
+    target=target,
+    parse=parse,
+    rewards={"format": format_reward, "accuracy": accuracy_reward},
+    metrics=metrics,
+    primary="accuracy",
+    blind=blind,
+)
