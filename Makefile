@@ -8,7 +8,7 @@ PIP_INSTALL = $(PY) -m pip install --quiet --disable-pip-version-check -c constr
 TRITON_TESTS := python_tests/test_gather_logprobs.py
 CLANG_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build demo test lint format bench gpu-check inplace clean
+.PHONY: build demo test sanitize lint format bench gpu-check inplace clean
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -36,6 +36,22 @@ test: $(VENV)/.built $(VENV)/.oracle  ## Every test that this machine can run.
 	PYTHONPATH=$(VENV)/oracle $(PY) -m pytest -q -k 'torchvision or transformers' \
 	  python_tests/test_iou.py python_tests/test_video_patches.py
 
+# Native code under AddressSanitizer and UBSan, in a build of its own that VCR1_NATIVE names. The
+# runtimes come first because Python itself lacks them, and libstdc++ with them, or exceptions are
+# not seen. Leaks are not looked for: Python never frees all.
+SANITIZERS = $(foreach lib,libasan.so libubsan.so libstdc++.so.6,$(shell $(CXX) -print-file-name=$(lib)))
+OP_TESTS := $(patsubst %,python_tests/test_%.py,native backend gather_logprobs group_advantages \
+  grpo_loss iou linear_grpo_loss linear_logprobs properties resize_frames video_patches)
+sanitize: $(VENV)/.built  ## The ops' CPU tests on a build that traps memory errors and undefined behaviour.
+	cmake -S . -B build/sanitize -DCMAKE_BUILD_TYPE=None -DVCR1_CUDA=OFF -DVCR1_SANITIZE=ON \
+	  -DCMAKE_CXX_COMPILER=$(CXX) -DPython_EXECUTABLE=$(abspath $(PY)) \
+	  -Dpybind11_DIR=$$($(PY) -m pybind11 --cmakedir)
+	cmake --build build/sanitize --parallel
+	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 \
+	  UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=. \
+	  VCR1_NATIVE=$$(ls $(CURDIR)/build/sanitize/_C*.so) \
+	  $(PY) -m pytest -q -m "not gpu" $(OP_TESTS) $(ARGS)
+
 lint: $(VENV)/.built
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -46,8 +62,14 @@ format: $(VENV)/.built
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $(CLANG_FILES)
 
-bench: $(VENV)/.built  ## Kernel tables on this machine, stored in benches/results.
-	set -e; for bench in benches/bench_*.py; do $(PY) $$bench; done
+# What the benches compare with. Not part of the build: nothing else needs them.
+$(VENV)/.peers: $(VENV)/.built
+	$(PIP_INSTALL) --no-build-isolation -e '.[bench]'
+	touch $@
+
+bench: $(VENV)/.peers $(VENV)/.oracle  ## Op tables beside their peers on this machine, stored in benches/results.
+	set -e; for bench in benches/bench_*.py; do \
+	  VCR1_TORCHVISION=$(abspath $(VENV)/oracle) $(PY) $$bench $(ARGS); done
 
 inplace:  ## Build the native module beside the sources, for PYTHON and the torch it has.
 	cmake -S . -B build/inplace -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE=$$(which $(PYTHON)) \
@@ -55,9 +77,9 @@ inplace:  ## Build the native module beside the sources, for PYTHON and the torc
 	cmake --build build/inplace --parallel
 	cmake --install build/inplace --prefix .
 
-gpu-check: inplace  ## On a GPU machine: the gpu tests and the benches, with that machine's torch.
+gpu-check: inplace  ## On a GPU machine: the gpu tests and the benches, with that machine's torch and peers.
 	PYTHONPATH=. $(PYTHON) -m pytest -m gpu
-	set -e; for bench in benches/bench_*.py; do PYTHONPATH=. $(PYTHON) $$bench; done
+	set -e; for bench in benches/bench_*.py; do PYTHONPATH=. $(PYTHON) $$bench --device cuda $(ARGS); done
 
 clean:
 	rm -rf build dist $(VENV)

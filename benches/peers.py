@@ -209,19 +209,22 @@ def torch_linear_cross_entropy() -> Peer:
     return lambda *args, **kwargs: F.linear_cross_entropy(*args, options=options, **kwargs)
 
 
-def torchvision(name: str) -> Any:
-    """The module torchvision.<name>. VCR1_TORCHVISION may name a folder that holds torchvision
-    alone: where it was built for another torch, it must not be importable by accident."""
-    folder = os.environ.get("VCR1_TORCHVISION")
+def torchvision(name: str, folder: str | None = os.environ.get("VCR1_TORCHVISION")) -> Any:
+    """The module torchvision.<name>; `folder` may hold it alone: where torchvision was built for
+    another torch, it must not be importable by accident (transformers would break)."""
     if folder and folder not in sys.path:
         sys.path.append(folder)
-    if importlib.util.find_spec("torchvision") and not hasattr(torch.ops.torchvision, "nms"):
-        # A torchvision whose operators do not load asks for these two names when imported.
+    whole = load_module("torchvision")
+    if isinstance(whole, str) and "torchvision::nms" in whole:
+        # Its compiled half did not load, and its import asks for two operators by name.
+        for module in [m for m in sys.modules if m.partition(".")[0] == "torchvision"]:
+            del sys.modules[module]
         library = torch.library.Library("torchvision", "FRAGMENT")
         for operator in ("nms", "qnms"):
             library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         _declared.append(library)
-    return load_module(f"torchvision.{name}")
+        whole = load_module("torchvision")
+    return whole if isinstance(whole, str) else load_module(f"torchvision.{name}")
 
 
 def transformers_video() -> Peer:

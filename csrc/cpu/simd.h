@@ -127,7 +127,7 @@ constexpr int kStreamAlign = 32;
 struct Vec {
   static constexpr int kWidth = 4;
   typedef float Lanes __attribute__((vector_size(16)));
-  typedef int32_t Bits __attribute__((vector_size(16)));
+  typedef uint32_t Bits __attribute__((vector_size(16)));  // unsigned: they may wrap around
   Lanes v;
 };
 inline Vec splat(float x) { return {Vec::Lanes{x, x, x, x}}; }
@@ -210,8 +210,8 @@ inline float reduce_max(Vec a) {
 inline float reduce_add(Vec a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
 inline Vec scale_or_zero(Vec p, Vec, Vec t, Vec x, Vec bound) {
   const Vec::Bits exponent = (Vec::Bits)t.v << 23;
-  const Vec::Bits power = exponent + 0x3f800000;
-  const Vec::Bits drop = x.v < bound.v;
+  const Vec::Bits power = exponent + 0x3f800000u;
+  const auto drop = (Vec::Bits)(x.v < bound.v);
   return {(Vec::Lanes)((Vec::Bits)(p.v * (Vec::Lanes)power) & ~drop)};
 }
 inline void fence() {}
