@@ -2,8 +2,10 @@
 // gradient in one more. The maths is in vcr1_fast/ops/gather_logprobs.py.
 #include <algorithm>
 #include <limits>
+#include <type_traits>
 
 #include "../kernels.h"
+#include "pages.h"
 #include "parallel.h"
 #include "simd.h"
 
@@ -12,87 +14,116 @@ namespace {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
-// A block is read twice, from memory for its maximum and from the first-level cache for its sum.
-constexpr int kBlock = 4096;
+constexpr double kLn2 = 0.6931471805599453;
 // Under entropy a logit this far below the maximum (or at -inf) weighs exactly 0, and 0 * inf would
-// be NaN; shifted logits are clamped here first.
-constexpr float kShiftLow = -200.0f;
+// be NaN; exponents of 2 are clamped here first.
+constexpr float kLow = -256.0f;
+
+// A long row is read at kStreams places in turn, which keeps several times the loads in flight that
+// one place does: processors do not fetch ahead beyond a page. A tile is what is summed in fp32, at
+// most 128 numbers a lane; a step is one or two cache lines of one stream.
+constexpr int kStreams = 8;
+constexpr int kStep = 32;
+constexpr int kTile = 256 * Vec::kWidth;
+constexpr int kLine = 64;              // bytes
+constexpr int kAhead = 1024;           // bytes: how far ahead of the loads to prefetch
+constexpr int kStreamedRow = 1 << 16;  // bytes: shorter rows are read in one piece
+
+// fn(streams, begin, gap, n): n elements from each of begin + s * gap, s < streams. n is a multiple
+// of kStep where there are several streams.
+template <typename T, typename Fn>
+void for_tiles(int64_t vocab, Fn&& fn) {
+  int64_t gap = 0;
+  // An odd number of steps: at a multiple of the page size all streams would share cache sets.
+  if (vocab * static_cast<int64_t>(sizeof(T)) >= kStreamedRow)
+    gap = ((vocab / kStreams / kStep - 1) | 1) * kStep;
+  constexpr int64_t each = kTile / kStreams;
+  for (int64_t i = 0; i < gap; i += each)
+    fn(std::integral_constant<int, kStreams>(), i, gap, static_cast<int>(std::min(each, gap - i)));
+  for (int64_t i = kStreams * gap; i < vocab; i += kTile)
+    fn(std::integral_constant<int, 1>(), i, int64_t{0},
+       static_cast<int>(std::min<int64_t>(kTile, vocab - i)));
+}
+
+template <typename T>
+void prefetch_step(const T* p) {
+  for (int i = 0; i < kStep * static_cast<int>(sizeof(T)); i += kLine)
+    prefetch(reinterpret_cast<const char*>(p) + kAhead + i);
+}
 
 struct Sums {
   float max = -kInf;        // of the logits, not divided by the temperature
-  double weight = 0.0;      // sum of e^d, d = (x - max) / T
-  double weighted_d = 0.0;  // sum of d e^d
+  double weight = 0.0;      // sum of 2^y, y = (x - max) log2(e) / T
+  double weighted_y = 0.0;  // sum of y 2^y
 };
-
-template <typename T>
-float block_max(const T* x, int n) {
-  constexpr int w = Vec::kWidth;
-  Vec m0 = splat(-kInf), m1 = m0, m2 = m0, m3 = m0;
-  int i = 0;
-  for (; i + 4 * w <= n; i += 4 * w) {
-    m0 = max(load(x + i), m0);
-    m1 = max(load(x + i + w), m1);
-    m2 = max(load(x + i + 2 * w), m2);
-    m3 = max(load(x + i + 3 * w), m3);
-  }
-  for (; i + w <= n; i += w) m0 = max(load(x + i), m0);
-  if (i < n) m0 = max(load_partial(x + i, n - i, -kInf), m0);
-  return reduce_max(max(max(m0, m1), max(m2, m3)));
-}
 
 template <bool kEntropy>
-struct BlockSum {
-  Vec weight = splat(0.0f), weighted_d = splat(0.0f);
-  void take(Vec x, Vec shift, Vec scale) {
-    Vec d = mul(sub(x, shift), scale);
-    const Vec e = exp(d);
+struct Lanes {
+  Vec max = splat(-kInf), weight = splat(0.0f), weighted_y = splat(0.0f);
+  void take(Vec x, Vec shift, Vec scale, const Exp2& exp2) {
+    max = cpu::VCR1_ISA::max(x, max);
+    const Vec y = mul(sub(x, shift), scale);
+    const Vec e = exp2(y);
     weight = add(weight, e);
-    if (kEntropy) weighted_d = fma(e, max(splat(kShiftLow), d), weighted_d);
+    if (kEntropy) weighted_y = fma(e, cpu::VCR1_ISA::max(splat(kLow), y), weighted_y);
   }
 };
 
-template <bool kEntropy, typename T>
-void add_block(const T* x, int n, float inv_temperature, Sums& sums) {
+template <int kN, bool kEntropy, typename T>
+Sums tile_sums(const T* x, int64_t gap, int n, float shift_by, float scale_by) {
   constexpr int w = Vec::kWidth;
-  const float top = block_max(x, n);
-  if (top > sums.max) {
-    if (sums.weight != 0.0) {
-      const double d = (double{sums.max} - top) * inv_temperature;
-      const double factor = std::exp(d);
-      // (d + d_i) e^(d + d_i) summed over i.
-      sums.weighted_d = factor > 0.0 ? factor * (sums.weighted_d + d * sums.weight) : 0.0;
-      sums.weight *= factor;
-    }
-    sums.max = top;
-  }
-  if (sums.max == -kInf) {  // nothing but -inf so far, or NaN, which max() drops
-    for (int i = 0; i < n; ++i)
-      if (std::isnan(as_float(x[i]))) sums.weight = kNan;
-    return;
-  }
-  const Vec shift = splat(sums.max), scale = splat(inv_temperature);
-  BlockSum<kEntropy> s0, s1, s2, s3;
+  const Vec shift = splat(shift_by), scale = splat(scale_by);
+  const Exp2 exp2(1.0f);
+  Lanes<kEntropy> a, b;
   int i = 0;
-  for (; i + 4 * w <= n; i += 4 * w) {
-    s0.take(load(x + i), shift, scale);
-    s1.take(load(x + i + w), shift, scale);
-    s2.take(load(x + i + 2 * w), shift, scale);
-    s3.take(load(x + i + 3 * w), shift, scale);
-  }
-  for (; i + w <= n; i += w) s0.take(load(x + i), shift, scale);
-  if (i < n) s1.take(load_partial(x + i, n - i, -kInf), shift, scale);
-  sums.weight += reduce_add(add(add(s0.weight, s1.weight), add(s2.weight, s3.weight)));
-  if (kEntropy)
-    sums.weighted_d +=
-        reduce_add(add(add(s0.weighted_d, s1.weighted_d), add(s2.weighted_d, s3.weighted_d)));
+  for (; i + kStep <= n; i += kStep)
+    for (int s = 0; s < kN; ++s) {
+      const T* const p = x + s * gap + i;
+      prefetch_step(p);
+      for (int u = 0; u < kStep; u += 2 * w) {
+        const Pair both = load_pair(p + u);
+        a.take(both.a, shift, scale, exp2);
+        b.take(both.b, shift, scale, exp2);
+      }
+    }
+  for (; i < n; i += w) a.take(load_partial(x + i, std::min(w, n - i), -kInf), shift, scale, exp2);
+  Sums out;
+  out.max = reduce_max(max(a.max, b.max));
+  out.weight = reduce_add(add(a.weight, b.weight));
+  if (kEntropy) out.weighted_y = reduce_add(add(a.weighted_y, b.weighted_y));
+  return out;
 }
 
+// The sums so far relative to a larger maximum.
+void raise_max(float max, float scale, Sums& sums) {
+  if (sums.weight != 0.0) {
+    const double y = (double{sums.max} - max) * scale;
+    const double factor = std::exp2(y);
+    // (y + y_i) 2^(y + y_i) summed over i.
+    sums.weighted_y = factor > 0.0 ? factor * (sums.weighted_y + y * sums.weight) : 0.0;
+    sums.weight *= factor;
+  }
+  sums.max = max;
+}
+
+// One read from memory: each tile is summed relative to the maximum before it, and again, from the
+// first-level cache, where it holds a larger one, as only a few do unless the row is sorted.
 template <bool kEntropy, typename T>
-Sums row_sums(const T* x, int64_t vocab, float inv_temperature) {
+Sums row_sums(const T* x, int64_t vocab, float scale) {
   Sums sums;
-  for (int64_t i = 0; i < vocab; i += kBlock)
-    add_block<kEntropy>(x + i, static_cast<int>(std::min<int64_t>(kBlock, vocab - i)),
-                        inv_temperature, sums);
+  for_tiles<T>(vocab, [&](auto streams, int64_t begin, int64_t gap, int n) {
+    const auto tile = [&](float shift) {
+      return tile_sums<streams, kEntropy>(x + begin, gap, n, shift, scale);
+    };
+    // Before the first finite logit: -inf less -inf would be NaN.
+    Sums added = tile(sums.max == -kInf ? 0.0f : sums.max);
+    if (added.max > sums.max) {
+      raise_max(added.max, scale, sums);
+      added = tile(sums.max);
+    }
+    sums.weight += added.weight;  // of -inf alone: 0, or NaN, which max() drops
+    sums.weighted_y += added.weighted_y;
+  });
   return sums;
 }
 
@@ -114,12 +145,12 @@ void forward_row(const GatherLogprobsForward& a, int64_t row) {
   }
   const T* const x = static_cast<const T*>(in.logits) + row_offset(in.layout, row);
   const double temperature = temperature_of(in, row);
-  const float inv_temperature = static_cast<float>(1.0 / temperature);
-  const Sums sums = a.entropy != nullptr ? row_sums<true>(x, in.vocab, inv_temperature)
-                                         : row_sums<false>(x, in.vocab, inv_temperature);
+  const float scale = static_cast<float>(1.0 / kLn2 / temperature);
+  const Sums sums = a.entropy != nullptr ? row_sums<true>(x, in.vocab, scale)
+                                         : row_sums<false>(x, in.vocab, scale);
   const bool empty = sums.weight == 0.0;  // every logit is -inf: no distribution
   const double log_sum = empty ? double{kNan} : std::log(sums.weight);
-  const double mean_d = sums.weighted_d / sums.weight;
+  const double mean_d = kLn2 * sums.weighted_y / sums.weight;
   for (int64_t j = 0; j < in.k; ++j) {
     // Against the maximum first: the logits may share an offset far larger than log_sum.
     const double d = (double{as_float(x[in.labels[row * in.k + j]])} - sums.max) / temperature;
@@ -132,52 +163,84 @@ void forward_row(const GatherLogprobsForward& a, int64_t row) {
   stats[2] = static_cast<float>(mean_d);
 }
 
-// dL/dx_j = p_j (a - h (d_j - mean_d)) / T, and the label terms, which the caller adds.
+// dL/dx_j = p_j (a - h (d_j - mean_d)) / T, and the label terms, which the caller adds. In powers
+// of two, with y_j = d_j log2(e): 2^y_j (constant + slope y_j), or factor 2^y_j where h = 0.
 struct RowGradient {
-  float max, inv_temperature, log_sum, mean_d;
-  float a, h;  // both divided by T
-  template <bool kEntropy>
-  Vec at(Vec x) const {
-    const Vec d = mul(sub(x, splat(max)), splat(inv_temperature));
-    const Vec p = exp(sub(d, splat(log_sum)));
-    if (!kEntropy) return mul(p, splat(a));
-    const Vec shifted = sub(cpu::VCR1_ISA::max(splat(kShiftLow), d), splat(mean_d));
-    return mul(p, fma(splat(-h), shifted, splat(a)));
-  }
+  float max, scale;  // y = (x - max) scale
+  float factor, constant, slope;
 };
 
-template <bool kEntropy, bool kStream, typename T>
-void write_row(const RowGradient& gradient, const T* x, T* out, int64_t n) {
+template <bool kEntropy>
+class Gradient {
+ public:
+  explicit Gradient(const RowGradient& row)
+      : exp2_(kEntropy ? 1.0f : row.factor),
+        shift_(splat(row.max)),
+        scale_(splat(row.scale)),
+        constant_(splat(row.constant)),
+        slope_(splat(row.slope)) {}
+  Vec operator()(Vec x) const {
+    const Vec y = mul(sub(x, shift_), scale_);
+    const Vec e = exp2_(y);
+    return kEntropy ? mul(e, fma(slope_, max(splat(kLow), y), constant_)) : e;
+  }
+  Pair operator()(Pair x) const { return {(*this)(x.a), (*this)(x.b)}; }
+
+ private:
+  Exp2 exp2_;
+  Vec shift_, scale_, constant_, slope_;
+};
+
+template <int kN, bool kEntropy, bool kStream, typename T>
+void write_tile(const RowGradient& row, const T* x, T* out, int64_t gap, int n) {
   constexpr int w = Vec::kWidth;
-  int64_t i = 0;
-  for (; i + 4 * w <= n; i += 4 * w) {
-    // All loads before the first store: in place a load would wait for the store beside it.
-    Vec g[4];
-    for (int u = 0; u < 4; ++u) g[u] = gradient.at<kEntropy>(load(x + i + u * w));
-    for (int u = 0; u < 4; ++u)
-      kStream ? stream(out + i + u * w, g[u]) : store(out + i + u * w, g[u]);
+  constexpr int pairs = kStep / (2 * w);
+  const Gradient<kEntropy> gradient(row);
+  int i = 0;
+  for (; i + kStep <= n; i += kStep)
+    for (int s = 0; s < kN; ++s) {
+      const int64_t at = s * gap + i;
+      prefetch_step(x + at);
+      // All loads before the first store: in place a load would wait for the store beside it.
+      Pair g[pairs];
+      for (int u = 0; u < pairs; ++u) g[u] = gradient(load_pair(x + at + u * 2 * w));
+      for (int u = 0; u < pairs; ++u)
+        kStream ? stream_pair(out + at + u * 2 * w, g[u]) : store_pair(out + at + u * 2 * w, g[u]);
+    }
+  for (; i < n; i += w) {
+    const int rest = std::min(w, n - i);
+    store_partial(out + i, gradient(load_partial(x + i, rest, -kInf)), rest);
   }
-  for (; i + w <= n; i += w) store(out + i, gradient.at<kEntropy>(load(x + i)));
-  if (i < n) {
-    const int rest = static_cast<int>(n - i);
-    store_partial(out + i, gradient.at<kEntropy>(load_partial(x + i, rest, -kInf)), rest);
-  }
+}
+
+template <bool kEntropy, bool kStream, typename T>
+void write_row(const RowGradient& row, const T* x, T* out, int64_t vocab) {
+  for_tiles<T>(vocab, [&](auto streams, int64_t begin, int64_t gap, int n) {
+    write_tile<streams, kEntropy, kStream>(row, x + begin, out + begin, gap, n);
+  });
+  if (kStream) fence();
 }
 
 template <bool kEntropy, typename T>
-void write_row(const RowGradient& gradient, const T* x, T* out, int64_t n) {
-  // Streaming spares reading the output's lines; in place they are in the cache already.
+void write_row(const RowGradient& row, const T* x, T* out, int64_t vocab, bool fresh) {
+  // Streaming spares reading the output's lines. They are in the cache already in place, and where
+  // the system has just zeroed them.
   const bool aligned = reinterpret_cast<std::uintptr_t>(out) % kStreamAlign == 0;
-  if (x != out && aligned && n * static_cast<int64_t>(sizeof(T)) >= 1 << 16) {
-    write_row<kEntropy, true>(gradient, x, out, n);
-    fence();
-  } else {
-    write_row<kEntropy, false>(gradient, x, out, n);
-  }
+  if (x != out && !fresh && aligned && vocab * static_cast<int64_t>(sizeof(T)) >= kStreamedRow)
+    write_row<kEntropy, true>(row, x, out, vocab);
+  else
+    write_row<kEntropy, false>(row, x, out, vocab);
 }
 
+struct Backward : GatherLogprobsBackward {
+  bool fresh;  // the gradient's memory has not been touched yet
+};
+
+// Without the payload of an upstream NaN, which store_pair() could not take.
+float narrowed(double x) { return std::isnan(x) ? kNan : static_cast<float>(x); }
+
 template <typename T>
-void backward_row(const GatherLogprobsBackward& a, int64_t row) {
+void backward_row(const Backward& a, int64_t row) {
   const GatherLogprobsInput& in = a.in;
   const T* const x = static_cast<const T*>(in.logits) + row_offset(in.layout, row);
   T* const out = static_cast<T*>(a.grad) + row_offset(a.grad_layout, row);
@@ -191,15 +254,22 @@ void backward_row(const GatherLogprobsBackward& a, int64_t row) {
     zero = zero && g[j] == 0.0f;
     g_sum += g[j];
   }
+  if (a.fresh) populate(out, in.vocab * sizeof(T));
   if (zero || (in.mask != nullptr && !in.mask[row])) {
     std::memset(static_cast<void*>(out), 0, in.vocab * sizeof(T));
     return;
   }
-  const float inv_temperature = static_cast<float>(1.0 / double{temperature_of(in, row)});
-  RowGradient gradient{stats[0], inv_temperature, stats[1], stats[2], 0.0f, h * inv_temperature};
-  gradient.a = static_cast<float>(g_lse - g_sum) * inv_temperature;
-  h != 0.0f ? write_row<true>(gradient, x, out, in.vocab)
-            : write_row<false>(gradient, x, out, in.vocab);
+  const double inv_temperature = 1.0 / double{temperature_of(in, row)};
+  const double each = std::exp(-double{stats[1]}) * inv_temperature;  // p / T = each 2^y
+  const double through = g_lse - g_sum;
+  RowGradient gradient{};
+  gradient.max = stats[0];
+  gradient.scale = static_cast<float>(inv_temperature / kLn2);
+  gradient.factor = narrowed(each * through);
+  gradient.constant = narrowed(each * (through + double{h} * stats[2]));
+  gradient.slope = narrowed(-each * h * kLn2);
+  h != 0.0f ? write_row<true>(gradient, x, out, in.vocab, a.fresh)
+            : write_row<false>(gradient, x, out, in.vocab, a.fresh);
 
   // Each label's element anew in fp32, because the row may hold it rounded, and from its log-prob,
   // because in place its logit is gone. A label that stands twice gets both gradients.
@@ -210,8 +280,8 @@ void backward_row(const GatherLogprobsBackward& a, int64_t row) {
       if (labels[i] == labels[j]) own += g[i];
     const double logp = a.logps[row * in.k + j];
     const double p = std::exp(logp);
-    const double d = std::max<double>(kShiftLow, logp + stats[1]);
-    double value = p * (double{g_lse} - g_sum);
+    const double d = std::max(kLow * kLn2, logp + stats[1]);
+    double value = p * through;
     if (h != 0.0f) value -= p * h * (d - stats[2]);
     value = (value + own) * inv_temperature;
     store_partial(out + labels[j], splat(static_cast<float>(value)), 1);
@@ -239,7 +309,13 @@ void gather_logprobs(const GatherLogprobsForward& args, int num_threads) {
 }
 
 void gather_logprobs_backward(const GatherLogprobsBackward& args, int num_threads) {
-  for_rows(args, backward_row<float>, backward_row<BFloat16>, backward_row<Float16>, num_threads);
+  Backward a{args, false};
+  if (args.grad != args.in.logits) {
+    const int64_t item = args.in.dtype == DType::kFloat32 ? 4 : 2;
+    const int64_t middle = row_offset(args.grad_layout, args.in.rows / 2) * item;
+    a.fresh = untouched(static_cast<const char*>(args.grad) + middle);
+  }
+  for_rows(a, backward_row<float>, backward_row<BFloat16>, backward_row<Float16>, num_threads);
 }
 
 }  // namespace vcr1::cpu::VCR1_ISA

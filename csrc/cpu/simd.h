@@ -1,5 +1,5 @@
 // Vectors of floats for the instruction set a kernel file is compiled for: Vec, loads and stores of
-// fp32, bf16 and fp16, and e^x. Include it only from files built by vcr1_cpu_kernel().
+// fp32, bf16 and fp16, e^x and 2^x. Include it only from files built by vcr1_cpu_kernel().
 #pragma once
 
 #include <cmath>
@@ -20,6 +20,9 @@ struct Vec {
   static constexpr int kWidth = 16;
   __m512 v;
 };
+struct Pair {
+  Vec a, b;
+};
 inline Vec splat(float x) { return {_mm512_set1_ps(x)}; }
 inline Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
 inline Vec load(const BFloat16* p) {
@@ -29,13 +32,17 @@ inline Vec load(const BFloat16* p) {
 inline Vec load(const Float16* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))};
 }
-inline __m256i narrow(Vec x, BFloat16*) {
+// To the upper half of each lane. Rounding would carry a NaN whose payload is all ones into the
+// sign.
+inline __m512i round_to_bf16(Vec x) {
   const __m512i bits = _mm512_castps_si512(x.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
-  // Rounding could carry a NaN's payload into the sign.
+  return _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+}
+inline __m256i narrow(Vec x, BFloat16*) {
   const __mmask16 nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
-  rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
+  const __m512i rounded =
+      _mm512_mask_mov_epi32(round_to_bf16(x), nan, _mm512_set1_epi32(0x7fc00000));
   return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
 }
 inline __m256i narrow(Vec x, Float16*) {
@@ -45,8 +52,18 @@ inline void store(float* p, Vec x) { _mm512_storeu_ps(p, x.v); }
 inline void store(BFloat16* p, Vec x) { _mm256_storeu_si256((__m256i*)p, narrow(x, p)); }
 inline void store(Float16* p, Vec x) { _mm256_storeu_si256((__m256i*)p, narrow(x, p)); }
 inline void stream(float* p, Vec x) { _mm512_stream_ps(p, x.v); }
-inline void stream(BFloat16* p, Vec x) { _mm256_stream_si256((__m256i*)p, narrow(x, p)); }
 inline void stream(Float16* p, Vec x) { _mm256_stream_si256((__m256i*)p, narrow(x, p)); }
+inline Pair load_pair(const BFloat16* p) {
+  const __m512i both = _mm512_loadu_si512(p);
+  const __m512i odd = _mm512_and_si512(both, _mm512_set1_epi32(-0x10000));
+  return {{_mm512_castsi512_ps(_mm512_slli_epi32(both, 16))}, {_mm512_castsi512_ps(odd)}};
+}
+inline __m512i narrow(Pair x) {
+  const __m512i even = _mm512_srli_epi32(round_to_bf16(x.a), 16);
+  return _mm512_mask_blend_epi16(0xaaaaaaaa, even, round_to_bf16(x.b));
+}
+inline void store_pair(BFloat16* p, Pair x) { _mm512_storeu_si512(p, narrow(x)); }
+inline void stream_pair(BFloat16* p, Pair x) { _mm512_stream_si512((__m512i*)p, narrow(x)); }
 inline Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline Vec sub(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline Vec mul(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
@@ -60,6 +77,15 @@ inline Vec scale_or_zero(Vec p, Vec n, Vec, Vec x, Vec bound) {
   const __mmask16 keep = _mm512_cmp_ps_mask(x.v, bound.v, _CMP_NLT_UQ);
   return {_mm512_maskz_scalef_ps(keep, p.v, n.v)};
 }
+// y = n + f with n = floor(y), which scale_or_zero() takes from y itself.
+struct Split {
+  Vec n, t, f;
+};
+inline Split split(Vec y) { return {y, y, {_mm512_reduce_ps(y.v, _MM_FROUND_TO_NEG_INF)}}; }
+// 2^f for 0 <= f <= 1 less its constant 1; relative error of the whole 2.1e-9.
+constexpr float kExp2[] = {0x1.62e42cp-1f, 0x1.ebfd3ap-3f,  0x1.c68af6p-5f,
+                           0x1.3cfd82p-7f, 0x1.47373ap-10f, 0x1.c4456ep-13f};
+inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 inline void fence() { _mm_sfence(); }
 constexpr int kStreamAlign = 64;
 
@@ -69,6 +95,9 @@ struct Vec {
   static constexpr int kWidth = 8;
   __m256 v;
 };
+struct Pair {
+  Vec a, b;
+};
 inline Vec splat(float x) { return {_mm256_set1_ps(x)}; }
 inline Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
 inline Vec load(const BFloat16* p) {
@@ -76,13 +105,16 @@ inline Vec load(const BFloat16* p) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};
 }
 inline Vec load(const Float16* p) { return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p))}; }
-inline __m128i narrow(Vec x, BFloat16*) {
+// To the upper half of each lane. Rounding would carry a NaN whose payload is all ones into the
+// sign.
+inline __m256i round_to_bf16(Vec x) {
   const __m256i bits = _mm256_castps_si256(x.v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
-  // Rounding could carry a NaN's payload into the sign.
+  return _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+}
+inline __m128i narrow(Vec x, BFloat16*) {
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q));
-  rounded = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan);
+  __m256i rounded = _mm256_blendv_epi8(round_to_bf16(x), _mm256_set1_epi32(0x7fc00000), nan);
   rounded = _mm256_srli_epi32(rounded, 16);
   const __m256i packed = _mm256_packus_epi32(rounded, rounded);
   return _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
@@ -94,8 +126,18 @@ inline void store(float* p, Vec x) { _mm256_storeu_ps(p, x.v); }
 inline void store(BFloat16* p, Vec x) { _mm_storeu_si128((__m128i*)p, narrow(x, p)); }
 inline void store(Float16* p, Vec x) { _mm_storeu_si128((__m128i*)p, narrow(x, p)); }
 inline void stream(float* p, Vec x) { _mm256_stream_ps(p, x.v); }
-inline void stream(BFloat16* p, Vec x) { _mm_stream_si128((__m128i*)p, narrow(x, p)); }
 inline void stream(Float16* p, Vec x) { _mm_stream_si128((__m128i*)p, narrow(x, p)); }
+inline Pair load_pair(const BFloat16* p) {
+  const __m256i both = _mm256_loadu_si256((const __m256i*)p);
+  const __m256i odd = _mm256_and_si256(both, _mm256_set1_epi32(-0x10000));
+  return {{_mm256_castsi256_ps(_mm256_slli_epi32(both, 16))}, {_mm256_castsi256_ps(odd)}};
+}
+inline __m256i narrow(Pair x) {
+  const __m256i even = _mm256_srli_epi32(round_to_bf16(x.a), 16);
+  return _mm256_blend_epi16(even, round_to_bf16(x.b), 0xaa);
+}
+inline void store_pair(BFloat16* p, Pair x) { _mm256_storeu_si256((__m256i*)p, narrow(x)); }
+inline void stream_pair(BFloat16* p, Pair x) { _mm256_stream_si256((__m256i*)p, narrow(x)); }
 inline Vec add(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
 inline Vec sub(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
 inline Vec mul(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
@@ -119,6 +161,7 @@ inline Vec scale_or_zero(Vec p, Vec, Vec t, Vec x, Vec bound) {
   const __m256 keep = _mm256_cmp_ps(x.v, bound.v, _CMP_NLT_UQ);
   return {_mm256_and_ps(keep, _mm256_mul_ps(p.v, _mm256_castsi256_ps(power)))};
 }
+inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 inline void fence() { _mm_sfence(); }
 constexpr int kStreamAlign = 32;
 
@@ -129,6 +172,9 @@ struct Vec {
   typedef float Lanes __attribute__((vector_size(16)));
   typedef uint32_t Bits __attribute__((vector_size(16)));  // unsigned: they may wrap around
   Lanes v;
+};
+struct Pair {
+  Vec a, b;
 };
 inline Vec splat(float x) { return {Vec::Lanes{x, x, x, x}}; }
 inline Vec load(const float* p) {
@@ -214,10 +260,29 @@ inline Vec scale_or_zero(Vec p, Vec, Vec t, Vec x, Vec bound) {
   const auto drop = (Vec::Bits)(x.v < bound.v);
   return {(Vec::Lanes)((Vec::Bits)(p.v * (Vec::Lanes)power) & ~drop)};
 }
+inline void prefetch(const void* p) { __builtin_prefetch(p); }
 inline void fence() {}
 constexpr int kStreamAlign = 16;
 
 #endif
+
+// 2 * kWidth elements, for each dtype in an order of its own: bf16's are cheapest as the even ones
+// and the odd ones. A NaN given to store_pair() must have a clear low half, as those have that come
+// from a half or from arithmetic on numbers.
+template <typename T>
+inline Pair load_pair(const T* p) {
+  return {load(p), load(p + Vec::kWidth)};
+}
+template <typename T>
+inline void store_pair(T* p, Pair x) {
+  store(p, x.a);
+  store(p + Vec::kWidth, x.b);
+}
+template <typename T>
+inline void stream_pair(T* p, Pair x) {
+  stream(p, x.a);
+  stream(p + Vec::kWidth, x.b);
+}
 
 inline float as_float(float x) { return x; }
 template <typename Half>
@@ -261,5 +326,39 @@ inline Vec exp(Vec x) {
   p = fma(p, r, splat(1.0f));
   return scale_or_zero(p, n, t, x, splat(kExpLow));
 }
+
+#if !defined(__AVX512F__)
+// y = n + f with n the nearest whole number; t is n + kRoundMagic.
+struct Split {
+  Vec n, t, f;
+};
+inline Split split(Vec y) {
+  const Vec t = add(y, splat(0x1.8p23f));
+  const Vec n = sub(t, splat(0x1.8p23f));
+  return {n, t, sub(y, n)};
+}
+// 2^f for |f| <= 1/2 less its constant 1; relative error of the whole 3.0e-9.
+constexpr float kExp2[] = {0x1.62e430p-1f, 0x1.ebfbdcp-3f,  0x1.c6af7cp-5f,
+                           0x1.3b2de0p-7f, 0x1.5f082ep-10f, 0x1.416b52p-13f};
+#endif
+
+// factor * 2^y for y <= 127; exactly 0 below kExp2Low, NaN for NaN, `factor` itself at 0. To within
+// 1 ulp of the y given: exp() is the better one where |y| is large and known better than to an ulp.
+constexpr float kExp2Low = -126.0f;
+class Exp2 {
+ public:
+  explicit Exp2(float factor) : constant_(splat(factor)) {
+    for (int i = 0; i < 6; ++i) c_[i] = splat(kExp2[i] * factor);
+  }
+  Vec operator()(Vec y) const {
+    const Split s = split(y);
+    Vec p = c_[5];
+    for (int i = 4; i >= 0; --i) p = fma(p, s.f, c_[i]);
+    return scale_or_zero(fma(p, s.f, constant_), s.n, s.t, y, splat(kExp2Low));
+  }
+
+ private:
+  Vec c_[6], constant_;
+};
 
 }  // namespace vcr1::cpu::VCR1_ISA
