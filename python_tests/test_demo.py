@@ -7,11 +7,10 @@ import pytest
 
 from vcr1_fast.data.records import load_records, write_records
 from vcr1_fast.data.scenes import SceneConfig, questions, sample_scene
-from vcr1_fast.data.synth import SynthConfig, write_dataset
+from vcr1_fast.data.synth import TASKS, SynthConfig, write_dataset
 from vcr1_fast.demo.blur import BlurConfig, blur_records
 from vcr1_fast.demo.run import main_demo
 from vcr1_fast.demo.settings import QUICK, WARM_START
-from vcr1_fast.tasks import TASKS
 
 
 @pytest.fixture(scope="module")
