@@ -140,6 +140,7 @@ class Bench:
         self._rows: list[dict[str, object]] = []
         name = torch.cuda.get_device_name() if device == "cuda" else _cpu_name()
         self.header = {
+            "stem": stem,
             "device": name,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,

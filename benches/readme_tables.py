@@ -14,7 +14,6 @@ import argparse
 import difflib
 import json
 import re
-import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -44,59 +43,111 @@ def _load(name: str, results: Path, pattern: str) -> list[dict[str, Any]]:
 
 def bench_markdown(content: Mapping[str, Any]) -> str:
     """Every row of one bench, and below it the machine, the versions and the commit."""
-    columns = ["op", "shape", "dtype", "baseline", "ms", "ours, ms", "speed-up", "GB/s", "of limit"]
-    rows = [
-        [
-            row["op"],
-            row["shape"],
-            row["dtype"],
-            row["baseline"],
-            f"{row['baseline_ms']:.3f}",
-            f"{row['ours_ms']:.3f}",
-            f"{row['speedup']:.1f}x",
-            f"{row['GBps']:.1f}",
-            f"{row['percent_of_limit']:.0f} % {row['limit']}",
-        ]
-        for row in content["rows"]
-    ]
+    columns = ["op", "shape", "dtype", "other", "ms", "ours, ms", "speed-up", "GB/s", "of limit"]
+    columns += ["error", "ours", "extra MiB", "ours"]
+    rows = []
+    for row in content["rows"]:
+        if "skipped" in row:
+            cells = [row["skipped"], *[""] * (len(columns) - 5)]
+        else:
+            cells = [
+                f"{row['baseline_ms']:.3f}",
+                f"{row['ours_ms']:.3f}",
+                f"{row['speedup']:.1f}x",
+                f"{row['GBps']:.1f}",
+                _share(row),
+                *(f"{row[key]:.1e}" if key in row else "" for key in _ERRORS),
+                *(f"{row[key]:.0f}" if key in row else "" for key in _MEMORY),
+            ]
+        rows.append([row["op"], row["shape"], row["dtype"], row["baseline"], *cells])
     table = markdown_table(Table(columns, rows, left=frozenset({0, 1, 2, 3})))
-    return f"{table}\n\nGeometric mean {content['geometric_mean']:.1f}x. {_machine(content)}."
+    return f"{table}\n\nGeometric mean {content['geometric_mean']:.1f}x. {_machines([content])[0]}"
+
+
+_ERRORS, _MEMORY = (
+    tuple(f"{side}_{what}" for side in ("baseline", "ours")) for what in ("error", "extra_MiB")
+)
+
+
+def _share(row: Mapping[str, Any]) -> str:
+    return f"{row['percent_of_limit']:.0f} % {row['limit']}"
 
 
 def ops_markdown(contents: Sequence[Mapping[str, Any]]) -> str:
-    """One row an op and machine: speed-ups over the fastest baseline of each shape and dtype."""
+    """One row an op and machine: its longest case beside the fastest other, and the range of that
+    ratio over all cases; below it the machines and what could not be timed."""
     rows = []
-    machines = {}
-    for content in contents:
-        if "rows" not in content:  # a demo's summary lies in the same folder
-            continue
+    benches = [content for content in contents if "rows" in content]  # a demo has none
+    for content in benches:
         cases: dict[str, dict[tuple[str, str], Mapping[str, Any]]] = {}
         for row in content["rows"]:
-            best = cases.setdefault(row["op"], {})
-            key = (row["shape"], row["dtype"])
-            best[key] = min(best.get(key, row), row, key=lambda r: r["speedup"])
-        device = content["header"]["device"]
-        machines[_machine(content)] = None
-        for op, best in cases.items():
-            ratios = [row["speedup"] for row in best.values()]
-            shares = [row["percent_of_limit"] for row in best.values()]
-            baselines = sorted({row["baseline"] for row in best.values()})
-            ratio = f"{statistics.geometric_mean(ratios):.1f}x"
+            if "skipped" not in row:
+                fastest = cases.setdefault(row["op"], {})
+                key = (row["shape"], row["dtype"])
+                fastest[key] = min(fastest.get(key, row), row, key=lambda r: r["baseline_ms"])
+        header = content["header"]
+        for op, fastest in cases.items():
+            shown = max(fastest.values(), key=lambda r: r["ours_ms"])
+            name = op if op.startswith(header["stem"]) else f"{header['stem']}: {op}"
+            ratios = [row["baseline_ms"] / row["ours_ms"] for row in fastest.values()]
+            ratio = f"{shown['baseline_ms'] / shown['ours_ms']:.1f}x"
             if len(ratios) > 1:
                 ratio += f" ({min(ratios):.1f} to {max(ratios):.1f})"
-            cells = [str(len(best)), ", ".join(baselines), ratio, f"{max(shares):.0f} %"]
-            rows.append([op, device, *cells])
-    columns = ["op", "device", "cases", "fastest other", "speed-up", "of memory limit, at best"]
-    table = markdown_table(Table(columns, rows, left=frozenset({0, 1, 3})))
-    notes = "\n".join(f"- {machine}" for machine in machines)
-    return f"{table}\n\n{notes}"
+            memory = " / ".join(f"{shown[key]:.0f}" for key in _MEMORY if key in shown)
+            rows.append(
+                [
+                    name,
+                    header["device"],
+                    f"{shown['shape']} {shown['dtype']}",
+                    shown["baseline"],
+                    f"{shown['baseline_ms']:.2f}",
+                    f"{shown['ours_ms']:.2f}",
+                    ratio,
+                    _share(shown),
+                    memory,
+                ]
+            )
+    columns = ["op", "device", "case", "fastest other", "ms", "ours, ms"]
+    columns += ["speed-up (all cases)", "of limit", "extra MiB, other / ours"]
+    table = markdown_table(Table(columns, rows, left=frozenset({0, 1, 2, 3})))
+    notes = [*_machines(benches), *_not_timed(benches)]
+    return f"{table}\n\n" + "\n".join(f"- {note}" for note in notes)
 
 
-def _machine(content: Mapping[str, Any]) -> str:
-    header = content["header"]
-    threads = f"{header['threads']} threads, " if header["threads"] > 1 else ""
-    versions = f"torch {header['torch']}, Python {header['python']}"
-    return f"{header['device']}, {threads}{versions}, commit {header['commit']}, {header['date']}"
+def _machines(contents: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One sentence a machine: threads, versions, commits and days of its measurements."""
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for header in (content["header"] for content in contents):
+        key = (header["device"], header["threads"], header["torch"], header["python"])
+        groups.setdefault(key, []).append(header)
+    lines = []
+    for (device, threads, torch, python), headers in groups.items():
+        peers = {name: v for header in headers for name, v in header.get("peers", {}).items()}
+        versions = [f"torch {torch}", f"Python {python}"]
+        versions += [f"{name} {version}" for name, version in sorted(peers.items())]
+        commits = list(dict.fromkeys(header["commit"] for header in headers))
+        days = sorted({header["date"][:10] for header in headers})
+        lines.append(
+            f"{device}, {threads} thread{'s' * (threads > 1)}; {', '.join(versions)}; "
+            f"commit {', '.join(commits)}; {', '.join(days)}."
+        )
+    return lines
+
+
+def _not_timed(contents: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The peers that no row of a device has a time for, with the reason."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for content in contents:
+        timed = {row["baseline"] for row in content["rows"] if "skipped" not in row}
+        for row in content["rows"]:
+            if "skipped" in row and row["baseline"] not in timed:
+                names = reasons.setdefault((content["header"]["device"], row["skipped"]), [])
+                if row["baseline"] not in names:
+                    names.append(row["baseline"])
+    return [
+        f"Not timed on {device}, {reason}: {', '.join(names)}."
+        for (device, reason), names in reasons.items()
+    ]
 
 
 def demo_markdown(summaries: Sequence[Mapping[str, Any]]) -> str:

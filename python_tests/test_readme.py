@@ -103,14 +103,14 @@ def test_the_demo_table_is_mean_and_range_over_seeds(tmp_path):
 
 
 def bench_file(folder):
-    def row(op, shape, baseline, speedup, share):
+    def row(op, shape, baseline, speedup, share, ours=2.0):
         return {
             "op": op,
             "shape": shape,
             "dtype": "float32",
             "baseline": baseline,
-            "baseline_ms": 2.0 * speedup,
-            "ours_ms": 2.0,
+            "baseline_ms": ours * speedup,
+            "ours_ms": ours,
             "speedup": speedup,
             "GBps": 10.0,
             "limit": "read",
@@ -118,35 +118,52 @@ def bench_file(folder):
         }
 
     header = {
+        "stem": "iou",
         "device": "Chip",
         "threads": 2,
         "torch": "2.13",
         "python": "3.11",
         "commit": "abc",
-        "date": "2026-11-22",
+        "date": "2026-11-22 10:00 UTC",
+        "peers": {"pillow": "12"},
     }
     rows = [row("iou", "8", "eager", 9.0, 50.0), row("iou", "8", "compiled", 4.0, 50.0)]
-    rows += [row("iou", "64", "eager", 1.0, 80.0), row("giou", "8", "eager", 3.0, 20.0)]
+    rows += [row("iou", "64", "eager", 1.0, 80.0, ours=5.0), row("giou", "8", "eager", 3.0, 20.0)]
+    rows[-1] |= {"baseline_error": 2e-7, "ours_error": 1e-7}
+    rows[-1] |= {"baseline_extra_MiB": 90.0, "ours_extra_MiB": 3.4}
+    for op in ("iou", "giou"):
+        skipped = {"op": op, "shape": "8", "dtype": "float32", "baseline": "torchvision"}
+        rows.append({**skipped, "skipped": "not installed"})
     content = {"header": header, "rows": rows, "geometric_mean": 3.2}
     (folder / "iou_chip.json").write_text(json.dumps(content))
 
 
-def test_the_ops_table_compares_with_the_fastest_baseline_of_each_case(tmp_path):
+def cells(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_the_ops_table_compares_with_the_fastest_other_of_each_case(tmp_path):
     bench_file(tmp_path)
     write_demo(tmp_path, 0, 0.5, 0.7)
     lines = tables.build("ops", tmp_path).splitlines()
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:4]]
-    assert rows[0] == ["iou", "Chip", "2", "compiled, eager", "2.0x (1.0 to 4.0)", "80 %"]
-    assert rows[1] == ["giou", "Chip", "1", "eager", "3.0x", "20 %"]
-    assert lines[-1] == "- Chip, 2 threads, torch 2.13, Python 3.11, commit abc, 2026-11-22"
+    first = ["iou", "Chip", "64 float32", "eager", "5.00", "5.00", "1.0x (1.0 to 4.0)", "80 % read"]
+    assert cells(lines[2]) == [*first, ""]
+    second = ["iou: giou", "Chip", "8 float32", "eager", "6.00", "2.00", "3.0x", "20 % read"]
+    assert cells(lines[3]) == [*second, "90 / 3"]
+    assert lines[-2:] == [
+        "- Chip, 2 threads; torch 2.13, Python 3.11, pillow 12; commit abc; 2026-11-22.",
+        "- Not timed on Chip, not installed: torchvision.",
+    ]
 
 
 def test_a_bench_table_has_every_row(tmp_path):
     bench_file(tmp_path)
     lines = tables.build("iou_chip", tmp_path).splitlines()
-    cells = [cell.strip() for cell in lines[2].strip("|").split("|")]
-    expected = ["iou", "8", "float32", "eager", "18.000", "2.000", "9.0x", "10.0", "50 % read"]
-    assert cells == expected and len(lines) == 2 + 4 + 2
+    numbers = ["18.000", "2.000", "9.0x", "10.0", "50 % read"]
+    assert cells(lines[2]) == ["iou", "8", "float32", "eager", *numbers, *[""] * 4]
+    assert cells(lines[5])[-4:] == ["2.0e-07", "1.0e-07", "90", "3"]
+    assert cells(lines[6])[3:] == ["torchvision", "not installed", *[""] * 8]
+    assert len(lines) == 2 + 6 + 2
 
 
 def test_check_finds_drift_and_writing_removes_it(tmp_path, capsys):
