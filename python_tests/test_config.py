@@ -82,6 +82,9 @@ def test_round_trip(tmp_path):
         ("run.device=cuda", "run.device"),
         ("model.dtype=float16", "model.dtype"),
         ("model.path=7", "model.path"),
+        ("optim.tokens_per_microbatch=0", "optim.tokens_per_microbatch"),
+        ("optim.memory_gib=0", "optim.memory_gib"),
+        ("rollout.gap_mean_limit=-1", "rollout.gap_mean_limit"),
         ("rollout.group_size=1", "rollout.group_size"),
         ("rollout.top_p=0", "rollout.top_p"),
         ("rollout.stop=['']", "rollout.stop"),
@@ -111,6 +114,11 @@ def test_missing_fields_are_named():
         load_config(TrainConfig)
     with pytest.raises(ConfigError, match=r"^data\.train: missing"):
         load_config(TrainConfig, None, ["model.path=m", "run.output=o"])
+
+
+def test_a_field_of_older_versions_is_explained():
+    with pytest.raises(ConfigError, match=r"^optim\.micro_prompts: replaced by tokens_per_micro"):
+        load("optim.micro_prompts=4")
 
 
 def test_a_near_miss_is_suggested():

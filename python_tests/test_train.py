@@ -18,11 +18,13 @@ from tiny_run import configure, write_inputs
 from vcr1_fast.data.records import load_records, write_records
 from vcr1_fast.data.video import Clip
 from vcr1_fast.model.checkpoint import load
+from vcr1_fast.model.forward import prompt_features
 from vcr1_fast.model.packing import Group
+from vcr1_fast.model.wrapping import unwrap
 from vcr1_fast.ops import GRPOLossConfig
-from vcr1_fast.train import checkpoint, loop, setup
+from vcr1_fast.train import checkpoint, loop, setup, update
 from vcr1_fast.train.config import OptimConfig
-from vcr1_fast.train.dataset import ClipCache, Sampler
+from vcr1_fast.train.dataset import ByteCache, Sampler
 from vcr1_fast.train.log import RunLog
 from vcr1_fast.train.loop import train
 from vcr1_fast.train.optim import MasterAdamW, clipped_step, learning_rate
@@ -403,7 +405,7 @@ def gradient(run, groups, config, sequences):
     for group in groups:
         loss, _ = policy_loss(
             run.model,
-            [group],
+            [group.with_vision(None)],
             loss_config(config, sequences, 100),
             temperature=1.0,
             on_policy=True,
@@ -431,12 +433,101 @@ def test_skipping_silent_groups_leaves_the_gradient(run, loss_type):
 
 def test_update_is_the_same_in_one_pass_and_in_several(inputs, tmp_path, any_reward):
     """Micro-batches are parts of one loss, so gradients (seen through their norm) agree."""
-    norms = []
-    for size in (1, 4):
+    norms, counts = [], []
+    for size in (40, 150, 4000):
         output = tmp_path / str(size)
-        train(configure(*inputs, output, "optim.steps=1", f"optim.micro_prompts={size}"))
-        norms.append(read(output / "metrics.jsonl")[0]["grad_norm"])
-    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+        train(configure(*inputs, output, "optim.steps=1", f"optim.tokens_per_microbatch={size}"))
+        row = read(output / "metrics.jsonl")[0]
+        norms.append(row["grad_norm"])
+        counts.append(row["num_microbatches"])
+    assert norms == pytest.approx(norms[:1] * 3, rel=1e-4)
+    assert counts == sorted(set(counts), reverse=True)
+    assert counts[-1] == 1 and counts[0] > 4  # groups were split by completions
+
+
+def tower_passes(run, monkeypatch):
+    """The number of patches of each pass through the vision tower from here on."""
+    passes, visual = [], unwrap(run.model).model.visual
+    forward = visual.forward
+    monkeypatch.setattr(
+        visual, "forward", lambda *a, **k: (passes.append(len(a[0])), forward(*a, **k))[1]
+    )
+    return passes
+
+
+def test_a_trained_tower_runs_once_a_step(run, monkeypatch):
+    """The rollout's pass is the update's too: same gradient as with a pass of the update's own."""
+    passes = tower_passes(run, monkeypatch)
+    groups = drawn_groups(run, ADVANTAGES)
+    patches = [one.group.prompt.patches for one in groups]
+    run.planner.tokens = 150  # several micro-batches
+    settings = loss_config(run.config.loss, 12, 100)
+    update.gradients(run, groups, settings, on_policy=True)
+    assert passes == [sum(patches)]
+    parameters = run.optimizer.parameters
+    shared = [p.grad.clone() for p in parameters]
+    run.optimizer.zero_grad()
+    update.gradients(run, [g.with_vision(None) for g in groups], settings, on_policy=True)
+    assert sum(passes) >= 2 * sum(patches)
+    for ours, theirs in zip(shared, [p.grad for p in parameters], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    assert max(p.grad.abs().max() for p in run.model.model.visual.parameters()) > 1e-6
+
+
+def test_without_room_for_its_graph_the_tower_runs_again(run, monkeypatch):
+    passes = tower_passes(run, monkeypatch)
+    run.planner.memory = 1e3
+    groups = drawn_groups(run, ADVANTAGES)
+    assert not any(one.group.vision.requires_grad for one in groups)
+    run.planner.memory = None
+    update.gradients(run, groups, run.config.loss, on_policy=True)
+    assert sum(passes) == 2 * sum(one.group.prompt.patches for one in groups)
+
+
+@pytest.mark.parametrize("size", [1024, 0])
+def test_a_frozen_tower_sees_a_clip_once_in_a_run(inputs, tmp_path, monkeypatch, any_reward, size):
+    seen, again = set(), []
+
+    def watching(model, prompts, known):
+        clips = [prompt.pixel_values_videos.numpy().tobytes() for prompt in prompts]
+        again.extend(clip in seen for clip in clips)
+        assert [one is not None for one in known] == [clip in seen and size > 0 for clip in clips]
+        seen.update(clips)
+        found = prompt_features(model, prompts, known)
+        torch.testing.assert_close(torch.cat(found), torch.cat(prompt_features(model, prompts)))
+        return found
+
+    monkeypatch.setattr(setup, "prompt_features", watching)
+    overrides = ("model.freeze_vision=true", "optim.steps=4", f"model.vision_cache_mb={size}")
+    train(configure(*inputs, tmp_path / "run", *overrides))
+    assert 4 <= sum(again) < len(again) == 16
+
+
+def test_a_gap_between_rollout_and_training_stops_the_run(run, monkeypatch):
+    groups = [one.with_vision(None) for one in drawn_groups(run, ADVANTAGES)]
+    before = [p.detach().clone() for p in run.optimizer.parameters]
+    shifted = [dataclasses.replace(g, rollout_logps=g.rollout_logps + 0.5) for g in groups]
+    with pytest.raises(
+        ValueError, match=r"mean gap .* is 0\.5, above rollout\.gap_mean_limit 0\.2"
+    ):
+        update.update(run, shifted, 1e-3)
+    assert all(torch.equal(a, b) for a, b in zip(before, run.optimizer.parameters, strict=True))
+    run.optimizer.zero_grad()
+    rollout = dataclasses.replace(run.config.rollout, gap_mean_limit=None, gap_max_limit=0.4)
+    run.config = dataclasses.replace(run.config, rollout=rollout)
+    with pytest.raises(ValueError, match=r"max gap .* is 0\.5, above rollout\.gap_max_limit"):
+        update.update(run, shifted, 1e-3)
+    run.optimizer.zero_grad()
+    assert update.update(run, groups, 1e-3)["rollout_gap_max"] < 1e-4
+
+
+def test_saved_tokens_are_those_that_the_plain_form_would_run(run):
+    groups = drawn_groups(run, ADVANTAGES)
+    metrics = update.update(run, groups, 1e-3)
+    plain = sum(4 * len(g.group.prompt) + sum(map(len, g.group.completions)) for g in groups)
+    ran = [len(g.group.prompt) + sum(map(len, g.group.completions)) for g in groups]
+    assert metrics["num_run_tokens"] == sum(ran) - ran[1]  # the silent one is not run
+    assert metrics["saved_tokens"] == pytest.approx(1 - (sum(ran) - ran[1]) / plain)
 
 
 def test_a_step_raises_the_better_completion(run):
@@ -449,7 +540,7 @@ def test_a_step_raises_the_better_completion(run):
         return [float(part.sum()) for part in flat.split(sizes)]
 
     before = logps()
-    loop.update(run, groups, 1e-3)
+    update.update(run, groups, 1e-3)
     after = logps()
     assert after[0] - after[1] > before[0] - before[1]
 
@@ -465,12 +556,12 @@ def test_adapters_start_as_the_base_model_and_switch_off(inputs, tmp_path):
         groups = drawn_groups(run, [[1.0, -1.0, 0.0, 0.0]])
         with torch.no_grad():
             plain = completion_logps(base, [groups[0].group], convention="trained")
-        groups = loop.with_reference(run, groups)
+        groups = update.with_reference(run, groups)
         torch.testing.assert_close(groups[0].ref_logps, plain, rtol=1e-5, atol=1e-5)
-        loop.update(run, groups, 1e-1)
+        update.update(run, groups, 1e-1)
         moved = completion_logps(run.model, [groups[0].group], convention="trained")
         assert (moved - plain).abs().max() > 1e-3
-        again = loop.with_reference(run, groups)
+        again = update.with_reference(run, groups)
         torch.testing.assert_close(again[0].ref_logps, plain, rtol=1e-5, atol=1e-5)
         exported, _ = load(run.export())
         with torch.no_grad():
@@ -482,7 +573,7 @@ def test_a_gradient_that_is_not_finite_is_left_out(run):
     groups = drawn_groups(run, [[1.0, -1.0, 0.0, 0.0]])
     before = [p.detach().clone() for p in run.optimizer.parameters]
     broken = dataclasses.replace(groups[0], advantages=torch.tensor([math.inf, -1.0, 0.0, 0.0]))
-    metrics = loop.update(run, [broken], 1e-3)
+    metrics = update.update(run, [broken], 1e-3)
     assert metrics["skipped_updates"] == 1
     assert all(torch.equal(a, b) for a, b in zip(before, run.optimizer.parameters, strict=True))
 
@@ -539,7 +630,7 @@ def test_cache_is_bounded_in_bytes():
     def clip(size):
         return Clip(np.zeros((1, 1, size, 3), np.uint8), np.zeros(1), 1.0, 1.0, "x")
 
-    cache = ClipCache(limit=30)
+    cache = ByteCache(30, lambda clip: clip.frames.nbytes)
     cache.put("a", clip(4))
     cache.put("b", clip(4))
     assert cache.get("a") is not None

@@ -31,7 +31,7 @@ SETTINGS = (
     "rollout.group_size=4",
     "rollout.max_new_tokens=8",
     "optim.prompts_per_step=4",
-    "optim.micro_prompts=2",
+    "optim.tokens_per_microbatch=512",
     "optim.lr=1e-3",
     "optim.steps=2",
 )

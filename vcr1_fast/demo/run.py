@@ -104,7 +104,7 @@ def _sft(config: DemoConfig, records: Path) -> TrainConfig:
         optim=OptimConfig(
             steps=config.sft_steps,
             prompts_per_step=config.sft_prompts,
-            micro_prompts=config.sft_prompts // 4,
+            tokens_per_microbatch=config.tokens_per_microbatch,
             lr=config.sft_lr,
             schedule="cosine",
             warmup_steps=config.sft_steps // 10,
@@ -126,7 +126,7 @@ def _grpo(config: DemoConfig, model: Path, records: Path) -> TrainConfig:
         optim=OptimConfig(
             steps=config.grpo_steps,
             prompts_per_step=config.grpo_prompts,
-            micro_prompts=config.grpo_prompts // 4,
+            tokens_per_microbatch=config.tokens_per_microbatch,
             lr=config.grpo_lr,
             schedule="linear",
             warmup_steps=min(10, config.grpo_steps - 1),

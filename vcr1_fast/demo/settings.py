@@ -62,6 +62,7 @@ class DemoConfig:
     grpo_lr: float = 3e-4
     group_size: int = 8
     max_new_tokens: int = 112
+    tokens_per_microbatch: int = 4096
     loss: GRPOLossConfig = field(default_factory=lambda: GRPOLossConfig(loss_type="grpo", beta=0.0))
     """The mean over a completion's tokens first: a tracking answer has ten times the tokens of
     the others and must not weigh ten times as much."""

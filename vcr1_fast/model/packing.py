@@ -8,7 +8,7 @@ and a completion's last token is left out: nothing is predicted from it.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -31,9 +31,22 @@ class Group:
     vision: Tensor | None = None
 
     @property
-    def tokens(self) -> int:
-        """Length of the group in a pack."""
-        return len(self.prompt) + sum(len(c) - 1 for c in self.completions)
+    def prompt_tokens(self) -> int:
+        return len(self.prompt)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each completion."""
+        return [len(completion) for completion in self.completions]
+
+    @property
+    def patches(self) -> int:
+        """Patches that the tower is still to encode."""
+        return self.prompt.patches if self.vision is None else 0
+
+    def part(self, first: int, last: int) -> "Group":
+        """The same prompt with completions first .. last - 1."""
+        return replace(self, completions=self.completions[first:last])
 
 
 @dataclass(frozen=True, eq=False)

@@ -82,6 +82,10 @@ class Prompt:
     def __len__(self) -> int:
         return len(self.input_ids)
 
+    @property
+    def patches(self) -> int:
+        return 0 if self.pixel_values_videos is None else len(self.pixel_values_videos)
+
 
 @dataclass(frozen=True, eq=False)
 class Processor:

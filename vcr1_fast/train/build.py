@@ -50,13 +50,17 @@ def load_config(cls: type[T], path: str | Path | None = None, overrides: Sequenc
 
 def build(cls: type[T], values: Mapping[str, Any], prefix: str = "", default: T | None = None) -> T:
     """`cls(**values)`, nested mappings becoming nested dataclasses; what `values` leave open is as
-    in `default`, or the field's own default. `prefix` is for messages."""
+    in `default`, or the field's own default. `prefix` is for messages. A class may say in
+    `REPLACED` what became of fields that it no longer has."""
     hints = get_type_hints(cls)
     known = {field.name: field for field in dataclasses.fields(cls) if field.init}
     arguments = {}
     for name, value in values.items():
         where = f"{prefix}{name}"
         if name not in known:
+            replaced = getattr(cls, "REPLACED", {})
+            if name in replaced:
+                raise ConfigError(where, replaced[name])
             close = difflib.get_close_matches(str(name), known, n=1)
             hint = f"; did you mean {prefix}{close[0]}?" if close else ""
             raise ConfigError(where, f"unknown field{hint}")

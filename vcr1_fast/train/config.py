@@ -4,7 +4,7 @@ The defaults are those of the VideoChat-R1 recipe where it has one.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from vcr1_fast.data.sampling import FrameConfig
 from vcr1_fast.ops.grpo_config import GRPOLossConfig
@@ -51,12 +51,14 @@ class ModelConfig:
     )
     freeze_vision: bool = False
     """Leave the vision tower and its projection as they are."""
+    vision_cache_mb: int = 1024
+    """What a frozen tower made of the clips, held in main memory over epochs, in MiB."""
     gradient_checkpointing: bool = False
     mrope: Literal["trained", "installed"] = "trained"
     """Positions as the checkpoints were trained with, or as the installed transformers has them."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "lora_rank")
+        _at_least(self, 0, "lora_rank", "vision_cache_mb")
         _above(self, 0, "lora_alpha")
         if not self.path:
             raise ConfigError("path", "must not be empty")
@@ -107,6 +109,11 @@ class RolloutConfig:
     """Texts that end a completion, besides the end-of-turn token."""
     batch_prompts: int = 8
     """Prompts decoded together, each with its whole group."""
+    gap_mean_limit: float | None = 0.2
+    """Mean |rollout log-prob - training log-prob| of a step above which the run stops; null: any.
+    """
+    gap_max_limit: float | None = None
+    """The same for the largest gap of a token."""
 
     def __post_init__(self) -> None:
         _at_least(self, 2, "group_size")
@@ -115,6 +122,9 @@ class RolloutConfig:
         _above(self, 0, "top_p")
         _at_least(self, 0, "top_k")
         _at_least(self, 1, "max_new_tokens", "batch_prompts")
+        for name in ("gap_mean_limit", "gap_max_limit"):
+            if getattr(self, name) is not None:
+                _above(self, 0, name)
         if not all(self.stop):
             raise ConfigError("stop", f"must not hold an empty string, got {list(self.stop)}")
 
@@ -136,12 +146,20 @@ class AdvantageConfig:
 class OptimConfig:
     """AdamW, its schedule, and how a step is cut up."""
 
+    REPLACED: ClassVar = {
+        "micro_prompts": "replaced by tokens_per_microbatch, which counts tokens, not prompts"
+    }
+
     steps: int = 1000
     """Rollout steps of `train`, optimiser steps of `sft`."""
     prompts_per_step: int = 8
     """Prompts of one step over all processes."""
-    micro_prompts: int = 1
-    """Prompts (with their groups) in one forward and backward; gradients are accumulated."""
+    tokens_per_microbatch: int = 16384
+    """Tokens in one forward and backward, a prompt counted once for its group; gradients are
+    accumulated. A longer group is split by its completions; fewer where memory is short."""
+    memory_gib: float | None = None
+    """Memory that one forward and backward may take by the planner's estimate; null: what is free.
+    """
     inner_epochs: int = 1
     """Times the rollouts of a step are gone through."""
     inner_steps: int = 1
@@ -159,10 +177,12 @@ class OptimConfig:
     """Leave out (and count) an optimiser step whose gradient is not finite, rather than stop."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "steps", "prompts_per_step", "micro_prompts")
+        _at_least(self, 1, "steps", "prompts_per_step", "tokens_per_microbatch")
         _at_least(self, 1, "inner_epochs", "inner_steps")
         _at_least(self, 0, "warmup_steps", "weight_decay")
         _above(self, 0, "lr", "eps", "max_grad_norm")
+        if self.memory_gib is not None:
+            _above(self, 0, "memory_gib")
         _inside(self, 0, 1, "final_lr_ratio")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError("betas", f"must lie in [0, 1), got {list(self.betas)}")

@@ -2,9 +2,10 @@
 
 import time
 from collections import OrderedDict, deque
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Generic, TypeVar
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from vcr1_fast.model.processor import Processor, Prompt
 from vcr1_fast.tasks import TASKS
 from vcr1_fast.train.config import DataConfig
 
+V = TypeVar("V")
 MAX_CACHED_IN_A_ROW = 256
 """Records planned ahead without finding one to decode; bounds the plan when all are cached."""
 
@@ -55,28 +57,28 @@ class Sampler:
             yield int(order[place % self.size])
 
 
-class ClipCache:
-    """The clips used last, up to a number of bytes of frames."""
+class ByteCache(Generic[V]):
+    """The values used last, up to a number of bytes as `size` counts them."""
 
-    def __init__(self, limit: int) -> None:
-        self.limit, self.bytes = limit, 0
-        self._clips: OrderedDict[Hashable, Clip] = OrderedDict()
+    def __init__(self, limit: int, size: Callable[[V], int]) -> None:
+        self.limit, self.size, self.bytes = limit, size, 0
+        self._values: OrderedDict[Hashable, V] = OrderedDict()
 
-    def get(self, key: Hashable) -> Clip | None:
-        clip = self._clips.get(key)
-        if clip is not None:
-            self._clips.move_to_end(key)
-        return clip
+    def get(self, key: Hashable) -> V | None:
+        value = self._values.get(key)
+        if value is not None:
+            self._values.move_to_end(key)
+        return value
 
-    def put(self, key: Hashable, clip: Clip) -> None:
-        """Keep a clip, dropping the least recently used ones; one above the limit is not kept."""
-        if key in self._clips or clip.frames.nbytes > self.limit:
+    def put(self, key: Hashable, value: V) -> None:
+        """Keep a value, dropping the least recently used ones; one above the limit is not kept."""
+        if key in self._values or self.size(value) > self.limit:
             return
-        self._clips[key] = clip
-        self.bytes += clip.frames.nbytes
+        self._values[key] = value
+        self.bytes += self.size(value)
         while self.bytes > self.limit:
-            _, dropped = self._clips.popitem(last=False)
-            self.bytes -= dropped.frames.nbytes
+            _, dropped = self._values.popitem(last=False)
+            self.bytes -= self.size(dropped)
 
 
 @dataclass(eq=False)
@@ -105,7 +107,7 @@ class PromptSource:
         self.records, self.processor, self.config = records, processor, config
         self.quarantine, self.sampler = quarantine, sampler
         self._seconds = 0.0
-        self._cache = ClipCache(config.cache_mb * 2**20)
+        self._cache = ByteCache[Clip](config.cache_mb * 2**20, lambda clip: clip.frames.nbytes)
         self._bad: set[str] = set()
         self._reader = ClipReader(
             backend=config.decoder, timeout=config.decode_timeout, workers=config.decode_workers

@@ -2,46 +2,36 @@
 
 What is different from the plain form, with the same gradient to rounding:
     a prompt is read once for its whole group, in the rollout and in the policy's forward pass;
-    the vision tower runs once a prompt where it is frozen, twice where it is trained;
-    a group without differences in reward is skipped where nothing but its advantages (all zero)
-    would move the model; it still counts in the loss's denominators;
-    the first update of a step needs no old log-probs (the policy is the sampler), later ones take
-    the sampler's own;
+    the vision tower encodes a clip once: a step where it is trained, a run where it is frozen (up
+    to the size of the cache);
+    what cannot move the model is not run (`update.py`);
     the reference is not there at beta 0, and is the model without its adapters under LoRA.
 """
 
-import math
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
 
-from vcr1_fast.model.forward import prompt_features
 from vcr1_fast.model.packing import Group
 from vcr1_fast.model.rollout import Rollout, SamplingConfig, rollout
-from vcr1_fast.model.wrapping import unwrap
 from vcr1_fast.ops import group_advantages
 from vcr1_fast.tasks import TASKS
 from vcr1_fast.train.config import TrainConfig
 from vcr1_fast.train.dataset import Sample
 from vcr1_fast.train.log import Stopwatch
-from vcr1_fast.train.optim import clipped_step, learning_rate
+from vcr1_fast.train.optim import learning_rate
 from vcr1_fast.train.setup import Run, open_run
 from vcr1_fast.train.step import (
     PolicyGroup,
     Scored,
     chunks,
-    completion_logps,
-    equal_parts,
-    loss_config,
-    merge_metrics,
-    policy_loss,
     reward_matrix,
-    row_tokens,
     score,
     task_metrics,
 )
+from vcr1_fast.train.update import update, with_reference
 
 
 def train(config: TrainConfig) -> Path:
@@ -87,11 +77,12 @@ def sample_completions(
     )
     seed = (run.config.run.seed * 1_000_003 + step) * run.ranks + run.rank
     generator = torch.Generator().manual_seed(seed % 2**63)
+    with_graph = keeps_graph(run, samples)
     drawn = []
     for part in chunks(samples, settings.batch_prompts):
         prompts = [sample.prompt for sample in part]
-        with watch.stage("vision"), torch.no_grad():
-            vision = prompt_features(unwrap(run.model), prompts)
+        with watch.stage("vision"):
+            vision = run.clip_features(part, with_graph=with_graph)
         with watch.stage("rollout"):
             together = rollout(
                 run.model,
@@ -105,6 +96,16 @@ def sample_completions(
             )
         drawn += [one_prompt(together, i) for i in range(len(part))]
     return drawn
+
+
+def keeps_graph(run: Run, samples: list[Sample]) -> bool:
+    """Whether the tower's pass for the rollout serves the update too: if it is trained, the update
+    is the step's only one, and there is room for all clips' activations in half the memory."""
+    optim = run.config.optim
+    if run.vision_is_frozen or optim.inner_steps > 1:
+        return False
+    patches = sum(sample.prompt.patches for sample in samples)
+    return run.planner.footprint.per_patch * patches <= run.planner.room() / 2
 
 
 def one_prompt(together: Rollout, i: int) -> Rollout:
@@ -146,7 +147,7 @@ def own_advantages(run: Run, scored: list[Scored], everyone: list[Scored]) -> to
 def make_groups(
     samples: list[Sample], drawn: list[Rollout], advantages: torch.Tensor
 ) -> list[PolicyGroup]:
-    """What the policy is trained on; the vision features are kept where no gradient flows there."""
+    """What the policy is trained on."""
     size = len(advantages) // max(len(samples), 1)
     return [
         PolicyGroup(
@@ -158,91 +159,19 @@ def make_groups(
     ]
 
 
-@torch.no_grad()
-def with_reference(run: Run, groups: list[PolicyGroup]) -> list[PolicyGroup]:
-    """The groups with the reference's log-probs."""
-    out = []
-    with run.reference() as reference:
-        for one in groups:
-            group = one.group if run.vision_is_frozen else replace(one.group, vision=None)
-            logps = completion_logps(
-                reference,
-                [group],
-                temperature=run.config.rollout.temperature,
-                convention=run.config.model.mrope,
-            )
-            out.append(replace(one, ref_logps=logps))
-    return out
-
-
-def update(run: Run, groups: list[PolicyGroup], lr: float) -> dict[str, float]:
-    """All optimiser steps on one step's groups; their metrics over all processes."""
-    config = run.config
-    needs_all = config.loss.beta != 0 or config.loss.entropy_coef != 0
-    collected, norms, skipped_updates = [], [], 0
-    for epoch in range(config.optim.inner_epochs):
-        for number, part in enumerate(equal_parts(groups, config.optim.inner_steps)):
-            counted = run.accelerator.reduce(
-                torch.tensor(
-                    [
-                        sum(len(one.advantages) for one in part),
-                        sum(len(one.rollout_logps) for one in part),
-                    ],
-                    device=run.accelerator.device,
-                )
-            )
-            loss_settings = loss_config(config.loss, *counted.tolist())
-            kept = [one for one in part if needs_all or not one.is_silent]
-            kept.sort(key=lambda one: row_tokens(one.group), reverse=True)
-            for micro in chunks(kept, config.optim.micro_prompts):
-                if not run.vision_is_frozen:
-                    micro = [replace(one, group=replace(one.group, vision=None)) for one in micro]
-                loss, metrics = policy_loss(
-                    run.model,
-                    micro,
-                    loss_settings,
-                    temperature=config.rollout.temperature,
-                    on_policy=epoch == 0 and number == 0,
-                    convention=config.model.mrope,
-                )
-                loss.backward()
-                collected.append({"loss": loss.detach(), **metrics})
-            if int(counted[0]) == 0:
-                continue
-            norm = clipped_step(run.optimizer, lr, config.optim)
-            if math.isfinite(norm):
-                norms.append(norm)
-            else:
-                skipped_updates += 1
-    merged = merge_metrics(gather_object([to_numbers(metrics) for metrics in collected]))
-    return {
-        "loss": 0.0,  # where every group was skipped
-        **merged,
-        "grad_norm": sum(norms) / max(len(norms), 1),
-        "lr": lr,
-        "skipped_updates": skipped_updates,
-        "skipped_groups": sum(gather_object([one.is_silent and not needs_all for one in groups])),
-    }
-
-
-def to_numbers(metrics: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Metrics as floats, with one wait for the device."""
-    values = torch.stack([value.double() for value in metrics.values()]).tolist()
-    return dict(zip(metrics, values, strict=True))
-
-
 def log_step(
     run: Run, step: int, everyone: list[Scored], metrics: dict[str, float], watch: Stopwatch
 ) -> None:
     """One row of metrics.jsonl."""
-    seconds = sum(watch.seconds.values())
+    seconds, drawn = sum(watch.seconds.values()), sum(one.length for one in everyone)
     renamed = {"clip_region": "clip_fraction"}
     run.log.step(
         {
             "step": step,
             **task_metrics(everyone),
             **{renamed.get(name, name): value for name, value in metrics.items()},
-            "tokens_per_second": sum(one.length for one in everyone) / max(seconds, 1e-9),
+            "tokens_per_second": drawn / max(seconds, 1e-9),
+            "tokens_per_second/rollout": drawn / max(watch.seconds.get("rollout", 0.0), 1e-9),
             **{f"seconds/{name}": value for name, value in watch.seconds.items()},
         }
     )

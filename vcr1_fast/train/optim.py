@@ -50,6 +50,14 @@ class MasterAdamW:
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             parameter.grad = master.grad = None
 
+    def pending_bytes(self) -> int:
+        """What gradients and the first update have yet to allocate."""
+        gradients = sum(p.numel() * p.element_size() for p in self.parameters if p.grad is None)
+        if self.adamw.state:
+            return gradients
+        moments = sum(8 * p.numel() for p in self.parameters)
+        return gradients + moments
+
     def state_dict(self) -> dict:
         masters = [
             None if master is parameter else master.detach()

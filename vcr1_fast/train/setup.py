@@ -17,6 +17,7 @@ from torch import nn
 
 from vcr1_fast.data.quarantine import Quarantine
 from vcr1_fast.model.checkpoint import load, save
+from vcr1_fast.model.forward import prompt_features
 from vcr1_fast.model.processor import Processor
 from vcr1_fast.model.vision import freeze_vision
 from vcr1_fast.model.wrapping import checkpoint_activations, unwrap
@@ -29,16 +30,25 @@ from vcr1_fast.train.checkpoint import (
     trained_state,
 )
 from vcr1_fast.train.config import ModelConfig, TrainConfig
-from vcr1_fast.train.dataset import PromptSource, Sampler, training_records
+from vcr1_fast.train.dataset import (
+    ByteCache,
+    PromptSource,
+    Sample,
+    Sampler,
+    clip_key,
+    training_records,
+)
 from vcr1_fast.train.log import RunLog
 from vcr1_fast.train.optim import MasterAdamW
+from vcr1_fast.train.planner import GIB, Planner
 
 _SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
 @dataclass(eq=False)
 class Run:
-    """The parts of a run. `done`: steps behind it; `anchor`: the frozen copy of the model that the
+    """The parts of a run. `done`: steps behind it; `features`: of clips that a frozen tower has
+    encoded, (video tokens, H) on the CPU; `anchor`: the frozen copy of the model that the
     KL term refers to, None where adapters are switched off instead, or nothing refers to one."""
 
     config: TrainConfig
@@ -48,6 +58,8 @@ class Run:
     anchor: nn.Module | None
     optimizer: MasterAdamW
     source: PromptSource
+    planner: Planner
+    features: ByteCache[torch.Tensor]
     log: RunLog
     done: int
     used: int = 0
@@ -73,6 +85,19 @@ class Run:
         """Whether a clip's features are the same for rollout, policy and reference."""
         visual = unwrap(self.model).model.visual
         return not any(parameter.requires_grad for parameter in visual.parameters())
+
+    def clip_features(self, samples: list[Sample], *, with_graph: bool = False) -> list:
+        """Features of each sample's clips, or None where it has none; those of a frozen tower are
+        taken from the cache where it has them. `with_graph`: for a backward pass through it."""
+        keys = [clip_key(sample.record) for sample in samples]
+        known = [self.features.get(key) for key in keys]
+        with torch.set_grad_enabled(with_graph):
+            found = prompt_features(unwrap(self.model), [s.prompt for s in samples], known)
+        if self.vision_is_frozen:
+            for key, cached, new in zip(keys, known, found, strict=True):
+                if cached is None and new is not None:
+                    self.features.put(key, new.to("cpu", copy=True))
+        return found
 
     @contextmanager
     def reference(self) -> Iterator[nn.Module]:
@@ -186,7 +211,27 @@ def open_run(config: TrainConfig, *, reference: bool) -> Iterator[Run]:
                 Sampler(len(records), config.run.seed),
             )
         )
-        yield Run(config, accelerator, model, processor, anchor, optimizer, source, log, done)
+        planner = Planner(
+            model,
+            optimizer,
+            config.optim.tokens_per_microbatch,
+            memory=config.optim.memory_gib and config.optim.memory_gib * GIB,
+            tell=log.message,
+        )
+        features = ByteCache[torch.Tensor](config.model.vision_cache_mb * 2**20, lambda f: f.nbytes)
+        yield Run(
+            config,
+            accelerator,
+            model,
+            processor,
+            anchor,
+            optimizer,
+            source,
+            planner,
+            features,
+            log,
+            done,
+        )
 
 
 def prepare_model(config: TrainConfig, device: torch.device) -> tuple[nn.Module, Processor]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from itertools import repeat
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from vcr1_fast.train.config import TrainConfig
 from vcr1_fast.train.log import Stopwatch
 from vcr1_fast.train.optim import clipped_step, learning_rate
 from vcr1_fast.train.setup import Run, open_run
-from vcr1_fast.train.step import chunks, completion_logps, row_tokens
+from vcr1_fast.train.step import completion_logps, longest_first
 
 
 def right_answer(record: Record) -> str:
@@ -32,9 +33,10 @@ def sft(config: TrainConfig, target: Callable[[Record], str] = right_answer) -> 
             watch = Stopwatch()
             watch.seconds["decode"] = run.source.take_seconds()
             with watch.stage("policy"):
+                vision = run.clip_features(samples) if run.vision_is_frozen else repeat(None)
                 groups = [
-                    Group(one.prompt, [run.processor.completion(target(one.record))])
-                    for one in samples
+                    Group(one.prompt, [run.processor.completion(target(one.record))], features)
+                    for one, features in zip(samples, vision, strict=False)
                 ]
                 metrics = update(run, groups, learning_rate(step, config.optim))
             seconds = sum(watch.seconds.values())
@@ -56,12 +58,20 @@ def update(run: Run, groups: list[Group], lr: float) -> dict[str, float]:
     config, device = run.config, run.accelerator.device
     own = sum(len(completion) for group in groups for completion in group.completions)
     tokens = int(run.accelerator.reduce(torch.tensor(own, device=device)))
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    for micro in chunks(sorted(groups, key=row_tokens, reverse=True), config.optim.micro_prompts):
-        logps = completion_logps(run.model, micro, convention=config.model.mrope)
+
+    def micro_batch(part: list[Group]) -> torch.Tensor:
+        logps = completion_logps(run.model, part, convention=config.model.mrope)
         loss = -logps.sum() / max(tokens, 1)
         loss.backward()
-        total += loss.detach()
+        return loss.detach().double()
+
+    def restart() -> list[Group]:
+        run.optimizer.zero_grad()
+        return longest
+
+    longest = longest_first(groups)
+    zero = torch.zeros((), dtype=torch.float64, device=device)
+    total = sum(run.planner.run(longest, micro_batch, restart), zero)
     norm = clipped_step(run.optimizer, lr, config.optim) if tokens else 0.0
     return {
         "loss": float(run.accelerator.reduce(total)),

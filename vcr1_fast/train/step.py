@@ -15,7 +15,9 @@ from vcr1_fast.model.packing import Group
 from vcr1_fast.ops import GRPOLossConfig, linear_grpo_loss, linear_logprobs
 from vcr1_fast.tasks import TASKS
 from vcr1_fast.train.dataset import Sample
+from vcr1_fast.train.planner import Shaped
 
+S = TypeVar("S", bound=Shaped)
 T = TypeVar("T")
 
 
@@ -31,6 +33,38 @@ class PolicyGroup:
     advantages: Tensor
     rollout_logps: Tensor
     ref_logps: Tensor | None = None
+
+    @property
+    def prompt_tokens(self) -> int:
+        return self.group.prompt_tokens
+
+    @property
+    def lengths(self) -> list[int]:
+        return self.group.lengths
+
+    @property
+    def patches(self) -> int:
+        return self.group.patches
+
+    def part(self, first: int, last: int) -> "PolicyGroup":
+        """The same prompt with completions first .. last - 1."""
+        before = sum(self.lengths[:first])
+        tokens = slice(before, before + sum(self.lengths[first:last]))
+        return PolicyGroup(
+            self.group.part(first, last),
+            self.advantages[first:last],
+            self.rollout_logps[tokens],
+            None if self.ref_logps is None else self.ref_logps[tokens],
+        )
+
+    def with_vision(self, vision: Tensor | None) -> "PolicyGroup":
+        """The same with other features; None has its clips encoded in the pass."""
+        return replace(self, group=replace(self.group, vision=vision))
+
+    @property
+    def plain_tokens(self) -> int:
+        """What the plain form runs: every completion with a prompt of its own."""
+        return len(self.lengths) * self.prompt_tokens + sum(self.lengths)
 
     @property
     def is_silent(self) -> bool:
@@ -124,10 +158,9 @@ def completion_logps(
     return linear_logprobs(hidden, weight, labels, bias, temperature=temperature).logps
 
 
-def row_tokens(group: Group) -> int:
-    """Length of a group's row. Micro-batches are cut from the longest row down: so rows are padded
-    the least, and a batch that does not fit in memory is the first one."""
-    return len(group.prompt.input_ids) + sum(map(len, group.completions))
+def longest_first(items: Iterable[S]) -> list[S]:
+    """In the order that micro-batches are cut: what does not fit in memory comes first."""
+    return sorted(items, key=lambda item: item.prompt_tokens + sum(item.lengths), reverse=True)
 
 
 def chunks(items: Sequence[T], size: int) -> list[Sequence[T]]:

@@ -1,0 +1,221 @@
+"""Micro-batches by tokens and by memory, and what happens when memory runs out all the same."""
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from tiny_run import configure, write_inputs
+
+from vcr1_fast.train import loop, setup, update
+from vcr1_fast.train.planner import Footprint, Planner, is_out_of_memory
+from vcr1_fast.train.sft import update as sft_update
+from vcr1_fast.train.step import loss_config
+
+
+@dataclass(frozen=True)
+class Item:
+    prompt_tokens: int
+    lengths: tuple[int, ...]
+    patches: int = 0
+
+    def part(self, first, last):
+        return replace(self, lengths=self.lengths[first:last])
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture
+def run(inputs, tmp_path, request):
+    config = configure(*inputs, tmp_path / "run", "loss.beta=0", *getattr(request, "param", ()))
+    with setup.open_run(config, reference=False) as run:
+        yield run
+
+
+def cut(planner, *items):
+    return [[(i.prompt_tokens, i.lengths) for i in part] for part in planner.parts(items)]
+
+
+def test_groups_are_packed_up_to_the_budget_in_order(run):
+    planner = Planner(run.model, run.optimizer, 100)
+    assert cut(planner, Item(40, (5, 5)), Item(30, (10, 10)), Item(20, (1,)), Item(70, (9,))) == [
+        [(40, (5, 5)), (30, (10, 10))],
+        [(20, (1,)), (70, (9,))],
+    ]
+
+
+def test_a_group_above_the_budget_is_split_by_its_completions(run):
+    planner = Planner(run.model, run.optimizer, 100)
+    assert cut(planner, Item(60, (15, 20, 10, 40)), Item(10, (10,))) == [
+        [(60, (15, 20))],
+        [(60, (10,))],
+        [(60, (40,))],
+        [(10, (10,))],
+    ]
+    # A completion that is too long by itself still goes through, alone.
+    assert cut(planner, Item(90, (20, 30))) == [[(90, (20,))], [(90, (30,))]]
+
+
+def test_memory_bounds_micro_batches_too(run):
+    free = Planner(run.model, run.optimizer, 10**9)
+    items = [Item(100, (10,) * 8, patches=400)] * 4
+    need = free.predict(items[:1])
+    bounded = Planner(run.model, run.optimizer, 10**9, memory=1.01 * need)
+    assert len(free.parts(items)) == 1
+    assert len(bounded.parts(items)) == 4
+    tight = Planner(run.model, run.optimizer, 10**9, memory=0.97 * need)
+    assert len(tight.parts(items)) == 8
+    assert all(tight.predict(part) <= 0.97 * need for part in tight.parts(items))
+    none = Planner(run.model, run.optimizer, 10**9, memory=0.2 * need)
+    with pytest.raises(ValueError, match=r"prompt of 100 tokens \(400 patches.*GiB are free.*opt"):
+        none.parts(items)
+
+
+def test_the_prediction_counts_what_is_trained_and_kept(run, inputs, tmp_path):
+    whole = Footprint.of(run.model)
+
+    def footprint(name, *overrides):
+        config = configure(*inputs, tmp_path / name, *overrides)
+        return Footprint.of(setup.prepare_model(config, torch.device("cpu"))[0])
+
+    frozen = footprint("a", "model.freeze_vision=true")
+    assert frozen.per_patch == 0 < whole.per_patch
+    assert frozen.per_token == whole.per_token
+    recomputed = footprint("b", "model.gradient_checkpointing=true")
+    assert recomputed.per_token < whole.per_token
+    half = footprint("c", "model.dtype=bfloat16")
+    assert 0.5 * whole.per_token < half.per_token < whole.per_token
+    assert footprint("d", "model.lora_rank=2").fixed == 0 < whole.fixed
+
+
+def saved_bytes(run, groups):
+    """Bytes that autograd keeps of a pass over the groups, each storage once."""
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes(), tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        update.gradients(run, groups, run.config.loss, on_policy=False)
+    weights = {p.untyped_storage().data_ptr() for p in run.model.parameters()}
+    return sum(size for where, (size, _) in kept.items() if where not in weights)
+
+
+def groups_of(run, count=4):
+    samples = next(iter(run.batches()))[:count]
+    drawn = loop.sample_completions(run, samples, 0, loop.Stopwatch())
+    advantages = torch.tensor([1.0, -1.0, 0.5, -0.5] * len(samples))
+    return loop.make_groups(samples, drawn, advantages)
+
+
+def test_the_prediction_is_near_what_autograd_keeps(run):
+    """It also counts what the backward pass itself needs, so it lies above."""
+    groups = [one.with_vision(None) for one in groups_of(run)]
+    run.planner.tokens = 10**6
+    kept = saved_bytes(run, groups)
+    foot = run.planner.footprint
+    predicted = foot.bytes(
+        sum(one.prompt_tokens + sum(one.lengths) for one in groups),
+        0,
+        sum(one.patches for one in groups),
+    )
+    assert kept < predicted - foot.fixed < 2.5 * kept
+
+
+def settings_of(run, groups):
+    """Counts of the whole, so that micro-batches are parts of one loss."""
+    tokens = sum(sum(one.lengths) for one in groups)
+    return loss_config(run.config.loss, 4 * len(groups), tokens)
+
+
+def collect(run):
+    grads = [p.grad.clone() for p in run.optimizer.parameters]
+    run.optimizer.zero_grad()
+    return grads
+
+
+@pytest.mark.parametrize("when", ["forward", "backward"])
+def test_out_of_memory_halves_the_budget_and_keeps_the_gradient(run, monkeypatch, when):
+    """In the second micro-batch, so that the first has left its gradient behind."""
+    run.planner.tokens = 130
+    groups = groups_of(run)
+    fresh, settings = [one.with_vision(None) for one in groups], settings_of(run, groups)
+    update.gradients(run, fresh, settings, on_policy=True)
+    expected = collect(run)
+    told, calls = [], []
+    run.planner.tell = told.append
+    right = update.policy_loss
+
+    def failing(model, part, *args, **kwargs):
+        calls.append(sum(one.prompt_tokens + sum(one.lengths) for one in part))
+        loss, metrics = right(model, part, *args, **kwargs)
+        if len(calls) == 2:
+            error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
+            if when == "forward":
+                raise error
+            run.model.get_input_embeddings().weight.register_hook(fail_once(error))
+        return loss, metrics
+
+    def fail_once(error):
+        def hook(gradient):
+            if len(calls) == 2:
+                raise error
+
+        return hook
+
+    monkeypatch.setattr(update, "policy_loss", failing)
+    update.gradients(run, groups, settings, on_policy=True)
+    for ours, theirs in zip(collect(run), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    assert run.planner.tokens == max(calls[:2]) // 2
+    assert max(calls[2:]) < min(calls[:2])
+    assert len(told) == 1 and "20 MiB" in told[0]
+
+
+def test_other_errors_are_not_taken_for_it(run, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(update, "policy_loss", fail)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        update.gradients(run, groups_of(run), run.config.loss, on_policy=True)
+    assert not is_out_of_memory(RuntimeError("shapes do not match"))
+    assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"))
+
+
+def test_memory_that_never_suffices_is_told(run, monkeypatch):
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(update, "policy_loss", fail)
+    with pytest.raises(ValueError, match="one completion at a time"):
+        update.gradients(run, groups_of(run), run.config.loss, on_policy=True)
+
+
+def test_fine_tuning_survives_it_too(run, monkeypatch):
+    from vcr1_fast.train import sft
+
+    samples = next(iter(run.batches()))
+    groups = [
+        sft.Group(one.prompt, [run.processor.completion(sft.right_answer(one.record))])
+        for one in samples
+    ]
+    run.planner.tokens = 200
+    monkeypatch.setattr(sft, "clipped_step", lambda *args: 0.0)
+    expected_loss = sft_update(run, groups, 0.0)["loss"]
+    expected = collect(run)
+    right, calls = sft.completion_logps, []
+
+    def failing(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return right(*args, **kwargs)
+
+    monkeypatch.setattr(sft, "completion_logps", failing)
+    assert sft_update(run, groups, 0.0)["loss"] == pytest.approx(expected_loss, rel=1e-5)
+    for ours, theirs in zip(collect(run), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
