@@ -17,7 +17,7 @@ of the head with their gradient, and the head's gradient in float32.
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import psutil
 import torch
@@ -45,7 +45,7 @@ class Shaped(Protocol):
     def patches(self) -> int:
         """Patches that the vision tower encodes in the pass."""
 
-    def part(self, first: int, last: int) -> Self:
+    def part(self, first: int, last: int) -> Any:
         """The same prompt with completions first .. last - 1."""
 
 

@@ -31,6 +31,8 @@ from vcr1_fast.train.step import (
 @torch.no_grad()
 def with_reference(run: Run, groups: list[PolicyGroup]) -> list[PolicyGroup]:
     """The groups with the reference's log-probs. Its tower is another one where that is trained."""
+    if not groups:
+        return []
     longest = longest_first(groups)
     given = longest if run.vision_is_frozen else [one.with_vision(None) for one in longest]
     with run.reference() as reference:
