@@ -36,7 +36,16 @@ GROUNDED = record(
 )
 CHOICE = record("multiple_choice", {"question": "What is seen?"}, "B", options=OPTIONS)
 LABEL = record("classification", {"question": "What is seen?"}, "low", options=("low", "high"))
-RECORDS = (GROUNDING, TRACKING, GROUNDED, CHOICE, LABEL)
+SINGLE = (
+    record("caption", {"instruction": "What happens?"}, ["a dog runs", "it jumps over a fence"]),
+    record("spatial_grounding", {"question": "Where is it?"}, [0.1, 0.2, 0.5, 0.6]),
+    record("numeric", {"question": "How many?"}, 3),
+    record("regression", {"question": "How far?"}, 2.5),
+    record("boolean", {"question": "Is it red?"}, False),
+    record("ocr", {"question": "What does the sign say?"}, "No entry"),
+    record("open_ended", {"question": "Why?"}, "because the man pours water"),
+)
+RECORDS = (GROUNDING, TRACKING, GROUNDED, CHOICE, LABEL, *SINGLE)
 
 
 def by_name(item):
@@ -85,8 +94,10 @@ def test_prompts_hold_the_question():
     assert "A dog runs" in prompts[0]
     assert "the dog" in prompts[1]
     assert "[0.00, 0.00, 0.50, 0.50]" in prompts[1]
-    for prompt in prompts[2:]:
+    for prompt in prompts[2:5]:
         assert "What is seen?" in prompt
+    for sample, prompt in zip(SINGLE, prompts[5:], strict=True):
+        assert next(iter(sample.prompt.values())) in prompt
     for prompt in prompts[2:4]:
         assert "(A) red circle (B) blue square (C) green star" in prompt
 
@@ -127,6 +138,58 @@ def test_tracking_values():
     timed = record("tracking", {"object": "x"}, [BOX] * 2, metadata={"times": [1, 2.5]})
     assert task.times(timed, 14.0) == [1.0, 2.5]
     assert TASKS["temporal_grounding"].times is None
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "value"),
+    [
+        ("numeric", "3.0", 1.0),
+        ("numeric", "there are 3 dogs", 1.0),
+        ("numeric", "3 or 4", 0.0),
+        ("numeric", "1e999", 0.0),
+        ("regression", "2.5 m", 1.0),
+        ("regression", "2.0", 0.6),  # an error of 0.2: below 0.5, 0.45, ... 0.25
+        ("regression", "250 %", 1.0),
+        ("regression", "5/2", 1.0),
+        ("boolean", "No, it is blue.", 1.0),
+        ("boolean", "TRUE", 0.0),
+        ("boolean", "no, yes", 0.0),
+        ("boolean", "not at all", 0.0),
+        ("ocr", "no entry!", 1.0),
+        ("ocr", "entry", 0.5),
+        ("ocr", "no no entry", 0.5),
+        ("ocr", "one two three four", 0.0),
+        ("open_ended", "Because the man pours water.", 1.0),
+        ("open_ended", "the man", (4 / 7 + 2 / 5 + 4 / 7) / 3),
+        ("caption", "The dogs ran. Then it jumped over the fence.", 0.5),
+        ("caption", "A running dog. It jumps a fence.", 1.0),
+        ("spatial_grounding", "[0.1, 0.2, 0.5, 0.4]", 0.5),
+        ("spatial_grounding", "[[0.1, 0.2, 0.5, 0.6]]", 1.0),
+        ("spatial_grounding", "[0.5, 0.2, 0.1, 0.6]", 0.0),
+    ],
+)
+def test_single_answers(name, answer, value):
+    (sample,) = (s for s in SINGLE if s.task == name)
+    task = TASKS[name]
+    completion = f"<answer>{answer}</answer>"
+    measure = task.primary
+    assert task.score(completion, sample)[measure] == pytest.approx(value)
+    prediction = task.parse(completion, sample)
+    assert task.metrics(prediction, sample)[measure] == pytest.approx(value)
+    assert task.score(completion, sample)["format"] == float(prediction is not None)
+    assert task.score(answer, sample) == {"format": 0.0, measure: 0.0}
+
+
+def test_blind_guesses_of_single_answers():
+    def floor(name, *answers):
+        train = [record(name, {}, answer) for answer in answers]
+        return TASKS[name].floor(train, train)[1][TASKS[name].primary]
+
+    assert floor("numeric", 3, 3, 4) == pytest.approx(2 / 3)
+    assert floor("boolean", True, False, True, True) == 0.75
+    assert floor("regression", 1.0, 2.0, 100.0) == pytest.approx(1 / 3)
+    assert floor("spatial_grounding", [0, 0, 0.5, 1], [0.5, 0, 1, 1]) == pytest.approx(1 / 3)
+    assert floor("caption", ["a dog runs"], ["a dog runs", "a cat sits"]) == pytest.approx(0.75)
 
 
 def test_classification_values():

@@ -264,12 +264,41 @@ def _check_grounded_qa(record: Record) -> None:
         check_span(f"answer.glue[{index}]", span, empty=True)
 
 
+def _check_single(field: str, fits: Callable[[Any], bool], expected: str) -> AnswerCheck:
+    def check(record: Record) -> None:
+        check_prompt(record, field)
+        if not fits(record.answer):
+            raise FieldError("answer", f"expected {expected}, got {_kind(record.answer)}")
+
+    return check
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _is_text_list(value: Any) -> bool:
+    return isinstance(value, list | tuple) and bool(value) and all(map(_is_text, value))
+
+
+def _check_spatial_grounding(record: Record) -> None:
+    check_prompt(record, "question")
+    _boxes("answer", [record.answer])
+
+
 ANSWER_CHECKS: dict[str, AnswerCheck] = {
     "temporal_grounding": _check_temporal_grounding,
     "tracking": _check_tracking,
     "grounded_qa": _check_grounded_qa,
     "multiple_choice": _check_multiple_choice,
     "classification": _check_classification,
+    "caption": _check_single("instruction", _is_text_list, "a list of events"),
+    "spatial_grounding": _check_spatial_grounding,
+    "numeric": _check_single("question", lambda value: _is_number(value), "a number"),
+    "regression": _check_single("question", lambda value: _is_number(value), "a number"),
+    "boolean": _check_single("question", lambda value: isinstance(value, bool), "true or false"),
+    "ocr": _check_single("question", _is_text, "a text"),
+    "open_ended": _check_single("question", _is_text, "a text"),
 }
 
 _FIELDS = tuple(f.name for f in fields(Record))

@@ -34,7 +34,7 @@ def _content(text: str) -> set[str]:
     return {_stem(word) for word in _WORD.findall(text.lower()) if word not in _STOP}
 
 
-def mentions(caption: str, event: str, share: float = 0.7) -> bool:
+def mentions(caption: str, event: str, share: float = 0.6) -> bool:
     """Whether two neighbouring sentences of the caption hold at least `share` of the event's
     content words, compared by their stems. An event without content words is never mentioned."""
     wanted = _content(event)

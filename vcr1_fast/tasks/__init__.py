@@ -1,9 +1,16 @@
 """Tasks by name. A new one is one file here and one line below."""
 
 from vcr1_fast.tasks import (
+    boolean,
+    caption,
     classification,
     grounded_qa,
     multiple_choice,
+    numeric,
+    ocr,
+    open_ended,
+    regression,
+    spatial_grounding,
     temporal_grounding,
     tracking,
 )
@@ -17,6 +24,13 @@ TASKS: dict[str, Task] = {
         grounded_qa.TASK,
         multiple_choice.TASK,
         classification.TASK,
+        caption.TASK,
+        spatial_grounding.TASK,
+        numeric.TASK,
+        regression.TASK,
+        boolean.TASK,
+        ocr.TASK,
+        open_ended.TASK,
     )
 }
 

@@ -1,0 +1,22 @@
+"""Spatial grounding: the box of a thing, from 0 to 1, in an image or a still clip."""
+
+from vcr1_fast.rewards import box_iou, parse_boxes
+from vcr1_fast.tasks.single import Single
+
+
+def _read(text: str) -> tuple[float, ...] | None:
+    """One box, with or without brackets around the list of it."""
+    boxes = parse_boxes(f"[{text}]", 1) or parse_boxes(text, 1)
+    return boxes[0] if boxes else None
+
+
+TASK = Single(
+    name="spatial_grounding",
+    field="question",
+    how="with the box [x0, y0, x1, y1] from 0 to 1, like <answer>[0.10, 0.20, 0.30, 0.40]</answer>",
+    measure="IoU",
+    read=_read,
+    show=lambda box: "[" + ", ".join(f"{value:.2f}" for value in box) + "]",
+    nearness=box_iou,
+    typical=lambda boxes: [sum(sides) / len(boxes) for sides in zip(*boxes, strict=True)],
+).task()
