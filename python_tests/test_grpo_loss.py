@@ -161,9 +161,8 @@ def cases():
 
 def name_of(config):
     default = {field.name: field.default for field in dataclasses.fields(config)}
-    return "-".join(
-        f"{name}={value}" for name, value in vars(config).items() if value != default[name]
-    )
+    given = {name: getattr(config, name) for name in default}
+    return "-".join(f"{n}={value}" for n, value in given.items() if value != default[n])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -651,11 +650,41 @@ def test_any_batch(lengths, seed, loss_type, level, spread, beta):
         ({"eps_low": -0.1}, "eps_low"),
         ({"eps_high": math.nan}, "eps_high"),
         ({"sapo_tau_neg": 0.0}, "sapo_tau_neg"),
+        ({"beta": math.nan}, "beta must be finite and not negative, got nan"),
+        ({"beta": math.inf}, "beta must be .* got inf"),
+        ({"beta": -0.1}, "beta must be .* got -0.1"),
+        ({"beta": "0.1"}, "beta must be .* got '0.1'"),
+        ({"beta": None}, "beta must be .* got None"),
+        ({"eps_low": True}, "eps_low must be .* got True"),
+        ({"delta": math.inf}, "delta must be finite and positive or None, got inf"),
+        ({"delta": 0}, "delta must be .* got 0"),
+        ({"log_ratio_clamp": math.nan}, "log_ratio_clamp must be .* got nan"),
+        ({"kl_input_clamp": -1.0}, "kl_input_clamp must be .* got -1.0"),
+        ({"entropy_coef": math.inf}, "entropy_coef must be a finite number, got inf"),
+        ({"off_policy_threshold": math.inf}, "off_policy_threshold must be .* got inf"),
+        ({"rollout_min": -0.5}, "rollout_min must be .* got -0.5"),
+        ({"rollout_max": math.inf}, "rollout_max must be .* got inf"),
+        ({"vespo_k_pos": math.nan}, "vespo_k_pos must be .* got nan"),
+        ({"num_items": -3}, "num_items must be .* got -3"),
+        ({"num_items": 0.0}, "num_items must be .* got 0.0"),
+        ({"num_items": math.nan}, "num_items must be .* got nan"),
+        ({"num_items": torch.tensor(-3.0)}, "num_items must be .* got -3.0"),
+        ({"num_sequences": torch.tensor(math.inf)}, "num_sequences must be .* got inf"),
+        ({"num_sequences": torch.ones(2)}, r"num_sequences must be one number, got shape \(2,\)"),
     ),
 )
 def test_config_errors(options, message):
     with pytest.raises(ValueError, match=message):
         GRPOLossConfig(**options)
+
+
+def test_every_number_of_the_config_is_checked():
+    names = {f.name for f in dataclasses.fields(GRPOLossConfig) if "float" in str(f.type)}
+    names |= {"max_length"}
+    assert {"beta", "delta", "num_items"} < names
+    for name in names:
+        with pytest.raises(ValueError, match=f"{name} must be .* got nan"):
+            GRPOLossConfig(**{name: math.nan})
 
 
 def test_call_errors():

@@ -20,8 +20,10 @@ class Kernel : Terms<T> {
   using Terms<T>::Terms;
 
   void run(int num_threads) {
+    // A piece of work takes several times as long as waking a thread for it.
+    constexpr int64_t kTokens = 1 << 15;
     const int64_t grain =
-        std::max<int64_t>(1, 4096 * a_.sequences / std::max<int64_t>(1, a_.tokens));
+        std::max<int64_t>(1, kTokens * a_.sequences / std::max<int64_t>(1, a_.tokens));
     parallel_for(a_.sequences, grain, num_threads, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) count(b);
     });
@@ -29,13 +31,14 @@ class Kernel : Terms<T> {
       totals_[i] = total(i);
     set_batch_weight();
     parallel_for(a_.sequences, grain, num_threads, [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b) completion(b);
+      Block<T> block;
+      for (int64_t b = begin; b < end; ++b) completion(b, block);
     });
     finish();
   }
 
  private:
-  using Terms<T>::a_, Terms<T>::k_, Terms<T>::v_, Terms<T>::old, Terms<T>::load_tokens;
+  using Terms<T>::a_, Terms<T>::k_, Terms<T>::v_, Terms<T>::take, Terms<T>::load_tokens;
   using Terms<T>::ratios, Terms<T>::rollout, Terms<T>::factors, Terms<T>::policy, Terms<T>::kl;
 
   double* sums(int64_t b) const { return a_.scratch + b * kScratch; }
@@ -56,12 +59,14 @@ class Kernel : Terms<T> {
     int64_t begin, end;
     range(b, begin, end);
     const T* const weights = static_cast<const T*>(a_.token_weights);
-    int64_t tokens = 0;
-    for (int64_t i = begin; i < end; ++i) {
-      const bool counts = a_.mask == nullptr || a_.mask[i];
-      tokens += counts;
-      if (weights != nullptr && counts) out[kEntropyWeight] += weights[i];
+    int64_t tokens = end - begin;
+    if (a_.mask != nullptr) {
+      tokens = 0;
+      for (int64_t i = begin; i < end; ++i) tokens += a_.mask[i];
     }
+    if (weights != nullptr)
+      for (int64_t i = begin; i < end; ++i)
+        if (a_.mask == nullptr || a_.mask[i]) out[kEntropyWeight] += weights[i];
     if (weights == nullptr) out[kEntropyWeight] = static_cast<double>(tokens);
     out[kNumTokens] = static_cast<double>(tokens);
     out[kNumSequences] = tokens > 0;
@@ -85,7 +90,17 @@ class Kernel : Terms<T> {
     entropy_weight_ = totals_[kEntropyWeight] > 0.0 ? 1.0 / totals_[kEntropyWeight] : 1.0;
   }
 
-  void completion(int64_t b) const {
+  // Calls fn(first token, tokens, padded) for each loaded block of a completion.
+  template <typename Fn>
+  void blocks(int64_t b, int64_t begin, int64_t end, Block<T>& t, Fn&& fn) const {
+    for (int64_t i = begin; i < end; i += kBlock) {
+      const int valid = static_cast<int>(std::min<int64_t>(kBlock, end - i));
+      const int n = load_tokens(b, i, valid, t);
+      fn(i, valid, n);
+    }
+  }
+
+  void completion(int64_t b, Block<T>& t) const {
     int64_t begin, end;
     range(b, begin, end);
     Sums c{};
@@ -101,139 +116,146 @@ class Kernel : Terms<T> {
       if (grad_entropy != nullptr) std::fill(grad_entropy + begin, grad_entropy + end, T{0});
       return;
     }
-    Block<T> block;
-    if (shares_statistics(a_)) statistics(begin, end, block, c);
-    for (int64_t i = begin; i < end; i += kBlock) {
-      const int n = static_cast<int>(std::min<int64_t>(kBlock, end - i));
-      load_tokens(b, i, n, block);
-      ratios(c, n, block);
-      factors(i, c, n, block);
-      policy(c, n, block);
-      kl(i, n, block);
-      combine(i, c, n, block);
-      metrics(c, n, block);
-      if (a_.entropy != nullptr) entropy(i, c, n, block);
-    }
+    if (shares_statistics(a_)) statistics(b, begin, end, t, c);
+    blocks(b, begin, end, t, [&](int64_t first, int valid, int n) {
+      ratios(c, n, t);
+      factors(first, c, valid, n, t);
+      policy(c, n, t);
+      kl(first, valid, n, t);
+      combine(first, c, valid, n, t);
+      metrics(c, n, t);
+      if (a_.entropy != nullptr) entropy(first, c, valid, n, t);
+    });
     if (k_.level != kSequence) return;
     const T each = static_cast<T>(c.grad_s / c.tokens);
-    for (int64_t i = begin; i < end; i += kBlock) {
-      const int n = static_cast<int>(std::min<int64_t>(kBlock, end - i));
-      load_tokens(b, i, n, block);
-      for (int j = 0; j < n; ++j) grad[i + j] += block.counts[j] ? each * block.unclamped[j] : T{0};
-    }
+    blocks(b, begin, end, t, [&](int64_t first, int valid, int) {
+      T* const out = grad + first;
+      for (int j = 0; j < valid; ++j) {
+        const T own = each * t.unclamped[j];
+        out[j] += t.counts[j] != 0 ? own : T{0};
+      }
+    });
   }
 
   // Sums over the completion, before any token can be weighed.
-  void statistics(int64_t begin, int64_t end, Block<T>& t, Sums& c) const {
-    const int64_t b = (c.sums - a_.scratch) / kScratch;
-    Statistics sums{};
-    const auto blocks = [&](auto&& fn) {
-      for (int64_t i = begin; i < end; i += kBlock) {
-        const int n = static_cast<int>(std::min<int64_t>(kBlock, end - i));
-        load_tokens(b, i, n, t);
-        fn(i, n);
+  void statistics(int64_t b, int64_t begin, int64_t end, Block<T>& t, Sums& c) const {
+    Statistics totals{};
+    blocks(b, begin, end, t, [&](int64_t, int, int n) {
+      totals.log_ratio += sum(t.log_ratio, n);
+      if (k_.loss == kVespo) {
+        for (int j = 0; j < n; ++j) t.scratch[j] = clamp(t.log_ratio[j], -20.0, 20.0);
+        totals.bounded += sum(t.scratch, n);
       }
-    };
-    blocks([&](int64_t first, int n) {
-      sums.log_ratio += sum(t.log_ratio, t.counts, n);
-      for (int j = 0; j < n; ++j) {
-        sums.bounded += clamp(double{t.log_ratio[j]}, -20.0, 20.0);
-        if (!t.counts[j]) continue;
-        const T shift = a_.rollout_logps != nullptr ? t.gap[j] : T{0};
-        const T before = a_.old_logps != nullptr ? old()[first + j] : t.logp[j];
-        sums.gap += shift;
-        sums.drift += double{before} - shift - t.logp[j];
-      }
+      for (int j = 0; j < n; ++j) t.scratch[j] = t.raw[j] - t.logp[j];
+      totals.drift += sum(t.scratch, n);
+      if (a_.rollout_logps != nullptr) totals.gap += sum(t.gap, n);
     });
-    set_statistics<T>(a_, sums, c);
+    totals.drift -= totals.gap;
+    set_statistics<T>(a_, totals, c);
     if (k_.loss != kVespo) return;
     double log_weight = 0.0;
     if (corrects_whole(k_)) {
       log_weight = vespo_log(c.correction);
     } else if (k_.rollout != kNone) {
-      blocks([&](int64_t, int n) {
+      blocks(b, begin, end, t, [&](int64_t, int valid, int n) {
         rollout(c, n, t);
-        for (int j = 0; j < n; ++j)
-          if (t.counts[j]) log_weight += vespo_log(double{t.weight[j]});
+        for (int j = 0; j < valid; ++j)
+          if (t.counts[j] != 0) log_weight += vespo_log(double{t.weight[j]});
       });
     }
-    set_vespo(v_, sums.bounded, log_weight, c);
+    set_vespo(v_, totals.bounded, log_weight, c);
   }
 
-  void combine(int64_t first, Sums& c, int n, Block<T>& t) const {
-    T* const grad = static_cast<T*>(a_.grad_logps) + first;
+  void combine(int64_t first, Sums& c, int valid, int n, Block<T>& t) const {
     const T weight = static_cast<T>(c.weight), beta = static_cast<T>(v_.beta);
+    const bool token = k_.level == kToken, whole = k_.level == kSequence;
+    const Kinds kinds = k_;
     T* const loss = t.scratch;
+    T* const d_s = t.raw;
+    T* const out = t.d_logp;
     for (int j = 0; j < n; ++j) {
-      const Part<T> part = grpo::combine(k_, weight, beta, t.factor[j], t.weight[j], t.ratio[j],
+      const bool counts = t.counts[j] != 0;
+      const Part<T> part = grpo::combine(kinds, weight, beta, t.factor[j], t.weight[j], t.ratio[j],
                                          Policy<T>{t.policy[j], t.d_ratio[j], t.d_logp[j]},
                                          KlTerm<T>{t.kl[j], t.d_kl[j]});
-      t.policy[j] = part.policy;
-      loss[j] = part.loss;
-      t.d_ratio[j] = part.d_s;
-      const T own = k_.level == kToken      ? part.d_s * t.unclamped[j]
-                    : k_.level == kSequence ? T{0}
-                                            : part.d_s;
-      grad[j] = t.counts[j] ? part.direct + own : T{0};
+      const T clipped = token ? part.d_s * t.unclamped[j] : part.d_s;
+      const T own = whole ? T{0} : clipped;
+      t.policy[j] = counts ? part.policy : T{0};
+      loss[j] = counts ? part.loss : T{0};
+      d_s[j] = counts ? part.d_s : T{0};
+      out[j] = counts ? part.direct + own : T{0};
     }
-    c.sums[kLossSum] += sum(loss, t.counts, n);
-    c.sums[kPolicyLoss] += sum(t.policy, t.counts, n);
-    if (k_.level == kSequence) c.grad_s += sum(t.d_ratio, t.counts, n);
+    std::copy(out, out + valid, static_cast<T*>(a_.grad_logps) + first);
+    c.sums[kLossSum] += sum(loss, n);
+    c.sums[kPolicyLoss] += sum(t.policy, n);
+    if (whole) c.grad_s += sum(d_s, n);
   }
 
-  void entropy(int64_t first, const Sums& c, int n, Block<T>& t) const {
-    const T* const values = static_cast<const T*>(a_.entropy) + first;
-    c.sums[kEntropyMean] += sum(values, t.counts, n);
+  void entropy(int64_t first, const Sums& c, int valid, int n, Block<T>& t) const {
+    T* const values = t.raw;
+    take(a_.entropy, first, t.counts, valid, n, values);
+    c.sums[kEntropyMean] += sum(values, n);
     if (a_.grad_entropy == nullptr) return;
-    const T* const token_weights = static_cast<const T*>(a_.token_weights);
-    T* const grad = static_cast<T*>(a_.grad_entropy) + first;
     const double each = k_.entropy_token_mean ? entropy_weight_ : c.weight;
     const T scale = static_cast<T>(-v_.entropy_coef * each);
+    T* const grad = t.scratch;
+    std::copy(t.counts, t.counts + n, grad);
+    if (a_.token_weights != nullptr) take(a_.token_weights, first, t.counts, valid, n, grad);
     for (int j = 0; j < n; ++j) {
-      const T weight = token_weights != nullptr && t.counts[j] ? token_weights[first + j] : T{1};
-      grad[j] = t.counts[j] ? scale * weight : T{0};
-      t.scratch[j] = t.counts[j] ? grad[j] * values[j] : T{0};
+      grad[j] *= scale;
+      values[j] *= grad[j];
     }
-    c.sums[kLossSum] += sum(t.scratch, t.counts, n);
+    std::copy(grad, grad + valid, static_cast<T*>(a_.grad_entropy) + first);
+    c.sums[kLossSum] += sum(values, n);
   }
 
   void metrics(const Sums& c, int n, Block<T>& t) const {
+    constexpr T kInf = std::numeric_limits<T>::infinity();
     double* const out = c.sums;
-    out[kRatioMean] += sum(t.ratio, t.counts, n);
-    T lowest = static_cast<T>(out[kRatioMin]), highest = static_cast<T>(out[kRatioMax]);
+    T* const x = t.scratch;
     for (int j = 0; j < n; ++j) {
-      lowest = t.counts[j] && t.ratio[j] < lowest ? t.ratio[j] : lowest;
-      highest = t.counts[j] && t.ratio[j] > highest ? t.ratio[j] : highest;
-      t.scratch[j] = t.token_ratio[j] - 1 - t.log_ratio[j];
+      x[j] = t.counts[j] != 0 ? t.ratio[j] : T{0};
+      t.d_ratio[j] = t.counts[j] != 0 ? t.ratio[j] : -kInf;
+      t.d_logp[j] = t.counts[j] != 0 ? -t.ratio[j] : -kInf;
     }
-    out[kRatioMin] = lowest;
-    out[kRatioMax] = highest;
-    out[kApproxKl] += sum(t.scratch, t.counts, n);
+    out[kRatioMean] += sum(x, n);
+    out[kRatioMax] = std::max<double>(out[kRatioMax], largest(t.d_ratio, n));
+    out[kRatioMin] = std::min<double>(out[kRatioMin], -largest(t.d_logp, n));
+    for (int j = 0; j < n; ++j) x[j] = t.token_ratio[j] - 1 - t.log_ratio[j];
+    out[kApproxKl] += sum(x, n);
     const T low = static_cast<T>(v_.ratio_low), high = static_cast<T>(v_.ratio_high);
     const T delta = static_cast<T>(v_.delta);
-    int below = 0, above = 0, over = 0;
-    for (int j = 0; j < n; ++j) {  // the advantage is 0 outside the mask
-      below += t.ratio[j] < low && t.advantage[j] < 0;
-      above += t.ratio[j] > high && t.advantage[j] > 0;
-      over += t.ratio[j] > delta && t.advantage[j] < 0;
+    // The advantage is 0 outside the mask.
+    if (k_.loss != kSapo && k_.loss != kVespo) {
+      for (int j = 0; j < n; ++j) {
+        t.d_ratio[j] = (t.ratio[j] < low) & (t.advantage[j] < 0) ? T{1} : T{0};
+        t.d_logp[j] = (t.ratio[j] > high) & (t.advantage[j] > 0) ? T{1} : T{0};
+      }
+      const double below = sum(t.d_ratio, n), above = sum(t.d_logp, n);
+      out[kClipLow] += below;
+      out[kClipHigh] += above;
+      out[kClipRegion] += below + above;
     }
-    const bool clips = k_.loss != kSapo && k_.loss != kVespo;
-    out[kClipLow] += clips ? below : 0;
-    out[kClipHigh] += clips ? above : 0;
-    out[kClipRegion] += clips ? below + above : 0;
-    out[kClipDelta] += over;
-    if (a_.ref_logps != nullptr) out[kKlMean] += sum(t.kl, t.counts, n);
+    if (std::isfinite(v_.delta)) {
+      for (int j = 0; j < n; ++j) x[j] = (t.ratio[j] > delta) & (t.advantage[j] < 0) ? T{1} : T{0};
+      out[kClipDelta] += sum(x, n);
+    }
+    if (a_.ref_logps != nullptr) out[kKlMean] += sum(t.kl, n);
     if (a_.rollout_logps == nullptr) return;
-    out[kRolloutWeight] += sum(t.weight, t.counts, n);
-    out[kRolloutClipped] += sum(t.clipped, t.counts, n);
-    exp_all(t.gap, t.scratch, n);
-    for (int j = 0; j < n; ++j) t.scratch[j] = t.scratch[j] - 1 - t.gap[j];
-    out[kRolloutKl] += sum(t.scratch, t.counts, n);
     for (int j = 0; j < n; ++j) {
-      t.scratch[j] = std::abs(t.gap[j]);
-      out[kGapMax] = std::max<double>(out[kGapMax], t.scratch[j]);
+      x[j] = t.counts[j] != 0 ? t.weight[j] : T{0};
+      t.raw[j] = t.counts[j] != 0 ? t.clipped[j] : T{0};
     }
-    out[kGapMean] += sum(t.scratch, t.counts, n);
+    out[kRolloutWeight] += sum(x, n);
+    out[kRolloutClipped] += sum(t.raw, n);
+    exp_all(t.gap, x, n);
+    for (int j = 0; j < n; ++j) {
+      x[j] = x[j] - 1 - t.gap[j];
+      t.raw[j] = std::abs(t.gap[j]);
+    }
+    out[kRolloutKl] += sum(x, n);
+    out[kGapMax] = std::max<double>(out[kGapMax], largest(t.raw, n));
+    out[kGapMean] += sum(t.raw, n);
   }
 
   void finish() const {

@@ -1,11 +1,17 @@
 // The terms of the GRPO loss on blocks of tokens: see vcr1_fast/ops/grpo_terms.py for the maths.
 // Included only by files that vcr1_cpu_kernel() builds.
+//
+// Every loop runs over whole vectors of a block's arrays, without branches, so that the compiler
+// can use them: what is outside the mask or beyond the completion is set to 0 on loading, and
+// options are looked at before a loop, not in it.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "../grpo_token.h"
+#include "../kernels.h"
 #include "simd.h"
 
 namespace vcr1::cpu::VCR1_ISA {
@@ -14,31 +20,58 @@ namespace {
 using namespace vcr1::grpo;
 
 constexpr int kBlock = 256;  // tokens worked on at a time, in the first-level cache
+constexpr int kLanes = 16;   // tokens are padded to a multiple of the widest vector
 
-// x and out must not be the same.
-void exp_all(const double* x, double* out, int n) {
+// In all functions on arrays n is a multiple of kLanes. x and out must not be the same.
+inline void exp_all(const double* x, double* out, int n) {
   for (int i = 0; i < n; ++i) out[i] = std::exp(x[i]);
 }
 
-void exp_all(const float* x, float* out, int n) {
+inline void exp_all(const float* x, float* out, int n) {
   constexpr float kLargest = 88.0f;  // of simd.h's exp
-  int i = 0;
-  for (; i + Vec::kWidth <= n; i += Vec::kWidth) store(out + i, exp(load(x + i)));
-  if (i < n) store_partial(out + i, exp(load_partial(x + i, n - i, 0.0f)), n - i);
-  for (int j = 0; j < n; ++j)
-    if (x[j] > kLargest) out[j] = std::exp(x[j]);
+  Vec top = splat(-1.0f);
+  for (int i = 0; i < n; i += Vec::kWidth) {
+    const Vec v = load(x + i);
+    top = max(v, top);
+    store(out + i, exp(v));
+  }
+  if (!(reduce_max(top) > kLargest)) return;
+  for (int i = 0; i < n; ++i)
+    if (x[i] > kLargest) out[i] = std::exp(x[i]);
 }
 
-// Sum over the tokens that count; eight partial sums let the compiler use vectors.
-template <typename T>
-double sum(const T* x, const bool* counts, int n) {
-  double lanes[8] = {};
+// Of a block, in an order that does not depend on anything but n; a completion's blocks are added
+// in double precision.
+inline double sum(const float* x, int n) {
+  Vec a = splat(0.0f), b = a;
   int i = 0;
-  for (; i + 8 <= n; i += 8)
-    for (int k = 0; k < 8; ++k) lanes[k] += counts[i + k] ? double{x[i + k]} : 0.0;
-  for (; i < n; ++i) lanes[i % 8] += counts[i] ? double{x[i]} : 0.0;
+  for (; i + 2 * Vec::kWidth <= n; i += 2 * Vec::kWidth) {
+    a = add(a, load(x + i));
+    b = add(b, load(x + i + Vec::kWidth));
+  }
+  if (i < n) a = add(a, load(x + i));
+  return reduce_add(add(a, b));
+}
+
+inline double sum(const double* x, int n) {
+  double lanes[8] = {};
+  for (int i = 0; i < n; i += 8)
+    for (int k = 0; k < 8; ++k) lanes[k] += x[i + k];
   return ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) +
          ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
+}
+
+// NaN is passed over.
+inline float largest(const float* x, int n) {
+  Vec top = splat(-std::numeric_limits<float>::infinity());
+  for (int i = 0; i < n; i += Vec::kWidth) top = max(load(x + i), top);
+  return reduce_max(top);
+}
+
+inline double largest(const double* x, int n) {
+  double top = -std::numeric_limits<double>::infinity();
+  for (int i = 0; i < n; ++i) top = x[i] > top ? x[i] : top;
+  return top;
 }
 
 // A completion and what its tokens add up to.
@@ -48,14 +81,14 @@ struct Sums : Completion {
 };
 
 template <typename T>
-struct Block {
-  bool counts[kBlock];
-  T logp[kBlock], log_ratio[kBlock], advantage[kBlock], gap[kBlock];
-  T unclamped[kBlock], ratio[kBlock], token_ratio[kBlock];
-  T policy[kBlock], d_ratio[kBlock], d_logp[kBlock], phi[kBlock];
+struct alignas(64) Block {
+  T counts[kBlock];  // 1 or 0
+  T logp[kBlock], log_ratio[kBlock], unclamped[kBlock], advantage[kBlock], gap[kBlock];
+  T ratio[kBlock], token_ratio[kBlock];
+  T policy[kBlock], d_ratio[kBlock], d_logp[kBlock];
   T kl[kBlock], d_kl[kBlock];
   T factor[kBlock], weight[kBlock], clipped[kBlock];  // of the policy; the rollout correction
-  T scratch[kBlock];
+  T scratch[kBlock], raw[kBlock];
 };
 
 template <typename T>
@@ -64,22 +97,58 @@ class Terms {
   explicit Terms(const GrpoLossArgs& args) : a_(args), k_(args.kinds), v_(args.values) {}
 
  protected:
-  const T* logps() const { return static_cast<const T*>(a_.logps); }
-  const T* old() const { return static_cast<const T*>(a_.old_logps); }
-
-  void load_tokens(int64_t b, int64_t first, int n, Block<T>& t) const {
-    for (int j = 0; j < n; ++j) {
-      const Token<T> token = load_token<T>(a_, b, first + j);
-      t.counts[j] = token.counts;
-      t.logp[j] = token.logp;
-      t.log_ratio[j] = token.log_ratio;
-      t.unclamped[j] = token.unclamped;
-      t.advantage[j] = token.advantage;
-      t.gap[j] = token.gap;
+  // The elements of a tensor from `first`, 0 where the token does not count and up to n. Selected,
+  // not multiplied: what stands outside the mask may be inf or nan.
+  void take(const void* tensor, int64_t first, const T* counts, int valid, int n, T* out) const {
+    const T* const x = static_cast<const T*>(tensor) + first;
+    for (int j = 0; j < valid; ++j) {
+      const T value = x[j];
+      out[j] = counts[j] != 0 ? value : T{0};
     }
+    for (int j = valid; j < n; ++j) out[j] = 0;
   }
 
-  void ratios(const Completion& c, int n, Block<T>& t) const {
+  // Loads tokens first .. first + valid - 1 of completion b; returns the padded number of them.
+  int load_tokens(int64_t b, int64_t first, int valid, Block<T>& t) const {
+    const int n = (valid + kLanes - 1) / kLanes * kLanes;
+    if (a_.mask != nullptr) {
+      for (int j = 0; j < valid; ++j) t.counts[j] = static_cast<T>(a_.mask[first + j]);
+    } else {
+      for (int j = 0; j < valid; ++j) t.counts[j] = 1;
+    }
+    for (int j = valid; j < n; ++j) t.counts[j] = 0;
+    take(a_.logps, first, t.counts, valid, n, t.logp);
+    if (a_.old_logps != nullptr) {
+      const T limit = static_cast<T>(v_.log_ratio_clamp);
+      take(a_.old_logps, first, t.counts, valid, n, t.raw);
+      for (int j = 0; j < n; ++j) {
+        const T x = t.logp[j] - t.raw[j];
+        t.log_ratio[j] = clamp(x, -limit, limit);
+        t.unclamped[j] = std::abs(x) <= limit ? T{1} : T{0};
+      }
+    } else {
+      std::copy(t.logp, t.logp + n, t.raw);
+      // 0 for every finite log-prob; an infinite one must not pass as a ratio of 1.
+      for (int j = 0; j < n; ++j) t.log_ratio[j] = t.logp[j] - t.logp[j];
+      std::fill(t.unclamped, t.unclamped + n, T{1});
+    }
+    if (a_.rollout_logps != nullptr) {
+      take(a_.rollout_logps, first, t.counts, valid, n, t.scratch);
+      for (int j = 0; j < n; ++j) {
+        const T gap = t.raw[j] - t.scratch[j];
+        t.gap[j] = gap != gap ? T{0} : gap;
+      }
+    }
+    if (a_.token_advantages) {
+      take(a_.advantages, first, t.counts, valid, n, t.advantage);
+    } else {
+      const T advantage = static_cast<const T*>(a_.advantages)[b];
+      for (int j = 0; j < n; ++j) t.advantage[j] = t.counts[j] != 0 ? advantage : T{0};
+    }
+    return n;
+  }
+
+  void ratios(const Sums& c, int n, Block<T>& t) const {
     exp_all(t.log_ratio, t.token_ratio, n);
     if (k_.level == kToken)
       std::copy(t.token_ratio, t.token_ratio + n, t.ratio);
@@ -88,10 +157,10 @@ class Terms {
   }
 
   // The rollout correction of each token, and whether it changed the token.
-  void rollout(const Completion& c, int n, Block<T>& t) const {
-    if (corrects_whole(k_)) {
-      std::fill(t.weight, t.weight + n, static_cast<T>(c.correction));
-      std::fill(t.clipped, t.clipped + n, static_cast<T>(c.dropped));
+  void rollout(const Sums& c, int n, Block<T>& t) const {
+    if (k_.rollout == kNone || corrects_whole(k_)) {
+      std::fill(t.weight, t.weight + n, k_.rollout == kNone ? T{1} : static_cast<T>(c.correction));
+      std::fill(t.clipped, t.clipped + n, static_cast<T>(k_.rollout != kNone && c.dropped));
       return;
     }
     exp_all(t.gap, t.weight, n);
@@ -103,69 +172,82 @@ class Terms {
   }
 
   // F of the reference: what multiplies the policy term and is constant for the gradient.
-  void factors(int64_t first, const Sums& c, int n, Block<T>& t) const {
-    const T* const token_weights = static_cast<const T*>(a_.token_weights);
-    if (k_.rollout != kNone) {
-      rollout(c, n, t);
-    } else {
-      std::fill(t.weight, t.weight + n, T{1});
-      std::fill(t.clipped, t.clipped + n, T{0});
+  void factors(int64_t first, const Sums& c, int valid, int n, Block<T>& t) const {
+    rollout(c, n, t);
+    if (k_.loss == kVespo)
+      std::fill(t.factor, t.factor + n, T{1});
+    else
+      std::copy(t.weight, t.weight + n, t.factor);
+    if (a_.token_weights != nullptr) {
+      take(a_.token_weights, first, t.counts, valid, n, t.scratch);
+      for (int j = 0; j < n; ++j) t.factor[j] *= t.scratch[j];
     }
+    if (!std::isfinite(v_.off_policy_threshold)) {
+      c.sums[kOffPolicyKept] = c.tokens;
+      return;
+    }
+    const bool off_policy = c.off_policy;
     for (int j = 0; j < n; ++j) {
-      const bool kept = !(c.off_policy && t.advantage[j] < 0);
-      T factor = k_.loss == kVespo ? T{1} : t.weight[j];
-      if (token_weights != nullptr) factor *= t.counts[j] ? token_weights[first + j] : T{0};
-      t.factor[j] = kept ? factor : T{0};
-      t.scratch[j] = static_cast<T>(kept);
+      const bool drop = off_policy & (t.advantage[j] < 0);
+      t.factor[j] = drop ? T{0} : t.factor[j];
+      t.scratch[j] = drop ? T{0} : t.counts[j];
     }
-    c.sums[kOffPolicyKept] += sum(t.scratch, t.counts, n);
+    c.sums[kOffPolicyKept] += sum(t.scratch, n);
   }
 
-  // The policy term, its derivative in the ratio and its direct derivative in logp.
+  // The policy term, its derivative in the ratio and its direct derivative in logp. They are finite
+  // outside the mask unless the completion's own ratio is not.
   void policy(const Sums& c, int n, Block<T>& t) const {
     const T low = static_cast<T>(v_.ratio_low), high = static_cast<T>(v_.ratio_high);
-    const T delta = static_cast<T>(v_.delta);
     const auto put = [&](int j, const Policy<T>& term) {
       t.policy[j] = term.value;
       t.d_ratio[j] = term.d_ratio;
       t.d_logp[j] = term.d_logp;
     };
-    if (k_.loss == kVespo) {
-      for (int j = 0; j < n; ++j) {
-        t.phi[j] = static_cast<T>(t.advantage[j] >= 0 ? c.phi_pos : c.phi_neg);
-        put(j, weighted_policy(t.phi[j], t.advantage[j], t.logp[j]));
+    if (k_.loss == kVespo || k_.loss == kCispo) {
+      T* const phi = t.scratch;
+      if (k_.loss == kVespo) {
+        const T pos = static_cast<T>(c.phi_pos), neg = static_cast<T>(c.phi_neg);
+        for (int j = 0; j < n; ++j) {
+          phi[j] = t.advantage[j] >= 0 ? pos : neg;
+          t.policy[j] = t.counts[j] != 0 ? phi[j] : T{0};
+        }
+        c.sums[kVespoPhi] += sum(t.policy, n);
+      } else {
+        for (int j = 0; j < n; ++j) phi[j] = clamp(t.ratio[j], low, high);
       }
-      c.sums[kVespoPhi] += sum(t.phi, t.counts, n);
-    } else if (k_.loss == kCispo) {
-      for (int j = 0; j < n; ++j)
-        put(j, weighted_policy(clamp(t.ratio[j], low, high), t.advantage[j], t.logp[j]));
+      for (int j = 0; j < n; ++j) put(j, weighted_policy(phi[j], t.advantage[j], t.logp[j]));
     } else if (k_.loss == kSapo) {
       const T tau_pos = static_cast<T>(v_.sapo_tau_pos), tau_neg = static_cast<T>(v_.sapo_tau_neg);
       for (int j = 0; j < n; ++j)
         t.scratch[j] = (t.advantage[j] > 0 ? tau_pos : tau_neg) * (1 - t.ratio[j]);
-      exp_all(t.scratch, t.phi, n);
+      exp_all(t.scratch, t.raw, n);
       for (int j = 0; j < n; ++j)
-        put(j, sapo_policy(t.advantage[j], t.advantage[j] > 0 ? tau_pos : tau_neg, t.phi[j]));
+        put(j, sapo_policy(t.advantage[j], t.advantage[j] > 0 ? tau_pos : tau_neg, t.raw[j]));
     } else {
+      const T delta = static_cast<T>(v_.delta);
       for (int j = 0; j < n; ++j)
         put(j, clipped_policy(t.ratio[j], t.advantage[j], low, high, delta));
     }
   }
 
-  void kl(int64_t first, int n, Block<T>& t) const {
+  void kl(int64_t first, int valid, int n, Block<T>& t) const {
     if (a_.ref_logps == nullptr) {
       std::fill(t.kl, t.kl + n, T{0});
       std::fill(t.d_kl, t.d_kl + n, T{0});
       return;
     }
-    const T* const ref = static_cast<const T*>(a_.ref_logps);
     const T limit = static_cast<T>(v_.kl_input_clamp), bound = static_cast<T>(v_.kl_output_clamp);
-    for (int j = 0; j < n; ++j)
-      t.scratch[j] = clamp(t.counts[j] ? ref[first + j] - t.logp[j] : T{0}, -limit, limit);
-    if (k_.kl == kK3) exp_all(t.scratch, t.kl, n);
+    T* const d = t.scratch;
+    take(a_.ref_logps, first, t.counts, valid, n, t.raw);
     for (int j = 0; j < n; ++j) {
-      const T raw = t.counts[j] ? ref[first + j] - t.logp[j] : T{0};
-      const KlTerm<T> term = kl_term(k_, raw, t.scratch[j], t.kl[j], limit, bound);
+      t.raw[j] -= t.logp[j];
+      d[j] = clamp(t.raw[j], -limit, limit);
+    }
+    if (k_.kl == kK3) exp_all(d, t.kl, n);
+    const Kinds kinds = k_;
+    for (int j = 0; j < n; ++j) {
+      const KlTerm<T> term = kl_term(kinds, t.raw[j], d[j], t.kl[j], limit, bound);
       t.kl[j] = term.value;
       t.d_kl[j] = term.d_logp;
     }

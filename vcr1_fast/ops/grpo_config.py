@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
+from vcr1_fast.ops.grpo_checks import check_numbers
+
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 LEVELS = ("token", "sequence", "sequence_token")
 KL_KINDS = ("k1", "k2", "k3", "abs")
@@ -62,6 +64,9 @@ class GRPOLossConfig:
         sequence_sum   sum_t, then mean over B   (luspo)
         max_length     sum over all / (B max_length)   (dr_grpo)
         num_items      sum over all / num_items; None: this call's tokens  (dapo, cispo, vespo)
+
+    ValueError for an unknown name, for a number that is NaN, infinite or out of its range (None is
+    "no bound" where it is allowed), and for options that do not go together.
 
     Attributes:
         loss_type: one of `LOSS_TYPES`.
@@ -139,6 +144,7 @@ class GRPOLossConfig:
     exclude_empty: bool = False
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         _one_of("loss_type", self.loss_type, LOSS_TYPES)
         _one_of("level", self.level, LEVELS)
         _one_of("kl", self.kl, KL_KINDS)
@@ -150,7 +156,7 @@ class GRPOLossConfig:
             raise ValueError(f'vespo needs level "token", got {self.level!r}')
         if self.delta is not None and self.loss_type not in CLIPPED_LOSSES:
             raise ValueError(f"delta is for {CLIPPED_LOSSES}, not for {self.loss_type!r}")
-        if self.resolved_aggregation == "max_length" and not (self.max_length or 0) > 0:
+        if self.resolved_aggregation == "max_length" and self.max_length is None:
             raise ValueError(f"{self.loss_type} averages over max_length: give it (> 0)")
         if "icepop" in (self.rollout_correction or "") and None in (
             self.rollout_min,
@@ -163,12 +169,8 @@ class GRPOLossConfig:
         low, high = self.rollout_min, self.rollout_max
         if low is not None and high is not None and not low <= high:
             raise ValueError(f"rollout_min {low} is above rollout_max {high}")
-        for name in ("eps_low", "eps_high"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("sapo_tau_pos", "sapo_tau_neg"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        # Calls read this, not twenty attributes: it is not a field, and frozen only guards those.
+        object.__setattr__(self, "_parameters", _encode(self))
 
     @property
     def resolved_aggregation(self) -> str:
@@ -237,6 +239,10 @@ VALUES = (
 
 def parameters(config: GRPOLossConfig) -> LossParameters:
     """The numbers of `config`; counts that are tensors are left at 0 (see `denominator`)."""
+    return config._parameters
+
+
+def _encode(config: GRPOLossConfig) -> LossParameters:
     kinds = (
         LOSS_TYPES.index(config.loss_type),
         LEVELS.index(config.level),

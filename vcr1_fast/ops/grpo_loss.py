@@ -5,11 +5,20 @@ returns the loss together with its derivatives in logps and entropy, so the back
 multiplication by the incoming gradient; metrics stay on the device, nothing waits for it.
 """
 
+from itertools import product
+
 import torch
 from torch import Tensor
 
 from vcr1_fast.ops.backend import Op, native
-from vcr1_fast.ops.grpo_config import GRPOLossConfig, LossParameters, denominator, parameters
+from vcr1_fast.ops.grpo_config import (
+    LOSS_TYPES,
+    VALUES,
+    GRPOLossConfig,
+    LossParameters,
+    denominator,
+    parameters,
+)
 from vcr1_fast.ops.grpo_reference import METRICS, reference
 from vcr1_fast.ops.grpo_terms import LossInputs
 
@@ -38,31 +47,31 @@ def _reference(*args):
 
 
 def _cpu(*args):
-    inputs, (kinds, values) = LossInputs(*args[:11]), args[11:]
-    logps = inputs.logps
-    dense = inputs._replace(
-        mask=None if inputs.mask is None else inputs.mask.to(torch.bool),
-        cu_seqlens=None if inputs.cu_seqlens is None else inputs.cu_seqlens.long(),
-        denominator=None if inputs.denominator is None else inputs.denominator.to(logps.dtype),
-    )
-    dense = [x if x is None else x.contiguous() for x in dense]
-    packed = inputs.cu_seqlens is not None
-    sequences = len(inputs.cu_seqlens) - 1 if packed else len(logps)
+    tensors, kinds, values = list(args[:11]), args[11], args[12]
+    logps, offsets, dtype = tensors[0], tensors[_OFFSETS], args[0].dtype
+    for index, wanted in ((_MASK, torch.bool), (_OFFSETS, torch.int64), (_DENOMINATOR, dtype)):
+        if tensors[index] is not None and tensors[index].dtype != wanted:
+            tensors[index] = tensors[index].to(wanted)
+    dense = [x if x is None or x.is_contiguous() else x.contiguous() for x in tensors]
+    sequences = len(logps) if offsets is None else len(offsets) - 1
     # Packed tensors may hold tokens outside every segment, which the kernel does not visit.
-    new = dense[0].new_zeros if packed else dense[0].new_empty
-    with_entropy = inputs.entropy is not None and LossParameters(kinds, values).value(
-        "entropy_coef"
-    )
+    new = torch.empty_like if offsets is None else torch.zeros_like
+    with_entropy = tensors[_ENTROPY] is not None and values[_ENTROPY_COEF]
     outputs = (
         logps.new_empty(()),
-        new(logps.shape),
-        new(logps.shape if with_entropy else (0,)),
+        new(dense[0]),
+        new(dense[0]) if with_entropy else logps.new_empty(0),
         logps.new_empty(len(METRICS)),
     )
-    scratch = logps.new_empty(sequences * native.grpo_loss_scratch, dtype=torch.float64)
+    scratch = torch.empty(sequences * native.grpo_loss_scratch, dtype=torch.float64)
     native.grpo_loss(dense, kinds, values, [*outputs, scratch], torch.get_num_threads())
     return outputs
 
+
+_MASK, _OFFSETS, _ENTROPY, _DENOMINATOR = (
+    LossInputs._fields.index(name) for name in ("mask", "cu_seqlens", "entropy", "denominator")
+)
+_ENTROPY_COEF = VALUES.index("entropy_coef")
 
 grpo_loss_op = Op("grpo_loss", _SCHEMA, _fake)
 grpo_loss_op.register("reference", _reference)
@@ -201,20 +210,37 @@ def name_metrics(
     metrics: Tensor, config: GRPOLossConfig, tokens: dict[str, Tensor | None]
 ) -> dict[str, Tensor]:
     """The op's vector as a dict of those that mean something for this call."""
-    rollout = tokens["rollout_logps"] is not None
+    key = (
+        config.loss_type,
+        tokens["ref_logps"] is not None,
+        tokens["entropy"] is not None,
+        tokens["rollout_logps"] is not None,
+        config.delta is not None,
+        config.off_policy_threshold is not None,
+    )
+    values = metrics.unbind()
+    return {name: values[index] for name, index in _NAMED[key]}
+
+
+def _meaningful(
+    loss_type: str, ref: bool, entropy: bool, rollout: bool, delta: bool, threshold: bool
+) -> tuple[tuple[str, int], ...]:
+    """Names and indices of the metrics that say something with these inputs and options."""
     meaningful = {
-        "kl": tokens["ref_logps"] is not None,
-        "entropy": tokens["entropy"] is not None,
-        "clip_delta": config.delta is not None,
-        "vespo_phi": config.loss_type == "vespo",
-        "off_policy_kept": config.off_policy_threshold is not None,
-        **dict.fromkeys(("clip_low", "clip_high", "clip_region"), False),
+        "kl": ref,
+        "entropy": entropy,
+        "clip_delta": delta,
+        "vespo_phi": loss_type == "vespo",
+        "off_policy_kept": threshold,
+        **dict.fromkeys(
+            ("clip_low", "clip_high", "clip_region"), loss_type not in ("sapo", "vespo")
+        ),
         **{name: rollout for name in METRICS if name.startswith("rollout_")},
     }
-    if config.loss_type not in ("sapo", "vespo"):
-        meaningful.update(clip_low=True, clip_high=True, clip_region=True)
-    values = zip(METRICS, metrics.unbind(), strict=True)
-    return {name: value for name, value in values if meaningful.get(name, True)}
+    return tuple((name, i) for i, name in enumerate(METRICS) if meaningful.get(name, True))
+
+
+_NAMED = {key: _meaningful(*key) for key in product(LOSS_TYPES, *[(False, True)] * 5)}
 
 
 def check_inputs(
@@ -244,10 +270,6 @@ def check_inputs(
     for name, tensor in tokens.items():
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"{name} has shape {_of(tensor)}, expected {tuple(shape)}")
-    for name in ("num_items", "num_sequences"):
-        count = getattr(config, name)
-        if isinstance(count, Tensor) and count.numel() != 1:
-            raise ValueError(f"{name} must be one number, got shape {_of(count)}")
     if config.beta and tokens["ref_logps"] is None:
         raise ValueError(f"beta = {config.beta} needs ref_logps")
     if config.rollout_correction and tokens["rollout_logps"] is None:
