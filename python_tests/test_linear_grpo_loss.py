@@ -45,9 +45,11 @@ def make_batch(dtype=torch.float64, lengths=LENGTHS, seed=0):
     return {**batch, **floats}
 
 
-def head_logps(batch, temperature):
+def head_logps(batch, temperature, softcap=None):
     """(log-probs of the labels, entropy) the plain way; rows outside the mask hold nonsense."""
     logits = batch["hidden"] @ batch["weight"].t() + batch["bias"]
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
     if isinstance(temperature, torch.Tensor):
         temperature = temperature[..., None]
     log_p = (logits / temperature).log_softmax(-1)
@@ -66,7 +68,9 @@ def pack(batch):
     return packed
 
 
-def call(batch, config, *, old=True, bias=True, temperature=1.0, chunk_rows=4, scale=3.0):
+def call(
+    batch, config, *, old=True, bias=True, temperature=1.0, chunk_rows=4, scale=3.0, softcap=None
+):
     """(loss, gradients of hidden, weight, bias, metrics)."""
     leaves = [batch[n].clone().requires_grad_() for n in ("hidden", "weight", "bias")]
     hidden, weight, offset = leaves
@@ -83,6 +87,7 @@ def call(batch, config, *, old=True, bias=True, temperature=1.0, chunk_rows=4, s
         bias=offset if bias else None,
         cu_seqlens=batch.get("cu_seqlens"),
         temperature=temperature,
+        softcap=softcap,
         chunk_rows=chunk_rows,
         config=config,
     )
@@ -91,7 +96,7 @@ def call(batch, config, *, old=True, bias=True, temperature=1.0, chunk_rows=4, s
     return loss.detach(), *grads, metrics
 
 
-def oracle(batch, config, *, old=True, bias=True, temperature=1.0):
+def oracle(batch, config, *, old=True, bias=True, temperature=1.0, softcap=None):
     mask = batch["mask"]
     leaves = {n: batch[n].double() for n in ("weight", "bias")}
     leaves["hidden"] = torch.where(mask[..., None], batch["hidden"].double(), 0)
@@ -99,7 +104,7 @@ def oracle(batch, config, *, old=True, bias=True, temperature=1.0):
     head = {**leaves, "labels": batch["labels"]}
     if not bias:
         head["bias"] = torch.zeros(VOCAB, dtype=torch.float64)
-    logps, entropy = head_logps(head, temperature)
+    logps, entropy = head_logps(head, temperature, softcap)
     sequences = [
         {
             "logps": logps[b][kept],
@@ -192,6 +197,49 @@ def test_temperature_bias_and_chunks(name, backend):
                     )
                 for a, b in zip(got[:4], expected, strict=True):
                     torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ("grpo", "sequence", "entropy"))
+def test_softcap(name, backend):
+    batch, config = make_batch(), CONFIGS[name]
+    options = {"softcap": 2.5, "temperature": batch["temperature"]}
+    expected = oracle(batch, config, **options)
+    for chunk_rows in (4, None):
+        with ops.use(backend):
+            got = call(batch, config, chunk_rows=chunk_rows, **options)
+        for a, b in zip(got[:4], expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+    assert not torch.allclose(expected[1], oracle(batch, config)[1], rtol=0.1, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ("grpo", "sequence", "entropy"))
+@pytest.mark.parametrize("chunk_rows", (4, None))
+def test_half_precision_keeps_small_gradients(name, chunk_rows, backend):
+    """A loss over many tokens, times a loss scaler's 65536: the gradient is made before that."""
+    batch = make_batch(torch.float64)
+    for key in ("hidden", "weight", "bias"):
+        batch[key] = batch[key].half().double()
+    config = dataclasses.replace(CONFIGS[name], aggregation="num_items", num_items=1e7)
+    expected = oracle(batch, config)
+    leaves = [batch[n].half().requires_grad_() for n in ("hidden", "weight", "bias")]
+    with ops.use(backend):
+        loss, _ = linear_grpo_loss(
+            *leaves[:2],
+            *(batch[n] for n in ("labels", "advantages", "mask")),
+            old_logps=batch["old_logps"],
+            ref_logps=batch["ref_logps"],
+            token_weights=batch["token_weights"],
+            bias=leaves[2],
+            chunk_rows=chunk_rows,
+            config=config,
+        )
+        (loss * 2.0**22).backward()
+    for leaf, truth in zip(leaves, expected[1:], strict=True):
+        got = leaf.grad.double() / 2**22
+        assert truth.abs().max() < 1e-6  # float16 ends at 6e-8
+        assert (got - truth).norm() < 5e-3 * truth.norm()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -347,7 +395,7 @@ def test_opcheck(backend):
                 *(x[n] for n in ("hidden", "weight")),
                 x["labels"].clamp(min=0),
                 *(x["bias"], None, x["old_logps"], x["advantages"], x["mask"], x["ref_logps"]),
-                *(None, None, None, None, 1.0, False, 4, [True, True, False]),
+                *(None, None, None, None, 1.0, 5.0, False, 4, [True, True, False]),
                 *(p.kinds, p.values),
             ),
         )
@@ -382,6 +430,106 @@ def test_compiles_whole(dtype, backend):
             results.append([loss, ratio, *(x.grad for x in inputs)])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def plain_loss(hidden, weight, batch, config):
+    logps = head_logps({**batch, "hidden": hidden, "weight": weight}, 1.0)[0]
+    with ops.use("reference"):
+        return grpo_loss(
+            logps, batch["old_logps"], batch["advantages"], batch["mask"], config=config
+        )[0]
+
+
+def our_loss(hidden, weight, batch, config):
+    return linear_grpo_loss(
+        hidden, weight, batch["labels"], batch["advantages"], batch["mask"],
+        old_logps=batch["old_logps"], bias=batch["bias"], chunk_rows=4, config=config,
+    )[0]  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("level", ("token", "sequence"))
+def test_tied_embeddings(level, backend):
+    batch, config = make_batch(), GRPOLossConfig(level=level)
+    hidden = torch.where(batch["mask"][..., None], batch["hidden"], 0.0)
+    labels = batch["labels"].clamp(min=0)
+    results = []
+    for loss in (plain_loss, our_loss):
+        table = batch["weight"].clone().requires_grad_()
+        embedded = torch.nn.functional.embedding(labels, table) + hidden
+        with ops.use(backend):
+            (2 * loss(embedded, table, batch, config)).backward()
+        results.append(table.grad)
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_under_autocast(backend):
+    batch, config = make_batch(torch.float32), GRPOLossConfig()
+    hidden = torch.where(batch["mask"][..., None], batch["hidden"], 0.0)
+    results = []
+    for loss, dtype in ((plain_loss, torch.float64), (our_loss, torch.float32)):
+        wide = {n: x.to(dtype) if x.is_floating_point() else x for n, x in batch.items()}
+        x, weight = (t.to(dtype).requires_grad_() for t in (hidden, batch["weight"]))
+        layer = torch.nn.Linear(HIDDEN, HIDDEN, bias=False).to(dtype)
+        with torch.no_grad():
+            layer.weight.copy_(torch.eye(HIDDEN))
+        with ops.use(backend), torch.autocast("cpu", torch.bfloat16, dtype == torch.float32):
+            out = loss(layer(x), weight, wide, config)
+        out.backward()
+        assert {g.dtype for g in (x.grad, weight.grad, layer.weight.grad)} == {dtype}
+        results.append([out, x.grad, weight.grad])
+    for exact, got in zip(*results, strict=True):
+        assert (got.double() - exact).norm() < 0.03 * exact.norm()
+
+
+# Dynamo itself makes an instance of autograd.Function, which torch warns about.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_with_a_compiled_backbone(backend):
+    batch, config = make_batch(), CONFIGS["grpo"]
+    config = dataclasses.replace(config, beta=0.0)
+    start = torch.where(batch["mask"][..., None], batch["hidden"], 0.0)
+    results = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        backbone = torch.nn.Sequential(torch.nn.Linear(HIDDEN, HIDDEN), torch.nn.GELU()).double()
+        weight = batch["weight"].clone().requires_grad_()
+        run = torch.compile(backbone, fullgraph=True, backend="aot_eager") if compiled else backbone
+        with ops.use(backend):
+            loss = (our_loss if compiled else plain_loss)(run(start), weight, batch, config)
+        loss.backward()
+        results.append([loss, weight.grad, *(p.grad for p in backbone.parameters())])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_do_not_alias_what_a_kept_graph_needs(backend):
+    batch = make_batch(torch.float32)
+    hidden, weight = (batch[n].clone().requires_grad_() for n in ("hidden", "weight"))
+    with ops.use(backend):
+        loss = our_loss(hidden, weight, batch, GRPOLossConfig())
+        first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+        kept = [g.clone() for g in first]
+        for g in first:
+            g.zero_()
+        (7 * loss).backward(retain_graph=True)
+        weight.grad.mul_(0.5)
+        last = torch.autograd.grad(3 * loss, (hidden, weight))
+    for a, b in zip(last, kept, strict=True):
+        torch.testing.assert_close(a, 3 * b)
+    torch.testing.assert_close(weight.grad, 3.5 * kept[1])
+
+
+@pytest.mark.parametrize("chunk_rows", (2, 5, None))
+def test_bfloat16_weight_gradient_is_summed_in_float32(chunk_rows):
+    """Many chunks must not add an error that grows with their number."""
+    batch = make_batch(torch.bfloat16, lengths=(60, 60))
+    batch["hidden"] = batch["hidden"].abs()  # sums that grow
+    expected = oracle(batch, GRPOLossConfig())
+    got = call(batch, GRPOLossConfig(), chunk_rows=chunk_rows, scale=1.0)
+    assert (got[2].double() - expected[2]).norm() < 6e-3 * expected[2].norm()
 
 
 def test_errors():

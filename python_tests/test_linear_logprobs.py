@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from vcr1_fast import ops
-from vcr1_fast.ops import gather_logprobs, linear_logprobs
+from vcr1_fast.ops import gather_logprobs, linear_chunks, linear_logprobs
 from vcr1_fast.ops.gather_logprobs import forward_op as gather_op
-from vcr1_fast.ops.linear_head import rows_per_chunk
+from vcr1_fast.ops.linear_chunks import free_bytes, rows_per_chunk
 from vcr1_fast.ops.linear_logprobs import backward_op, forward_op, reference
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -182,24 +182,79 @@ def test_wrong_arguments_are_refused():
         ((hidden, weight, labels, bias[:3]), {}, r"bias must be \(97,\)"),
         ((hidden, weight.bfloat16(), labels), {}, "weight is torch.bfloat16, hidden"),
         ((hidden, weight, labels), {"chunk_rows": 0}, "chunk_rows must be positive, got 0"),
+        ((hidden, weight, labels), {"softcap": 0.0}, "softcap must be positive and finite, or No"),
+        ((hidden, weight, labels), {"softcap": float("nan")}, "softcap must be .* got nan"),
         ((hidden, weight, labels + V), {}, "outside a vocabulary of 97"),
     ]:
         with pytest.raises(ValueError, match=message):
             linear_logprobs(*args, **options)
 
 
-def test_chunks_bound_the_memory():
-    rows = rows_per_chunk(torch.zeros(1, 8), torch.zeros(151_936, 8), None)
-    assert rows > 100 and rows * 151_936 * 4 <= 128 << 20
+def test_chunks_bound_the_memory(monkeypatch):
+    hidden, vocab = torch.zeros(1, 8), 151_936
+    free = {"bytes": 64 << 30}
+    monkeypatch.setattr(linear_chunks, "free_bytes", lambda _: free["bytes"])
+    rows = rows_per_chunk(hidden, vocab, 0)
+    assert rows > 400 and rows * vocab * 4 <= 256 << 20
+    assert rows_per_chunk(hidden, vocab, 0, doubled=True) == rows // 2
+    assert rows_per_chunk(hidden.bfloat16(), vocab, 0) in (2 * rows, 2 * rows + 1)
+    assert rows_per_chunk(hidden, 10, 0) == 8192
+    free["bytes"] = 1 << 30  # an eighth of it
+    assert 0 < rows_per_chunk(hidden, vocab, 0) * vocab * 4 <= 128 << 20
+    same = rows_per_chunk(hidden, vocab, 0)
+    free["bytes"] += 100 << 20  # a little more memory does not change the order of sums
+    assert rows_per_chunk(hidden, vocab, 0) == same
+    free["bytes"] = 0
+    assert rows_per_chunk(hidden, vocab, 0) == 1
+    assert rows_per_chunk(hidden, vocab, 7) == 7
+
+
+def test_free_memory_is_read():
+    assert 1 << 20 < free_bytes(torch.device("cpu")) < 1 << 50
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("chunk_rows", [4, None])
+def test_softcap(backend_name, dtype, chunk_rows):
+    hidden, weight, bias, labels = make()
+    inputs = [(3 * hidden).to(dtype), weight.to(dtype), bias.to(dtype)]
+    truth = run(reference, *(x.double() for x in inputs), labels, softcap=4.0, temperature=0.7)
+    plain = run(reference, *inputs, labels, softcap=4.0, temperature=0.7)
+    got = run(linear_logprobs, *inputs, labels, softcap=4.0, temperature=0.7, chunk_rows=chunk_rows)
+    for mine, theirs, exact in zip(got, plain, truth, strict=True):
+        eps = max(torch.finfo(dtype).eps, 1e-12)
+        allowed = 2 * error(theirs, exact) + eps * (1 + exact.abs().max().item())
+        assert error(mine, exact) <= allowed
+    far = run(reference, *(x.double() for x in inputs), labels, temperature=0.7)
+    assert error(far[0], truth[0]) > 0.5  # the cap bites on these logits
+
+
+@pytest.mark.parametrize("chunk_rows", [4, None])
+def test_half_precision_keeps_small_gradients(backend_name, chunk_rows):
+    """Most of a row's gradient is below float16's smallest number, the sums over it are not."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(N, H, generator=generator).half()
+    weight = (torch.randn(V, H, generator=generator) / 2).half()
+    labels = torch.randint(V, (N,), generator=generator)
+    upstream = 1e-4 * torch.linspace(0.3, 1, N)
+    results = []
+    for dtype, fn in ((torch.float64, reference), (torch.float16, linear_logprobs)):
+        leaves = [x.to(dtype).requires_grad_() for x in (hidden, weight)]
+        options = {} if fn is reference else {"chunk_rows": chunk_rows}
+        logps = fn(*leaves, labels, **options).logps
+        (logps * upstream).sum().backward()
+        results.append([x.grad.double() for x in leaves])
+    for exact, got in zip(*results, strict=True):
+        assert (got - exact).norm() < 3e-3 * exact.norm()
 
 
 def test_opcheck():
     hidden, weight, bias, labels = make(k=2)
     mask, temperatures = torch.arange(N) % 2 == 0, torch.linspace(0.5, 2, N)
-    args = (hidden, weight, bias, labels, mask, temperatures, 1.0, True, 4)
+    args = (hidden, weight, bias, labels, mask, temperatures, 1.0, 5.0, True, 4)
     torch.library.opcheck(torch.ops.vcr1_fast.linear_logprobs.default, args)
     logps, _, lse, stats = forward_op(*args)
-    args = (hidden, weight, bias, labels, logps, stats, mask, temperatures, 1.0, 4)
+    args = (hidden, weight, bias, labels, logps, stats, mask, temperatures, 1.0, 5.0, 4)
     args = (*args, [True, True, False], torch.ones_like(logps), torch.ones_like(lse), None)
     torch.library.opcheck(torch.ops.vcr1_fast.linear_logprobs_backward.default, args)
     assert [g.shape for g in backward_op(*args)] == [hidden.shape, weight.shape, (0,)]

@@ -24,18 +24,20 @@ from vcr1_fast.ops.grpo_loss import check_inputs, grpo_loss_op, name_metrics
 from vcr1_fast.ops.grpo_reference import METRICS
 from vcr1_fast.ops.grpo_terms import Completions, LossInputs
 from vcr1_fast.ops.grpo_tokens import as_tokens, couples_tokens, take
+from vcr1_fast.ops.linear_chunks import check_chunk_rows
 from vcr1_fast.ops.linear_head import (
     Head,
     HeadGradients,
     check_head,
-    rows_per_chunk,
+    check_softcap,
+    empty_gradients,
     under_autocast,
 )
 
 
 def _run(hidden, weight, labels, bias, row_temperature, *arguments):
     old, advantages, mask, ref, rollout, token_weights, cu_seqlens, count = arguments[:8]
-    temperature, with_entropy, chunk_rows, needed, kinds, values = arguments[8:]
+    temperature, softcap, with_entropy, chunk_rows, needed, kinds, values = arguments[8:]
     p = LossParameters(tuple(kinds), tuple(values))
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     head = Head(
@@ -45,6 +47,7 @@ def _run(hidden, weight, labels, bias, row_temperature, *arguments):
         labels.reshape(-1, 1),
         None if row_temperature is None else row_temperature.reshape(-1),
         temperature,
+        softcap,
         with_entropy,
     )
     logps = hidden.new_zeros(labels.shape, dtype=dtype)
@@ -52,29 +55,31 @@ def _run(hidden, weight, labels, bias, row_temperature, *arguments):
     inputs = LossInputs(
         logps, old, advantages, mask, ref, entropy, rollout, token_weights, cu_seqlens, None, count
     )
-    chunks = _valid_rows(inputs).split(chunk_rows)
-    gradients = HeadGradients(head, needed)
-    one_pass = any(needed) and not couples_tokens(inputs, p)
+    any_gradient = any(needed)
+    chunks, buffer = head.chunks(_valid_rows(inputs), chunk_rows, gradient=any_gradient)
+    gradients = HeadGradients(head, needed, len(chunks))
+    one_pass = any_gradient and not couples_tokens(inputs, p)
     tokens = as_tokens(inputs, p) if one_pass else None
-    for chunk in chunks:
-        x, logits, statistics = head.forward(chunk)
-        logps.view(-1).index_copy_(0, chunk, statistics[0][:, 0])
+    for part in chunks:
+        chunk = head.logits(part, buffer, gradient=one_pass)
+        statistics = head.forward(chunk)
+        logps.view(-1).index_copy_(0, part, statistics.logps[:, 0])
         if with_entropy:
-            entropy.view(-1).index_copy_(0, chunk, statistics[1])
+            entropy.view(-1).index_copy_(0, part, statistics.entropy)
         if tokens is not None:
-            upstream = tokens.upstream(chunk, statistics[0])
-            head.backward_(chunk, logits, statistics, *upstream)
-            gradients.add(chunk, x, logits)
+            upstream = tokens.upstream(part, statistics.logps)
+            gradients.add(chunk, head.backward_(chunk, statistics, *upstream))
     loss, grad_logps, grad_entropy, metrics = grpo_loss_op(*inputs, p.kinds, p.values)
-    if any(needed) and not one_pass:
+    if any_gradient and not one_pass:
         grad_entropy = grad_entropy.reshape(-1) if grad_entropy.numel() else None
-        for chunk in chunks:
-            x, logits, statistics = head.forward(chunk)
-            upstream = take(grad_logps.reshape(-1), chunk), take(grad_entropy, chunk)
-            head.backward_(chunk, logits, statistics, *upstream)
-            gradients.add(chunk, x, logits)
-    grad_hidden = gradients.hidden.reshape(hidden.shape if needed[0] else (0,))
-    return loss, metrics, grad_hidden, gradients.weight, gradients.bias
+        for part in chunks:
+            chunk = head.logits(part, buffer, gradient=True)
+            statistics = head.forward(chunk)
+            upstream = take(grad_logps.reshape(-1), part), take(grad_entropy, part)
+            gradients.add(chunk, head.backward_(chunk, statistics, *upstream))
+    grad_hidden, *others = gradients.results()
+    grad_hidden = grad_hidden.reshape(hidden.shape if needed[0] else (0,))
+    return loss, metrics, grad_hidden, *others
 
 
 def _valid_rows(inputs: LossInputs) -> Tensor:
@@ -85,14 +90,11 @@ def _valid_rows(inputs: LossInputs) -> Tensor:
 
 
 def _fake(hidden, weight, labels, bias, row_temperature, *arguments):
-    needed = arguments[11]
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     return (
         hidden.new_empty((), dtype=dtype),
         hidden.new_empty(len(METRICS), dtype=dtype),
-        hidden.new_empty(hidden.shape if needed[0] else (0,)),
-        hidden.new_empty(weight.shape if needed[1] else (0,), dtype=dtype),
-        hidden.new_empty(weight.shape[:1] if needed[2] else (0,), dtype=dtype),
+        *empty_gradients(hidden, weight, arguments[12]),
     )
 
 
@@ -101,7 +103,8 @@ linear_grpo_loss_op = Op(
     "(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, Tensor? row_temperature, "
     "Tensor? old_logps, Tensor advantages, Tensor? mask, Tensor? ref_logps, "
     "Tensor? rollout_logps, Tensor? token_weights, Tensor? cu_seqlens, Tensor? denominator, "
-    "float temperature, bool entropy, int chunk_rows, bool[] needed, int[] kinds, float[] values) "
+    "float temperature, float softcap, bool entropy, int chunk_rows, bool[] needed, int[] kinds, "
+    "float[] values) "
     "-> (Tensor loss, Tensor metrics, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
     _fake,
 )
@@ -114,10 +117,10 @@ class _LinearGRPOLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, *arguments):
         needed = [bool(need) for need in ctx.needs_input_grad[:3]]
-        *tensors, temperature, entropy, chunk_rows, kinds, values = arguments
+        *tensors, temperature, softcap, entropy, chunk_rows, kinds, values = arguments
         loss, metrics, *gradients = linear_grpo_loss_op(
             hidden, weight, labels, bias, *tensors,
-            temperature, entropy, chunk_rows, needed, kinds, values,
+            temperature, softcap, entropy, chunk_rows, needed, kinds, values,
         )  # fmt: skip
         ctx.save_for_backward(*gradients)
         ctx.dtypes = [x if x is None else x.dtype for x in (hidden, weight, bias)]
@@ -131,8 +134,9 @@ class _LinearGRPOLoss(torch.autograd.Function):
         inputs = len(ctx.needs_input_grad)
         if grad_loss is None:
             return (None,) * inputs
+        last = not torch.compiler.is_compiling() and not _graph_is_kept()
         gradients = [
-            _scaled(gradient, grad_loss, dtype) if need else None
+            _scaled(gradient, grad_loss, last).to(dtype) if need else None
             for gradient, dtype, need in zip(
                 ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad, strict=False
             )
@@ -140,11 +144,18 @@ class _LinearGRPOLoss(torch.autograd.Function):
         return (*gradients, *(None,) * (inputs - 3))
 
 
-def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """gradient * scale in `dtype`, without another tensor in the gradient's own."""
-    if gradient.dtype == dtype:
+# Whether the running backward pass leaves its graph for another one.
+_graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+
+
+def _scaled(gradient: Tensor, scale: Tensor, last: bool) -> Tensor:
+    """gradient * scale; in its own memory when it is `last` needed, for a fresh tensor of a
+    weight's size costs more than the product."""
+    if not last:
         return gradient * scale
-    return torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=dtype))
+    if scale.device.type == "cpu" and scale.item() == 1:  # elsewhere it would wait
+        return gradient
+    return gradient.mul_(scale)
 
 
 def linear_grpo_loss(
@@ -161,6 +172,7 @@ def linear_grpo_loss(
     token_weights: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
     entropy: bool = False,
     chunk_rows: int | None = None,
     config: GRPOLossConfig = GRPOLossConfig(),  # noqa: B008 - immutable
@@ -169,7 +181,7 @@ def linear_grpo_loss(
 
     The same loss, gradients and metrics as `linear_logprobs` followed by `grpo_loss`, to rounding;
     differentiable in hidden, weight and bias, once. The gradient of the weight is summed in
-    float32; a weight that needs none costs nothing.
+    float32 and kept in its own dtype (float32 for float16); a weight that needs none costs nothing.
 
     Args:
         hidden: (B, T, H), or (N, H) packed with cu_seqlens: row t predicts labels[t]. Rows outside
@@ -182,8 +194,9 @@ def linear_grpo_loss(
             without waiting, and cu_seqlens must then cover them.
         temperature: the logits are divided by it: a number, or a tensor with one per label.
         entropy: report the mean entropy (always done if entropy_coef is not 0).
-        chunk_rows: rows whose logits exist at a time; None takes 128 MiB of logits on the CPU and
-            1 GiB on a GPU.
+        softcap: c of z = c tanh(x / c), applied to the logits before the temperature (Gemma).
+        chunk_rows: rows whose logits exist at a time; None chooses when the op runs, as
+            `linear_logprobs` does.
 
     Returns and raises as `grpo_loss`; also ValueError for shapes or dtypes of the head that do
     not fit, or labels outside the vocabulary.
@@ -200,7 +213,7 @@ def linear_grpo_loss(
         "token_weights": token_weights,
     }
     check_inputs(config, shape, advantages, tokens, cu_seqlens)
-    chunk_rows = rows_per_chunk(hidden, weight, chunk_rows)
+    chunk_rows, softcap = check_chunk_rows(chunk_rows), check_softcap(softcap)
     row_temperature, temperature = row_temperatures(temperature, shape, hidden.device)
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     old_logps, advantages, ref_logps, rollout_logps, token_weights = (
@@ -226,6 +239,7 @@ def linear_grpo_loss(
         cu_seqlens,
         denominator(config),
         temperature,
+        softcap,
         with_entropy,
         chunk_rows,
         encoded.kinds,

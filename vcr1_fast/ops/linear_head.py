@@ -1,8 +1,15 @@
 """An LM head taken in chunks of rows: the matrix products that the `linear_*` ops share.
 
 A chunk's logits = hidden W^T + bias exist only until their gradient has been used, so memory holds
-`chunk_rows` of them at a time. Matrix products are torch's; what is done to a row of logits is
-`gather_logprobs`.
+one chunk of them at a time, in a buffer that all chunks share. Matrix products are torch's; what is
+done to a row of logits is `gather_logprobs`.
+
+With a soft cap c the logits are z = c tanh(x / c), x the product, and dL/dx = dL/dz (1 - tanh^2).
+
+Sums over chunks are float32. A product of bfloat16 matrices is rounded to bfloat16 once on the CPU,
+before it is added; on CUDA it is added in float32 by the product itself. float16 would lose the
+gradients below 6e-8, which most of a vocabulary's are: a chunk's are scaled by a power of two on
+the way in and by its inverse in float32 on the way out, and dhidden and dW stay float32.
 """
 
 from __future__ import annotations
@@ -13,11 +20,12 @@ import torch
 from torch import Tensor
 
 from vcr1_fast.ops.gather_logprobs import forward_op, inplace_backward_op
+from vcr1_fast.ops.linear_chunks import rows_per_chunk
 
-# Bytes of one chunk of logits: large enough for the matrix products to run at full rate, small
-# beside the model.
-_CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
-_MAX_CHUNK_ROWS = 8192
+_TILE_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
+# Largest upstream gradient of a scaled float16 chunk, as a power of two: a share of 2.4e-7 of it is
+# still a normal number, and a product with the weight stays below 65504 for |W| < 128.
+_HALF_EXPONENT = 8
 
 
 class RowStatistics(NamedTuple):
@@ -30,8 +38,19 @@ class RowStatistics(NamedTuple):
     stats: Tensor
 
 
+class Chunk(NamedTuple):
+    """Rows of the head at work: their indices, hidden (n, H), logits (n, V) in the shared buffer,
+    and dz/dx of the soft cap (n, V) where there is one."""
+
+    rows: Tensor
+    hidden: Tensor
+    logits: Tensor
+    slope: Tensor | None
+
+
 class Head(NamedTuple):
-    """The LM head over N rows: hidden (N, H), weight (V, H), bias (V,) or None, labels (N, K)."""
+    """The LM head over N rows: hidden (N, H), weight (V, H), bias (V,) or None, labels (N, K);
+    softcap 0 is none."""
 
     hidden: Tensor
     weight: Tensor
@@ -39,34 +58,52 @@ class Head(NamedTuple):
     labels: Tensor
     row_temperature: Tensor | None
     temperature: float
+    softcap: float
     entropy: bool
 
-    def logits(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """(hidden, logits) of the rows named."""
-        x = self.hidden.index_select(0, rows)
-        # With the bias inside the product the logits are rounded once.
-        return x, torch.nn.functional.linear(x, self.weight, self.bias)
+    def chunks(
+        self, rows: Tensor, chunk_rows: int, *, gradient: bool
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        """The rows in chunks (none if there are none) and the memory for the logits of one."""
+        vocab = self.weight.shape[0]
+        doubled = gradient and self.softcap != 0
+        size = rows_per_chunk(self.hidden, vocab, chunk_rows, doubled=doubled)
+        size = max(min(size, len(rows)), 1)
+        return (rows.split(size) if len(rows) else ()), self.hidden.new_empty(size, vocab)
 
-    def forward(self, rows: Tensor) -> tuple[Tensor, Tensor, RowStatistics]:
-        """(hidden, logits, what `gather_logprobs` says of them) of the rows named."""
-        x, logits = self.logits(rows)
-        statistics = forward_op(logits, *self._arguments(rows), self.entropy)
-        return x, logits, RowStatistics(*statistics)
+    def logits(self, rows: Tensor, buffer: Tensor, *, gradient: bool) -> Chunk:
+        """The logits of the rows named, in `buffer`; gradient: `backward_` will follow."""
+        x = self.hidden.index_select(0, rows)
+        out = buffer[: len(rows)]
+        if self.bias is None:
+            torch.mm(x, self.weight.t(), out=out)
+        else:  # with the bias inside the product the logits are rounded once
+            torch.addmm(self.bias, x, self.weight.t(), out=out)
+        slope = _cap_(out, self.softcap, gradient) if self.softcap else None
+        return Chunk(rows, x, out, slope)
+
+    def forward(self, chunk: Chunk) -> RowStatistics:
+        """What `gather_logprobs` says of the chunk."""
+        return RowStatistics(*forward_op(chunk.logits, *self._arguments(chunk.rows), self.entropy))
 
     def backward_(
-        self,
-        rows: Tensor,
-        logits: Tensor,
-        statistics: RowStatistics,
-        grad_logps: Tensor,
-        grad_entropy: Tensor | None,
-        grad_lse: Tensor | None = None,
-    ) -> None:
-        """Turns the logits of the rows named into their gradient; grad_logps is (n, K) or (n,)."""
-        labels, *state = self._arguments(rows)
-        upstream = (grad_logps.reshape(labels.shape), grad_entropy, grad_lse)
-        grads = [g if g is None else g.contiguous() for g in upstream]
-        inplace_backward_op(logits, labels, statistics.logps, statistics.stats, *state, *grads)
+        self, chunk: Chunk, statistics: RowStatistics, *upstream: Tensor | None
+    ) -> Tensor | None:
+        """Turns a chunk's logits into their gradient, times a power of two for float16, whose
+        inverse is returned. upstream: gradients of logps (n, K) or (n,), entropy and lse (n,)."""
+        labels, *state = self._arguments(chunk.rows)
+        grads = [None if g is None else g.contiguous() for g in (*upstream, None)[:3]]
+        grads[0] = grads[0].reshape(labels.shape)
+        inverse = None
+        if chunk.logits.dtype == torch.float16:
+            scale, inverse = _half_scale(grads)
+            grads = [None if g is None else g * scale for g in grads]
+        inplace_backward_op(
+            chunk.logits, labels, statistics.logps, statistics.stats, *state, *grads
+        )
+        if chunk.slope is not None:
+            chunk.logits.mul_(chunk.slope)
+        return inverse
 
     def _arguments(self, rows: Tensor) -> tuple:
         temperatures = self.row_temperature
@@ -75,46 +112,139 @@ class Head(NamedTuple):
         return self.labels.index_select(0, rows), None, temperatures, self.temperature
 
 
-class HeadGradients:
-    """dhidden (N, H), dW (V, H) and dbias (V,), the latter two summed over chunks in float32.
+def _cap_(logits: Tensor, softcap: float, gradient: bool) -> Tensor | None:
+    """c tanh(x / c) in place, computed in float32; returns its derivative if `gradient`."""
+    slope = torch.empty_like(logits) if gradient else None
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    for part in _tiles(*logits.shape, logits):
+        tanh = logits[part].to(wide).div(softcap).tanh_()
+        if slope is not None:
+            slope[part] = 1 - tanh * tanh
+        logits[part] = tanh.mul_(softcap)
+    return slope
 
-    Those of the three that are not `needed` stay (0,) and cost nothing.
+
+def _half_scale(grads: list[Tensor | None]) -> tuple[Tensor, Tensor]:
+    """(scale, its inverse): the power of two that brings the largest to 2^_HALF_EXPONENT."""
+    largest = torch.stack([g.abs().amax() for g in grads if g is not None]).amax()
+    exponent = torch.frexp(largest.nan_to_num(0, 0, 0)).exponent.clamp(-100, 100)
+    one = torch.ones_like(largest)
+    shift = _HALF_EXPONENT - exponent
+    return torch.ldexp(one, shift), torch.ldexp(one, -shift)
+
+
+def _tiles(rows: int, columns: int, like: Tensor) -> list[slice]:
+    """Slices of rows small enough for a cache (on a GPU: for temporaries not to matter)."""
+    size = _TILE_BYTES.get(like.device.type, 64 << 20) // max(columns * like.element_size(), 1)
+    size = max(size, 1)
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+class HeadGradients:
+    """dhidden (N, H), dW (V, H) and dbias (V,) of a head, added up chunk by chunk.
+
+    Those of the three that are not `needed` stay (0,) and cost nothing. `chunks`: how many will be
+    added; a single bfloat16 chunk needs no float32 sum.
     """
 
-    def __init__(self, head: Head, needed: list[bool]) -> None:
-        self._head = head
-        wide = torch.float64 if head.hidden.dtype == torch.float64 else torch.float32
-        vocab = head.weight.shape[0]
-        shapes = (head.hidden.shape, head.weight.shape, (vocab,))
-        dtypes = (head.hidden.dtype, wide, wide)
-        self.hidden, self.weight, self.bias = (
-            head.hidden.new_zeros(shape if need else (0,), dtype=dtype)
-            for shape, dtype, need in zip(shapes, dtypes, needed, strict=True)
-        )
-        self._needed = needed
+    def __init__(self, head: Head, needed: list[bool], chunks: int) -> None:
+        self._head, self._needed, self._chunks = head, needed, chunks
+        dtype = head.hidden.dtype
+        self._wide = torch.promote_types(dtype, torch.float32)
+        self._dtypes = gradient_dtypes(dtype)
+        need_hidden, _, need_bias = needed
+        new = head.hidden.new_zeros
+        self._hidden = new(head.hidden.shape if need_hidden else (0,), dtype=self._dtypes[0])
+        self._bias = new(head.weight.shape[:1] if need_bias else (0,), dtype=self._wide)
+        self._weight: Tensor | None = None
+        self._tile: Tensor | None = None
 
-    def add(self, rows: Tensor, x: Tensor, grad_logits: Tensor) -> None:
+    def add(self, chunk: Chunk, inverse: Tensor | None) -> None:
+        """Adds what a chunk, whose logits hold their gradient, contributes."""
         need_hidden, need_weight, need_bias = self._needed
+        gradient = chunk.logits
         if need_hidden:
-            self.hidden.index_copy_(0, rows, grad_logits @ self._head.weight)
-        if need_weight and x.dtype == self.weight.dtype:
-            self.weight.addmm_(grad_logits.t(), x)
-        elif need_weight:
-            # One rounding to half precision a chunk; the sum over chunks is not rounded.
-            self.weight.add_(grad_logits.t() @ x)
+            part = gradient @ self._head.weight
+            part = part if inverse is None else part.to(self._wide).mul_(inverse)
+            self._hidden.index_copy_(0, chunk.rows, part)
+        if need_weight:
+            self._add_weight(gradient, chunk.hidden, inverse)
         if need_bias:
-            self.bias.add_(grad_logits.sum(0, dtype=self.bias.dtype))
+            part = gradient.sum(0, dtype=self._wide)
+            self._bias.add_(part if inverse is None else part.mul_(inverse))
+
+    def results(self) -> tuple[Tensor, Tensor, Tensor]:
+        """In the dtypes of `gradient_dtypes`."""
+        weight = self._weight
+        if weight is None:  # not needed, or no chunk came
+            shape = self._head.weight.shape if self._needed[1] else (0,)
+            weight = self._head.hidden.new_zeros(shape, dtype=self._dtypes[1])
+        return self._hidden, weight.to(self._dtypes[1]), self._bias
+
+    def _add_weight(self, gradient: Tensor, x: Tensor, inverse: Tensor | None) -> None:
+        whole = x.dtype == self._wide or (self._chunks == 1 and x.dtype == torch.bfloat16)
+        fused = x.dtype == torch.bfloat16 and x.is_cuda
+        first = self._weight is None
+        if first:
+            dtype = x.dtype if whole else self._wide
+            self._weight = torch.empty_like(self._head.weight, dtype=dtype)
+        if whole and first:
+            torch.mm(gradient.t(), x, out=self._weight)
+        elif whole:
+            self._weight.addmm_(gradient.t(), x)
+        elif fused:
+            if first:
+                self._weight.zero_()
+            torch.addmm(self._weight, gradient.t(), x, out_dtype=self._wide, out=self._weight)
+        else:
+            self._add_in_tiles(gradient, x, inverse, first)
+
+    def _add_in_tiles(
+        self, gradient: Tensor, x: Tensor, inverse: Tensor | None, first: bool
+    ) -> None:
+        """Rounded products, or products in float32 of float16, tile by tile: each is added while
+        a cache holds it, and no second (V, H) tensor is ever made."""
+        if inverse is not None and not x.is_cuda:
+            x = x.to(self._wide)
+        for part in _tiles(*self._weight.shape, x):
+            columns = gradient[:, part]
+            if inverse is not None:
+                product = _wide_product(columns.t(), x).mul_(inverse)
+            else:
+                if self._tile is None:
+                    self._tile = torch.empty_like(self._weight[part], dtype=x.dtype)
+                product = self._tile[: columns.shape[1]]
+                torch.mm(columns.t(), x, out=product)
+            # Adding mixed dtypes is slow: a copy in the wider one first.
+            if first:
+                self._weight[part].copy_(product)
+            else:
+                self._weight[part].add_(product.to(self._wide))
 
 
-def rows_per_chunk(hidden: Tensor, weight: Tensor, chunk_rows: int | None) -> int:
-    """`chunk_rows`, or for None what fits 128 MiB of logits on the CPU, 1 GiB on a GPU."""
-    if chunk_rows is None:
-        row_bytes = weight.shape[0] * hidden.element_size()
-        fitting = _CHUNK_BYTES.get(hidden.device.type, 1 << 30) // max(row_bytes, 1)
-        return min(max(fitting, 1), _MAX_CHUNK_ROWS)
-    if chunk_rows < 1:
-        raise ValueError(f"chunk_rows must be positive, got {chunk_rows}")
-    return chunk_rows
+def _wide_product(halves: Tensor, x: Tensor) -> Tensor:
+    """halves @ x in float32; x is float32 already except on CUDA."""
+    if x.is_cuda:
+        return torch.mm(halves, x, out_dtype=torch.float32)
+    return halves.to(x.dtype) @ x
+
+
+def gradient_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
+    """dtypes of dhidden, dW and dbias for a head in `dtype`: its own, but float32 for float16,
+    which an upstream gradient may yet multiply (a loss scaler's does), and for the bias."""
+    wide = torch.promote_types(dtype, torch.float32)
+    return (wide, wide, wide) if dtype == torch.float16 else (dtype, dtype, wide)
+
+
+def empty_gradients(
+    hidden: Tensor, weight: Tensor, needed: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `HeadGradients.results` would return, unfilled: for an op's fake."""
+    shapes = (hidden.shape, weight.shape, weight.shape[:1])
+    return tuple(
+        hidden.new_empty(shape if need else (0,), dtype=dtype)
+        for shape, need, dtype in zip(shapes, needed, gradient_dtypes(hidden.dtype), strict=True)
+    )
 
 
 def under_autocast(
@@ -126,6 +256,15 @@ def under_autocast(
         return hidden, weight, bias
     dtype = torch.get_autocast_dtype(kind)
     return hidden.to(dtype), weight.to(dtype), bias if bias is None else bias.to(dtype)
+
+
+def check_softcap(softcap: float | None) -> float:
+    """`softcap` as the ops take it, 0 for None; ValueError unless positive and finite."""
+    if softcap is None:
+        return 0.0
+    if not 0 < softcap < float("inf"):
+        raise ValueError(f"softcap must be positive and finite, or None, got {softcap}")
+    return float(softcap)
 
 
 def check_head(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:
