@@ -78,9 +78,10 @@ inline T overlap(const Box<T>& a, const Box<T>& b) {
   if constexpr (kKind == IouKind::kDiou) return diou;
 
   const T angle = a.angle - b.angle;
-  T v = T(0.405284734569351085775) * (angle * angle);  // 4 / pi^2
-  if constexpr (!kExact) v = v == v ? v : T(0);
-  return diou - ratio<kExact>(v, 1 - iou + v + eps) * v;
+  const T v = T(0.405284734569351085775) * (angle * angle);  // 4 / pi^2
+  const T penalty = ratio<kExact>(v, 1 - iou + v + eps) * v;
+  if constexpr (kExact) return diou - penalty;
+  return diou - (v == v ? penalty : T(0));
 }
 
 template <IouKind kKind, bool kExact, typename T>
