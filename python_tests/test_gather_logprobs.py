@@ -1,3 +1,4 @@
+import math
 import multiprocessing
 import os
 import threading
@@ -16,12 +17,45 @@ DTYPES = [torch.float32, *HALVES]
 ISAS = ["baseline", "avx2", "avx512"]
 # With TRITON_INTERPRET=1 alone, for `make test` runs those in a process of their own.
 TRITON = [name for name in ("triton",) if name in forward_op.backends("cpu")]
+GPU = (
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+)
 
 
-@pytest.fixture(params=["reference", *(f"cpu:{isa}" for isa in ISAS), *TRITON])
-def variant(request):
+def moved_to(device, fn):
+    """`fn` of tensors that are first moved to `device`; results come back, gradients too."""
+
+    def moved(*args, **options):
+        place = [x.to(device) if isinstance(x, torch.Tensor) else x for x in args]
+        options = {
+            name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in options.items()
+        }
+        results = fn(*place, **options)
+        return type(results)(*(x if x is None else x.cpu() for x in results))
+
+    return moved
+
+
+@pytest.fixture(
+    params=[
+        "reference",
+        *(f"cpu:{isa}" for isa in ISAS),
+        *TRITON,
+        *(pytest.param(f"gpu:{name}", marks=GPU) for name in ("cuda", "triton")),
+    ]
+)
+def variant(request, monkeypatch):
     """Each backend that can run here, the C++ one with each instruction set."""
     name, _, isa = request.param.partition(":")
+    if name == "gpu":
+        name = isa
+        if name not in forward_op.backends("cuda"):
+            pytest.skip(f"no {name} backend: {backend.unavailable(name)}")
+        monkeypatch.setitem(globals(), "gather_logprobs", moved_to("cuda", gather_logprobs))
+        with ops.use(name):
+            yield request.param
+        return
     if name not in forward_op.backends("cpu"):
         pytest.skip(f"{name}: {backend.unavailable(name)}")
     if isa:
@@ -49,6 +83,18 @@ def torch_form(logits, labels):
     several = labels.ndim == logits.ndim
     logps = log_p.gather(-1, labels if several else labels[:, None])
     return logps if several else logps[:, 0], -(log_p.exp() * log_p).sum(-1)
+
+
+def on_gpu(variant):
+    return variant.startswith("gpu")
+
+
+def same(variant, a, b):
+    """Equal; on a GPU to rounding, where the order of additions follows a row's alignment."""
+    if on_gpu(variant):
+        tolerance = 1e-6 if a.dtype == torch.float32 else torch.finfo(a.dtype).eps
+        return torch.allclose(a, b, rtol=tolerance, atol=tolerance)
+    return torch.equal(a, b)
 
 
 def run(fn, logits, labels, w, h, **options):
@@ -138,7 +184,7 @@ def test_masked_rows_are_not_read(variant, dtype):
         assert (x[~mask] == 0).all()
     kept = run(ours, logits[mask], labels[mask], w[mask], h[mask])
     for x, y in zip(got, kept, strict=True):
-        assert torch.equal(x[mask], y)
+        assert same(variant, x[mask], y)
 
 
 def test_rows_without_upstream_gradient_are_exact_zeros(variant):
@@ -168,7 +214,7 @@ def test_strided_rows(variant, dtype):
         out = ours(leaf, y)
         ((out.logps * w).sum() + (out.entropy * w).sum()).backward()
         for a, b in zip((out.logps, out.entropy, leaf.grad), plain, strict=True):
-            assert torch.equal(a.detach(), b), name
+            assert same(variant, a.detach(), b), name
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -226,6 +272,8 @@ def test_repeated_labels_share_an_element(variant):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_inplace_backward_writes_over_the_logits(variant, dtype):
+    if on_gpu(variant):
+        pytest.skip("what is moved to a GPU is a copy; test_on_a_gpu_in_place looks there")
     logits, labels = make(4, 5000, dtype)
     w, h = torch.tensor([1.0, -2.0, 0.0, 0.5]), torch.tensor([1.0, 0.0, 0.0, -1.0])
     expected = run(ours, logits, labels, w, h)[2]
@@ -254,6 +302,8 @@ def test_inplace_backward_spares_rows_that_share_memory(variant, stride):
 
 def test_inplace_backward_leaves_the_neighbours_alone(variant):
     """Rows inside a larger buffer: what lies around them must not change."""
+    if on_gpu(variant):
+        pytest.skip("what is moved to a GPU is a copy; test_on_a_gpu_in_place looks there")
     buffer = torch.full((6, 3, 140), 77.0)
     x = buffer[1:5, 1:2, 3:134]
     source, labels = make(4, 131, torch.float32)
@@ -375,6 +425,8 @@ def test_gradcheck_in_float64(variant):
 
 
 def test_wrong_arguments_are_refused(variant):
+    if on_gpu(variant):
+        pytest.skip("labels and temperatures on a GPU are not looked at")
     x, y = torch.zeros(3, 5), torch.zeros(3, dtype=torch.int64)
     cases = [
         ((x, y[:2]), {}, r"labels must be \(3,\) or \(3, 'K'\)"),
@@ -485,10 +537,15 @@ def test_compiles_whole(name, inplace):
     assert torch.equal(a.grad, b.grad)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def on_a_gpu(test):
+    for mark in GPU:
+        test = mark(test)
+    return test
+
+
+@on_a_gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(3, 7), (5, 8193), (4, 151_936)])
+@pytest.mark.parametrize("shape", [(3, 7), (5, 8193), (70, 1000), (4, 151_936), (4, 151_937)])
 def test_cuda_agrees_with_float64(dtype, shape):
     logits, labels = make(*shape, dtype, k=2)
     w, h = torch.randn(labels.shape), torch.randn(shape[0])
@@ -501,3 +558,57 @@ def test_cuda_agrees_with_float64(dtype, shape):
         torch.testing.assert_close(value.cpu().double(), exact, rtol=1e-5, atol=1e-5)
     tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
     torch.testing.assert_close(got[2].cpu().double(), truth[2], rtol=tolerance, atol=tolerance)
+
+
+def in_place(buffer, view, labels, w):
+    """The gradient, and what it left of the buffer around the rows, which holds 77 there."""
+    leaf = view(buffer).detach().requires_grad_()
+    out = gather_logprobs(leaf, labels, entropy=True, inplace_backward=True)
+    (grad,) = torch.autograd.grad(((out.logps + out.entropy) * w).sum(), leaf)
+    assert grad.data_ptr() == leaf.data_ptr()
+    grad = grad.clone()
+    view(buffer).fill_(77)
+    return grad, (buffer == 77).all()
+
+
+@on_a_gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab", [5, 131, 1030, 9001, 20_011, 151_937])
+@pytest.mark.parametrize("start", [0, 1, 3, 8])
+def test_on_a_gpu_in_place(dtype, vocab, start):
+    """Rows of any alignment inside a larger buffer."""
+    logits, labels = make(6, vocab, dtype)
+    w = torch.tensor([1.0, -0.5, 0.0, 2.0, 0.0, 1.0])
+    expected = run(ours, logits.float(), labels, w, w)[2]
+    buffer = torch.full((6, 2, vocab + 11), 77.0, dtype=dtype, device="cuda")
+
+    def view(x):
+        return x[:, 1, start : start + vocab]
+
+    view(buffer).copy_(logits)
+    grad, intact = in_place(buffer, view, labels.cuda(), w.cuda())
+    assert intact
+    tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
+    torch.testing.assert_close(grad.float().cpu(), expected, rtol=tolerance, atol=1e-6)
+
+
+@on_a_gpu
+def test_on_a_gpu_bits_repeat():
+    logits, labels = (x.cuda() for x in make(300, 50_001, torch.bfloat16))
+    w = torch.linspace(-1, 1, 300, device="cuda")
+    first, second = (run(ours, logits, labels, w, w) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
+@on_a_gpu
+def test_on_a_gpu_more_than_two_billion_elements():
+    """Offsets into the logits do not fit 32 bits."""
+    rows, vocab = 15_000, 151_936
+    logits = torch.zeros(rows, vocab, dtype=torch.bfloat16, device="cuda")
+    logits[-1, 7] = 3.0
+    labels = torch.full((rows,), 7, device="cuda")
+    out = gather_logprobs(logits, labels)
+    torch.testing.assert_close(out.logps[0].item(), -math.log(vocab), rtol=1e-6, atol=1e-6)
+    exact = 3 - math.log(vocab - 1 + math.exp(3))
+    torch.testing.assert_close(out.logps[-1].item(), exact, rtol=1e-6, atol=1e-6)

@@ -1,208 +1,175 @@
-// Log-probabilities of given tokens, entropy and log-sum-exp: one block a row, one read of the
-// logits forward, one read and one write backward. The maths is in
-// vcr1_fast/ops/gather_logprobs.py. Not run in continuous integration, which has no GPU.
-#include "common.cuh"
+// Log-probabilities of given tokens, entropy and log-sum-exp: one read of the logits forward, one
+// read and one write backward. The maths is in vcr1_fast/ops/gather_logprobs.py.
+//
+// A team of threads takes a row: a warp where rows are short (several teams a block, so that they
+// need no barrier), the whole block where they are long.
+#include <algorithm>
+
+#include "softmax.cuh"
 
 namespace vcr1::cuda {
 namespace {
 
-constexpr int kThreads = 1024;
-constexpr float kShiftLow = -200.0f;  // as in the CPU kernel: keeps 0 * inf out of the entropy
+// Threads of an SM that its registers should have room for.
+constexpr int kThreadsPerSm = 1024;
 
-__device__ inline float quiet_nan() { return __int_as_float(0x7fffffff); }
-__device__ inline float infinity() { return __int_as_float(0x7f800000); }
-
-// Running maximum of the logits, sum of e^d and of d e^d with d = (x - max) / T.
-struct Sums {
-  float max, weight, weighted_d;
-
-  __device__ void rescale(float top, float inv_temperature) {
-    if (!(top > max)) return;
-    if (weight != 0.0f) {
-      const float d = (max - top) * inv_temperature;
-      const float factor = __expf(d);
-      weighted_d = factor > 0.0f ? factor * (weighted_d + d * weight) : 0.0f;
-      weight *= factor;
-    }
-    max = top;
-  }
-  __device__ void add(float x, float inv_temperature) {
-    rescale(x, inv_temperature);
-    if (x == -infinity()) return;  // weighs 0; -inf - -inf would be NaN
-    const float d = (x - max) * inv_temperature;
-    const float e = __expf(d);
-    weight += e;
-    weighted_d += e * fmaxf(d, kShiftLow);
-  }
-  __device__ void merge(Sums other, float inv_temperature) {
-    rescale(other.max, inv_temperature);
-    other.rescale(max, inv_temperature);
-    weight += other.weight;
-    weighted_d += other.weighted_d;
-  }
+template <int kTeam>
+struct Shape {
+  static constexpr int kBlock = kTeam == 32 ? 256 : kTeam;
+  static constexpr int kRows = kBlock / kTeam;  // a block
 };
-
-// The same order of additions every time: results repeat bit for bit.
-__device__ Sums block_merge(Sums sums, float inv_temperature) {
-  __shared__ Sums parts[kThreads / 32];
-  for (int step = 16; step > 0; step /= 2) {
-    const Sums other{__shfl_down_sync(~0u, sums.max, step),
-                     __shfl_down_sync(~0u, sums.weight, step),
-                     __shfl_down_sync(~0u, sums.weighted_d, step)};
-    sums.merge(other, inv_temperature);
-  }
-  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = sums;
-  __syncthreads();
-  if (threadIdx.x == 0)
-    for (int i = 1; i < kThreads / 32; ++i) sums.merge(parts[i], inv_temperature);
-  return sums;  // thread 0's is the row's
-}
 
 __device__ inline float temperature_of(const GatherLogprobsInput& in, int64_t row) {
   return in.row_temperature != nullptr ? in.row_temperature[row] : in.temperature;
 }
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads) forward_kernel(GatherLogprobsForward a) {
+// Both kernels work on rows `first`, first + 1, ...: a grid has less than 2^31 blocks.
+template <int kTeam, bool kEntropy, typename T>
+__global__ void __launch_bounds__(Shape<kTeam>::kBlock, kThreadsPerSm / Shape<kTeam>::kBlock)
+    forward_kernel(const GatherLogprobsForward a, int64_t first) {
   const GatherLogprobsInput& in = a.in;
-  const int64_t row = blockIdx.x;
+  const int64_t row = first + int64_t{blockIdx.x} * Shape<kTeam>::kRows + threadIdx.x / kTeam;
+  if (row >= in.rows) return;  // whole teams; a block of one team never
+  const int thread = threadIdx.x % kTeam;
   float* const logps = a.logps + row * in.k;
   float* const stats = a.stats + row * 3;
   if (in.mask != nullptr && !in.mask[row]) {
-    for (int64_t j = threadIdx.x; j < in.k; j += kThreads) logps[j] = 0.0f;
-    if (threadIdx.x == 0) {
+#pragma unroll 1
+    for (int64_t j = thread; j < in.k; j += kTeam) logps[j] = 0.0f;
+    if (thread == 0) {
       stats[0] = stats[1] = stats[2] = a.lse[row] = 0.0f;
-      if (a.entropy != nullptr) a.entropy[row] = 0.0f;
+      if (kEntropy) a.entropy[row] = 0.0f;
     }
     return;
   }
   const T* const x = static_cast<const T*>(in.logits) + row_offset(in.layout, row);
-  const float inv_temperature = 1.0f / temperature_of(in, row);
-  Sums sums{-infinity(), 0.0f, 0.0f};
-  int64_t done = 0;
-  if (aligned(x)) {
-    constexpr int n = Pack<T>::kSize;
-    const auto* const packs = reinterpret_cast<const Pack<T>*>(x);
-    for (int64_t i = threadIdx.x; i < in.vocab / n; i += kThreads) {
-      const Pack<T> pack = packs[i];
-      // One rescale a pack instead of one an element.
-      float values[n], top = sums.max;
-      for (int j = 0; j < n; ++j) top = fmaxf(top, values[j] = widen(pack.lanes[j]));
-      sums.rescale(top, inv_temperature);
-      for (int j = 0; j < n; ++j) sums.add(values[j], inv_temperature);
-    }
-    done = in.vocab / n * n;
+  const int64_t* const labels = in.labels + row * in.k;
+  const auto logit = [&](int64_t label) {
+    return label >= 0 && label < in.vocab ? widen(x[label]) : quiet_nan();
+  };
+  // Asked for before the row, so that the end does not wait for two more loads.
+  const float own_logit = thread < in.k ? logit(labels[thread]) : 0.0f;
+  const float temperature = temperature_of(in, row);
+  const float scale = kLog2e / temperature;
+  const PackedRow<const T> packed(x, static_cast<int>(in.vocab));
+  const Sums sums = team_merge<kTeam>(thread_sums<kEntropy, kTeam>(packed, thread, scale), scale);
+  const float log_sum = sums.log_sum();
+#pragma unroll 1
+  for (int64_t j = thread; j < in.k; j += kTeam) {
+    // Against the maximum first: the logits may share an offset far larger than log_sum.
+    const float d = (j == thread ? own_logit : logit(labels[j])) - sums.max;
+    logps[j] = d / temperature - log_sum;
   }
-  for (int64_t i = done + threadIdx.x; i < in.vocab; i += kThreads)
-    sums.add(widen(x[i]), inv_temperature);
-  sums = block_merge(sums, inv_temperature);
-
-  __shared__ Sums row_sums;
-  if (threadIdx.x == 0) row_sums = sums;
-  __syncthreads();
-  const float log_sum = row_sums.weight == 0.0f ? quiet_nan() : logf(row_sums.weight);
-  for (int64_t j = threadIdx.x; j < in.k; j += kThreads) {
-    const int64_t label = in.labels[row * in.k + j];
-    const bool known = label >= 0 && label < in.vocab;
-    const float d = known ? (widen(x[label]) - row_sums.max) * inv_temperature : quiet_nan();
-    logps[j] = d - log_sum;
-  }
-  if (threadIdx.x == 0) {
-    const float mean_d = row_sums.weighted_d / row_sums.weight;
-    a.lse[row] = row_sums.max * inv_temperature + (row_sums.weight == 0.0f ? 0.0f : log_sum);
-    if (a.entropy != nullptr) a.entropy[row] = log_sum - mean_d;
-    stats[0] = row_sums.max;
+  if (thread == 0) {
+    const float mean_d = sums.mean_d();
+    a.lse[row] = sums.lse(temperature);
+    if (kEntropy) a.entropy[row] = log_sum - mean_d;
+    stats[0] = sums.top();
     stats[1] = log_sum;
     stats[2] = mean_d;
   }
 }
 
-// dL/dx_j = p_j (a - h (d_j - mean_d)) / T; the label terms follow.
-struct RowGradient {
-  float max, inv_temperature, log_sum, mean_d, a, h;
-  __device__ float at(float x) const {
-    const float d = (x - max) * inv_temperature;
-    const float p = __expf(d - log_sum);
-    return p * (a - h * (fmaxf(d, kShiftLow) - mean_d)) * inv_temperature;
-  }
-};
+template <int kTeam, typename T>
+__device__ inline void zero_row(const PackedRow<T>& out, int thread) {
+  const Pack<T> zero = filled_pack<T>(0.0f);
+  for (int i = thread; i < out.packs; i += kTeam) store_streaming(out.pack(i), zero);
+  if (thread < out.edge) *out.edge_element(thread) = narrow<T>(0.0f);
+}
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads) backward_kernel(GatherLogprobsBackward a) {
+template <int kTeam, bool kEntropy, typename T>
+__global__ void __launch_bounds__(Shape<kTeam>::kBlock, kThreadsPerSm / Shape<kTeam>::kBlock)
+    backward_kernel(const GatherLogprobsBackward a, int64_t first) {
   const GatherLogprobsInput& in = a.in;
-  const int64_t row = blockIdx.x;
+  const int64_t row = first + int64_t{blockIdx.x} * Shape<kTeam>::kRows + threadIdx.x / kTeam;
+  if (row >= in.rows) return;
+  const int thread = threadIdx.x % kTeam;
+  const int vocab = static_cast<int>(in.vocab);
   const T* const x = static_cast<const T*>(in.logits) + row_offset(in.layout, row);
-  T* const out = static_cast<T*>(a.grad) + row_offset(a.grad_layout, row);
-  const int64_t* const labels = in.labels + row * in.k;
+  const PackedRow<T> out(static_cast<T*>(a.grad) + row_offset(a.grad_layout, row), vocab);
   const float* const g = a.grad_logps + row * in.k;
-  const float* const stats = a.stats + row * 3;
-  const float h = a.grad_entropy != nullptr ? a.grad_entropy[row] : 0.0f;
+  const float h = kEntropy ? a.grad_entropy[row] : 0.0f;
   const float g_lse = a.grad_lse != nullptr ? a.grad_lse[row] : 0.0f;
   float g_sum = 0.0f;  // every thread the same few values: cheaper than a reduction
   bool zero = h == 0.0f && g_lse == 0.0f;
+#pragma unroll 1
   for (int64_t j = 0; j < in.k; ++j) {
     zero = zero && g[j] == 0.0f;
     g_sum += g[j];
   }
-  zero = zero || (in.mask != nullptr && !in.mask[row]);
+  if (zero || (in.mask != nullptr && !in.mask[row])) return zero_row<kTeam>(out, thread);
 
-  const float inv_temperature = 1.0f / temperature_of(in, row);
-  const RowGradient gradient{stats[0], inv_temperature, stats[1], stats[2], g_lse - g_sum, h};
-  int64_t done = 0;
-  if (aligned(x) && aligned(out)) {
-    constexpr int n = Pack<T>::kSize;
-    const auto* const packs = reinterpret_cast<const Pack<T>*>(x);
-    auto* const outs = reinterpret_cast<Pack<T>*>(out);
-    for (int64_t i = threadIdx.x; i < in.vocab / n; i += kThreads) {
-      Pack<T> result;
-      if (zero) {
-        for (int j = 0; j < n; ++j) result.lanes[j] = narrow<T>(0.0f);
-      } else {
-        const Pack<T> pack = packs[i];
-        for (int j = 0; j < n; ++j) result.lanes[j] = narrow<T>(gradient.at(widen(pack.lanes[j])));
-      }
-      outs[i] = result;
-    }
-    done = in.vocab / n * n;
-  }
-  for (int64_t i = done + threadIdx.x; i < in.vocab; i += kThreads)
-    out[i] = narrow<T>(zero ? 0.0f : gradient.at(widen(x[i])));
-  if (zero) return;
+  const float* const stats = a.stats + row * 3;
+  const float temperature = temperature_of(in, row);
+  const RowGradient<kEntropy> gradient(stats[0], stats[1], stats[2], temperature, g_lse - g_sum, h);
+  write_gradient<kTeam>(gradient, PackedRow<const T>(x, vocab), out, thread);
 
-  // The labels' elements are written again, by other threads than before: wait for the block.
+  // The labels' elements are written again, by other threads than before: wait for the team.
   // They come from the log-probs, because in place their logits are gone.
-  __syncthreads();
-  for (int64_t j = threadIdx.x; j < in.k; j += kThreads) {
+  kTeam == 32 ? __syncwarp() : __syncthreads();
+  const int64_t* const labels = in.labels + row * in.k;
+#pragma unroll 1
+  for (int64_t j = thread; j < in.k; j += kTeam) {
     if (labels[j] < 0 || labels[j] >= in.vocab) continue;
     float own = 0.0f;
+#pragma unroll 1
     for (int64_t i = 0; i < in.k; ++i)
       if (labels[i] == labels[j]) own += g[i];
-    const float logp = a.logps[row * in.k + j];
-    const float d = fmaxf(logp + stats[1], kShiftLow);
-    const float p = expf(logp);
     // Labels that repeat write the same value.
-    out[labels[j]] = narrow<T>((own + p * (gradient.a - h * (d - stats[2]))) * inv_temperature);
+    out.first[labels[j]] =
+        narrow<T>(gradient.at_label(a.logps[row * in.k + j], stats[1], temperature, own));
   }
+}
+
+// launch_rows(team, first): for every part of the rows that fits a grid.
+template <typename T, typename Launch>
+void for_rows(const GatherLogprobsInput& in, Launch&& launch_rows) {
+  VCR1_CHECK(in.vocab <= kMaxVocab, "logits: at most ", kMaxVocab, " columns on a GPU, got ",
+             in.vocab);
+  constexpr int64_t kStep = int64_t{1} << 30;  // rows
+  const int64_t bytes = in.vocab * static_cast<int64_t>(sizeof(T));
+  for (int64_t first = 0; first < in.rows; first += kStep) {
+    const int64_t rows = std::min(kStep, in.rows - first);
+    if (bytes <= 4096) {
+      launch_rows(std::integral_constant<int, 32>{}, first, rows);
+    } else if (bytes <= 32768) {
+      launch_rows(std::integral_constant<int, 128>{}, first, rows);
+    } else {
+      launch_rows(std::integral_constant<int, 512>{}, first, rows);
+    }
+  }
+}
+
+template <int kTeam>
+LaunchShape shape_for(int64_t rows) {
+  constexpr int64_t kRows = Shape<kTeam>::kRows;
+  return {static_cast<unsigned>((rows + kRows - 1) / kRows), Shape<kTeam>::kBlock};
 }
 
 }  // namespace
 
 void gather_logprobs(const GatherLogprobsForward& args, void* stream) {
   for_float_dtype(args.in.dtype, [&](auto type) {
-    forward_kernel<decltype(type)>
-        <<<static_cast<unsigned>(args.in.rows), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-            args);
+    using T = decltype(type);
+    for_rows<T>(args.in, [&](auto team, int64_t first, int64_t rows) {
+      constexpr int kTeam = decltype(team)::value;
+      const auto kernel = args.entropy != nullptr ? forward_kernel<kTeam, true, T>
+                                                  : forward_kernel<kTeam, false, T>;
+      launch("gather_logprobs", kernel, shape_for<kTeam>(rows), stream, args, first);
+    });
   });
-  CUDA_CHECK("gather_logprobs", cudaGetLastError());
 }
 
 void gather_logprobs_backward(const GatherLogprobsBackward& args, void* stream) {
   for_float_dtype(args.in.dtype, [&](auto type) {
-    backward_kernel<decltype(type)>
-        <<<static_cast<unsigned>(args.in.rows), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-            args);
+    using T = decltype(type);
+    for_rows<T>(args.in, [&](auto team, int64_t first, int64_t rows) {
+      constexpr int kTeam = decltype(team)::value;
+      const auto kernel = args.grad_entropy != nullptr ? backward_kernel<kTeam, true, T>
+                                                       : backward_kernel<kTeam, false, T>;
+      launch("gather_logprobs_backward", kernel, shape_for<kTeam>(rows), stream, args, first);
+    });
   });
-  CUDA_CHECK("gather_logprobs_backward", cudaGetLastError());
 }
 
 }  // namespace vcr1::cuda
