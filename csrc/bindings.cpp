@@ -19,6 +19,11 @@ using vcr1::Tensor;
 void bind_iou(py::module_& m);
 void bind_resize(py::module_& m);
 
+#ifdef VCR1_CUDA
+// bindings_cuda_video.cpp
+void bind_cuda_resize(py::module_& m);
+#endif
+
 namespace {
 
 template <typename Args>
@@ -286,4 +291,7 @@ PYBIND11_MODULE(_C, m) {
   bind_iou(m);
   bind_grpo_loss(m);
   bind_resize(m);
+#ifdef VCR1_CUDA
+  bind_cuda_resize(m);
+#endif
 }

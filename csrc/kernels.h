@@ -163,6 +163,54 @@ VCR1_CPU_LAUNCHER(video_patches, VideoPatchesArgs)
 
 }  // namespace vcr1::cpu
 
+#ifdef VCR1_CUDA
+namespace vcr1::cuda {
+
+// kMatrix16 and kMatrix22 run on the tensor cores, which take weights of 16 and 24 bits by bytes.
+enum class ResizeMethod { kCopy, kMatrix16, kMatrix22, kInt, kFloat, kFloatRounded };
+
+// One axis of a resize. Scalar methods: weights are int32 or float (n_out, taps), first (n_out,)
+// holds the first pixel read. Matrix methods: see vcr1_fast/ops/resample_tiles.py.
+struct ResizeAxis {
+  const int32_t* first;
+  const void* weights;
+  int32_t n_in, n_out, bits;
+  int32_t taps;
+  int32_t tile;         // outputs of one block
+  int32_t groups;       // of 16 outputs in a tile
+  int32_t steps;        // of 32 pixels that a group's weights fill
+  int32_t span, reach;  // most pixels of a tile: read, and stepped over
+};
+
+struct ResizeArgs {
+  const uint8_t* frames;  // RGB, any strides (in bytes)
+  int64_t n_frames, frame_stride, row_stride, column_stride, channel_stride;
+  ResizeAxis horizontal, vertical;
+  ResizeMethod method;
+  // Matrix methods: shared memory, bytes. Filled by plan_shared().
+  int32_t source_pitch, strip_bytes, source_bytes, column_pitch, shared_bytes;
+};
+
+void plan_shared(ResizeArgs& args);
+
+struct ResizeFramesArgs {
+  ResizeArgs resize;
+  void* out;  // uint8, or float for kFloat; strides in elements
+  int64_t out_frame_stride, out_row_stride, out_column_stride, out_channel_stride;
+};
+void resize_frames(const ResizeFramesArgs& args, void* stream);
+
+struct VideoPatchesArgs {
+  ResizeArgs resize;
+  void* out;  // (N, 1176)
+  DType out_dtype;
+  float offset[3], scale[3];  // (x - offset) / scale
+};
+void video_patches(const VideoPatchesArgs& args, void* stream);
+
+}  // namespace vcr1::cuda
+#endif  // VCR1_CUDA
+
 namespace vcr1::cpu {
 
 enum class IouKind { kSpan, kIou, kGiou, kDiou, kCiou };

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from gpu_backend import device_of, through_gpu, with_cuda
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -12,7 +13,7 @@ from PIL import Image
 from vcr1_fast import ops
 from vcr1_fast.ops import backend as backend_module
 from vcr1_fast.ops.resample import taps
-from vcr1_fast.ops.resize_frames import _op
+from vcr1_fast.ops.resize_frames import _op, resized_dtype
 from vcr1_fast.ops.resize_frames import reference as reference_op
 
 PILLOW = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
@@ -33,8 +34,10 @@ SIZES = [  # (T, H, W), (h, w)
 ]
 
 
-@pytest.fixture(params=_op.backends())
-def backend(request):
+@pytest.fixture(params=with_cuda(_op))
+def backend(request, monkeypatch):
+    if request.param == "cuda":
+        monkeypatch.setattr(ops, "resize_frames", through_gpu(ops.resize_frames))
     with ops.use(request.param):
         yield request.param
 
@@ -313,9 +316,41 @@ def test_any_size_equals_torch(sizes, seed):
     assert torch.equal(ops.resize_frames(frames, sizes[2:]), torch_resize(frames, sizes[2:]))
 
 
+def memory_orders(frames):
+    """The same pixels in every order that the kernels tell apart."""
+    steps, height, width, _ = frames.shape
+    wide = torch.zeros(steps, height + 2, width + 5, 3, dtype=torch.uint8)
+    wide[:, 1:-1, 2:-3] = frames
+    line = -(-width * 3 // 16) * 16
+    aligned = torch.zeros(steps * height * line, dtype=torch.uint8)
+    aligned = aligned.as_strided(frames.shape, (height * line, line, 3, 1))
+    aligned.copy_(frames)
+    planes = torch.zeros(steps, 3, height, width + 3, dtype=torch.uint8)
+    planes[..., 1:-2] = frames.permute(0, 3, 1, 2)
+    padded = torch.cat([frames, frames[..., :1]], dim=3)
+    return {
+        "dense": frames,
+        "crop": wide[:, 1:-1, 2:-3],
+        "aligned": aligned,
+        "planes": planes[..., 1:-2].permute(0, 2, 3, 1),
+        "scattered": padded[..., :3],
+    }
+
+
+@pytest.mark.parametrize("name", ["dense", "crop", "aligned", "planes", "scattered"])
+@pytest.mark.parametrize("rounding", ["u8", "pil", "f32", "none"])
+def test_memory_order_does_not_matter(backend, rounding, name):
+    for shape, size in [*SIZES, ((2, 131, 250), (40, 129)), ((1, 300, 333), (31, 29))]:
+        frames = noise(shape, seed=8)
+        expected = torch.empty(shape[0], *size, 3, dtype=resized_dtype(rounding))
+        reference_op(frames, expected, "bicubic", True, rounding)
+        result = ops.resize_frames(memory_orders(frames)[name], size, rounding=rounding)
+        assert torch.equal(result, expected)
+
+
 def test_opcheck_and_compile(backend):
-    frames = noise((2, 30, 50))
-    out = torch.empty(2, 20, 41, 3, dtype=torch.uint8)
+    frames = noise((2, 30, 50)).to(device_of(backend))
+    out = torch.empty(2, 20, 41, 3, dtype=torch.uint8, device=frames.device)
     torch.library.opcheck(
         torch.ops.vcr1_fast.resize_frames.default, (frames, out, "bicubic", True, "u8")
     )

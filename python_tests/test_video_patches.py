@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from gpu_backend import device_of, needs_gpu, through_gpu, to_gpu, with_cuda
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision_shim import require_torchvision
@@ -14,8 +15,10 @@ from vcr1_fast.ops.video_patches import reference as reference_op
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.fixture(params=_op.backends())
-def backend(request):
+@pytest.fixture(params=with_cuda(_op))
+def backend(request, monkeypatch):
+    if request.param == "cuda":
+        monkeypatch.setattr(ops, "video_patches", through_gpu(ops.video_patches))
     with ops.use(request.param):
         yield request.param
 
@@ -206,9 +209,32 @@ def test_any_clip_equals_the_model(shape, grid, seed):
     assert torch.equal(patches, model(torch_resize(frames, size))[0])
 
 
+CLIPS = [((16, 720, 1280), (252, 448)), ((5, 360, 640), (224, 392)), ((3, 1080, 1920), (308, 532))]
+
+
+@pytest.mark.parametrize("rounding", ["u8", "pil", "f32", "none"])
+@pytest.mark.parametrize(("shape", "size"), CLIPS)
+@needs_gpu
+def test_cpu_and_cuda_give_the_same_bits(shape, size, rounding):
+    """Clips of the sizes that models train on, in tiles enough for every multiprocessor."""
+    frames = noise(shape, seed=9)
+    for dtype in DTYPES:
+        with ops.use("cpu,cuda"):
+            expected, _ = ops.video_patches(frames, size, rounding=rounding, dtype=dtype)
+            result, _ = ops.video_patches(to_gpu(frames), size, rounding=rounding, dtype=dtype)
+            again, _ = ops.video_patches(
+                to_gpu(frames.permute(0, 3, 1, 2).contiguous()),
+                size,
+                rounding=rounding,
+                dtype=dtype,
+            )
+        assert torch.equal(result.cpu(), expected)
+        assert torch.equal(result, again)
+
+
 def test_opcheck_and_compile(backend):
-    frames = noise((3, 30, 50))
-    out = torch.empty(2 * 4 * 6, 1176)
+    frames = noise((3, 30, 50)).to(device_of(backend))
+    out = torch.empty(2 * 4 * 6, 1176, device=frames.device)
     arguments = (frames, out, [56, 84], "bicubic", "u8", list(CLIP_MEAN), list(CLIP_STD))
     torch.library.opcheck(torch.ops.vcr1_fast.video_patches.default, arguments)
 

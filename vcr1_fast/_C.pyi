@@ -1,3 +1,5 @@
+from collections.abc import Sequence
+
 from torch import Tensor
 
 has_cuda: bool
@@ -65,6 +67,26 @@ def video_patches(
     scale: Tensor,
     scratch: Tensor,
     num_threads: int,
+) -> None: ...
+
+class CudaResizePlan:
+    shared_bytes: int
+    def __init__(
+        self,
+        method: str,
+        sizes: Sequence[tuple[int, int]],
+        first: list[Tensor],
+        weights: list[Tensor],
+        numbers: list[tuple[int, int, int, int, int, int]],
+    ) -> None: ...
+
+def resize_frames_cuda(frames: Tensor, out: Tensor, plan: CudaResizePlan) -> None: ...
+def video_patches_cuda(
+    frames: Tensor,
+    out: Tensor,
+    plan: CudaResizePlan,
+    offset: list[float],
+    scale: list[float],
 ) -> None: ...
 def box_iou(
     a: Tensor,

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from vcr1_fast.ops.backend import Op, native
 from vcr1_fast.ops.resample import RESAMPLE, ROUNDING, native_plan, resample_axis, taps
+from vcr1_fast.ops.resample_tiles import cuda_plan
 
 if TYPE_CHECKING:
     import numpy as np
@@ -58,6 +59,12 @@ def _cpu(frames: Tensor, out: Tensor, resample: str, antialias: bool, rounding: 
     native.resize_frames(frames, out, plan, scratch(plan, threads), threads)
 
 
+def _cuda(frames: Tensor, out: Tensor, resample: str, antialias: bool, rounding: str) -> None:
+    sizes = tuple(frames.shape[1:3]), tuple(out.shape[1:3])
+    plan = cuda_plan(*sizes, resample, antialias, rounding, frames.device)
+    native.resize_frames_cuda(frames, out, plan)
+
+
 def scratch(plan: Any, threads: int) -> Tensor:
     return torch.empty(threads * plan.scratch_bytes, dtype=torch.uint8)
 
@@ -73,6 +80,7 @@ _op = Op(
 )
 _op.register("reference", reference)
 _op.register("cpu", _cpu)
+_op.register("cuda", _cuda)
 
 
 def as_thwc(frames: Tensor | np.ndarray) -> tuple[Tensor, bool]:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from vcr1_fast.ops.backend import Op, native
 from vcr1_fast.ops.resample import RESAMPLE, ROUNDING, native_plan
+from vcr1_fast.ops.resample_tiles import cuda_plan
 from vcr1_fast.ops.resize_frames import (
     as_thwc,
     check_choice,
@@ -81,6 +82,21 @@ def _cpu(
     native.video_patches(frames, out, plan, scale, scratch(plan, threads), threads)
 
 
+def _cuda(
+    frames: Tensor,
+    out: Tensor,
+    size: Sequence[int],
+    resample: str,
+    rounding: str,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> None:
+    sizes = tuple(frames.shape[1:3]), tuple(size)
+    plan = cuda_plan(*sizes, resample, True, rounding, frames.device)
+    offset, scale = (v.tolist() for v in pixel_scale(mean, std))
+    native.video_patches_cuda(frames, out, plan, offset, scale)
+
+
 def _fake(
     frames: Tensor,
     out: Tensor,
@@ -101,6 +117,7 @@ _op = Op(
 )
 _op.register("reference", reference)
 _op.register("cpu", _cpu)
+_op.register("cuda", _cuda)
 
 
 def video_patches(
