@@ -237,10 +237,11 @@ void bind_grpo_loss(py::module_& m) {
         args.columns = offsets ? 0 : logps.size(1);
         const int64_t sequences = args.sequences;
         if (offsets) {
-          VCR1_CHECK(offsets->on_cpu() && sequences >= 0,
-                     "cu_seqlens: expected (B + 1,) on the CPU");
+          VCR1_CHECK(offsets->same_device(logps) && sequences >= 0,
+                     "cu_seqlens: expected (B + 1,) on the log-probs' device");
           args.offsets = offsets->dense<int64_t>("cu_seqlens");
-          for (int64_t b = 0; b <= sequences; ++b) {
+          // On a GPU the values are not at hand: the kernel keeps them within the tokens.
+          for (int64_t b = 0; offsets->on_cpu() && b <= sequences; ++b) {
             const int64_t before = b > 0 ? args.offsets[b - 1] : 0;
             VCR1_CHECK(args.offsets[b] >= before && args.offsets[b] <= tokens,
                        "cu_seqlens must rise within 0 to ", tokens, ", the number of tokens; got ",
@@ -276,7 +277,7 @@ void bind_grpo_loss(py::module_& m) {
         args.metrics = out(3, vcr1::grpo::kMetrics, "metrics");
         args.scratch =
             dense<double>(outputs[4], sequences * vcr1::grpo::kScratch, logps, "scratch");
-        launch_cpu("grpo_loss", logps, &vcr1::cpu::grpo_loss, args, num_threads);
+        VCR1_LAUNCH(grpo_loss, logps, args, num_threads);
       },
       py::arg("inputs"), py::arg("kinds"), py::arg("values"), py::arg("outputs"),
       py::arg("num_threads"));

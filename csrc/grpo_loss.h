@@ -56,7 +56,19 @@ enum Metric {
   kMetrics,
 };
 
-// Doubles of scratch memory a completion: its metrics' sums, its loss and its entropy weight.
-enum { kLossSum = kMetrics, kEntropyWeight, kScratch };
+// Doubles of scratch memory a completion: its metrics' sums, its loss and its entropy weight. CUDA
+// kernels keep there too what the second one needs of a completion, to weigh it.
+enum {
+  kLossSum = kMetrics,
+  kEntropyWeight,
+  kEntropySum,
+  kGradS,
+  kLogRatio,
+  kPhiPos,
+  kPhiNeg,
+  kCorrection,
+  kFlags,
+  kScratch,
+};
 
 }  // namespace vcr1::grpo

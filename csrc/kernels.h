@@ -279,4 +279,10 @@ namespace cpu {
 VCR1_CPU_LAUNCHER(grpo_loss, GrpoLossArgs)
 }  // namespace cpu
 
+#ifdef VCR1_CUDA
+namespace cuda {
+void grpo_loss(const GrpoLossArgs& args, void* stream);
+}  // namespace cuda
+#endif
+
 }  // namespace vcr1

@@ -18,6 +18,28 @@ from vcr1_fast.ops.grpo_reference import METRICS
 
 LENGTHS = (7, 0, 1, 40, 12)
 BACKENDS = grpo_loss_op.backends("cpu")
+GPU = (
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+)
+EVERYWHERE = (*BACKENDS, pytest.param("cuda", marks=GPU))
+
+
+@pytest.fixture(autouse=True)
+def device(request, monkeypatch):
+    """Tests of the "cuda" backend call a `grpo_loss` that moves tensors to the GPU and back."""
+    on_cpu = grpo_loss
+
+    def to(where, x):
+        return x.to(where) if isinstance(x, torch.Tensor) else x
+
+    def moved(*args, **options):
+        args = [to("cuda", x) for x in args]
+        loss, metrics = on_cpu(*args, **{name: to("cuda", x) for name, x in options.items()})
+        return loss.cpu(), {name: x.cpu() for name, x in metrics.items()}
+
+    if "backend" in request.fixturenames and request.getfixturevalue("backend") == "cuda":
+        monkeypatch.setitem(globals(), "grpo_loss", moved)
 
 
 def make_batch(lengths=LENGTHS, seed=0, spread=0.5, token_advantages=False):
@@ -165,7 +187,7 @@ def name_of(config):
     return "-".join(f"{n}={value}" for n, value in given.items() if value != default[n])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERYWHERE)
 @pytest.mark.parametrize("config", tuple(cases()), ids=name_of)
 def test_matches_the_loop(config, backend):
     batch = make_batch(token_advantages=config.level == "token" and config.beta == 0.7)
@@ -192,7 +214,7 @@ def test_matches_the_loop(config, backend):
             torch.testing.assert_close(got.double(), want, rtol=3e-5, atol=3e-6 * scale)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERYWHERE)
 def test_metrics_are_what_they_say(backend):
     batch = make_batch(seed=3)
     config = GRPOLossConfig(
@@ -260,7 +282,7 @@ def test_metrics_depend_on_the_call():
     assert "clip_low" not in metrics
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERYWHERE)
 @pytest.mark.parametrize("level", ("token", "sequence", "sequence_token"))
 def test_on_policy_gradient_is_whole(backend, level):
     # At ratio 1 both branches of min() are equal: the gradient must be -A W, not half of it.
@@ -278,7 +300,7 @@ def test_on_policy_gradient_is_whole(backend, level):
     assert metrics["ratio_mean"] == 1 and metrics["clip_region"] == 0
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERYWHERE)
 def test_exact_clip_edges(backend):
     # 1.25 and 0.75 are exact in binary, and so is log-free: clamp x at the edge through delta.
     config = GRPOLossConfig(eps_low=0.5, eps_high=1.0, delta=None, log_ratio_clamp=None)
@@ -296,7 +318,7 @@ def test_exact_clip_edges(backend):
     torch.testing.assert_close(metrics["clip_low"], torch.tensor(1 / 6, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERYWHERE)
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_nothing_to_learn_from(loss_type, backend):
     config = GRPOLossConfig(loss_type=loss_type, beta=0.1, max_length=4, entropy_coef=0.1)
@@ -311,7 +333,7 @@ def test_nothing_to_learn_from(loss_type, backend):
     assert loss == 0 and grad.shape == (0,)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERYWHERE)
 def test_tokens_outside_the_segments_are_ignored(backend):
     batch = make_batch()
     packed, cu_seqlens = pack(batch)
@@ -326,7 +348,7 @@ def test_tokens_outside_the_segments_are_ignored(backend):
     assert not got[1][:5].any() and not got[1][-5:].any()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERYWHERE)
 def test_large_log_ratios_stay_finite(backend):
     logps = torch.tensor([[0.0, 0.0, -300.0, -300.0]], requires_grad=True)
     old = torch.tensor([[-300.0, -300.0, 0.0, 0.0]])
@@ -339,7 +361,7 @@ def test_large_log_ratios_stay_finite(backend):
     assert all(torch.isfinite(value) for value in metrics.values())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERYWHERE)
 def test_unscored_tokens_count_as_sampled_from_old(backend):
     batch = make_batch()
     config = GRPOLossConfig(rollout_correction="sequence_mask", rollout_max=3.0)
@@ -352,7 +374,7 @@ def test_unscored_tokens_count_as_sampled_from_old(backend):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERYWHERE)
 @pytest.mark.parametrize(
     "mask_dtype", (torch.bool, torch.int64, torch.int32, torch.float32, torch.uint8)
 )
@@ -372,7 +394,7 @@ def test_mask_dtypes(backend, mask_dtype):
     torch.testing.assert_close(loss, expected[0], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERYWHERE)
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 def test_half_precision_is_computed_in_float32(backend, dtype):
     batch = make_batch()
@@ -389,7 +411,7 @@ def test_half_precision_is_computed_in_float32(backend, dtype):
     torch.testing.assert_close(logps.grad, wide.grad.to(dtype), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERYWHERE)
 def test_strided_inputs_and_tensor_counts(backend):
     batch = make_batch()
     config = GRPOLossConfig(loss_type="dapo", num_items=torch.tensor(17))
@@ -403,7 +425,7 @@ def test_strided_inputs_and_tensor_counts(backend):
             torch.testing.assert_close(got[1], expected[1])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERYWHERE)
 def test_a_step_split_into_calls_adds_up(backend):
     batch = make_batch()
     for config in (
@@ -421,7 +443,7 @@ def test_a_step_split_into_calls_adds_up(backend):
         torch.testing.assert_close(torch.cat([parts[0][1], parts[1][1]]), whole[1])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERYWHERE)
 def test_repeats_bit_for_bit(backend):
     batch = make_batch(lengths=(300, 17, 900, 1) * 8)
     config = GRPOLossConfig(level="sequence", beta=0.1, entropy_coef=0.1)
@@ -484,7 +506,7 @@ def test_writes_nothing_outside_the_segments():
     torch.testing.assert_close(loss, expected[0])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERYWHERE)
 def test_advantages_may_be_a_column(backend):
     batch = make_batch()
     column = {**batch, "advantages": batch["advantages"][:, None]}
@@ -494,7 +516,7 @@ def test_advantages_may_be_a_column(backend):
     assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERYWHERE)
 def test_token_weights_stay_with_tokens_where_there_are_as_many_completions(backend):
     batch = make_batch(lengths=(2, 0, 3, 1, 0, 0))
     packed, cu_seqlens = pack(batch)
@@ -507,7 +529,7 @@ def test_token_weights_stay_with_tokens_where_there_are_as_many_completions(back
         torch.testing.assert_close(ours, want, rtol=1e-10, atol=1e-13)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERYWHERE)
 def test_sapo_with_a_steep_gate(backend):
     # tau (1 - r) beyond log 88 and beyond 88: far from the gate's middle.
     config = GRPOLossConfig(loss_type="sapo", sapo_tau_pos=8.0, sapo_tau_neg=95.0)
@@ -520,7 +542,7 @@ def test_sapo_with_a_steep_gate(backend):
         torch.testing.assert_close(ours.double(), want, rtol=3e-5, atol=3e-6 * scale)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERYWHERE)
 def test_no_gradient_where_none_is_asked(backend):
     batch = make_batch()
     with ops.use(backend):
@@ -551,7 +573,7 @@ def test_opcheck(backend):
 
 # Dynamo itself makes an instance of autograd.Function, which torch warns about.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERYWHERE)
 def test_compiles_whole(backend):
     batch = make_batch(lengths=(3, 0, 5))
     config = GRPOLossConfig(beta=0.1, entropy_coef=0.1)

@@ -46,12 +46,13 @@ def _reference(*args):
     return reference(LossInputs(*args[:11]), LossParameters(tuple(args[11]), tuple(args[12])))
 
 
-def _cpu(*args):
+def _native(*args):
     tensors, kinds, values = list(args[:11]), args[11], args[12]
     logps, offsets, dtype = tensors[0], tensors[_OFFSETS], args[0].dtype
     for index, wanted in ((_MASK, torch.bool), (_OFFSETS, torch.int64), (_DENOMINATOR, dtype)):
-        if tensors[index] is not None and tensors[index].dtype != wanted:
-            tensors[index] = tensors[index].to(wanted)
+        x = tensors[index]
+        if x is not None and (x.dtype != wanted or x.device != logps.device):
+            tensors[index] = x.to(logps.device, wanted)
     dense = [x if x is None or x.is_contiguous() else x.contiguous() for x in tensors]
     sequences = len(logps) if offsets is None else len(offsets) - 1
     # Packed tensors may hold tokens outside every segment, which the kernel does not visit.
@@ -63,7 +64,8 @@ def _cpu(*args):
         new(dense[0]) if with_entropy else logps.new_empty(0),
         logps.new_empty(len(METRICS)),
     )
-    scratch = torch.empty(sequences * native.grpo_loss_scratch, dtype=torch.float64)
+    count = sequences * native.grpo_loss_scratch
+    scratch = torch.empty(count, dtype=torch.float64, device=logps.device)
     native.grpo_loss(dense, kinds, values, [*outputs, scratch], torch.get_num_threads())
     return outputs
 
@@ -75,7 +77,8 @@ _ENTROPY_COEF = VALUES.index("entropy_coef")
 
 grpo_loss_op = Op("grpo_loss", _SCHEMA, _fake)
 grpo_loss_op.register("reference", _reference)
-grpo_loss_op.register("cpu", _cpu)
+for _backend in ("cpu", "cuda"):
+    grpo_loss_op.register(_backend, _native)
 
 
 class _GRPOLoss(torch.autograd.Function):

@@ -1,0 +1,400 @@
+// The GRPO loss, its gradient and its metrics in two launches. The maths, with these names, is in
+// vcr1_fast/ops/grpo_reference.py and grpo_terms.py; a token's terms are those of the CPU kernel.
+//
+// What a token weighs may depend on all completions' lengths, but it is only a factor: the first
+// kernel adds up each completion as if that factor were 1, the second finds it and writes
+// gradients, and its first block the loss and the metrics. Sums are taken in a fixed order: bits
+// repeat. A team of threads takes a completion, a warp where completions are short.
+#include <algorithm>
+
+#include "../grpo_token.h"
+#include "common.cuh"
+
+namespace vcr1::cuda {
+namespace {
+
+using namespace vcr1::grpo;
+
+constexpr int kBlock = 256;
+
+struct Add {
+  __device__ static double apply(double a, double b) { return a + b; }
+};
+struct Min {
+  __device__ static double apply(double a, double b) { return a < b ? a : b; }
+};
+struct Max {
+  __device__ static double apply(double a, double b) { return a > b ? a : b; }
+};
+
+// Every thread of the team, a warp or the whole block, gets the results.
+template <typename Op, int kTeam, int kCount>
+__device__ inline void team_reduce(double (&x)[kCount]) {
+#pragma unroll
+  for (int k = 0; k < kCount; ++k)
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2)
+      x[k] = Op::apply(x[k], __shfl_xor_sync(~0u, x[k], step));
+  if constexpr (kTeam > 32) {
+    constexpr int kWarps = kTeam / 32;
+    __shared__ double parts[kCount][kWarps];
+    __syncthreads();  // the call before may still be reading
+    if (threadIdx.x % 32 == 0)
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) parts[k][threadIdx.x / 32] = x[k];
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      x[k] = parts[k][0];
+      for (int i = 1; i < kWarps; ++i) x[k] = Op::apply(x[k], parts[k][i]);
+    }
+  }
+}
+
+// One completion and the tokens of it that this thread visits.
+template <int kTeam>
+struct Team {
+  int64_t sequence, begin, end;
+  int thread;
+
+  __device__ explicit Team(const GrpoLossArgs& a)
+      : sequence(int64_t{blockIdx.x} * (kBlock / kTeam) + threadIdx.x / kTeam),
+        begin(sequence * a.columns),
+        end(begin + a.columns),
+        thread(threadIdx.x % kTeam) {
+    if (a.offsets == nullptr || sequence >= a.sequences) return;
+    begin = min(max(a.offsets[sequence], int64_t{0}), a.tokens);
+    end = min(max(a.offsets[sequence + 1], begin), a.tokens);
+  }
+  template <typename Fn>
+  __device__ void for_tokens(Fn&& fn) const {
+    for (int64_t i = begin + thread; i < end; i += kTeam) fn(i);
+  }
+};
+
+// Scratch memory: row `index` holds one number a completion.
+__device__ inline double& scratch(const GrpoLossArgs& a, int index, int64_t b) {
+  return a.scratch[index * a.sequences + b];
+}
+
+template <typename T>
+struct Evaluated {
+  Token<T> token;
+  T token_ratio, ratio, phi, kept;
+  Correction<T> correction;
+  KlTerm<T> kl;
+  Part<T> part;
+};
+
+template <typename T>
+__device__ inline Correction<T> rollout_correction(const GrpoLossArgs& a, const Completion& c,
+                                                   T gap) {
+  if (a.kinds.rollout == kNone) return {T{1}, T{0}};
+  if (corrects_whole(a.kinds)) return {static_cast<T>(c.correction), static_cast<T>(c.dropped)};
+  return token_correction(a, c, std::exp(gap));
+}
+
+template <typename T>
+__device__ inline Policy<T> policy_term(const GrpoLossArgs& a, const Completion& c,
+                                        const Token<T>& t, T ratio, T& phi) {
+  const Values& v = a.values;
+  const T low = static_cast<T>(v.ratio_low), high = static_cast<T>(v.ratio_high);
+  phi = 0;
+  if (a.kinds.loss == kVespo) {
+    phi = static_cast<T>(t.advantage >= 0 ? c.phi_pos : c.phi_neg);
+    return weighted_policy(phi, t.advantage, t.logp);
+  }
+  if (a.kinds.loss == kCispo) return weighted_policy(clamp(ratio, low, high), t.advantage, t.logp);
+  if (a.kinds.loss == kSapo) {
+    const T tau = static_cast<T>(t.advantage > 0 ? v.sapo_tau_pos : v.sapo_tau_neg);
+    return sapo_policy(t.advantage, tau, std::exp(tau * (1 - ratio)));
+  }
+  return clipped_policy(ratio, t.advantage, low, high, static_cast<T>(v.delta));
+}
+
+template <typename T>
+__device__ inline KlTerm<T> reference_term(const GrpoLossArgs& a, const Token<T>& t, int64_t i) {
+  if (a.ref_logps == nullptr) return {T{0}, T{0}};
+  const T limit = static_cast<T>(a.values.kl_input_clamp);
+  const T raw = t.counts ? static_cast<const T*>(a.ref_logps)[i] - t.logp : T{0};
+  const T d = clamp(raw, -limit, limit);
+  return kl_term(a.kinds, raw, d, a.kinds.kl == kK3 ? std::exp(d) : T{0}, limit,
+                 static_cast<T>(a.values.kl_output_clamp));
+}
+
+// Token i of completion b, whose tokens weigh `weight` in the loss.
+template <typename T>
+__device__ inline Evaluated<T> evaluate(const GrpoLossArgs& a, const Completion& c, int64_t b,
+                                        int64_t i, T weight) {
+  Evaluated<T> out;
+  const Token<T> t = out.token = load_token<T>(a, b, i);
+  out.token_ratio = std::exp(t.log_ratio);
+  out.ratio = a.kinds.level == kToken ? out.token_ratio : std::exp(static_cast<T>(c.log_ratio));
+  out.correction = rollout_correction(a, c, t.gap);
+  const bool kept = !(c.off_policy && t.advantage < 0);
+  out.kept = static_cast<T>(kept);
+  T factor = a.kinds.loss == kVespo ? T{1} : out.correction.weight;
+  if (a.token_weights != nullptr)
+    factor *= t.counts ? static_cast<const T*>(a.token_weights)[i] : T{0};
+  const Policy<T> policy = policy_term(a, c, t, out.ratio, out.phi);
+  out.kl = reference_term(a, t, i);
+  out.part = combine(a.kinds, weight, static_cast<T>(a.values.beta), kept ? factor : T{0},
+                     out.correction.weight, out.ratio, policy, out.kl);
+  return out;
+}
+
+// Sums over the completion that its tokens cannot be weighed without.
+template <typename T, int kTeam>
+__device__ inline void statistics(const GrpoLossArgs& a, const Team<kTeam>& team, Completion& c,
+                                  double& entropy_weight) {
+  double sums[6] = {};
+  const bool shares = shares_statistics(a);
+  team.for_tokens([&](int64_t i) {
+    if (a.mask != nullptr && !a.mask[i]) return;
+    sums[0] += 1.0;
+    sums[1] += a.token_weights != nullptr ? static_cast<const T*>(a.token_weights)[i] : T{1};
+    if (!shares) return;
+    const Token<T> t = load_token<T>(a, team.sequence, i);
+    sums[2] += t.log_ratio;
+    sums[3] += clamp(double{t.log_ratio}, -20.0, 20.0);
+    sums[4] += t.gap;
+    sums[5] += double{t.before} - t.gap - t.logp;
+  });
+  team_reduce<Add, kTeam>(sums);
+  c.tokens = sums[0];
+  entropy_weight = sums[1];
+  if (!shares || c.tokens == 0.0) return;
+  set_statistics<T>(a, {sums[2], sums[3], sums[4], sums[5]}, c);
+  if (a.kinds.loss != kVespo) return;
+  double log_weight[1] = {};
+  if (corrects_whole(a.kinds)) {
+    log_weight[0] = vespo_log(c.correction);
+  } else if (a.kinds.rollout != kNone) {
+    team.for_tokens([&](int64_t i) {
+      const Token<T> t = load_token<T>(a, team.sequence, i);
+      if (t.counts) log_weight[0] += vespo_log(double{rollout_correction(a, c, t.gap).weight});
+    });
+    team_reduce<Add, kTeam>(log_weight);
+  }
+  set_vespo(a.values, sums[3], log_weight[0], c);
+}
+
+template <typename T>
+__device__ inline void add_metrics(const GrpoLossArgs& a, const Evaluated<T>& e,
+                                   double (&sums)[kScratch]) {
+  const Token<T>& t = e.token;
+  sums[kRatioMean] += e.ratio;
+  sums[kApproxKl] += e.token_ratio - 1 - t.log_ratio;
+  const bool low = e.ratio < static_cast<T>(a.values.ratio_low) && t.advantage < 0;
+  const bool high = e.ratio > static_cast<T>(a.values.ratio_high) && t.advantage > 0;
+  const bool clips = a.kinds.loss != kSapo && a.kinds.loss != kVespo;
+  sums[kClipLow] += clips && low;
+  sums[kClipHigh] += clips && high;
+  sums[kClipRegion] += clips && (low || high);
+  sums[kClipDelta] += e.ratio > static_cast<T>(a.values.delta) && t.advantage < 0;
+  sums[kVespoPhi] += e.phi;
+  sums[kOffPolicyKept] += e.kept;
+  sums[kKlMean] += e.kl.value;
+  if (a.rollout_logps == nullptr) return;
+  sums[kRolloutWeight] += e.correction.weight;
+  sums[kRolloutClipped] += e.correction.clipped;
+  sums[kRolloutKl] += std::exp(t.gap) - 1 - t.gap;
+  sums[kGapMean] += std::abs(t.gap);
+}
+
+// Each completion's sums, with tokens that weigh 1.
+template <typename T, int kTeam>
+__global__ void __launch_bounds__(kBlock) sums_kernel(const __grid_constant__ GrpoLossArgs a) {
+  const Team<kTeam> team(a);
+  const int64_t b = team.sequence;
+  if (b >= a.sequences) return;  // whole teams; a block of one team never
+  Completion c{};
+  double entropy_weight;
+  statistics<T>(a, team, c, entropy_weight);
+  double sums[kScratch] = {}, least[1] = {HUGE_VAL}, most[2] = {-HUGE_VAL, 0.0};
+  team.for_tokens([&](int64_t i) {
+    if (a.mask != nullptr && !a.mask[i]) return;
+    const Evaluated<T> e = evaluate<T>(a, c, b, i, T{1});
+    sums[kLossSum] += e.part.loss;
+    sums[kPolicyLoss] += e.part.policy;
+    sums[kGradS] += e.part.d_s;
+    add_metrics(a, e, sums);
+    least[0] = Min::apply(e.ratio, least[0]);
+    most[0] = Max::apply(e.ratio, most[0]);
+    most[1] = Max::apply(std::abs(e.token.gap), most[1]);
+    if (a.entropy == nullptr) return;
+    const T value = static_cast<const T*>(a.entropy)[i];
+    sums[kEntropyMean] += value;
+    sums[kEntropySum] +=
+        a.token_weights != nullptr ? value * static_cast<const T*>(a.token_weights)[i] : value;
+  });
+  team_reduce<Add, kTeam>(sums);
+  team_reduce<Min, kTeam>(least);
+  team_reduce<Max, kTeam>(most);
+  sums[kNumTokens] = c.tokens;
+  sums[kNumSequences] = c.tokens > 0.0;
+  sums[kEntropyWeight] = entropy_weight;
+  sums[kRatioMin] = least[0];
+  sums[kRatioMax] = most[0];
+  sums[kGapMax] = most[1];
+  sums[kLogRatio] = c.log_ratio;
+  sums[kPhiPos] = c.phi_pos;
+  sums[kPhiNeg] = c.phi_neg;
+  sums[kCorrection] = c.correction;
+  sums[kFlags] = c.dropped + 2 * c.off_policy;
+  if (team.thread != 0) return;
+#pragma unroll
+  for (int k = 0; k < kScratch; ++k) scratch(a, k, b) = sums[k];
+}
+
+// What the whole batch shares.
+struct Batch {
+  double tokens, weight, entropy_weight;
+};
+
+// Called by the whole block. `all`: the counts are wanted whatever the weights depend on.
+template <typename T>
+__device__ inline Batch batch_weights(const GrpoLossArgs& a, bool all) {
+  const Kinds& k = a.kinds;
+  const Values& v = a.values;
+  double totals[3] = {};
+  if (all || a.weights == nullptr || k.entropy_token_mean) {
+    for (int64_t b = threadIdx.x; b < a.sequences; b += kBlock) {
+      totals[0] += scratch(a, kNumTokens, b);
+      totals[1] += scratch(a, kNumSequences, b);
+      totals[2] += scratch(a, kEntropyWeight, b);
+    }
+    team_reduce<Add, kBlock>(totals);
+  }
+  const bool by_tokens = k.aggregation == kTokenMean || k.aggregation == kNumItems;
+  double count = k.exclude_empty ? totals[1] : static_cast<double>(a.sequences);
+  if (by_tokens) count = totals[0];
+  if (k.aggregation == kNumItems && v.num_items != 0.0) count = v.num_items;
+  if (!by_tokens && v.num_sequences != 0.0) count = v.num_sequences;
+  if (a.denominator != nullptr) count = *static_cast<const T*>(a.denominator);
+  Batch out{totals[0], 1.0 / (count > 1.0 ? count : 1.0), totals[2] > 0.0 ? 1.0 / totals[2] : 1.0};
+  if (k.aggregation == kMaxLength) out.weight /= v.max_length;
+  return out;
+}
+
+template <typename T>
+__device__ inline double token_weight(const GrpoLossArgs& a, const Batch& batch, int64_t b) {
+  if (a.weights != nullptr) return static_cast<const T*>(a.weights)[b];
+  const double tokens = scratch(a, kNumTokens, b);
+  return a.kinds.aggregation == kSequenceMean ? batch.weight / (tokens > 1.0 ? tokens : 1.0)
+                                              : batch.weight;
+}
+
+// Of a token whose own entropy weight is 1.
+template <typename T>
+__device__ inline double entropy_scale(const GrpoLossArgs& a, const Batch& batch, double weight) {
+  return -a.values.entropy_coef * (a.kinds.entropy_token_mean ? batch.entropy_weight : weight);
+}
+
+// The loss and the metrics, by one block.
+template <typename T>
+__device__ inline void finish(const GrpoLossArgs& a, const Batch& batch) {
+  double sums[kMetrics + 1] = {}, least[1] = {HUGE_VAL}, most[2] = {-HUGE_VAL, 0.0};
+  for (int64_t b = threadIdx.x; b < a.sequences; b += kBlock) {
+    if (scratch(a, kNumTokens, b) == 0.0) continue;
+    const double weight = token_weight<T>(a, batch, b);
+#pragma unroll
+    for (int k = 0; k < kMetrics; ++k)
+      sums[k] += k == kPolicyLoss ? weight * scratch(a, k, b) : scratch(a, k, b);
+    sums[kLossSum] += weight * scratch(a, kLossSum, b);
+    if (a.grad_entropy != nullptr)
+      sums[kLossSum] += entropy_scale<T>(a, batch, weight) * scratch(a, kEntropySum, b);
+    least[0] = Min::apply(scratch(a, kRatioMin, b), least[0]);
+    most[0] = Max::apply(scratch(a, kRatioMax, b), most[0]);
+    most[1] = Max::apply(scratch(a, kGapMax, b), most[1]);
+  }
+  team_reduce<Add, kBlock>(sums);
+  team_reduce<Min, kBlock>(least);
+  team_reduce<Max, kBlock>(most);
+  if (threadIdx.x != 0) return;
+  const double tokens = batch.tokens > 1.0 ? batch.tokens : 1.0;
+  const bool empty = batch.tokens == 0.0;
+  T* const out = static_cast<T*>(a.metrics);
+#pragma unroll
+  for (int k = 0; k < kMetrics; ++k) {
+    const bool total = k == kNumTokens || k == kNumSequences || k == kPolicyLoss;
+    out[k] = static_cast<T>(total ? sums[k] : sums[k] / tokens);
+  }
+  out[kRatioMin] = static_cast<T>(empty ? 0.0 : least[0]);
+  out[kRatioMax] = static_cast<T>(empty ? 0.0 : most[0]);
+  out[kGapMax] = static_cast<T>(most[1]);
+  *static_cast<T*>(a.loss) = static_cast<T>(sums[kLossSum]);
+}
+
+template <typename T, int kTeam>
+__global__ void __launch_bounds__(kBlock) gradient_kernel(const __grid_constant__ GrpoLossArgs a) {
+  const Batch batch = batch_weights<T>(a, blockIdx.x == 0);
+  if (blockIdx.x == 0) finish<T>(a, batch);
+  const Team<kTeam> team(a);
+  const int64_t b = team.sequence;
+  if (b >= a.sequences) return;
+  Completion c{};
+  c.tokens = scratch(a, kNumTokens, b);
+  c.weight = token_weight<T>(a, batch, b);
+  c.log_ratio = scratch(a, kLogRatio, b);
+  c.phi_pos = scratch(a, kPhiPos, b);
+  c.phi_neg = scratch(a, kPhiNeg, b);
+  c.correction = scratch(a, kCorrection, b);
+  const int flags = static_cast<int>(scratch(a, kFlags, b));
+  c.dropped = flags & 1;
+  c.off_policy = flags & 2;
+  const T weight = static_cast<T>(c.weight);
+  const T each =
+      static_cast<T>(c.weight * scratch(a, kGradS, b) / (c.tokens > 1.0 ? c.tokens : 1.0));
+  const T scale = static_cast<T>(entropy_scale<T>(a, batch, c.weight));
+  T* const grad = static_cast<T*>(a.grad_logps);
+  T* const grad_entropy = static_cast<T*>(a.grad_entropy);
+  team.for_tokens([&](int64_t i) {
+    const bool counts = a.mask == nullptr || a.mask[i];
+    T value{0}, entropy_value{0};
+    if (counts) {
+      const Evaluated<T> e = evaluate<T>(a, c, b, i, weight);
+      const T own = a.kinds.level == kToken      ? e.part.d_s * e.token.unclamped
+                    : a.kinds.level == kSequence ? each * e.token.unclamped
+                                                 : e.part.d_s;
+      value = e.part.direct + own;
+      entropy_value =
+          a.token_weights != nullptr ? scale * static_cast<const T*>(a.token_weights)[i] : scale;
+    }
+    grad[i] = value;
+    if (grad_entropy != nullptr) grad_entropy[i] = entropy_value;
+  });
+}
+
+template <typename T, int kTeam>
+void launch_both(const GrpoLossArgs& args, void* stream) {
+  constexpr int64_t kTeams = kBlock / kTeam;
+  const int64_t blocks = (args.sequences + kTeams - 1) / kTeams;
+  VCR1_CHECK(blocks < int64_t{1} << 31, "grpo_loss: at most ", kTeams << 31,
+             " completions on a GPU, got ", args.sequences);
+  const auto sums = sums_kernel<T, kTeam>;
+  const auto gradient = gradient_kernel<T, kTeam>;
+  const auto grid = static_cast<unsigned>(blocks);
+  if (grid > 0) launch("grpo_loss", sums, {grid, kBlock}, stream, args);
+  launch("grpo_loss", gradient, {std::max(grid, 1u), kBlock}, stream, args);
+}
+
+template <typename T>
+void launch_for(const GrpoLossArgs& args, void* stream) {
+  // A block for a long completion; a warp each for many short ones.
+  if (args.tokens > 128 * args.sequences)
+    launch_both<T, kBlock>(args, stream);
+  else
+    launch_both<T, 32>(args, stream);
+}
+
+}  // namespace
+
+void grpo_loss(const GrpoLossArgs& args, void* stream) {
+  if (args.dtype == DType::kFloat64)
+    launch_for<double>(args, stream);
+  else
+    launch_for<float>(args, stream);
+}
+
+}  // namespace vcr1::cuda
