@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/resize_gather_tables.h"
 #include "kernels.h"
 #include "tensor.h"
 
@@ -33,6 +34,9 @@ class ResizePlan {
     args_.mode = found->second;
     set_axis(args_.vertical, 0, size_in[0], size_out[0], first[0], weights[0], bits[0]);
     set_axis(args_.horizontal, 1, size_in[1], size_out[1], first[1], weights[1], bits[1]);
+    if (args_.mode == ResizeMode::kInt16 || args_.mode == ResizeMode::kInt22)
+      args_.gather =
+          gather_.build(args_.horizontal, args_.vertical, args_.mode == ResizeMode::kInt22);
     vcr1::cpu::plan_scratch(args_);
   }
 
@@ -94,6 +98,7 @@ class ResizePlan {
   vcr1::cpu::ResizeArgs args_{};
   std::array<std::vector<int32_t>, 2> first_;
   std::array<std::vector<char>, 2> weights_;
+  vcr1::cpu::GatherMemory gather_;
 };
 
 }  // namespace

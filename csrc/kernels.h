@@ -11,20 +11,21 @@
 #include "grpo_loss.h"
 
 // Declares `void name(const Args&, int num_threads)` once per instruction set, as CMake's
-// vcr1_cpu_kernel() compiles it, and the function that picks one at run time.
+// vcr1_cpu_kernel() compiles it, and the function that picks one at run time. _VBMI: with a variant
+// of its own for AVX-512 VBMI and VNNI, where the others run their AVX-512 one.
 #ifdef VCR1_MULTI_ISA
-#define VCR1_CPU_LAUNCHER(name, Args)                   \
-  namespace baseline {                                  \
-  void name(const Args& args, int num_threads);         \
-  }                                                     \
-  namespace avx2 {                                      \
-  void name(const Args& args, int num_threads);         \
-  }                                                     \
-  namespace avx512 {                                    \
-  void name(const Args& args, int num_threads);         \
-  }                                                     \
+#define VCR1_CPU_VARIANT(isa, name, Args)       \
+  namespace isa {                               \
+  void name(const Args& args, int num_threads); \
+  }
+#define VCR1_CPU_DISPATCH(name, Args, best)             \
+  VCR1_CPU_VARIANT(baseline, name, Args)                \
+  VCR1_CPU_VARIANT(avx2, name, Args)                    \
+  VCR1_CPU_VARIANT(avx512, name, Args)                  \
   inline void name(const Args& args, int num_threads) { \
     switch (isa()) {                                    \
+      case Isa::kAvx512Vbmi:                            \
+        return best::name(args, num_threads);           \
       case Isa::kAvx512:                                \
         return avx512::name(args, num_threads);         \
       case Isa::kAvx2:                                  \
@@ -33,12 +34,17 @@
         return baseline::name(args, num_threads);       \
     }                                                   \
   }
+#define VCR1_CPU_LAUNCHER(name, Args) VCR1_CPU_DISPATCH(name, Args, avx512)
+#define VCR1_CPU_LAUNCHER_VBMI(name, Args) \
+  VCR1_CPU_VARIANT(avx512vbmi, name, Args) \
+  VCR1_CPU_DISPATCH(name, Args, avx512vbmi)
 #else
 #define VCR1_CPU_LAUNCHER(name, Args)           \
   namespace baseline {                          \
   void name(const Args& args, int num_threads); \
   }                                             \
   inline void name(const Args& args, int num_threads) { baseline::name(args, num_threads); }
+#define VCR1_CPU_LAUNCHER_VBMI(name, Args) VCR1_CPU_LAUNCHER(name, Args)
 #endif
 
 namespace vcr1 {
@@ -126,24 +132,54 @@ struct ResizeAxis {
 
 enum class ResizeMode { kCopy, kInt16, kInt22, kFloat, kFloatRounded };
 
+// The integer tables once more, for kernels that gather bytes (cpu/resize_gather.h): taps by fours,
+// weights as signed bytes, w = (part[0] * 256 + part[1]) * 256 + ... in `parts` parts.
+//
+// Across: one vector makes `pixels` output pixels of `planes` channels, a lane of four taps each.
+// Its vectors (groups, quads, 1 + parts, 64) hold which bytes of a window of 64 the lanes take,
+// then the weights by part; base (groups, quads) is the window's first byte in the source row.
+struct GatherAcross {
+  const uint8_t* vectors;  // aligned to 64
+  const int32_t* base;
+  int64_t groups, quads, pixels, planes;
+};
+
+// Down: output row y reads the quads [first[y], first[y] + count[y]) of source rows, with weights
+// (n_out, quads, parts, 4).
+struct GatherDown {
+  const int32_t* first;
+  const int32_t* count;
+  const int8_t* weights;
+  int64_t quads;
+};
+
+struct GatherTables {
+  int parts;                    // 2, or 3 where a weight needs them
+  GatherAcross packed, planar;  // of RGB bytes, of one channel
+  GatherDown down;
+};
+
 // Where one worker keeps what, in bytes from the start of its part of the scratch memory.
 struct ResizeScratch {
-  int64_t source, resized, ring, pointers, row, cast;
-  int64_t total;      // a multiple of 64
-  int64_t ring_size;  // lines of resized rows (int: row pairs) kept for the vertical pass
-  int64_t width;      // the output width, padded to whole vectors
+  int64_t source, resized, pointers, row;
+  int64_t ring, ring_bytes;  // two rings, of the two frames that video_patches holds at a time
+  int64_t staged, cast;      // video_patches: a row of patches, and the values of two patches
+  int64_t total;             // a multiple of 64
+  int64_t ring_size;         // lines of resized rows (int: row pairs) kept for the vertical pass
+  int64_t width;             // the output width, padded to whole vectors
 };
 
 struct ResizeArgs {
   const uint8_t* frames;  // RGB, any strides (in bytes)
   int64_t n_frames, frame_stride, row_stride, column_stride, channel_stride;
   ResizeAxis horizontal, vertical;
+  GatherTables gather;
   ResizeMode mode;
   ResizeScratch layout;
   uint8_t* scratch;  // num_threads * layout.total bytes, aligned to 64
 };
 
-// Fills `layout` from the axes and the mode.
+// Fills `layout` from the axes, the mode and `gather`.
 void plan_scratch(ResizeArgs& args);
 
 struct ResizeFramesArgs {
@@ -151,7 +187,7 @@ struct ResizeFramesArgs {
   void* out;  // uint8, or float for kFloat; strides in elements
   int64_t out_frame_stride, out_row_stride, out_column_stride, out_channel_stride;
 };
-VCR1_CPU_LAUNCHER(resize_frames, ResizeFramesArgs)
+VCR1_CPU_LAUNCHER_VBMI(resize_frames, ResizeFramesArgs)
 
 struct VideoPatchesArgs {
   ResizeArgs resize;
@@ -159,7 +195,7 @@ struct VideoPatchesArgs {
   DType out_dtype;
   float offset[3], scale[3];  // (x - offset) / scale
 };
-VCR1_CPU_LAUNCHER(video_patches, VideoPatchesArgs)
+VCR1_CPU_LAUNCHER_VBMI(video_patches, VideoPatchesArgs)
 
 }  // namespace vcr1::cpu
 

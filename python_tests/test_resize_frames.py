@@ -253,7 +253,7 @@ def test_backends_agree_to_the_bit(backend, rounding):
         assert torch.equal(result, expected)
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512vbmi"])
 def test_instruction_sets_agree_to_the_bit(isa):
     native = backend_module.native
     if native is None:

@@ -19,14 +19,18 @@ bool runs(Isa isa) {
       return runs(Isa::kAvx2) && __builtin_cpu_supports("avx512f") &&
              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
              __builtin_cpu_supports("avx512vl");
+    case Isa::kAvx512Vbmi:
+      return runs(Isa::kAvx512) && __builtin_cpu_supports("avx512vbmi") &&
+             __builtin_cpu_supports("avx512vnni");
   }
 #endif
   return isa == Isa::kBaseline;
 }
 
 Isa best() {
-  if (runs(Isa::kAvx512)) return Isa::kAvx512;
-  return runs(Isa::kAvx2) ? Isa::kAvx2 : Isa::kBaseline;
+  for (const Isa isa : {Isa::kAvx512Vbmi, Isa::kAvx512, Isa::kAvx2})
+    if (runs(isa)) return isa;
+  return Isa::kBaseline;
 }
 
 std::atomic<Isa>& chosen() {
@@ -44,6 +48,8 @@ const char* name_of(Isa isa) {
       return "avx2";
     case Isa::kAvx512:
       return "avx512";
+    case Isa::kAvx512Vbmi:
+      return "avx512vbmi";
   }
   return "?";
 }
@@ -55,14 +61,14 @@ void choose_isa(std::string_view name) {
     chosen() = best();
     return;
   }
-  for (const Isa isa : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512}) {
+  for (const Isa isa : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Vbmi}) {
     if (name != name_of(isa)) continue;
     VCR1_CHECK(runs(isa), "this processor or build cannot run ", name, " kernels");
     chosen() = isa;
     return;
   }
   fail<std::invalid_argument>("unknown instruction set '", name,
-                              "': expected auto, baseline, avx2 or avx512");
+                              "': expected auto, baseline, avx2, avx512 or avx512vbmi");
 }
 
 }  // namespace vcr1::cpu

@@ -1,4 +1,6 @@
-// The memory plan of resize_rows.h. Compiled once, unlike the kernels, which only read it.
+// The memory plan of the resize kernels. Compiled once, unlike the kernels, which only read it.
+#include <algorithm>
+
 #include "../kernels.h"
 
 namespace vcr1::cpu {
@@ -23,15 +25,25 @@ void plan_scratch(ResizeArgs& args) {
     end += round_up(bytes, 64);
     return begin;
   };
+  const int64_t values = round_up(plan.width * 3, 64);  // of a resized row
   // Padded pairs may be read past the width, with weight zero.
   const int64_t columns =
       is_float ? args.horizontal.n_in : 2 * ((args.horizontal.n_in + 1) / 2 + args.horizontal.taps);
-  plan.source = take(columns * 3 * kBlock * element);
+  plan.source = take(std::max<int64_t>(columns * 3, 128) * kBlock * element);
   plan.resized = take(plan.width * 3 * kBlock * element);
-  plan.ring = take(plan.ring_size * plan.width * 3 * (is_float ? element : 2));
   plan.pointers = take(args.vertical.taps * static_cast<int64_t>(sizeof(void*)));
-  plan.row = take(plan.width * 3 * element);
-  plan.cast = take(plan.width * 3 * static_cast<int64_t>(sizeof(float)));
+  plan.row = take(values * element);
+  // Lines of floats, of pairs of bytes, or of quads of them: a block of new ones beside those read.
+  const int64_t quad_lines = args.gather.down.quads + kBlock / 4;
+  plan.ring_bytes =
+      round_up(is_float ? plan.ring_size * values * element
+                        : std::max(plan.ring_size * values * 2, quad_lines * values * 4),
+               64);
+  plan.ring = take(2 * plan.ring_bytes);
+  // The kernels write whole vectors: up to 64 values past the end.
+  constexpr int64_t kPatch = 14, kPatchValues = 1176, kPad = 64;
+  plan.staged = take((args.horizontal.n_out / kPatch * kPatchValues + kPad) * sizeof(float));
+  plan.cast = take((2 * kPatchValues + kPad) * sizeof(float));
   plan.total = end;
 }
 

@@ -4,8 +4,9 @@
 namespace vcr1::cpu::VCR1_ISA {
 
 constexpr int64_t kPatch = 14, kMerge = 2, kTemporal = 2;
-constexpr int64_t kPlane = kPatch * kPatch;  // values of a channel at one time
-constexpr int64_t kPatchValues = 3 * kTemporal * kPlane;
+constexpr int64_t kPlane = kPatch * kPatch;       // values of a channel at one time
+constexpr int64_t kSegment = kTemporal * kPlane;  // a channel of a patch
+constexpr int64_t kPatchValues = 3 * kSegment;
 
 // Round to nearest even; infinities stay, NaN cannot occur.
 inline void cast(const float* from, BFloat16* to, int64_t n) {
@@ -48,52 +49,168 @@ inline void cast(const float* from, Float16* to, int64_t n) {
 }
 #endif
 
-template <typename Out>
-struct PatchSink {
-  const VideoPatchesArgs& args;
-  int64_t t;
-  Out* line;  // three rows of layout.width values
+// A segment, normalised and cast: the values of one channel of a patch. May write up to kPad values
+// too many.
+template <typename In, typename Out>
+class Normalise {
+ public:
+  explicit Normalise(const VideoPatchesArgs& args) : args_(args) {}
 
-  template <typename Row>
-  void operator()(int64_t y, const Row* row) const {
-    const ResizeArgs& resize = args.resize;
-    const int64_t pad = resize.layout.width;
-    for (int64_t c = 0; c < 3; ++c) normalise(row + c * pad, line + c * pad, pad, c);
-
-    const int64_t columns = resize.horizontal.n_out / kPatch;
-    const int64_t super_rows = resize.vertical.n_out / (kPatch * kMerge);
-    const int64_t super_row = t / kTemporal * super_rows + y / (kPatch * kMerge);
-    Out* const patches =
-        static_cast<Out*>(args.out) +
-        (super_row * columns * kMerge + y / kPatch % kMerge * kMerge) * kPatchValues +
-        t % kTemporal * kPlane + y % kPatch * kPatch;
-    // An odd clip's last frame stands at both times of its patches.
-    const int64_t copies = t % kTemporal == 0 && t + 1 == resize.n_frames ? 2 : 1;
-    for (int64_t w = 0; w < columns; ++w) {
-      Out* patch = patches + (w / kMerge * kMerge * kMerge + w % kMerge) * kPatchValues;
-      for (int64_t c = 0; c < 3; ++c)
-        for (int64_t copy = 0; copy < copies; ++copy)
-          std::memcpy(patch + (c * kTemporal + copy) * kPlane, line + c * pad + w * kPatch,
-                      kPatch * sizeof(Out));
-    }
-  }
-
-  template <typename Row>
-  void normalise(const Row* from, Out* to, int64_t n, int64_t c) const {
-    const float offset = args.offset[c], scale = args.scale[c];
-    for (int64_t x = 0; x < n; x += 16) {
+  void operator()(const In* from, Out* to, int64_t c) const {
+    const float offset = args_.offset[c], scale = args_.scale[c];
+    for (int64_t x = 0; x < kSegment; x += 16) {
       float values[16];
       for (int i = 0; i < 16; ++i) values[i] = (static_cast<float>(from[x + i]) - offset) / scale;
       cast(values, to + x, 16);
     }
   }
+
+ private:
+  const VideoPatchesArgs& args_;
 };
+
+#if defined(__AVX512VBMI__)
+// A byte has 256 values, a channel therefore too: tables of their two bytes, looked up 64 at a
+// time.
+template <typename Out>
+class ByteTable {
+ public:
+  explicit ByteTable(const VideoPatchesArgs& args) {
+    for (int c = 0; c < 3; ++c)
+      for (int i = 0; i < 256; i += 16) {
+        float values[16];
+        Out out[16];
+        for (int k = 0; k < 16; ++k)
+          values[k] = (static_cast<float>(i + k) - args.offset[c]) / args.scale[c];
+        cast(values, out, 16);
+        for (int k = 0; k < 16; ++k) {
+          low_[c][i + k] = static_cast<uint8_t>(out[k].bits);
+          high_[c][i + k] = static_cast<uint8_t>(out[k].bits >> 8);
+        }
+      }
+  }
+
+  void operator()(const uint8_t* from, Out* to, int64_t c) const {
+    __m512i low[4], high[4];
+    for (int i = 0; i < 4; ++i) {
+      low[i] = _mm512_load_si512(low_[c] + 64 * i);
+      high[i] = _mm512_load_si512(high_[c] + 64 * i);
+    }
+    // The unpacks work on quarters of a vector.
+    const __m512i quarters = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+    for (int64_t x = 0; x < kSegment; x += 64) {
+      const __m512i at = _mm512_permutexvar_epi64(quarters, _mm512_loadu_si512(from + x));
+      const __mmask64 bit6 = _mm512_test_epi8_mask(at, _mm512_set1_epi8(64));
+      const __mmask64 bit7 = _mm512_movepi8_mask(at);
+      const __m512i l = look_up(low, at, bit6, bit7), h = look_up(high, at, bit6, bit7);
+      _mm512_storeu_si512(to + x, _mm512_unpacklo_epi8(l, h));
+      _mm512_storeu_si512(to + x + 32, _mm512_unpackhi_epi8(l, h));
+    }
+  }
+
+ private:
+  static __m512i look_up(const __m512i table[4], __m512i at, __mmask64 bit6, __mmask64 bit7) {
+    __m512i small = _mm512_permutexvar_epi8(at, table[0]);
+    small = _mm512_mask_permutexvar_epi8(small, bit6, at, table[1]);
+    __m512i large = _mm512_permutexvar_epi8(at, table[2]);
+    large = _mm512_mask_permutexvar_epi8(large, bit6, at, table[3]);
+    return _mm512_mask_mov_epi8(small, bit7, large);
+  }
+
+  alignas(64) uint8_t low_[3][256], high_[3][256];
+};
+
+template <>
+class Normalise<uint8_t, BFloat16> : public ByteTable<BFloat16> {
+  using ByteTable::ByteTable;
+};
+template <>
+class Normalise<uint8_t, Float16> : public ByteTable<Float16> {
+  using ByteTable::ByteTable;
+};
+#endif
+
+// Copies past the cache: nothing here reads the patches again, and a plain store would first fetch
+// the lines that it then overwrites. Followed by a fence before another thread may read them.
+inline void stream_out(const void* from, int64_t bytes, void* to) {
+  const char* source = static_cast<const char*>(from);
+  char* target = static_cast<char*>(to);
+#if defined(__AVX2__)
+  const int64_t head = -reinterpret_cast<intptr_t>(target) & 63;
+  std::memcpy(target, source, head);
+  int64_t at = head;
+  for (; at + 64 <= bytes; at += 64) {
+#if defined(__AVX512F__)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(target + at), _mm512_loadu_si512(source + at));
+#else
+    for (int64_t i = at; i < at + 64; i += 32)
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(target + i),
+                          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + i)));
+#endif
+  }
+  std::memcpy(target + at, source + at, bytes - at);
+#else
+  std::memcpy(target, source, bytes);
+#endif
+}
+
+inline void stream_fence() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
+// Rows of patches: a row's pixels wait as they are, in the order of the patches, until both frames'
+// fourteen rows are there. `In` is what resize_rows emits.
+template <typename In, typename Out>
+inline void run(const VideoPatchesArgs& args, int num_threads) {
+  const ResizeArgs& resize = args.resize;
+  const int64_t rows = resize.vertical.n_out / kPatch, columns = resize.horizontal.n_out / kPatch;
+  const int64_t pad = resize.layout.width;
+  const Normalise<In, Out> normalise(args);
+
+  const auto patch_row = [&](uint8_t* scratch, FrameState* frames, int64_t times, int64_t r,
+                             Out* out) {
+    In* const staged = reinterpret_cast<In*>(scratch + resize.layout.staged);
+    Out* const values = reinterpret_cast<Out*>(scratch + resize.layout.cast);
+    for (int64_t time = 0; time < times; ++time)
+      resize_rows<In>(resize, frames[time], r * kPatch, (r + 1) * kPatch, scratch,
+                      [&](int64_t y, const In* row) {
+                        In* to = staged + time * kPlane + (y - r * kPatch) * kPatch;
+                        for (int64_t w = 0; w < columns; ++w)
+                          for (int64_t c = 0; c < 3; ++c, to += kSegment)
+                            for (int64_t copy = 0; copy < kTemporal / times; ++copy)
+                              std::memcpy(to + copy * kPlane, row + c * pad + w * kPatch,
+                                          kPatch * sizeof(In));
+                      });
+    for (int64_t w = 0; w < columns; w += kMerge) {
+      for (int64_t i = 0; i < 3 * kMerge; ++i)
+        normalise(staged + (3 * w + i) * kSegment, values + i * kSegment, i % 3);
+      stream_out(values, kMerge * kPatchValues * sizeof(Out), out + w * kMerge * kPatchValues);
+    }
+  };
+  share(resize, (resize.n_frames + 1) / 2, rows, num_threads,
+        [&](uint8_t* scratch, int64_t pair, int64_t begin, int64_t end) {
+          // An odd clip's last frame stands at both times of its patches.
+          const int64_t times = least(kTemporal, resize.n_frames - pair * kTemporal);
+          FrameState frames[kTemporal];
+          for (int64_t time = 0; time < times; ++time)
+            frames[time] =
+                start_frame(resize, pair * kTemporal + time, scratch, static_cast<int>(time));
+          for (int64_t r = begin; r < end; ++r) {
+            const int64_t super_row = (pair * rows + r) / kMerge;
+            const int64_t patch = (super_row * columns + r % kMerge) * kMerge;
+            patch_row(scratch, frames, times, r,
+                      static_cast<Out*>(args.out) + patch * kPatchValues);
+          }
+          stream_fence();
+        });
+}
 
 template <typename Out>
 inline void run(const VideoPatchesArgs& args, int num_threads) {
-  for_each_row(args.resize, num_threads, [&](int64_t t, uint8_t* scratch) {
-    return PatchSink<Out>{args, t, reinterpret_cast<Out*>(scratch + args.resize.layout.cast)};
-  });
+  if (args.resize.mode == ResizeMode::kFloat) return run<float, Out>(args, num_threads);
+  run<uint8_t, Out>(args, num_threads);
 }
 
 void video_patches(const VideoPatchesArgs& args, int num_threads) {
