@@ -2,6 +2,8 @@
 
 Bytes: the frames read once, the result written once. transformers gets its frames as a strided
 channels-first view, which is the fastest way to call it, and writes fp32: it cannot do otherwise.
+On a CPU each case is timed with one thread and with all of them; the limit is the copy bandwidth of
+all threads either way.
 """
 
 from collections.abc import Callable
@@ -74,11 +76,15 @@ def main() -> None:
     args = arguments(__doc__.splitlines()[0])
     with Bench("video_patches", **vars(args)) as bench:
         torch.manual_seed(0)
-        for shape, (frames_shape, size) in CASES.items():
+        every = torch.get_num_threads()
+        for case, (frames_shape, size) in CASES.items():
             frames = torch.randint(0, 256, frames_shape, dtype=torch.uint8)
-            bench_resize(bench, shape, frames, size)
-            for dtype in (torch.bfloat16, torch.float32):
-                bench_patches(bench, shape, frames, size, dtype)
+            for threads in sorted({1, every}):
+                torch.set_num_threads(threads)
+                shape = f"{case}, {threads} thread{'s' if threads > 1 else ''}"
+                bench_resize(bench, shape, frames, size)
+                for dtype in (torch.bfloat16, torch.float32):
+                    bench_patches(bench, shape, frames, size, dtype)
 
 
 if __name__ == "__main__":

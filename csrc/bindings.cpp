@@ -61,7 +61,8 @@ void bind_runtime(py::module_& m) {
       "Instruction set of the CPU kernels in use.");
   m.def(
       "choose_cpu_isa", [](const std::string& name) { vcr1::cpu::choose_isa(name); },
-      py::arg("name"), "Use the kernels compiled for 'baseline', 'avx2', 'avx512' or 'auto'.");
+      py::arg("name"),
+      "Use the kernels compiled for 'baseline', 'avx2', 'avx512', 'avx512vbmi' or 'auto'.");
   m.def("tensor_protocol", &Tensor::protocol, "How tensors are read: 'dlpack' or 'attributes'.");
   m.def(
       "describe",

@@ -280,6 +280,62 @@ def test_instruction_sets_agree_to_the_bit(isa):
         native.choose_cpu_isa("auto")
 
 
+# Every number of four-tap groups that has a loop of its own, and more; windows cut at the end of a
+# row; n_in to n_out such that the largest "u8" weight needs more than two signed bytes.
+TABLES = [
+    ((37, 300), (74, 600)),  # 1 group
+    ((45, 131), (27, 80)),
+    ((72, 128), (25, 45)),
+    ((66, 200), (17, 53)),
+    ((90, 640), (15, 100)),  # 7
+    ((64, 65), (9, 3)),
+    ((46, 93), (45, 92)),
+    ((64, 98), (15, 23)),  # needs the third byte on both axes
+]
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512vbmi"])
+@pytest.mark.parametrize(("shape", "size"), TABLES)
+def test_every_kind_of_table_and_memory_order(isa, shape, size):
+    native = backend_module.native
+    if native is None:
+        pytest.skip("the native module is not built")
+    frames = noise((3, *shape), seed=8)
+    expected = {mode: torch_resize(frames, size, mode) for mode in ("bicubic", "bilinear")}
+    by_pillow = pillow_resize(frames, size)
+    padded = torch.zeros(3, shape[0] + 2, shape[1] + 3, 4, dtype=torch.uint8)
+    padded[:, 1:-1, 2:-1, :3] = frames
+    orders = [
+        frames,
+        padded[:, 1:-1, 2:-1, :3],
+        frames.flip(1).flip(1).permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1),
+        frames.transpose(1, 2).contiguous().transpose(1, 2),
+    ]
+    threads = torch.get_num_threads()
+    try:
+        native.choose_cpu_isa(isa)
+        with ops.use("cpu"):
+            for n, same in enumerate(orders, start=1):
+                torch.set_num_threads(n)
+                for mode, whole in expected.items():
+                    assert torch.equal(ops.resize_frames(same, size, resample=mode), whole)
+                assert torch.equal(ops.resize_frames(same, size, rounding="pil"), by_pillow)
+    except ValueError as error:
+        pytest.skip(str(error))
+    finally:
+        torch.set_num_threads(threads)
+        native.choose_cpu_isa("auto")
+
+
+def test_a_u8_weight_of_three_signed_bytes_is_among_the_tables():
+    largest = {
+        int(taps(n_in, n_out, "bicubic", True, "u8").weights.abs().max())
+        for shape, size in TABLES
+        for n_in, n_out in zip(shape, size, strict=True)
+    }
+    assert any(weight > 127 * 256 + 127 for weight in largest), largest
+
+
 def test_same_bits_again_and_for_every_number_of_threads(backend):
     frames = noise((5, 50, 70))
     expected = {r: ops.resize_frames(frames, (33, 44), rounding=r) for r in ("u8", "none")}

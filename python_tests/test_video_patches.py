@@ -174,6 +174,20 @@ def test_out_is_filled_and_nothing_else(backend, dtype, size):
     assert (buffer[-1] == sentinel).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shift", [1, 5, 31])
+def test_out_may_start_anywhere(backend, dtype, shift):
+    """Memory that is aligned to one element only, with sentinels on both sides."""
+    frames, sentinel = noise((4, 60, 90)), 77.0
+    expected, _ = ops.video_patches(frames, (56, 84), dtype=dtype)
+    buffer = torch.full((expected.numel() + 64,), sentinel, dtype=dtype)
+    out = buffer[shift : shift + expected.numel()].view(expected.shape)
+    ops.video_patches(frames, (56, 84), dtype=dtype, out=out)
+    assert torch.equal(out, expected)
+    assert (buffer[:shift] == sentinel).all()
+    assert (buffer[shift + expected.numel() :] == sentinel).all()
+
+
 @pytest.mark.parametrize("rounding", ["u8", "pil", "f32", "none"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_backends_agree_to_the_bit(backend, rounding, dtype):

@@ -49,7 +49,7 @@ inline void cast(const float* from, Float16* to, int64_t n) {
 }
 #endif
 
-// A segment, normalised and cast: the values of one channel of a patch. May write up to kPad values
+// A segment, normalised and cast: the values of one channel of a patch. May write up to 64 values
 // too many.
 template <typename In, typename Out>
 class Normalise {
