@@ -107,15 +107,15 @@ class Timer:
         return begin.elapsed_time(end) / 1e3
 
     def medians(
-        self, fns: Mapping[str, Entry], seconds: float, *, cold: bool = True
+        self, fns: Mapping[str, Entry], seconds: float, *, cold: bool = True, rounds: int = 5
     ) -> dict[str, float]:
-        """Rounds in turn until `seconds` have passed, at least 5 and at most 200."""
+        """Rounds in turn until `seconds` have passed, at least `rounds` and at most 200."""
         times: dict[str, list[float]] = {name: [] for name in fns}
         start = time.perf_counter()
         for done in range(1, 201):
             for name, fn in fns.items():
                 times[name].append(self.once(fn, cold=cold))
-            if done >= 5 and time.perf_counter() - start > seconds:
+            if done >= rounds and time.perf_counter() - start > seconds:
                 break
         return {name: statistics.median(values) for name, values in times.items()}
 
@@ -179,6 +179,8 @@ class Bench:
         errors: Mapping[str, float] | None = None,
         memory: bool | Callable[[], None] = False,
         cold: bool = True,
+        rounds: int = 5,
+        notes: Mapping[str, object] | None = None,
     ) -> dict[str, float]:
         """Times `fns`, of which "ours" is compared with each other one; returns the medians (s).
 
@@ -187,6 +189,7 @@ class Bench:
         errors: for "ours" and the entries that have one, against float64 (see scaled_error).
         memory: measure the peak that each entry adds while it runs (see memory.py); a callable is
         called before each measurement, to free what an earlier call has left (gradients).
+        rounds: the least number of them, below 5 for work of many seconds; notes: more columns.
         """
         reasons = {name: fn for name, fn in fns.items() if isinstance(fn, str)}
         runnable = {name: fn for name, fn in fns.items() if not isinstance(fn, str)}
@@ -202,7 +205,7 @@ class Bench:
                 f"expected 'ours' and at least one baseline that run, and errors of these only; "
                 f"got {list(runnable)}, {reasons} and errors of {list(errors or ())}"
             )
-        medians = self._timer.medians(runnable, self.seconds, cold=cold)
+        medians = self._timer.medians(runnable, self.seconds, cold=cold, rounds=rounds)
         release = memory if callable(memory) else None
         extra = {n: peak_extra(fn, self.device, release) for n, fn in runnable.items() if memory}
         ours = medians["ours"]
@@ -224,6 +227,7 @@ class Bench:
                 "limit": limit,
                 "percent_of_limit": round(share, 1),
                 "cold": cold,
+                **(notes or {}),
             }
             for side, key in (("baseline", name), ("ours", "ours")):
                 if key in (errors or {}):

@@ -31,7 +31,7 @@ def bench(monkeypatch, tmp_path):
     monkeypatch.setattr(
         harness.Timer,
         "medians",
-        lambda self, fns, seconds, cold: {n: (i + 1) / 1e3 for i, n in enumerate(fns)},
+        lambda self, fns, seconds, cold, rounds: {n: (i + 1) / 1e3 for i, n in enumerate(fns)},
     )
     return harness.Bench("thing", threads=torch.get_num_threads())
 
@@ -43,9 +43,10 @@ def stored(tmp_path):
 
 def test_rows_compare_each_entry_with_ours(bench, tmp_path, capsys):
     entries = {"a": nothing, "ours": nothing, "b": nothing, "c": "not installed"}
+    errors = {"ours": 1e-7, "b": 2e-7}
     with bench:
         bench.run(
-            "op", "8", "float32", entries, 4e6, limit="read", errors={"ours": 1e-7, "b": 2e-7}
+            "op", "8", "float32", entries, 4e6, limit="read", errors=errors, notes={"tokens": 9}
         )
     content = stored(tmp_path)
     a, b, c = content["rows"]
@@ -53,6 +54,7 @@ def test_rows_compare_each_entry_with_ours(bench, tmp_path, capsys):
     assert (a["GBps"], a["percent_of_limit"]) == (2.0, 25.0)  # 4 MB in 2 ms, of 8 GB/s
     assert (b["baseline_error"], b["ours_error"]) == (2e-7, 1e-7)
     assert "baseline_error" not in a and a["ours_error"] == 1e-7
+    assert a["tokens"] == b["tokens"] == 9
     assert c["skipped"] == "not installed" and not {"speedup", "baseline_ms"} & c.keys()
     assert content["geometric_mean"] == pytest.approx((0.5 * 1.5) ** 0.5, abs=1e-3)
     assert content["header"]["stem"] == "thing"

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from itertools import repeat
 from pathlib import Path
 
 import torch
@@ -33,10 +32,11 @@ def sft(config: TrainConfig, target: Callable[[Record], str] = right_answer) -> 
             watch = Stopwatch()
             watch.seconds["decode"] = run.source.take_seconds()
             with watch.stage("policy"):
-                vision = run.clip_features(samples) if run.vision_is_frozen else repeat(None)
+                frozen = run.vision_is_frozen
+                vision = run.clip_features(samples) if frozen else [None] * len(samples)
                 groups = [
                     Group(one.prompt, [run.processor.completion(target(one.record))], features)
-                    for one, features in zip(samples, vision, strict=False)
+                    for one, features in zip(samples, vision, strict=True)
                 ]
                 metrics = update(run, groups, learning_rate(step, config.optim))
             seconds = sum(watch.seconds.values())
