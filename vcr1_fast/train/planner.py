@@ -28,6 +28,9 @@ from vcr1_fast.train.optim import MasterAdamW
 
 R = TypeVar("R")
 GIB = 2**30
+# Passes were measured to take up to 1.15 of the prediction (benches/notes/step.md), and an
+# allocator's free memory comes in pieces.
+_USABLE = 0.8
 _HEAD_CHUNK = {"cpu": 2**27, "cuda": 2**30}  # what `ops.linear_head` takes for logits at a time
 
 
@@ -181,7 +184,8 @@ class Planner:
         """Bytes a pass may take."""
         if self.memory is not None:
             return self.memory
-        return free_bytes(self.optimizer.parameters[0].device) - self.optimizer.pending_bytes()
+        free = free_bytes(self.optimizer.parameters[0].device)
+        return _USABLE * free - self.optimizer.pending_bytes()
 
     def predict(self, part: Sequence[Shaped]) -> float:
         """Bytes that a pass over this micro-batch takes."""
