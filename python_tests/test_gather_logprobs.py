@@ -1,4 +1,6 @@
+import ctypes
 import math
+import mmap
 import multiprocessing
 import os
 import threading
@@ -10,7 +12,8 @@ import torch
 
 from vcr1_fast import ops
 from vcr1_fast.ops import backend, gather_logprobs
-from vcr1_fast.ops.gather_logprobs import allocate, backward_op, forward_op, reference
+from vcr1_fast.ops.gather_logprobs import backward_op, forward_op
+from vcr1_fast.ops.gather_reference import allocate, reference
 
 HALVES = [torch.bfloat16, torch.float16]
 DTYPES = [torch.float32, *HALVES]
@@ -110,7 +113,7 @@ def ours(logits, labels, **options):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (5, 64), (4, 131), (3, 8193), (2, 20011)])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (5, 64), (4, 131), (3, 8193), (2, 40009)])
 @pytest.mark.parametrize("k", [None, 3])
 def test_error_is_within_twice_torchs(variant, dtype, shape, k):
     logits, labels = make(*shape, dtype, k)
@@ -244,10 +247,38 @@ def test_offsets_and_infinities(variant, dtype):
     assert (leaf.grad[4] == 0).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_long_rows_in_any_order(variant, dtype):
+    """The running maximum: rising all the way, none before the end, alone far above the rest."""
+    logits = make(6, 40009, dtype)[0]
+    logits[0] = logits[0].sort().values
+    logits[1] = logits[1].sort(descending=True).values
+    logits[2, :-2] = -torch.inf
+    logits[3, 39990] = 40.0
+    logits[4, 20000] = 25.0
+    logits[5, 1:] -= 60.0
+    logits[5, 0] = 60.0
+    labels = torch.stack([logits.argmax(-1), logits.argmin(-1), torch.full((6,), 40008)], -1)
+    labels[2, 1] = 40007
+    w, h = torch.tensor([[1.0, 0.5, -2.0]]).expand(6, 3), torch.linspace(-1, 1, 6)
+    truth = run(
+        lambda x, y: reference(x, y, entropy=True), logits.double(), labels, w.double(), h.double()
+    )
+    got = run(ours, logits, labels, w, h)
+    for a, b in zip(got[:2], truth[:2], strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-6, atol=1e-6)
+    assert (got[0] <= 0).all() and (got[1] >= -1e-6).all()
+    tolerance = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+    if variant == "triton" and dtype == torch.bfloat16:
+        tolerance *= 2  # interpreted, bfloat16 is cut; GPUs round
+    torch.testing.assert_close(got[2].double(), truth[2], rtol=tolerance, atol=tolerance / 4)
+
+
 @pytest.mark.parametrize("bad", [torch.inf, torch.nan], ids=str)
-@pytest.mark.parametrize("place", [0, 5000])
-def test_no_distribution_gives_nan(variant, bad, place):
-    logits, labels = make(2, 9001, torch.float32)
+@pytest.mark.parametrize("place", [0, 5000, 31000, 40007])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_distribution_gives_nan(variant, bad, place, dtype):
+    logits, labels = make(2, 40009, dtype)
     logits[0, place] = bad
     out = ours(logits, labels)
     assert out.logps[0].isnan() and out.entropy[0].isnan()
@@ -315,6 +346,86 @@ def test_inplace_backward_leaves_the_neighbours_alone(variant):
     x.fill_(0)
     before[1:5, 1:2, 3:134] = 0
     assert torch.equal(buffer, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_offsets_beyond_32_bits(variant, dtype):
+    """Two rows 2^31 elements apart, in address space of which a few pages are ever used."""
+    item, gap, vocab = dtype.itemsize, 2**31 + 64, 9000
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+    memory = torch.frombuffer(mmap.mmap(-1, (gap + vocab) * item, flags=flags), dtype=dtype)
+    x = memory.as_strided((2, vocab), (gap, 1))
+    logits, labels = make(2, vocab, dtype)
+    x.copy_(logits)
+    w, h = torch.tensor([1.0, -0.5]), torch.tensor([0.5, 2.0])
+    expected = run(ours, logits, labels, w, h)
+    leaf = x.detach().requires_grad_()
+    out = ours(leaf, labels, inplace_backward=True)
+    ((out.logps * w).sum() + (out.entropy * h).sum()).backward()
+    assert torch.equal(out.logps, expected[0]) and torch.equal(out.entropy, expected[1])
+    assert torch.equal(leaf.grad, expected[2])
+    assert torch.equal(x, expected[2])  # the gradient that torch keeps for such strides is a copy
+
+
+def forbid_reading(page):
+    """A (3, 1024) float32 tensor whose middle row lies on a page that faults when touched."""
+    size = 4 * 1024
+    memory = mmap.mmap(-1, 4 * size)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    logits = torch.frombuffer(memory, dtype=torch.float32)[: 3 * 1024].view(3, 1024)
+    logits.copy_(make(3, 1024, torch.float32)[0])
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.mprotect(ctypes.c_void_p(address + page * size), size, 0) == 0
+    return logits
+
+
+def without_the_middle_row():
+    leaf = forbid_reading(1).requires_grad_()
+    labels = torch.tensor([[1], [-100], [3]])
+    mask = torch.tensor([True, False, True])
+    args = (leaf.detach(), labels, mask, None, 1.0)
+    logps, _, _, stats = forward_op(*args, True)
+    assert logps[1] == 0 and (logps[::2] < 0).all()
+    for live in (mask, None):  # masked, and live without any gradient
+        upstream = torch.tensor([[1.0], [0.0], [1.0]])
+        grad = backward_op(
+            leaf.detach(), labels.clamp(min=0), logps, stats, live, None, 1.0, upstream, None, None
+        )
+        assert (grad[1] == 0).all() and grad[0].abs().sum() > 0
+
+
+@pytest.mark.skipif(mmap.PAGESIZE != 4096, reason="the rows are pages of 4096 bytes")
+def test_dead_rows_are_never_touched():
+    """In a child, which dies of a fault where they are."""
+    if "cpu" not in forward_op.backends("cpu"):
+        pytest.skip(backend.unavailable("cpu"))
+    with ops.use("cpu"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = multiprocessing.get_context("fork").Process(target=without_the_middle_row)
+        child.start()
+        child.join(60)
+    assert child.exitcode == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_fresh_and_used_memory_get_the_same_gradient(variant, dtype):
+    """Pages are made, lines streamed or stored, whichever is fastest for the memory at hand."""
+    if not variant.startswith("cpu"):
+        pytest.skip("other backends make their own buffers")
+    logits, labels = make(3, 40016, dtype, k=2)
+    logps, _, _, stats = forward_op(logits, labels, None, None, 1.0, True)
+    args = (logits, labels, logps, stats, None, None, 1.0, torch.ones(3, 2), torch.ones(3), None)
+    grads = []
+    for fresh in (True, False):
+        memory = torch.frombuffer(mmap.mmap(-1, logits.numel() * logits.itemsize), dtype=dtype)
+        if not fresh:
+            memory.fill_(7.0)
+        grads.append(memory.view(3, 40016))
+        backend.native.gather_logprobs_backward(*args, grads[-1], 1)
+    odd = torch.full((logits.numel() + 1,), 7.0, dtype=dtype)[1:].view(3, 40016)
+    backend.native.gather_logprobs_backward(*args, odd, 1)
+    assert torch.equal(grads[0], grads[1]) and torch.equal(grads[0], odd)
+    assert torch.equal(grads[0], backward_op(*args))
 
 
 def test_outputs_do_not_spill(variant):
