@@ -8,6 +8,7 @@ from vcr1_fast.ops.grpo_loss import grpo_loss
 from vcr1_fast.ops.iou import box_iou, interval_set_iou, temporal_iou, track_iou
 from vcr1_fast.ops.linear_grpo_loss import linear_grpo_loss
 from vcr1_fast.ops.linear_logprobs import linear_logprobs
+from vcr1_fast.ops.logits_grpo_loss import grpo_loss_from_logits
 from vcr1_fast.ops.resize_frames import resize_frames
 from vcr1_fast.ops.video_patches import video_patches
 
@@ -18,6 +19,7 @@ __all__ = [
     "gather_logprobs",
     "group_advantages",
     "grpo_loss",
+    "grpo_loss_from_logits",
     "interval_set_iou",
     "linear_grpo_loss",
     "linear_logprobs",

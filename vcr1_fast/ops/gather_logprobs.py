@@ -152,7 +152,7 @@ def row_mask(mask: Tensor | None, lead: torch.Size) -> Tensor | None:
     return mask.to(torch.bool).expand(lead).contiguous()
 
 
-def _check(logits: Tensor, labels: Tensor) -> None:
+def check_logits(logits: Tensor, labels: Tensor) -> None:
     if logits.dtype not in (*KERNEL_DTYPES, torch.float64):
         raise ValueError(f"logits must be floating point, got {logits.dtype}")
     if logits.ndim == 0 or logits.shape[-1] == 0:
@@ -167,7 +167,7 @@ def _check(logits: Tensor, labels: Tensor) -> None:
         raise ValueError(f"labels must be integers, got {labels.dtype}")
 
 
-def _overlaps(x: Tensor) -> bool:
+def overlaps(x: Tensor) -> bool:
     """Whether two elements may share memory (expanded rows, sliding windows)."""
     reach = 1  # elements that the dimensions so far, those of smaller strides, extend over
     for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
@@ -206,13 +206,13 @@ def gather_logprobs(
     labels or temperatures that do not fit; on CUDA, where values are not looked at, a label out of
     range gives NaN.
     """
-    _check(logits, labels)
+    check_logits(logits, labels)
     lead = logits.shape[:-1]
     several = labels.ndim == logits.ndim
     rows_t, scalar_t = row_temperatures(temperature, lead, logits.device)
     ids = labels if several else labels[..., None]
     # In place needs memory of its own for each row, and functional graphs cannot express it.
-    inplace = inplace_backward and not torch.compiler.is_compiling() and not _overlaps(logits)
+    inplace = inplace_backward and not torch.compiler.is_compiling() and not overlaps(logits)
     logps, row_entropy, lse = _GatherLogprobs.apply(
         logits,
         ids.to(torch.int64).contiguous(),

@@ -33,6 +33,7 @@ from vcr1_fast.ops.linear_head import (
     empty_gradients,
     under_autocast,
 )
+from vcr1_fast.ops.upstream import times_upstream
 
 
 def _run(hidden, weight, labels, bias, row_temperature, *arguments):
@@ -134,28 +135,13 @@ class _LinearGRPOLoss(torch.autograd.Function):
         inputs = len(ctx.needs_input_grad)
         if grad_loss is None:
             return (None,) * inputs
-        last = not torch.compiler.is_compiling() and not _graph_is_kept()
         gradients = [
-            _scaled(gradient, grad_loss, last).to(dtype) if need else None
+            times_upstream(gradient, grad_loss).to(dtype) if need else None
             for gradient, dtype, need in zip(
                 ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad, strict=False
             )
         ]
         return (*gradients, *(None,) * (inputs - 3))
-
-
-# Whether the running backward pass leaves its graph for another one.
-_graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
-
-
-def _scaled(gradient: Tensor, scale: Tensor, last: bool) -> Tensor:
-    """gradient * scale; in its own memory when it is `last` needed, for a fresh tensor of a
-    weight's size costs more than the product."""
-    if not last:
-        return gradient * scale
-    if scale.device.type == "cpu" and scale.item() == 1:  # elsewhere it would wait
-        return gradient
-    return gradient.mul_(scale)
 
 
 def linear_grpo_loss(
