@@ -9,7 +9,7 @@ from harness import Bench, arguments
 
 from vcr1_fast.ops import GRPOLossConfig, grpo_loss
 
-SHAPES = [(8, 200), (64, 1024), (256, 2048)]
+SHAPES = [(8, 200), (16, 512), (64, 1024), (256, 2048)]
 CONFIGS = {
     "grpo": GRPOLossConfig(beta=0.04),
     "sequence": GRPOLossConfig(beta=0.04, level="sequence"),
@@ -67,6 +67,12 @@ def bench_shape(bench: Bench, rows: int, columns: int) -> None:
             leaf.grad = None
             trl(leaf, old, advantages, ids, ref, entropy).backward()
 
+        fast = torch.compile(eager, dynamic=True)
+
+        def compiled(config=config, fast=fast):
+            leaf.grad = None
+            fast(leaf, old, advantages, mask, ref, config)[0].backward()
+
         inputs = (leaf, old, advantages, mask, ref)
         got = grpo_loss(*inputs[:4], ref_logps=ref, config=config)[0]
         torch.testing.assert_close(got, eager(*inputs, config)[0])
@@ -76,6 +82,7 @@ def bench_shape(bench: Bench, rows: int, columns: int) -> None:
             "float32",
             {
                 "eager": baseline,
+                "eager, compiled": compiled,
                 "TRL": trl if isinstance(trl, str) else theirs,
                 "ours": ours,
             },

@@ -1,31 +1,68 @@
-"""linear_grpo_loss beside the plain head, Liger's fused head and the bare matrix products.
+"""linear_grpo_loss beside the plain head, compiled and not, and the fused heads of TRL and Liger.
 
 The limit, "bare products", are the three that any form needs (logits, dhidden, dW) and nothing
-else. Bytes: the weight is read twice, and its gradient written once in float32, for each chunk.
+else. Bytes: the weight is read twice, and its gradient written once. Errors: the larger of those of
+dhidden and dW. torch's linear_cross_entropy and cut-cross-entropy have no GRPO loss: they are timed
+with their own, the mean of the labels' negative log-probs, which is less work. The third shape is
+more rows than one chunk holds.
 """
 
 import peers
 import torch
 import torch.nn.functional as F
-from harness import Bench, arguments
+from harness import Bench, arguments, scaled_error
 
 from vcr1_fast.ops import GRPOLossConfig, linear_grpo_loss
 
 # rows (completions x tokens), hidden, vocabulary
 SHAPES = {
-    "cpu": [((8, 32), 512, 16_384), ((4, 32), 256, 151_936)],
+    "cpu": [((8, 32), 512, 16_384), ((4, 32), 256, 151_936), ((8, 128), 256, 151_936)],
     "cuda": [((16, 512), 2048, 151_936), ((16, 512), 3584, 152_064)],
 }
 CONFIG = GRPOLossConfig(loss_type="bnpo")
 
 
-def plain(hidden, weight, labels, advantages, old):
-    """Whole logits, log-softmax in float32, eager loss."""
-    logps = F.linear(hidden, weight).float().log_softmax(-1)
-    logps = logps.gather(-1, labels[..., None])[..., 0]
+def clipped(logps, advantages, old):
+    """The eager loss of log-probs (B, T)."""
     ratio = torch.exp(logps - old)
     a = advantages[:, None]
     return -torch.min(ratio * a, ratio.clamp(0.8, 1.2) * a).mean()
+
+
+def plain(hidden, weight, labels, advantages, old):
+    """Whole logits, log-softmax in float32, eager loss."""
+    logps = F.linear(hidden, weight)
+    logps = (logps if logps.dtype == torch.float64 else logps.float()).log_softmax(-1)
+    return clipped(logps.gather(-1, labels[..., None])[..., 0], advantages, old)
+
+
+def heads(device: str, compiled: bool) -> dict:
+    """name -> fn(hidden, weight, labels, advantages, old) -> loss, or why there is none."""
+    trl, liger = peers.trl_fused_head(), peers.liger_fused_grpo(loss_type="bnpo", compiled=compiled)
+
+    def trl_form(hidden, weight, labels, advantages, old):
+        logps, _ = trl(hidden.flatten(0, 1), weight, labels.flatten())
+        return clipped(logps.view_as(old), advantages, old)
+
+    def liger_form(hidden, weight, labels, advantages, old):
+        return liger(hidden, weight, labels, torch.ones_like(old), advantages, old)
+
+    def cross_entropy(fn):
+        return lambda hidden, weight, labels, *_: fn(hidden.flatten(0, 1), weight, labels.flatten())
+
+    losses = {
+        "torch linear_cross_entropy": peers.torch_linear_cross_entropy(),
+        "cut-cross-entropy": peers.cut_cross_entropy(device),
+    }
+    return {
+        "TRL fused head": trl if isinstance(trl, str) else trl_form,
+        "Liger fused GRPO": liger if isinstance(liger, str) else liger_form,
+        **{n: fn if isinstance(fn, str) else cross_entropy(fn) for n, fn in losses.items()},
+    }
+
+
+def gradients(fn, inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.autograd.grad(fn(*inputs), inputs[:2])
 
 
 def bench_shape(bench: Bench, lead: tuple[int, int], hidden: int, vocab: int, dtype) -> None:
@@ -63,29 +100,35 @@ def bench_shape(bench: Bench, lead: tuple[int, int], hidden: int, vocab: int, dt
         torch.mm(rows, weight.detach().t(), out=logits)
         return logits @ weight.detach(), logits.t() @ rows
 
-    liger = peers.liger_fused_grpo(loss_type="bnpo", compiled=x.is_cuda)
-    mask = torch.ones_like(labels, dtype=torch.float32)
-
-    def liger_form(x, weight, labels, advantages, old):
-        return liger(x, weight, labels, mask, advantages, old)
-
-    fns = {
-        "plain": step(plain),
-        "bare products": products,
-        "Liger": liger if isinstance(liger, str) else step(liger_form),
+    forms = {"plain": plain, **heads(device.type, x.is_cuda), "ours": ours}
+    if device.type == "cuda" or vocab < 65_536:  # compiling takes longer than the rest of a bench
+        forms["plain, compiled"] = torch.compile(plain)
+    else:
+        forms["torch linear_cross_entropy"] = "takes seconds a call"
+    wide = [t.detach().double() if t.is_floating_point() else t for t in inputs]
+    exact = gradients(
+        plain, [t.requires_grad_() if t.ndim > 1 and t.is_floating_point() else t for t in wide]
+    )
+    errors = {
+        name: max(map(scaled_error, gradients(fn, inputs), exact))
+        for name, fn in forms.items()
+        if not isinstance(fn, str) and "cross" not in name
     }
+    del wide, exact
+    fns = {name: fn if isinstance(fn, str) else step(fn) for name, fn in forms.items()}
 
     def release():
         x.grad = weight.grad = None
 
-    size = weight.numel() * (2 * weight.element_size() + 4)
+    size = weight.numel() * 3 * weight.element_size()
     bench.run(
         "linear_grpo_loss forward + backward",
         f"{len(rows)}x{hidden}x{vocab}",
         str(dtype).removeprefix("torch."),
-        {**fns, "ours": step(ours)},
+        {"bare products": products, **fns},
         size,
         limit="bare products",
+        errors=errors,
         memory=release,
     )
 
@@ -93,8 +136,8 @@ def bench_shape(bench: Bench, lead: tuple[int, int], hidden: int, vocab: int, dt
 def main() -> None:
     args = arguments(__doc__.splitlines()[0])
     with Bench("linear_grpo_loss", **vars(args)) as bench:
-        for lead, hidden, vocab in SHAPES[args.device]:
-            for dtype in (torch.float32, torch.bfloat16):
+        for index, (lead, hidden, vocab) in enumerate(SHAPES[args.device]):
+            for dtype in (torch.float32, torch.bfloat16)[index == 2 :]:
                 bench_shape(bench, lead, hidden, vocab, dtype)
 
 

@@ -111,7 +111,7 @@ def test_matches_the_loop(name, backend):
                 got = call(batch, config, temperature=temperature, inplace=inplace)
                 torch.testing.assert_close(got[:2], expected, rtol=1e-6, atol=1e-7)
                 assert not got[1][~mask].any()
-            t = temperature if temperature == 1.0 else flat["temperature"]
+            t = flat["temperature"] if isinstance(temperature, torch.Tensor) else 1.0
             packed = call(flat, config, temperature=t)
         torch.testing.assert_close(packed[0], expected[0], rtol=1e-6, atol=1e-7)
         torch.testing.assert_close(packed[1], expected[1][mask], rtol=1e-6, atol=1e-7)
