@@ -1,8 +1,11 @@
 """grpo_loss against a float64 autograd loop, in both layouts and for every backend."""
 
 import dataclasses
+import itertools
 import math
+import os
 
+import numpy as np
 import pytest
 import torch
 from grpo_oracle import loop_loss
@@ -17,7 +20,13 @@ from vcr1_fast.ops.grpo_loss import grpo_loss_op
 from vcr1_fast.ops.grpo_reference import METRICS
 
 LENGTHS = (7, 0, 1, 40, 12)
-BACKENDS = grpo_loss_op.backends("cpu")
+# Interpreted Triton is tested in a process of its own, alone and in float32, all that it computes
+# in itself.
+TRITON = "triton" in grpo_loss_op.backends("cpu")
+BACKENDS = ("triton",) if TRITON else grpo_loss_op.backends("cpu")
+DTYPE = torch.float32 if TRITON else torch.float64
+TOLERANCE = {"rtol": 3e-5, "atol": 3e-6} if TRITON else {"rtol": 1e-10, "atol": 1e-13}
+IN_FLOAT64 = pytest.mark.skipif(TRITON, reason="in float64 Triton's is the reference")
 GPU = (
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
@@ -40,6 +49,13 @@ def device(request, monkeypatch):
 
     if "backend" in request.fixturenames and request.getfixturevalue("backend") == "cuda":
         monkeypatch.setitem(globals(), "grpo_loss", moved)
+
+
+@pytest.fixture(autouse=True)
+def quiet_numpy():
+    """Interpreted kernels are numpy, which warns of the infinities that GPUs compute with."""
+    with np.errstate(all="ignore"):
+        yield
 
 
 def make_batch(lengths=LENGTHS, seed=0, spread=0.5, token_advantages=False):
@@ -79,11 +95,9 @@ def pack(batch):
     return packed, torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
 
 
-def call(batch, config, *, cu_seqlens=None, old=True, rollout=True, mask=True, dtype=None):
+def call(batch, config, *, cu_seqlens=None, old=True, rollout=True, mask=True, dtype=DTYPE):
     """(loss, gradient of logps, gradient of entropy, metrics)."""
-    tensors = {
-        n: x if x.dtype == torch.bool or dtype is None else x.to(dtype) for n, x in batch.items()
-    }
+    tensors = {n: x if x.dtype == torch.bool else x.to(dtype) for n, x in batch.items()}
     logps = tensors["logps"].clone().requires_grad_()
     entropy = tensors["entropy"].clone().requires_grad_()
     loss, metrics = grpo_loss(
@@ -187,6 +201,7 @@ def name_of(config):
     return "-".join(f"{n}={value}" for n, value in given.items() if value != default[n])
 
 
+@IN_FLOAT64
 @pytest.mark.parametrize("backend", EVERYWHERE)
 @pytest.mark.parametrize("config", tuple(cases()), ids=name_of)
 def test_matches_the_loop(config, backend):
@@ -212,6 +227,79 @@ def test_matches_the_loop(config, backend):
         scale = max(float(expected[0].abs()), float(expected[1].abs().max()))
         for got, want in zip(single[:3], expected, strict=True):
             torch.testing.assert_close(got.double(), want, rtol=3e-5, atol=3e-6 * scale)
+
+
+def near(got, want, scale=1.0):
+    """Within the backend's precision of values of size `scale`."""
+    torch.testing.assert_close(
+        got.double(), want.double(), rtol=TOLERANCE["rtol"], atol=TOLERANCE["atol"] * scale
+    )
+
+
+def test_triton_is_tested_where_it_is_interpreted():
+    assert bool(TRITON) == (os.environ.get("TRITON_INTERPRET") == "1")
+
+
+# Interpreted kernels are slow: each case in one layout, and with one choice of inputs.
+@pytest.mark.skipif(not TRITON, reason="needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize("start", range(10))
+def test_triton_matches_the_loop(start):
+    for index, config in itertools.islice(enumerate(cases()), start, None, 10):
+        batch = make_batch((7, 0, 12), token_advantages=config.level == "token" and index % 4 < 2)
+        old, rollout = ((True, True), (False, True), (True, False))[index % 3]
+        options = {"old": old, "rollout": rollout or config.rollout_correction is not None}
+        expected, select = oracle(batch, config, **options), batch["mask"]
+        with ops.use("reference"):
+            metrics = call(batch, config, dtype=torch.float64, **options)[3]
+        with ops.use("triton"):
+            if index // 10 % 2:
+                packed, cu_seqlens = pack(batch)
+                got = call(packed, config, cu_seqlens=cu_seqlens, **options)
+            else:
+                got = call(batch, config, **options)
+                select = torch.ones_like(select)
+        scale = max(float(expected[0].abs()), float(expected[1].abs().max()))
+        for ours, want in zip(got[:3], expected, strict=True):
+            near(ours, want if want.ndim == 0 else want[select].view(ours.shape), scale)
+        assert got[3].keys() == metrics.keys()
+        for name, value in got[3].items():
+            near(value, metrics[name], max(1.0, float(metrics[name].abs())))
+
+
+@pytest.mark.skipif(not TRITON, reason="needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize("level", ("token", "sequence"))
+def test_triton_completions_longer_than_a_block(level):
+    batch = make_batch((1030, 3, 512), spread=0.2)
+    config = GRPOLossConfig(
+        level=level, beta=0.1, entropy_coef=0.1, entropy_aggregation="token_mean",
+        rollout_correction="sequence_icepop", rollout_min=0.9, rollout_max=1.1,
+        off_policy_threshold=0.0, exclude_empty=True,
+    )  # fmt: skip
+    expected = oracle(batch, config)
+    with ops.use("triton"):
+        got = call(batch, config)
+    scale = max(float(expected[0].abs()), float(expected[1].abs().max()))
+    for ours, want in zip(got[:3], expected, strict=True):
+        near(ours, want, scale)
+
+
+@pytest.mark.skipif(not TRITON, reason="needs TRITON_INTERPRET=1")
+def test_triton_with_weights_by_completion():
+    """As the linear head calls it: every token a completion, its weight in the batch given."""
+    batch = make_batch((1,) * 70)
+    tokens = {n: x[:, :1] if x.ndim == 2 else x for n, x in batch.items()}
+    weights = torch.rand(70, dtype=torch.float64)
+    p = parameters(GRPOLossConfig(beta=0.1, level="token"))
+    names = ("logps", "old", "advantages", "mask", "ref")
+    results = {}
+    for backend, dtype in (("reference", torch.float64), ("triton", torch.float32)):
+        inputs = [tokens[n] if n == "mask" else tokens[n].to(dtype) for n in names]
+        with ops.use(backend):
+            results[backend] = grpo_loss_op(
+                *inputs, *[None] * 4, weights.to(dtype), None, p.kinds, p.values
+            )
+    for got, want in zip(results["triton"], results["reference"], strict=True):
+        near(got, want, 10.0)
 
 
 @pytest.mark.parametrize("backend", EVERYWHERE)
@@ -262,9 +350,10 @@ def test_metrics_are_what_they_say(backend):
     }
     assert set(metrics) == {*expected, "policy_loss"}
     for name, value in expected.items():
-        torch.testing.assert_close(metrics[name], value.double(), msg=lambda m, n=name: f"{n}: {m}")
+        value = value.to(DTYPE)
+        torch.testing.assert_close(metrics[name], value, msg=lambda m, n=name: f"{n}: {m}")
     no_kl = oracle(batch, dataclasses.replace(config, beta=0.0))[0]
-    torch.testing.assert_close(metrics["policy_loss"], no_kl)
+    torch.testing.assert_close(metrics["policy_loss"], no_kl.to(DTYPE))
 
 
 def test_metrics_depend_on_the_call():
@@ -288,7 +377,7 @@ def test_on_policy_gradient_is_whole(backend, level):
     # At ratio 1 both branches of min() are equal: the gradient must be -A W, not half of it.
     batch = make_batch(lengths=(4, 4), spread=0.0)
     batch["mask"][:] = torch.arange(6) < 4
-    logps = torch.where(batch["mask"], batch["logps"].nan_to_num(), 0).requires_grad_()
+    logps = torch.where(batch["mask"], batch["logps"].nan_to_num(), 0).to(DTYPE).requires_grad_()
     with ops.use(backend):
         loss, metrics = grpo_loss(
             logps, logps.detach().clone(), batch["advantages"], batch["mask"],
@@ -296,10 +385,11 @@ def test_on_policy_gradient_is_whole(backend, level):
         )  # fmt: skip
         loss.backward()
     expected = -batch["advantages"][:, None] / 8 * batch["mask"]
-    torch.testing.assert_close(logps.grad, expected)
+    torch.testing.assert_close(logps.grad, expected.to(DTYPE))
     assert metrics["ratio_mean"] == 1 and metrics["clip_region"] == 0
 
 
+@IN_FLOAT64
 @pytest.mark.parametrize("backend", EVERYWHERE)
 def test_exact_clip_edges(backend):
     # 1.25 and 0.75 are exact in binary, and so is log-free: clamp x at the edge through delta.
@@ -385,7 +475,7 @@ def test_mask_dtypes(backend, mask_dtype):
         expected = call(batch, config)
         batch["mask"] = batch["mask"].to(mask_dtype)
         loss, _ = grpo_loss(
-            batch["logps"],
+            batch["logps"].to(DTYPE),
             batch["old"],
             batch["advantages"],
             batch["mask"],
@@ -445,7 +535,7 @@ def test_a_step_split_into_calls_adds_up(backend):
 
 @pytest.mark.parametrize("backend", EVERYWHERE)
 def test_repeats_bit_for_bit(backend):
-    batch = make_batch(lengths=(300, 17, 900, 1) * 8)
+    batch = make_batch(lengths=(300, 17, 900, 1) * (1 if TRITON else 8))
     config = GRPOLossConfig(level="sequence", beta=0.1, entropy_coef=0.1)
     threads = torch.get_num_threads()
     with ops.use(backend):
@@ -526,7 +616,7 @@ def test_token_weights_stay_with_tokens_where_there_are_as_many_completions(back
         got = call(packed, config, cu_seqlens=cu_seqlens)
     for ours, want in zip(got[:3], oracle(batch, config), strict=True):
         want = want if want.ndim == 0 else want[batch["mask"]]
-        torch.testing.assert_close(ours, want, rtol=1e-10, atol=1e-13)
+        near(ours, want)
 
 
 @pytest.mark.parametrize("backend", EVERYWHERE)
@@ -545,6 +635,7 @@ def test_sapo_with_a_steep_gate(backend):
 @pytest.mark.parametrize("backend", EVERYWHERE)
 def test_no_gradient_where_none_is_asked(backend):
     batch = make_batch()
+    batch = {n: x if n == "mask" else x.to(DTYPE) for n, x in batch.items()}
     with ops.use(backend):
         loss, metrics = grpo_loss(batch["logps"], batch["old"], batch["advantages"], batch["mask"])
     assert not loss.requires_grad and not any(m.requires_grad for m in metrics.values())
@@ -589,7 +680,7 @@ def test_compiles_whole(backend):
     results = []
     with ops.use(backend):
         for run in (step, compiled):
-            inputs = [batch[n].clone().requires_grad_() for n in ("logps", "entropy")]
+            inputs = [batch[n].to(DTYPE, copy=True).requires_grad_() for n in ("logps", "entropy")]
             loss, kl = run(*inputs)
             loss.backward()
             results.append([loss, kl, *(x.grad for x in inputs)])
@@ -636,6 +727,7 @@ def test_recorded_values():
     )
 
 
+@IN_FLOAT64
 @settings(max_examples=40, deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 6), min_size=1, max_size=5),

@@ -4,6 +4,7 @@ What they compute is tested with the other backends of each op, by `TRITON_INTER
 triton` (Triton cannot compile and interpret in one process; `make test` runs both).
 """
 
+import dataclasses
 import itertools
 import os
 import subprocess
@@ -12,7 +13,8 @@ import sys
 import pytest
 import torch
 
-from vcr1_fast.ops import backend
+from vcr1_fast.ops import GRPOLossConfig, backend
+from vcr1_fast.ops.grpo_config import parameters
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux"),
@@ -68,6 +70,59 @@ def test_gather_logprobs_compiles_once_for_all_lengths(target):
             wide = "v4.b32" if target == "sm_90" else "dwordx4"
             text = compiled[1].asm["ptx" if target == "sm_90" else "amdgcn"]
             assert wide in text, "bfloat16 rows are read 16 bytes at a time"
+
+
+GRPO = {
+    "default": GRPOLossConfig(),
+    "everything": GRPOLossConfig(
+        level="sequence",
+        beta=0.1,
+        kl_bias_correction=True,
+        entropy_coef=0.1,
+        rollout_correction="sequence_icepop",
+        rollout_min=0.5,
+        rollout_max=2.0,
+        off_policy_threshold=0.1,
+    ),
+    "sapo": GRPOLossConfig(loss_type="sapo", level="sequence_token", kl="k2"),
+    "vespo": GRPOLossConfig(
+        loss_type="vespo", beta=0.1, kl="abs", rollout_correction="token_truncate"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GRPO)
+def test_grpo_loss_compiles_once_for_all_lengths_and_values(target, name):
+    from triton_targets import compiling_for, resources, variants
+
+    from vcr1_fast.ops.triton import grpo_loss as module
+
+    def launch(config, rows, columns, packed=False):
+        x = torch.zeros((rows * columns,) if packed else (rows, columns))
+        offsets = torch.arange(0, rows * columns + 1, columns) if packed else None
+        more = None if name == "default" else x
+        p = parameters(config)
+        module.grpo_loss(
+            x, x, torch.zeros(rows), x == 0, more, more, more, more, offsets, None, None,
+            p.kinds, p.values,
+        )  # fmt: skip
+
+    with compiling_for(target, module) as kernels:
+        assert len(kernels) == 2
+        for rows, columns in itertools.product((1, 2, 16), (1, 17, 512)):
+            launch(GRPO[name], rows, columns)
+            other = dataclasses.replace(
+                GRPO[name], eps_high=0.28 + columns, num_sequences=rows, kl_input_clamp=None
+            )
+            launch(other, rows, columns)
+        for kernel, compiled in kernels.items():
+            assert len(variants(compiled)) == 1, kernel
+        if name == "everything":
+            for rows, columns in itertools.product((2, 16), (17, 512)):
+                launch(GRPO[name], rows, columns, packed=True)
+        for kernel, compiled in kernels.items():
+            assert len(variants(compiled)) == (2 if name == "everything" else 1), kernel
+            assert all(resources(variant)["spills"] == 0 for variant in variants(compiled)), kernel
 
 
 def test_import_and_absence():

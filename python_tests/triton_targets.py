@@ -1,8 +1,4 @@
-"""Compiles Triton kernels for GPUs that are not here: for the tests, and as a program that prints
-the registers, spills and shared memory of every kernel (kept in benches/notes/triton.md).
-
-    PYTHONPATH=. python python_tests/triton_targets.py
-"""
+"""Compiles Triton kernels for GPUs that are not here, and reads what they need of them."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from vcr1_fast.ops.backend import Op, native
+from vcr1_fast.ops.backend import Op, from_triton, native
 from vcr1_fast.ops.grpo_config import (
     LOSS_TYPES,
     VALUES,
@@ -79,6 +79,7 @@ grpo_loss_op = Op("grpo_loss", _SCHEMA, _fake)
 grpo_loss_op.register("reference", _reference)
 for _backend in ("cpu", "cuda"):
     grpo_loss_op.register(_backend, _native)
+grpo_loss_op.register("triton", from_triton("grpo_loss", "grpo_loss"))
 
 
 class _GRPOLoss(torch.autograd.Function):

@@ -34,6 +34,18 @@ class LossInputs(NamedTuple):
     denominator: Tensor | None = None
 
 
+def check_offsets(offsets: Tensor, tokens: int) -> None:
+    """ValueError unless the offsets of packed completions rise within `tokens`. On the CPU only:
+    elsewhere the check would synchronise."""
+    if offsets.device.type != "cpu":
+        return
+    if offsets[0] < 0 or offsets[-1] > tokens or bool((offsets.diff() < 0).any()):
+        raise ValueError(
+            f"cu_seqlens must rise within 0 to {tokens}, the number of tokens; got "
+            f"{offsets.tolist()}"
+        )
+
+
 class Completions:
     """Which completion each token belongs to: sums over completions, and values spread back."""
 
@@ -45,22 +57,12 @@ class Completions:
             inside = torch.ones(self._shape, dtype=torch.bool, device=inputs.logps.device)
         else:
             self.count = len(self._offsets) - 1
-            self._check_offsets()
+            check_offsets(self._offsets, self._shape[0])
             position = torch.arange(self._shape[0], device=inputs.logps.device)
             inside = (position >= self._offsets[0]) & (position < self._offsets[-1])
             index = torch.searchsorted(self._offsets[1:].contiguous(), position, right=True)
             self._index = index.clamp(max=max(self.count - 1, 0))
         self.mask = inside if inputs.mask is None else inside & (inputs.mask != 0)
-
-    def _check_offsets(self) -> None:
-        offsets, tokens = self._offsets, self._shape[0]
-        if offsets.device.type != "cpu":  # the check would synchronise
-            return
-        if offsets[0] < 0 or offsets[-1] > tokens or bool((offsets.diff() < 0).any()):
-            raise ValueError(
-                f"cu_seqlens must rise within 0 to {tokens}, the number of tokens; got "
-                f"{offsets.tolist()}"
-            )
 
     def sum(self, x: Tensor) -> Tensor:
         """(tokens) -> (B,). Segment sums run in a fixed order, unlike index_add on GPUs."""
