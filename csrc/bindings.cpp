@@ -21,6 +21,7 @@ void bind_resize(py::module_& m);
 
 #ifdef VCR1_CUDA
 // bindings_cuda_video.cpp
+void bind_cuda_iou(py::module_& m);
 void bind_cuda_resize(py::module_& m);
 #endif
 
@@ -294,6 +295,7 @@ PYBIND11_MODULE(_C, m) {
   bind_grpo_loss(m);
   bind_resize(m);
 #ifdef VCR1_CUDA
+  bind_cuda_iou(m);
   bind_cuda_resize(m);
 #endif
 }

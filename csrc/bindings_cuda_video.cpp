@@ -152,7 +152,102 @@ void video_patches(const Tensor& frames, const Tensor& out, const CudaResizePlan
   vcr1::cuda::video_patches(args, frames.stream());
 }
 
+// Spans (n, 2) or boxes (n, 4), and the memory for their results.
+void box_iou(const Tensor& a, const Tensor& b, const Tensor& out, const std::string& kind,
+             bool pairwise, bool torchvision) {
+  using vcr1::IouKind;
+  const std::map<std::string, IouKind> kinds = {{"span", IouKind::kSpan},
+                                                {"iou", IouKind::kIou},
+                                                {"giou", IouKind::kGiou},
+                                                {"diou", IouKind::kDiou},
+                                                {"ciou", IouKind::kCiou}};
+  const auto found = kinds.find(kind);
+  VCR1_CHECK(found != kinds.end(), "kind: unknown ", kind);
+  const auto [n, width] = a.shape<2>("a");
+  const auto [m, width_b] = b.shape<2>("b");
+  const int64_t expected = found->second == IouKind::kSpan ? 2 : 4;
+  VCR1_CHECK(width == expected && width_b == expected, "a and b: expected ", expected,
+             " columns, got ", width, " and ", width_b);
+  VCR1_CHECK(pairwise || n == m, "a and b: expected as many boxes, got ", n, " and ", m);
+  VCR1_CHECK(n > 0 && m > 0 && out.numel() == (pairwise ? n * m : n), "out: got ", out.numel(),
+             " elements for ", n, " and ", m, " boxes");
+  VCR1_CHECK(a.on_cuda() && b.same_device(a) && out.same_device(a),
+             "a, b, out: expected one CUDA device");
+  vcr1::BoxIouArgs args{
+      a.dtype(), found->second, pairwise, torchvision, nullptr, nullptr, nullptr, n, m};
+  if (args.dtype == vcr1::DType::kFloat64) {
+    args.a = a.dense<double>("a");
+    args.b = b.dense<double>("b");
+    args.out = out.dense<double>("out");
+  } else {
+    args.a = a.dense<float>("a");
+    args.b = b.dense<float>("b");
+    args.out = out.dense<float>("out");
+  }
+  const vcr1::DeviceGuard guard("box_iou", a.device_index());
+  vcr1::cuda::box_iou(args, a.stream());
+}
+
+void track_iou(const Tensor& pred, const Tensor& target, const Tensor& lengths, const Tensor& out) {
+  const auto [batch, steps, four] = pred.shape<3>("pred");
+  VCR1_CHECK(four == 4 && target.numel() == pred.numel() && lengths.numel() == batch &&
+                 out.numel() == batch && batch > 0,
+             "pred: expected (B, L, 4), got ", batch, " x ", steps, " x ", four,
+             " beside a target of ", target.numel(), " values");
+  VCR1_CHECK(pred.on_cuda() && target.same_device(pred) && lengths.same_device(pred) &&
+                 out.same_device(pred),
+             "pred, target, lengths, out: expected one CUDA device");
+  vcr1::TrackIouArgs args{};
+  args.dtype = pred.dtype();
+  args.lengths = lengths.dense<int64_t>("lengths");
+  args.batch = batch;
+  args.steps = steps;
+  if (args.dtype == vcr1::DType::kFloat64) {
+    args.pred = pred.dense<double>("pred");
+    args.target = target.dense<double>("target");
+    args.out = out.dense<double>("out");
+  } else {
+    args.pred = pred.dense<float>("pred");
+    args.target = target.dense<float>("target");
+    args.out = out.dense<float>("out");
+  }
+  const vcr1::DeviceGuard guard("track_iou", pred.device_index());
+  vcr1::cuda::track_iou(args, pred.stream());
+}
+
+void interval_set_iou(const Tensor& pred, const Tensor& pred_offsets, const Tensor& target,
+                      const Tensor& target_offsets, double empty, const Tensor& out) {
+  vcr1::IntervalSetIouArgs args{};
+  args.n = out.numel();
+  VCR1_CHECK(
+      args.n > 0 && pred_offsets.numel() == args.n + 1 && target_offsets.numel() == args.n + 1,
+      "offsets: expected ", args.n + 1, " values, got ", pred_offsets.numel(), " and ",
+      target_offsets.numel());
+  for (const Tensor* tensor : {&pred_offsets, &target, &target_offsets, &out})
+    VCR1_CHECK(pred.on_cuda() && tensor->same_device(pred), "expected one CUDA device");
+  args.pred = pred.dense<double>("pred");
+  args.target = target.dense<double>("target");
+  args.pred_offsets = pred_offsets.dense<int64_t>("pred_offsets");
+  args.target_offsets = target_offsets.dense<int64_t>("target_offsets");
+  args.out = out.dense<double>("out");
+  args.empty = empty;
+  args.p = pred.numel() / 2;
+  args.q = target.numel() / 2;
+  const vcr1::DeviceGuard guard("interval_set_iou", pred.device_index());
+  vcr1::cuda::interval_set_iou(args, pred.stream());
+}
+
 }  // namespace
+
+void bind_cuda_iou(py::module_& m) {
+  m.def("box_iou_cuda", &box_iou, py::arg("a"), py::arg("b"), py::arg("out"), py::arg("kind"),
+        py::arg("pairwise"), py::arg("torchvision"), "Rows (N, 4) and (M, 4) to out.");
+  m.def("track_iou_cuda", &track_iou, py::arg("pred"), py::arg("target"), py::arg("lengths"),
+        py::arg("out"), "Mean IoU of tracks (B, L, 4) to out (B,).");
+  m.def("interval_set_iou_cuda", &interval_set_iou, py::arg("pred"), py::arg("pred_offsets"),
+        py::arg("target"), py::arg("target_offsets"), py::arg("empty"), py::arg("out"),
+        "Sets of float64 spans, merged in place, to out (N,).");
+}
 
 void bind_cuda_resize(py::module_& m) {
   py::class_<CudaResizePlan>(m, "CudaResizePlan", "Tables of one resize on one device.")

@@ -177,7 +177,7 @@ void bind_iou(py::module_& m) {
       "box_iou",
       [](const Tensor& a, const Tensor& b, const Tensor& out, const std::string& kind,
          bool pairwise, bool torchvision, int num_threads) {
-        using vcr1::cpu::IouKind;
+        using vcr1::IouKind;
         const std::map<std::string, IouKind> kinds = {{"span", IouKind::kSpan},
                                                       {"iou", IouKind::kIou},
                                                       {"giou", IouKind::kGiou},
@@ -192,7 +192,7 @@ void bind_iou(py::module_& m) {
                    " planes, got ", planes, " and ", planes_b);
         VCR1_CHECK(pairwise || n == m, "a and b: expected as many boxes, got ", n, " and ", m);
         VCR1_CHECK(out.numel() == (pairwise ? n * m : n), "out: got ", out.numel(), " elements");
-        vcr1::cpu::BoxIouArgs args{
+        vcr1::BoxIouArgs args{
             a.dtype(), found->second, pairwise, torchvision, nullptr, nullptr, nullptr, n, m};
         if (args.dtype == vcr1::DType::kFloat64) {
           args.a = a.dense<double>("a");
@@ -220,7 +220,7 @@ void bind_iou(py::module_& m) {
                    " beside a target of ", target.numel(), " values");
         VCR1_CHECK(pred.on_cpu() && target.on_cpu() && lengths.on_cpu() && out.on_cpu(),
                    "expected CPU tensors");
-        vcr1::cpu::TrackIouArgs args{};
+        vcr1::TrackIouArgs args{};
         args.dtype = pred.dtype();
         args.lengths = lengths.dense<int64_t>("lengths");
         args.batch = batch;
@@ -246,7 +246,7 @@ void bind_iou(py::module_& m) {
       "interval_set_iou",
       [](const Tensor& pred, const Tensor& pred_offsets, const Tensor& target,
          const Tensor& target_offsets, double empty, const Tensor& out, int num_threads) {
-        vcr1::cpu::IntervalSetIouArgs args{};
+        vcr1::IntervalSetIouArgs args{};
         args.n = out.numel();
         VCR1_CHECK(pred_offsets.numel() == args.n + 1 && target_offsets.numel() == args.n + 1,
                    "offsets: expected ", args.n + 1, " values, got ", pred_offsets.numel(), " and ",
@@ -260,8 +260,10 @@ void bind_iou(py::module_& m) {
             VCR1_CHECK(offsets[i] <= offsets[i + 1], name, " must rise from 0 to ", count,
                        ", the number of spans; got ", offsets[i], " before ", offsets[i + 1]);
         };
-        check("pred_offsets", args.pred_offsets, pred.numel() / 2);
-        check("target_offsets", args.target_offsets, target.numel() / 2);
+        args.p = pred.numel() / 2;
+        args.q = target.numel() / 2;
+        check("pred_offsets", args.pred_offsets, args.p);
+        check("target_offsets", args.target_offsets, args.q);
         VCR1_CHECK(pred.on_cpu() && target.on_cpu() && out.on_cpu(), "expected CPU tensors");
         args.pred = pred.dense<double>("pred");
         args.target = target.dense<double>("target");

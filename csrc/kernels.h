@@ -247,20 +247,21 @@ void video_patches(const VideoPatchesArgs& args, void* stream);
 }  // namespace vcr1::cuda
 #endif  // VCR1_CUDA
 
-namespace vcr1::cpu {
+namespace vcr1 {
 
 enum class IouKind { kSpan, kIou, kGiou, kDiou, kCiou };
 
 struct BoxIouArgs {
   DType dtype;  // float32 or float64
   IouKind kind;
-  bool pairwise;      // out (n, m), else out (n,) with n == m
-  bool torchvision;   // its conventions for empty boxes
-  const void *a, *b;  // planes (2, n) of spans, (4, n) of boxes, (5, n) for kCiou: atan(w / h) last
+  bool pairwise;     // out (n, m), else out (n,) with n == m
+  bool torchvision;  // its conventions for empty boxes
+  // CPU: planes (2, n) of spans, (4, n) of boxes, (5, n) for kCiou: atan(w / h) last. CUDA: (n, 2)
+  // or (n, 4).
+  const void *a, *b;
   void* out;
   int64_t n, m;
 };
-VCR1_CPU_LAUNCHER(box_iou, BoxIouArgs)
 
 struct TrackIouArgs {
   DType dtype;
@@ -269,18 +270,30 @@ struct TrackIouArgs {
   void* out;                  // (batch,)
   int64_t batch, steps;
 };
-VCR1_CPU_LAUNCHER(track_iou, TrackIouArgs)
 
 struct IntervalSetIouArgs {
   double *pred, *target;                         // (p, 2), (q, 2): sorted and merged in place
   const int64_t *pred_offsets, *target_offsets;  // (n + 1,)
   double* out;                                   // (n,)
   double empty;
-  int64_t n;
+  int64_t n, p, q;
 };
-VCR1_CPU_LAUNCHER(interval_set_iou, IntervalSetIouArgs)
 
-}  // namespace vcr1::cpu
+namespace cpu {
+VCR1_CPU_LAUNCHER(box_iou, BoxIouArgs)
+VCR1_CPU_LAUNCHER(track_iou, TrackIouArgs)
+VCR1_CPU_LAUNCHER(interval_set_iou, IntervalSetIouArgs)
+}  // namespace cpu
+
+#ifdef VCR1_CUDA
+namespace cuda {
+void box_iou(const BoxIouArgs& args, void* stream);
+void track_iou(const TrackIouArgs& args, void* stream);
+void interval_set_iou(const IntervalSetIouArgs& args, void* stream);
+}  // namespace cuda
+#endif
+
+}  // namespace vcr1
 
 namespace vcr1 {
 

@@ -7,20 +7,25 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from gpu_backend import device_of, needs_gpu, through_gpu, with_cuda
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision_shim import require_torchvision
 
 from vcr1_fast import ops
 from vcr1_fast.ops.backend import native
-from vcr1_fast.ops.iou import KINDS, _box, box_iou_reference
+from vcr1_fast.ops.iou import KINDS, _box
+from vcr1_fast.ops.iou_reference import box_iou_reference
 
 DTYPES = [torch.float32, torch.float64]
 EPS = {torch.float32: 2.0**-23, torch.float64: 2.0**-52}
 
 
-@pytest.fixture(params=_box.backends())
-def backend(request):
+@pytest.fixture(params=with_cuda(_box))
+def backend(request, monkeypatch):
+    if request.param == "cuda":
+        for name in ("box_iou", "temporal_iou", "track_iou", "interval_set_iou"):
+            monkeypatch.setattr(ops, name, through_gpu(getattr(ops, name)))
     with ops.use(request.param):
         yield request.param
 
@@ -366,10 +371,45 @@ def test_strides_do_not_matter(backend, kind):
     assert torch.equal(ops.box_iou(a[None], b[None], kind=kind), expected[None])
 
 
+@needs_gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cpu_and_cuda_give_the_same_bits(dtype):
+    a, b = random_boxes(3000, 23, dtype), random_boxes(777, 24, dtype)
+    a[:9] = a[:9].flip(-1)
+    a[9:20, 2:] = a[9:20, :2]
+    lengths = torch.arange(30) * 4
+    tracks = a.view(30, 100, 4), a.flip(0).view(30, 100, 4)
+    ends = torch.tensor([0] * 30 + [777])
+    sets = a[:, ::2], torch.arange(0, 3001, 100), b[:, ::2], ends
+    with ops.use("cpu,cuda"):
+        for convention in ("zero", "torchvision"):
+            for kind in KINDS:
+                options = {"kind": kind, "pairwise": True, "convention": convention}
+                expected = ops.box_iou(a, b, **options)
+                result = ops.box_iou(a.cuda(), b.cuda(), **options)
+                # The angles come from another library's arctangent.
+                atol = 8 * EPS[dtype] if kind == "ciou" else 0
+                torch.testing.assert_close(
+                    result.cpu(), expected, rtol=0, atol=atol, equal_nan=True
+                )
+        expected = ops.track_iou(*tracks, lengths)
+        result = ops.track_iou(*(t.cuda() for t in (*tracks, lengths)))
+        assert torch.equal(result.cpu(), expected)
+        expected = ops.interval_set_iou(*sets)
+        assert torch.equal(ops.interval_set_iou(*(s.cuda() for s in sets)).cpu(), expected)
+
+
+@needs_gpu
+def test_offsets_that_are_none_give_nan_on_a_gpu():
+    spans = torch.rand(6, 2).sort(-1).values.cuda()
+    good, bad = torch.tensor([0, 2, 4, 6]).cuda(), torch.tensor([0, 4, 2, 7]).cuda()
+    assert ops.interval_set_iou(spans, bad, spans, good).isnan().tolist() == [False, True, True]
+
+
 def test_opcheck_and_compile(backend):
-    a, b = random_boxes(6, 17), random_boxes(6, 18)
-    offsets = torch.tensor([0, 2, 6])
-    lengths = torch.tensor([3, 1])
+    a, b = (random_boxes(6, seed).to(device_of(backend)) for seed in (17, 18))
+    offsets = torch.tensor([0, 2, 6], device=a.device)
+    lengths = torch.tensor([3, 1], device=a.device)
     tracks = a.view(2, 3, 4), b.view(2, 3, 4)
     op = torch.ops.vcr1_fast
     torch.library.opcheck(op.box_iou.default, (a, b, "giou", True, "zero"))
@@ -405,6 +445,8 @@ def test_errors_name_the_values(backend):
         ops.box_iou(a, a, kind="eiou")
     with pytest.raises(ValueError, match="lengths"):
         ops.track_iou(a[None], a[None], torch.tensor([1, 2]))
+    if backend == "cuda":
+        return  # gives NaN instead: the values of the offsets are not at hand
     with pytest.raises(ValueError, match="rise from 0 to 4"):
         ops.interval_set_iou(a[:, :2], torch.tensor([0, 3]), a[:, :2], offsets)
     with pytest.raises(ValueError, match="rise from 0 to 4"):

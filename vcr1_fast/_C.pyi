@@ -109,3 +109,15 @@ def interval_set_iou(
     out: Tensor,
     num_threads: int,
 ) -> None: ...
+def box_iou_cuda(
+    a: Tensor, b: Tensor, out: Tensor, kind: str, pairwise: bool, torchvision: bool
+) -> None: ...
+def track_iou_cuda(pred: Tensor, target: Tensor, lengths: Tensor, out: Tensor) -> None: ...
+def interval_set_iou_cuda(
+    pred: Tensor,
+    pred_offsets: Tensor,
+    target: Tensor,
+    target_offsets: Tensor,
+    empty: float,
+    out: Tensor,
+) -> None: ...

@@ -19,140 +19,20 @@ NaN, and 1e-7 is added to l^2 and to 1 - IoU + v.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from vcr1_fast.ops.backend import Op, native
+from vcr1_fast.ops.iou_reference import (
+    angle,
+    box_iou_reference,
+    interval_set_iou_reference,
+    temporal_iou_reference,
+    track_iou_reference,
+)
 
 KINDS = ("iou", "giou", "diou", "ciou")
 CONVENTIONS = ("zero", "torchvision")
-_TORCHVISION_EPS = 1e-7
-
-
-def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """numerator / denominator, and 0 where the denominator is not a positive finite number."""
-    usable = (denominator > 0) & denominator.isfinite()
-    # A safe denominator, too: the gradient of the branch not taken must not be NaN.
-    return torch.where(usable, numerator / torch.where(usable, denominator, 1.0), 0.0)
-
-
-def _pair_up(a: Tensor, b: Tensor, pairwise: bool) -> tuple[Tensor, Tensor]:
-    return (a[:, None], b[None]) if pairwise else (a, b)
-
-
-def temporal_iou_reference(pred: Tensor, target: Tensor, pairwise: bool) -> Tensor:
-    pred, target = _pair_up(pred, target, pairwise)
-    length_pred = (pred[..., 1] - pred[..., 0]).clamp(min=0)
-    length_target = (target[..., 1] - target[..., 0]).clamp(min=0)
-    first_end = torch.minimum(pred[..., 1], target[..., 1])
-    last_start = torch.maximum(pred[..., 0], target[..., 0])
-    shared = (first_end - last_start).clamp(min=0)
-    return _ratio(shared, length_pred + length_target - shared)
-
-
-def _angle(wh: Tensor, exact: bool) -> Tensor:
-    width, height = wh.unbind(-1)
-    return torch.atan(width / height) if exact else torch.atan2(width, height)
-
-
-def _ciou_penalty(wh_a: Tensor, wh_b: Tensor, iou: Tensor, eps: float) -> Tensor:
-    angle_a, angle_b = (_angle(wh, bool(eps)) for wh in (wh_a, wh_b))
-    v = (4 / math.pi**2) * (angle_a - angle_b) ** 2
-    if not eps:
-        v = torch.where(v.isfinite(), v, 0.0)
-    with torch.no_grad():
-        alpha = v / (1 - iou + v + eps) if eps else _ratio(v, 1 - iou + v)
-    return alpha * v
-
-
-def box_iou_reference(a: Tensor, b: Tensor, kind: str, pairwise: bool, convention: str) -> Tensor:
-    a, b = _pair_up(a, b, pairwise)
-    exact = convention == "torchvision"
-    wh_a, wh_b = a[..., 2:] - a[..., :2], b[..., 2:] - b[..., :2]
-    if not exact:
-        wh_a, wh_b = wh_a.clamp(min=0), wh_b.clamp(min=0)
-    wh = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(
-        min=0
-    )
-    shared = wh[..., 0] * wh[..., 1]
-    union = wh_a[..., 0] * wh_a[..., 1] + wh_b[..., 0] * wh_b[..., 1] - shared
-    divide = torch.div if exact else _ratio
-    iou = divide(shared, union)
-    if kind == "iou":
-        return iou
-
-    low, high = torch.minimum(a[..., :2], b[..., :2]), torch.maximum(a[..., 2:], b[..., 2:])
-    if not exact:  # holds reversed corners, too: keeps the penalties within [0, 1]
-        low = torch.minimum(low, torch.minimum(a[..., 2:], b[..., 2:]))
-        high = torch.maximum(high, torch.maximum(a[..., :2], b[..., :2]))
-    hull = (high - low).clamp(min=0)
-    if kind == "giou":
-        area = hull[..., 0] * hull[..., 1]
-        return iou - divide(area - union, area)
-    eps = _TORCHVISION_EPS if exact else 0.0
-    diagonal = hull[..., 0] ** 2 + hull[..., 1] ** 2 + eps
-    centres = (a[..., :2] + a[..., 2:]) / 2 - (b[..., :2] + b[..., 2:]) / 2
-    iou_minus_distance = iou - divide(centres[..., 0] ** 2 + centres[..., 1] ** 2, diagonal)
-    if kind == "diou":
-        return iou_minus_distance
-    return iou_minus_distance - _ciou_penalty(wh_a, wh_b, iou, eps)
-
-
-def track_iou_reference(pred: Tensor, target: Tensor, lengths: Tensor) -> Tensor:
-    iou = box_iou_reference(pred, target, "iou", False, "zero").double()
-    counted = torch.arange(pred.shape[1], device=pred.device) < lengths[:, None]
-    total = torch.where(counted, iou, 0.0).sum(-1)
-    return (total / lengths.clamp(min=1)).to(pred.dtype)
-
-
-def _merge(spans: Tensor) -> tuple[Tensor, Tensor]:
-    """The union of (n, 2) spans as disjoint pieces (starts, ends), some of them empty."""
-    start, end = spans[spans[:, 0].argsort()].unbind(-1)
-    reached = torch.cat([start[:1], end.cummax(0).values[:-1]])
-    start = torch.maximum(start, reached)
-    return start, torch.maximum(start, end)
-
-
-def _check_offsets(
-    pred: Tensor, pred_offsets: Tensor, target: Tensor, target_offsets: Tensor
-) -> None:
-    for name, spans, offsets in (
-        ("pred_offsets", pred, pred_offsets),
-        ("target_offsets", target, target_offsets),
-    ):
-        first, last = offsets[0], offsets[-1]
-        if first != 0 or last != len(spans) or (offsets[1:] < offsets[:-1]).any():
-            raise ValueError(
-                f"{name} must rise from 0 to {len(spans)}, the number of spans; got "
-                f"{offsets.tolist()}"
-            )
-
-
-def interval_set_iou_reference(
-    pred: Tensor, pred_offsets: Tensor, target: Tensor, target_offsets: Tensor, empty: float
-) -> Tensor:
-    _check_offsets(pred, pred_offsets, target, target_offsets)
-    result = []
-    for p0, p1, t0, t1 in zip(
-        pred_offsets[:-1].tolist(),
-        pred_offsets[1:].tolist(),
-        target_offsets[:-1].tolist(),
-        target_offsets[1:].tolist(),
-        strict=True,
-    ):
-        p, t = pred[p0:p1].double(), target[t0:t1].double()
-        p, t = p[p[:, 1] > p[:, 0]], t[t[:, 1] > t[:, 0]]
-        (p_start, p_end), (t_start, t_end) = _merge(p), _merge(t)
-        overlap = torch.minimum(p_end[:, None], t_end) - torch.maximum(p_start[:, None], t_start)
-        shared = overlap.clamp(min=0).sum()
-        union = (p_end - p_start).sum() + (t_end - t_start).sum() - shared
-        iou = _ratio(shared, union).clamp(max=1)
-        result.append(torch.where(union == 0, empty, iou))
-    if not result:
-        return pred.new_empty(0)
-    return torch.stack(result).to(pred.dtype)
 
 
 def _planes(x: Tensor, kind: str, exact: bool) -> Tensor:
@@ -160,8 +40,8 @@ def _planes(x: Tensor, kind: str, exact: bool) -> Tensor:
     x = x.reshape(-1, x.shape[-1])
     if kind == "ciou":
         wh = x[:, 2:] - x[:, :2]
-        angle = _angle(wh if exact else wh.clamp(min=0), exact)
-        x = torch.cat([x, angle[:, None]], dim=1)
+        column = angle(wh if exact else wh.clamp(min=0), exact)[:, None]
+        x = torch.cat([x, column], dim=1)
     return x.t().contiguous()
 
 
@@ -189,20 +69,47 @@ def _track_cpu(pred: Tensor, target: Tensor, lengths: Tensor) -> Tensor:
 def _sets_cpu(
     pred: Tensor, pred_offsets: Tensor, target: Tensor, target_offsets: Tensor, empty: float
 ) -> Tensor:
+    spans, out = _sets_memory(pred, pred_offsets, target, target_offsets)
+    native.interval_set_iou(*spans, empty, out, torch.get_num_threads())
+    return out.to(pred.dtype)
+
+
+def _sets_memory(
+    pred: Tensor, pred_offsets: Tensor, target: Tensor, target_offsets: Tensor
+) -> tuple[list[Tensor], Tensor]:
+    """The spans as copies in float64, which the kernels sort and merge in place; the result."""
     out = pred.new_empty(pred_offsets.shape[0] - 1, dtype=torch.float64)
-    # Copies, which the kernel sorts and merges in place.
-    pred_spans, target_spans = (
-        torch.empty(x.shape, dtype=torch.float64).copy_(x) for x in (pred, target)
+    p, t = (
+        torch.empty(x.shape, dtype=torch.float64, device=x.device).copy_(x) for x in (pred, target)
     )
-    native.interval_set_iou(
-        pred_spans,
-        pred_offsets.contiguous(),
-        target_spans,
-        target_offsets.contiguous(),
-        empty,
-        out,
-        torch.get_num_threads(),
-    )
+    return [p, pred_offsets.contiguous(), t, target_offsets.contiguous()], out
+
+
+def _box_cuda(a: Tensor, b: Tensor, kind: str, pairwise: bool, convention: str) -> Tensor:
+    out = _fake_pairs(a, b, pairwise)
+    if out.numel() > 0:
+        rows = (x.reshape(-1, x.shape[-1]).contiguous() for x in (a, b))
+        native.box_iou_cuda(*rows, out, kind, pairwise, convention == "torchvision")
+    return out
+
+
+def _temporal_cuda(pred: Tensor, target: Tensor, pairwise: bool) -> Tensor:
+    return _box_cuda(pred, target, "span", pairwise, "zero")
+
+
+def _track_cuda(pred: Tensor, target: Tensor, lengths: Tensor) -> Tensor:
+    out = pred.new_empty(pred.shape[0])
+    if out.numel() > 0:
+        native.track_iou_cuda(*(x.contiguous() for x in (pred, target, lengths)), out)
+    return out
+
+
+def _sets_cuda(
+    pred: Tensor, pred_offsets: Tensor, target: Tensor, target_offsets: Tensor, empty: float
+) -> Tensor:
+    spans, out = _sets_memory(pred, pred_offsets, target, target_offsets)
+    if out.numel() > 0:
+        native.interval_set_iou_cuda(*spans, empty, out)
     return out.to(pred.dtype)
 
 
@@ -227,6 +134,7 @@ def _fake_sets(
 _temporal = Op("temporal_iou", "(Tensor pred, Tensor target, bool pairwise) -> Tensor", _fake_pairs)
 _temporal.register("reference", temporal_iou_reference)
 _temporal.register("cpu", _temporal_cpu)
+_temporal.register("cuda", _temporal_cuda)
 _box = Op(
     "box_iou",
     "(Tensor a, Tensor b, str kind, bool pairwise, str convention) -> Tensor",
@@ -234,9 +142,11 @@ _box = Op(
 )
 _box.register("reference", box_iou_reference)
 _box.register("cpu", _box_cpu)
+_box.register("cuda", _box_cuda)
 _track = Op("track_iou", "(Tensor pred, Tensor target, Tensor lengths) -> Tensor", _fake_tracks)
 _track.register("reference", track_iou_reference)
 _track.register("cpu", _track_cpu)
+_track.register("cuda", _track_cuda)
 _sets = Op(
     "interval_set_iou",
     "(Tensor pred, Tensor pred_offsets, Tensor target, Tensor target_offsets, float empty)"
@@ -245,6 +155,7 @@ _sets = Op(
 )
 _sets.register("reference", interval_set_iou_reference)
 _sets.register("cpu", _sets_cpu)
+_sets.register("cuda", _sets_cuda)
 
 
 def _check_floats(names: str, a: Tensor, b: Tensor, width: int) -> None:
@@ -359,7 +270,9 @@ def interval_set_iou(
     empty: the value where both sets are empty (VideoChat-R1's reward gives 1).
     Returns (N,), summed in float64. Not differentiable.
     Raises ValueError for other shapes and dtypes, for offsets that do not run from 0 to the number
-    of spans without falling, and for inputs that require gradients.
+    of spans without falling, and for inputs that require gradients. On a GPU, where the host would
+    have to wait for them, offsets are not refused: a set whose own two are no part of the spans
+    has NaN.
     """
     _check_floats("pred and target", pred, target, 2)
     if pred.dim() != 2 or target.dim() != 2:
