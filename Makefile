@@ -38,19 +38,20 @@ test: $(VENV)/.built $(VENV)/.oracle  ## Every test that this machine can run.
 
 # Native code under AddressSanitizer and UBSan, in a build of its own that VCR1_NATIVE names. The
 # runtimes come first because Python itself lacks them, and libstdc++ with them, or exceptions are
-# not seen. Leaks are not looked for: Python never frees all.
+# not seen. Leaks are not looked for: Python never frees all. --capture=sys leaves the report, which
+# a sanitizer writes before it ends the process, on the terminal.
 SANITIZERS = $(foreach lib,libasan.so libubsan.so libstdc++.so.6,$(shell $(CXX) -print-file-name=$(lib)))
 OP_TESTS := $(patsubst %,python_tests/test_%.py,native backend gather_logprobs group_advantages \
-  grpo_loss iou linear_grpo_loss linear_logprobs properties resize_frames video_patches)
+  grpo_loss iou linear_grpo_loss linear_logprobs properties resample_tiles resize_frames video_patches)
 sanitize: $(VENV)/.built  ## The ops' CPU tests on a build that traps memory errors and undefined behaviour.
-	cmake -S . -B build/sanitize -DCMAKE_BUILD_TYPE=None -DVCR1_CUDA=OFF -DVCR1_SANITIZE=ON \
-	  -DCMAKE_CXX_COMPILER=$(CXX) -DPython_EXECUTABLE=$(abspath $(PY)) \
+	CXX=$(CXX) cmake -S . -B build/sanitize -DCMAKE_BUILD_TYPE=None -DVCR1_CUDA=OFF -DVCR1_SANITIZE=ON \
+	  -DPython_EXECUTABLE=$(abspath $(PY)) \
 	  -Dpybind11_DIR=$$($(PY) -m pybind11 --cmakedir)
 	cmake --build build/sanitize --parallel
 	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 \
 	  UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=. \
 	  VCR1_NATIVE=$$(ls $(CURDIR)/build/sanitize/_C*.so) \
-	  $(PY) -m pytest -q -m "not gpu" $(OP_TESTS) $(ARGS)
+	  $(PY) -m pytest -q --capture=sys -m "not gpu" $(OP_TESTS) $(ARGS)
 
 lint: $(VENV)/.built
 	$(VENV)/bin/ruff check .

@@ -31,7 +31,6 @@ import os
 import platform
 import re
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
@@ -39,45 +38,12 @@ from pathlib import Path
 from types import TracebackType
 
 import torch
-from memory import peak_extra
+from machine import OtherLoad, cache_bytes, commit, cpu_name, peak_extra
 from peers import versions
 
 RESULTS = Path(__file__).parent / "results"
 _MIB = 1 << 20
 Entry = Callable[[], object]
-
-
-def _cpu_name() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor() or platform.machine()
-    match = re.search(r"model name\s*:\s*(.+)", text)
-    return match.group(1).strip() if match else platform.machine()
-
-
-def _cache_bytes(level: int) -> int:
-    """Size of one cache of that level as the kernel reports it; 32 MiB where it does not."""
-    for folder in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
-        if (folder / "level").read_text().strip() == str(level):
-            return int((folder / "size").read_text().strip().removesuffix("K")) << 10
-    return 32 * _MIB
-
-
-def _commit() -> str:
-    """HEAD's short hash, with "+" when tracked files differ from it."""
-    here = Path(__file__).parent
-
-    def git(*args: str) -> str:
-        return subprocess.run(
-            ["git", *args], cwd=here, capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":!results")
-        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 class Timer:
@@ -87,7 +53,7 @@ class Timer:
         self.device = device
         size = 256 * _MIB
         if device.type == "cpu":
-            size = 2 * _cache_bytes(2) * torch.get_num_threads()
+            size = 2 * cache_bytes(2) * torch.get_num_threads()
         self._flush = torch.zeros(size // 4, device=device)
 
     def once(self, fn: Entry, *, cold: bool = True) -> float:
@@ -137,15 +103,16 @@ class Bench:
         self.device = torch.device(device)
         torch.set_num_threads(threads or os.cpu_count() or 1)
         self._timer = Timer(self.device)
+        self._load = OtherLoad()
         self._rows: list[dict[str, object]] = []
-        name = torch.cuda.get_device_name() if device == "cuda" else _cpu_name()
+        name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
         self.header = {
             "stem": stem,
             "device": name,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "python": platform.python_version(),
-            "commit": _commit(),
+            "commit": commit(),
             "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
             **{f"{kind}_GBps": round(self._limit(kind) / 1e9, 1) for kind in ("read", "copy")},
         }
@@ -153,7 +120,7 @@ class Bench:
     def _limit(self, kind: str) -> float:
         size = 256 * _MIB
         if self.device.type == "cpu":
-            size = max(size, min(2 * _cache_bytes(3), 1024 * _MIB))
+            size = max(size, min(2 * cache_bytes(3), 1024 * _MIB))
         source = torch.ones(size // 4, device=self.device)
         if kind == "read":
             return size / min(self._timer.once(source.sum, cold=False) for _ in range(7))
@@ -187,7 +154,7 @@ class Bench:
         bytes: least traffic of the work, for GB/s; limit: "read" or "copy", which it is held to,
         or the entry of `fns` whose time is the limit (it then gets no row of its own).
         errors: for "ours" and the entries that have one, against float64 (see scaled_error).
-        memory: measure the peak that each entry adds while it runs (see memory.py); a callable is
+        memory: measure the peak that each entry adds while it runs (see machine.py); a callable is
         called before each measurement, to free what an earlier call has left (gradients).
         rounds: the least number of them, below 5 for work of many seconds; notes: more columns.
         """
@@ -272,6 +239,10 @@ class Bench:
         mean = math.exp(statistics.fmean(math.log(ratio) for ratio in ratios))
         print(f"geometric mean of {len(ratios)} speedups: {mean:.2f}x")
         self.header["peers"] = versions()
+        load = self._load.mean()
+        self.header["other_load"] = None if load is None else round(load, 2)
+        if load is not None and load > 0.1:
+            print(f"Others kept {load:.2f} processors busy meanwhile: these times are not clean.")
         slug = re.sub(r"\((r|tm)\)|\W+", "-", str(self.header["device"]).lower())
         slug = re.sub("-+", "-", slug).strip("-")
         RESULTS.mkdir(exist_ok=True)

@@ -131,6 +131,9 @@ def _machines(contents: Sequence[Mapping[str, Any]]) -> list[str]:
             f"{device}, {threads} thread{'s' * (threads > 1)}; {', '.join(versions)}; "
             f"commit {', '.join(commits)}; {', '.join(days)}."
         )
+        load = max(header.get("other_load") or 0.0 for header in headers)
+        if load > 0.1:
+            lines[-1] += f" Not clean: others kept up to {load:.1f} processors busy."
     return lines
 
 

@@ -9,8 +9,9 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benches"))
 import harness
+import machine
 import peers
-from memory import peak_extra
+from machine import peak_extra
 
 MIB = 1 << 20
 
@@ -99,6 +100,27 @@ def test_the_peak_counts_what_is_freed_again_and_not_what_was_there(bench):
     assert peak_extra(nothing, torch.device("cpu")) < 4 * MIB
     again = peak_extra(call, torch.device("cpu"), held.clear)
     assert 31 * MIB <= again <= 40 * MIB  # released before, or its result would hide 8 MiB
+
+
+def test_the_load_of_others_is_the_systems_less_ours(monkeypatch):
+    """5 s of processor time in 4 s, of which 3 were ours and 1 a neighbour's on the same host."""
+    states = iter(
+        [
+            ("cpu  100 0 100 1000 9 0 0 0 0 0\n", (1.0, 1.0, 0.0, 0.0, 0.0), 0.0),
+            ("cpu  400 0 200 1900 9 0 0 100 0 0\n", (3.0, 1.0, 1.0, 0.0, 0.0), 4.0),
+        ]
+    )
+    state = []
+    monkeypatch.setattr(machine.os, "sysconf", lambda name: 100)
+    monkeypatch.setattr(machine.os, "times", lambda: state[1])
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: state[2])
+
+    def read(path, *args):
+        state[:] = next(states)
+        return state[0]
+
+    monkeypatch.setattr(machine.Path, "read_text", read)
+    assert machine.OtherLoad().mean() == pytest.approx(0.5)
 
 
 def test_a_peer_that_cannot_run_says_why(tmp_path, monkeypatch):

@@ -126,6 +126,7 @@ def bench_file(folder):
         "commit": "abc",
         "date": "2026-11-22 10:00 UTC",
         "peers": {"pillow": "12"},
+        "other_load": 0.3,
     }
     rows = [row("iou", "8", "eager", 9.0, 50.0), row("iou", "8", "compiled", 4.0, 50.0)]
     rows += [row("iou", "64", "eager", 1.0, 80.0, ours=5.0), row("giou", "8", "eager", 3.0, 20.0)]
@@ -151,7 +152,8 @@ def test_the_ops_table_compares_with_the_fastest_other_of_each_case(tmp_path):
     second = ["iou: giou", "Chip", "8 float32", "eager", "6.00", "2.00", "3.0x", "20 % read"]
     assert cells(lines[3]) == [*second, "90 / 3"]
     assert lines[-2:] == [
-        "- Chip, 2 threads; torch 2.13, Python 3.11, pillow 12; commit abc; 2026-11-22.",
+        "- Chip, 2 threads; torch 2.13, Python 3.11, pillow 12; commit abc; 2026-11-22. Not clean: "
+        "others kept up to 0.3 processors busy.",
         "- Not timed on Chip, not installed: torchvision.",
     ]
 
