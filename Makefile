@@ -5,7 +5,8 @@ PY := $(VENV)/bin/python
 CSRC := CMakeLists.txt $(shell find csrc -type f)
 PIP_INSTALL = $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # Triton kernels run on the CPU only in a process that never compiles them.
-TRITON_TESTS := python_tests/test_gather_logprobs.py python_tests/test_grpo_loss.py
+TRITON_TESTS := $(addprefix python_tests/test_, gather_logprobs.py grpo_loss.py \
+  logits_grpo_loss.py)
 CLANG_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: build demo test sanitize lint format bench gpu-check inplace clean
