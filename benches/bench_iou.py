@@ -7,7 +7,7 @@ from types import ModuleType
 
 import peers
 import torch
-from harness import Bench, arguments
+from harness import Bench, arguments, scaled_error
 
 from vcr1_fast import ops
 from vcr1_fast.ops.iou import KINDS
@@ -20,7 +20,7 @@ from vcr1_fast.ops.iou_reference import (
 
 
 def bench_boxes(bench: Bench, n: int, m: int, boxes: ModuleType | str) -> None:
-    corners = torch.rand(n + m, 2, 2).sort(1).values.flatten(1)
+    corners = torch.rand(n + m, 2, 2).sort(1).values.flatten(1).to(bench.device)
     a, b = corners[:n], corners[n:]
     names = dict(
         zip(KINDS, ("box", "generalized_box", "distance_box", "complete_box"), strict=True)
@@ -33,15 +33,21 @@ def bench_boxes(bench: Bench, n: int, m: int, boxes: ModuleType | str) -> None:
             theirs = getattr(boxes, f"{names[kind]}_iou")
             fns["torchvision"] = lambda f=theirs: f(a, b)
         fns["ours"] = lambda k=kind: ops.box_iou(a, b, kind=k, pairwise=True)
-        bench.run(f"box_iou {kind}", f"{n}x{m}", "float32", fns, 4 * (4 * (n + m) + n * m))
+        exact = box_iou_reference(a.double(), b.double(), kind, True, "zero")
+        errors = {
+            name: scaled_error(fn(), exact) for name, fn in fns.items() if not isinstance(fn, str)
+        }
+        traffic = 4 * (4 * (n + m) + n * m)
+        bench.run(f"box_iou {kind}", f"{n}x{m}", "float32", fns, traffic, errors=errors)
 
 
 def bench_rewards(bench: Bench, n: int) -> None:
     """One scoring pass: spans, sets of three spans, tracks of eight boxes."""
-    spans = torch.rand(2, 3 * n, 2).sort(-1).values
-    offsets = torch.arange(0, 3 * n + 1, 3)
-    tracks = torch.rand(2, n * 8, 2, 2).sort(2).values.view(2, n, 8, 4)
-    lengths = torch.full((n,), 8)
+    device = bench.device
+    spans = torch.rand(2, 3 * n, 2).sort(-1).values.to(device)
+    offsets = torch.arange(0, 3 * n + 1, 3, device=device)
+    tracks = torch.rand(2, n * 8, 2, 2).sort(2).values.view(2, n, 8, 4).to(device)
+    lengths = torch.full((n,), 8, device=device)
     p, t = spans[:, :n]
     bench.run(
         "temporal_iou",
@@ -77,9 +83,6 @@ def bench_rewards(bench: Bench, n: int) -> None:
 
 def main() -> None:
     args = arguments(__doc__.splitlines()[0])
-    if args.device == "cuda":
-        print("iou: no CUDA kernel to time; on a GPU these ops run as plain torch")
-        return
     boxes = peers.torchvision("ops.boxes")
     with Bench("iou", **vars(args)) as bench:
         torch.manual_seed(0)
