@@ -285,6 +285,63 @@ void bind_grpo_loss(py::module_& m) {
       py::arg("num_threads"));
 }
 
+#ifdef VCR1_CUDA
+void bind_logits_grpo_loss(py::module_& m) {
+  m.def(
+      "logits_grpo_loss",
+      [](const Tensor& logits, const Tensor& labels, const std::optional<Tensor>& mask,
+         const std::optional<Tensor>& row_temperature, double temperature,
+         const std::vector<std::optional<Tensor>>& tokens, const std::vector<int64_t>& kinds,
+         const std::vector<double>& values, const std::optional<Tensor>& grad_entropy,
+         const std::vector<std::optional<Tensor>>& outputs) {
+        VCR1_CHECK(logits.on_cuda(), "logits: expected a CUDA tensor");
+        VCR1_CHECK(tokens.size() == 6 && tokens[1] && tokens[5],
+                   "tokens: expected old log-probs, advantages, reference and rollout log-probs, "
+                   "token weights and weights");
+        VCR1_CHECK(outputs.size() == 5 && outputs[0] && outputs[2] && outputs[3] && outputs[4],
+                   "outputs: expected 5 tensors");
+        vcr1::LogitsGrpoLossArgs args{};
+        auto& forward = args.forward;
+        forward.in = gather_logprobs_input(logits, labels, mask, row_temperature, temperature);
+        const int64_t rows = forward.in.rows;
+        VCR1_CHECK(forward.in.k == 1, "labels: expected one a row, got ", forward.in.k);
+        forward.logps = dense<float>(outputs[0], rows, logits, "logps");
+        forward.entropy = dense<float>(outputs[1], rows, logits, "entropy");
+        forward.lse = dense<float>(outputs[2], rows, logits, "lse");
+        forward.stats = dense<float>(outputs[3], rows * 3, logits, "stats");
+        const Tensor& grad = *outputs[4];
+        VCR1_CHECK(grad.dtype() == logits.dtype() && grad.same_device(logits) &&
+                       grad.ndim() == logits.ndim(),
+                   "grad: expected the dtype, device and shape of the logits");
+        for (int i = 0; i < grad.ndim(); ++i)
+          VCR1_CHECK(grad.size(i) == logits.size(i), "grad: expected the shape of the logits");
+        args.grad = grad.raw();
+        args.grad_layout = row_layout(grad, "grad");
+        args.grad_entropy = dense<float>(grad_entropy, rows, logits, "grad_entropy");
+        VCR1_CHECK(args.grad_entropy == nullptr || forward.entropy != nullptr,
+                   "grad_entropy: needs entropy");
+        auto& loss = args.tokens;
+        loss.dtype = vcr1::DType::kFloat32;
+        loss.sequences = loss.tokens = rows;
+        loss.columns = 1;
+        loss.token_advantages = true;
+        const char* const names[] = {"old_logps",     "advantages",    "ref_logps",
+                                     "rollout_logps", "token_weights", "weights"};
+        const void** const fields[] = {&loss.old_logps,     &loss.advantages,    &loss.ref_logps,
+                                       &loss.rollout_logps, &loss.token_weights, &loss.weights};
+        for (int i = 0; i < 6; ++i) *fields[i] = dense<float>(tokens[i], rows, logits, names[i]);
+        loss.kinds = fields_from<vcr1::grpo::Kinds>(kinds, "kinds");
+        loss.values = fields_from<vcr1::grpo::Values>(values, "values");
+        if (rows == 0 || forward.in.vocab == 0) return;
+        const vcr1::DeviceGuard guard("logits_grpo_loss", logits.device_index());
+        vcr1::cuda::logits_grpo_loss(args, logits.stream());
+      },
+      py::arg("logits"), py::arg("labels"), py::arg("mask"), py::arg("row_temperature"),
+      py::arg("temperature"), py::arg("tokens"), py::arg("kinds"), py::arg("values"),
+      py::arg("grad_entropy"), py::arg("outputs"));
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -293,6 +350,9 @@ PYBIND11_MODULE(_C, m) {
   bind_gather_logprobs(m);
   bind_iou(m);
   bind_grpo_loss(m);
+#ifdef VCR1_CUDA
+  bind_logits_grpo_loss(m);
+#endif
   bind_resize(m);
 #ifdef VCR1_CUDA
   bind_cuda_iou(m);

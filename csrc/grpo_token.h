@@ -37,22 +37,30 @@ struct Token {
   T log_ratio, unclamped, advantage, gap;
 };
 
+// Token i of completion b, its log-prob given.
 template <typename T>
-VCR1_HOST_DEVICE static inline Token<T> load_token(const GrpoLossArgs& a, int64_t b, int64_t i) {
+VCR1_HOST_DEVICE static inline Token<T> load_token(const GrpoLossArgs& a, int64_t b, int64_t i,
+                                                   bool counts, T logp) {
   const T* const rollout = static_cast<const T*>(a.rollout_logps);
   const T limit = static_cast<T>(a.values.log_ratio_clamp);
   Token<T> t;
-  // Selected, not multiplied: what stands outside the mask may be inf or nan.
-  t.counts = a.mask == nullptr || a.mask[i];
-  t.logp = t.counts ? static_cast<const T*>(a.logps)[i] : T{0};
-  t.before = t.counts && a.old_logps != nullptr ? static_cast<const T*>(a.old_logps)[i] : t.logp;
+  t.counts = counts;
+  t.logp = logp;
+  t.before = counts && a.old_logps != nullptr ? static_cast<const T*>(a.old_logps)[i] : logp;
   const T x = t.logp - t.before;
   t.log_ratio = clamp(x, -limit, limit);
   t.unclamped = std::abs(x) <= limit ? T{1} : T{0};
-  t.advantage = t.counts ? static_cast<const T*>(a.advantages)[a.token_advantages ? i : b] : T{0};
-  const T gap = t.counts && rollout != nullptr ? t.before - rollout[i] : T{0};
+  t.advantage = counts ? static_cast<const T*>(a.advantages)[a.token_advantages ? i : b] : T{0};
+  const T gap = counts && rollout != nullptr ? t.before - rollout[i] : T{0};
   t.gap = gap == gap ? gap : T{0};  // nan: the sampler gave no log-prob
   return t;
+}
+
+template <typename T>
+VCR1_HOST_DEVICE static inline Token<T> load_token(const GrpoLossArgs& a, int64_t b, int64_t i) {
+  // Selected, not multiplied: what stands outside the mask may be inf or nan.
+  const bool counts = a.mask == nullptr || a.mask[i];
+  return load_token(a, b, i, counts, counts ? static_cast<const T*>(a.logps)[i] : T{0});
 }
 
 // Whether tokens can only be weighed after sums over their completion.

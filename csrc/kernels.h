@@ -328,9 +328,21 @@ namespace cpu {
 VCR1_CPU_LAUNCHER(grpo_loss, GrpoLossArgs)
 }  // namespace cpu
 
+// One pass over logits for losses that weigh tokens one by one. On CUDA only: elsewhere the
+// log-probs, the loss and the gradient are three calls.
+struct LogitsGrpoLossArgs {
+  GatherLogprobsForward forward;  // one label a row
+  // fp32, as completions of one token each: `weights` is given, `mask` and `logps` are not.
+  GrpoLossArgs tokens;
+  const float* grad_entropy;  // (rows,) or null; only with forward.entropy
+  void* grad;                 // dtype of the logits; may be the logits themselves
+  RowLayout grad_layout;
+};
+
 #ifdef VCR1_CUDA
 namespace cuda {
 void grpo_loss(const GrpoLossArgs& args, void* stream);
+void logits_grpo_loss(const LogitsGrpoLossArgs& args, void* stream);
 }  // namespace cuda
 #endif
 

@@ -7,8 +7,7 @@
 // repeat. A team of threads takes a completion, a warp where completions are short.
 #include <algorithm>
 
-#include "../grpo_token.h"
-#include "common.cuh"
+#include "grpo_token.cuh"
 
 namespace vcr1::cuda {
 namespace {
@@ -75,72 +74,6 @@ struct Team {
 // Scratch memory: row `index` holds one number a completion.
 __device__ inline double& scratch(const GrpoLossArgs& a, int index, int64_t b) {
   return a.scratch[index * a.sequences + b];
-}
-
-template <typename T>
-struct Evaluated {
-  Token<T> token;
-  T token_ratio, ratio, phi, kept;
-  Correction<T> correction;
-  KlTerm<T> kl;
-  Part<T> part;
-};
-
-template <typename T>
-__device__ inline Correction<T> rollout_correction(const GrpoLossArgs& a, const Completion& c,
-                                                   T gap) {
-  if (a.kinds.rollout == kNone) return {T{1}, T{0}};
-  if (corrects_whole(a.kinds)) return {static_cast<T>(c.correction), static_cast<T>(c.dropped)};
-  return token_correction(a, c, std::exp(gap));
-}
-
-template <typename T>
-__device__ inline Policy<T> policy_term(const GrpoLossArgs& a, const Completion& c,
-                                        const Token<T>& t, T ratio, T& phi) {
-  const Values& v = a.values;
-  const T low = static_cast<T>(v.ratio_low), high = static_cast<T>(v.ratio_high);
-  phi = 0;
-  if (a.kinds.loss == kVespo) {
-    phi = static_cast<T>(t.advantage >= 0 ? c.phi_pos : c.phi_neg);
-    return weighted_policy(phi, t.advantage, t.logp);
-  }
-  if (a.kinds.loss == kCispo) return weighted_policy(clamp(ratio, low, high), t.advantage, t.logp);
-  if (a.kinds.loss == kSapo) {
-    const T tau = static_cast<T>(t.advantage > 0 ? v.sapo_tau_pos : v.sapo_tau_neg);
-    return sapo_policy(t.advantage, tau, std::exp(tau * (1 - ratio)));
-  }
-  return clipped_policy(ratio, t.advantage, low, high, static_cast<T>(v.delta));
-}
-
-template <typename T>
-__device__ inline KlTerm<T> reference_term(const GrpoLossArgs& a, const Token<T>& t, int64_t i) {
-  if (a.ref_logps == nullptr) return {T{0}, T{0}};
-  const T limit = static_cast<T>(a.values.kl_input_clamp);
-  const T raw = t.counts ? static_cast<const T*>(a.ref_logps)[i] - t.logp : T{0};
-  const T d = clamp(raw, -limit, limit);
-  return kl_term(a.kinds, raw, d, a.kinds.kl == kK3 ? std::exp(d) : T{0}, limit,
-                 static_cast<T>(a.values.kl_output_clamp));
-}
-
-// Token i of completion b, whose tokens weigh `weight` in the loss.
-template <typename T>
-__device__ inline Evaluated<T> evaluate(const GrpoLossArgs& a, const Completion& c, int64_t b,
-                                        int64_t i, T weight) {
-  Evaluated<T> out;
-  const Token<T> t = out.token = load_token<T>(a, b, i);
-  out.token_ratio = std::exp(t.log_ratio);
-  out.ratio = a.kinds.level == kToken ? out.token_ratio : std::exp(static_cast<T>(c.log_ratio));
-  out.correction = rollout_correction(a, c, t.gap);
-  const bool kept = !(c.off_policy && t.advantage < 0);
-  out.kept = static_cast<T>(kept);
-  T factor = a.kinds.loss == kVespo ? T{1} : out.correction.weight;
-  if (a.token_weights != nullptr)
-    factor *= t.counts ? static_cast<const T*>(a.token_weights)[i] : T{0};
-  const Policy<T> policy = policy_term(a, c, t, out.ratio, out.phi);
-  out.kl = reference_term(a, t, i);
-  out.part = combine(a.kinds, weight, static_cast<T>(a.values.beta), kept ? factor : T{0},
-                     out.correction.weight, out.ratio, policy, out.kl);
-  return out;
 }
 
 // Sums over the completion that its tokens cannot be weighed without.
@@ -214,7 +147,7 @@ __global__ void __launch_bounds__(kBlock) sums_kernel(const __grid_constant__ Gr
   double sums[kScratch] = {}, least[1] = {HUGE_VAL}, most[2] = {-HUGE_VAL, 0.0};
   team.for_tokens([&](int64_t i) {
     if (a.mask != nullptr && !a.mask[i]) return;
-    const Evaluated<T> e = evaluate<T>(a, c, b, i, T{1});
+    const Evaluated<T> e = evaluate(a, c, load_token<T>(a, b, i), i, T{1});
     sums[kLossSum] += e.part.loss;
     sums[kPolicyLoss] += e.part.policy;
     sums[kGradS] += e.part.d_s;
@@ -353,7 +286,7 @@ __global__ void __launch_bounds__(kBlock) gradient_kernel(const __grid_constant_
     const bool counts = a.mask == nullptr || a.mask[i];
     T value{0}, entropy_value{0};
     if (counts) {
-      const Evaluated<T> e = evaluate<T>(a, c, b, i, weight);
+      const Evaluated<T> e = evaluate(a, c, load_token<T>(a, b, i), i, weight);
       const T own = a.kinds.level == kToken      ? e.part.d_s * e.token.unclamped
                     : a.kinds.level == kSequence ? each * e.token.unclamped
                                                  : e.part.d_s;

@@ -1,0 +1,47 @@
+// Blocks of a cluster (sm_90 on), and copies into shared memory that no thread waits for (sm_80).
+#pragma once
+
+#include "common.cuh"
+
+namespace vcr1::cuda {
+
+// All threads of all blocks of the cluster arrive before any passes wait; what they wrote to shared
+// memory before can be read after.
+__device__ inline void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+#endif
+}
+__device__ inline void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+#endif
+}
+
+// *p, a float in shared memory, as block `rank` of the cluster has it.
+__device__ inline float cluster_read(const float* p, unsigned rank) {
+#if __CUDA_ARCH__ >= 900
+  const auto own = static_cast<unsigned>(__cvta_generic_to_shared(p));
+  unsigned theirs;
+  float x;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(theirs) : "r"(own), "r"(rank));
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(x) : "r"(theirs) : "memory");
+  return x;
+#else
+  return *p;
+#endif
+}
+
+// 16 bytes of global memory to shared memory, seen by this thread after copies_wait().
+__device__ inline void copy_async(void* shared, const void* global) {
+  const auto to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+}
+__device__ inline void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// All but the latest kPending groups have arrived.
+template <int kPending>
+__device__ inline void copies_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+}  // namespace vcr1::cuda
