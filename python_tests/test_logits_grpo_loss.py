@@ -6,16 +6,18 @@ import math
 import numpy as np
 import pytest
 import torch
+from gpu_backend import device_of, needs_gpu, with_cuda
 from grpo_oracle import loop_loss
 
 from vcr1_fast import ops
 from vcr1_fast.ops import GRPOLossConfig, grpo_loss_from_logits
+from vcr1_fast.ops.backend import native
 from vcr1_fast.ops.grpo_config import LOSS_TYPES, parameters
 from vcr1_fast.ops.grpo_loss import grpo_loss_op
 from vcr1_fast.ops.logits_grpo_loss import reference
 
 VOCAB, LENGTHS = 37, (5, 0, 1, 9)
-BACKENDS = [name for name in ("reference", "cpu") if name in grpo_loss_op.backends("cpu")]
+BACKENDS = [name for name in with_cuda(grpo_loss_op) if name != "triton"]
 # With TRITON_INTERPRET=1 alone, for `make test` runs those in a process of their own.
 TRITON = [name for name in ("triton",) if name in grpo_loss_op.backends("cpu")]
 CONFIGS = {
@@ -25,6 +27,9 @@ CONFIGS = {
     "rollout": GRPOLossConfig(rollout_correction="sequence_mask", rollout_max=3.0),
     "off_policy": GRPOLossConfig(off_policy_threshold=0.05),
 }
+# Of these a token's gradient takes the log-probs of its completion's other tokens.
+COUPLED = ("vespo", "sequence", "off_policy")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def make_batch(dtype=torch.float64, lengths=LENGTHS):
@@ -51,6 +56,10 @@ def make_batch(dtype=torch.float64, lengths=LENGTHS):
     return {n: x.to(dtype) if x.is_floating_point() else x for n, x in batch.items()}
 
 
+def moved(batch, backend):
+    return {n: x if x is None else x.to(device_of(backend)) for n, x in batch.items()}
+
+
 def head(logits, batch, temperature):
     if isinstance(temperature, torch.Tensor):
         temperature = temperature[..., None]
@@ -70,7 +79,7 @@ def pack(batch):
 
 
 def call(batch, config, *, temperature=1.0, inplace=False, scale=3.0):
-    """(loss, gradient of the logits, metrics)."""
+    """(loss, gradient of the logits, metrics), the first two on the CPU."""
     leaf = batch["logits"].clone().requires_grad_()
     loss, metrics = grpo_loss_from_logits(
         leaf * 1, batch["labels"], batch["advantages"], batch["mask"],
@@ -79,7 +88,7 @@ def call(batch, config, *, temperature=1.0, inplace=False, scale=3.0):
         config=config,
     )  # fmt: skip
     (scale * loss).backward()
-    return loss.detach(), leaf.grad / scale, metrics
+    return loss.detach().cpu(), leaf.grad.cpu() / scale, metrics
 
 
 def oracle(batch, config, temperature=1.0):
@@ -106,29 +115,30 @@ def oracle(batch, config, temperature=1.0):
 def test_matches_the_loop(name, backend):
     batch, config = make_batch(), CONFIGS[name]
     mask = batch["mask"]
-    for temperature in (1.0, batch["temperature"]):
-        expected = oracle(batch, config, temperature)
-        flat = pack(batch)
+    here, flat = moved(batch, backend), moved(pack(batch), backend)
+    for each in (False, True):
+        expected = oracle(batch, config, batch["temperature"] if each else 1.0)
         with ops.use(backend):
             for inplace in (False, True):
-                got = call(batch, config, temperature=temperature, inplace=inplace)
+                t = here["temperature"] if each else 1.0
+                got = call(here, config, temperature=t, inplace=inplace)
                 torch.testing.assert_close(got[:2], expected, rtol=1e-6, atol=1e-7)
                 assert not got[1][~mask].any()
-            t = flat["temperature"] if isinstance(temperature, torch.Tensor) else 1.0
-            packed = call(flat, config, temperature=t)
+            packed = call(flat, config, temperature=flat["temperature"] if each else 1.0)
         torch.testing.assert_close(packed[0], expected[0], rtol=1e-6, atol=1e-7)
         torch.testing.assert_close(packed[1], expected[1][mask], rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, *TRITON])
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ("grpo", "sequence", "entropy"))
 def test_error_in_each_dtype(name, dtype, backend):
     batch, config = make_batch(dtype), CONFIGS[name]
     expected = oracle(batch, config)
     # Interpreted kernels are numpy, which warns of the infinities that GPUs compute with.
     with ops.use(backend), np.errstate(all="ignore"):
-        results = [call(batch, config, inplace=inplace) for inplace in (False, True)]
+        here = moved(batch, backend)
+        results = [call(here, config, inplace=inplace) for inplace in (False, True)]
     assert torch.equal(results[0][1], results[1][1])
     loss, grad, _ = results[0]
     assert loss.dtype == torch.float32 and grad.dtype == dtype
@@ -143,6 +153,7 @@ def test_matches_the_reference_with_its_metrics(name, backend):
     batch, config = make_batch(), CONFIGS[name]
     batch["logits"] = batch["logits"].nan_to_num(0)
     batch["labels"] = batch["labels"].clamp(min=0)
+    batch = moved(batch, backend)
     names = ("old_logps", "ref_logps", "rollout_logps", "token_weights")
     options = {**{n: batch[n] for n in names}, "config": config}
     args = [batch[n] for n in ("logits", "labels", "advantages", "mask")]
@@ -158,7 +169,7 @@ def test_matches_the_reference_with_its_metrics(name, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_memory_of_the_logits(backend):
-    batch = make_batch(torch.float32)
+    batch = moved(make_batch(torch.float32), backend)
     args = [batch[n] for n in ("labels", "advantages", "mask")]
     leaf = batch["logits"].nan_to_num(0).requires_grad_()
     logits = leaf * 1
@@ -178,7 +189,7 @@ def test_memory_of_the_logits(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_bits_repeat_and_kept_graphs(backend):
-    batch = make_batch(torch.float32)
+    batch = moved(make_batch(torch.float32), backend)
     args = [batch[n] for n in ("labels", "advantages", "mask")]
     leaf = batch["logits"].clone().requires_grad_()
     with ops.use(backend):
@@ -194,7 +205,7 @@ def test_bits_repeat_and_kept_graphs(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend):
-    batch = make_batch(torch.float32)
+    batch = moved(make_batch(torch.float32), backend)
     p = parameters(GRPOLossConfig(beta=0.1, entropy_coef=0.1))
     x = {n: t.nan_to_num(0) if t.is_floating_point() else t for n, t in batch.items()}
     args = (
@@ -210,7 +221,7 @@ def test_opcheck(backend):
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compiles_whole(backend):
-    batch = make_batch(torch.float32)
+    batch = moved(make_batch(torch.float32), backend)
     batch["logits"] = batch["logits"].nan_to_num(0)
 
     def step(logits):
@@ -228,6 +239,87 @@ def test_compiles_whole(backend):
             results.append([loss, ratio, leaf.grad])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tensors_in_larger_ones(backend):
+    batch = moved(make_batch(torch.float32), backend)
+    inside = dict(batch)
+    for name, x in batch.items():
+        if name != "logits" and x.ndim > 1:
+            inside[name] = torch.cat([x, x], dim=1)[:, x.shape[1] :]
+            assert not inside[name].is_contiguous()
+    with ops.use(backend):
+        for inplace in (False, True):
+            expected, got = (
+                call(x, CONFIGS["entropy"], inplace=inplace)[:2] for x in (batch, inside)
+            )
+            assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
+
+
+@pytest.fixture
+def one_pass_calls(monkeypatch):
+    """A list that grows with each call of the kernel that takes logits to their gradient."""
+    calls, kernel = [], native.logits_grpo_loss
+
+    def counted(*args):
+        calls.append(None)
+        return kernel(*args)
+
+    monkeypatch.setattr(native, "logits_grpo_loss", counted)
+    return calls
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_one_pass_matches_the_loop(name, dtype, one_pass_calls):
+    batch, config = make_batch(dtype), CONFIGS[name]
+    batch["temperature"] = batch["temperature"].float()
+    mask = batch["mask"]
+    loss, grad = oracle(batch, config, batch["temperature"].double())
+    eps = max(torch.finfo(dtype).eps, 4e-6)
+    for form, kept in ((batch, mask), (pack(batch), ...)):
+        here = moved(form, "cuda")
+        for inplace in (False, True):
+            got = call(here, config, temperature=here["temperature"], inplace=inplace)
+            torch.testing.assert_close(got[0].double(), loss, rtol=1e-5, atol=1e-6)
+            error = got[1][kept].double() - grad[mask]
+            assert error.norm() < 2 * eps * grad.norm()
+            assert kept is ... or not got[1][~mask].any()
+    assert len(one_pass_calls) == (0 if name in COUPLED else 4)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", (5, 131, 9001, 50_001, 152_064))
+def test_one_pass_in_rows_of_any_alignment(vocab, dtype, one_pass_calls):
+    """Against float64, with what is around the rows, which holds 77 there."""
+    generator = torch.Generator().manual_seed(0)
+    values = (3 * torch.randn(2, 3, vocab, generator=generator)).to(dtype)
+    labels = torch.tensor([[0, vocab - 1, 1], [vocab // 2, 2, 3]])
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    advantages = torch.tensor([1.5, -0.5])
+    leaf = values.double().requires_grad_()
+    options = {"config": CONFIGS["entropy"], "temperature": 0.9}
+    with ops.use("reference"):
+        expected, _ = grpo_loss_from_logits(leaf, labels, advantages, mask, **options)
+        expected.backward()
+    rest = [x.to(device_of("cuda")) for x in (labels, advantages, mask)]
+    for start in (0, 1, 8):
+        for inplace in (False, True):
+            buffer = torch.full((2, 4, vocab + 11), 77.0, dtype=dtype, device=device_of("cuda"))
+            view = buffer[:, :3, start : start + vocab].requires_grad_()
+            view.detach().copy_(values)
+            loss, _ = grpo_loss_from_logits(view, *rest, inplace=inplace, **options)
+            (grad,) = torch.autograd.grad(loss, view)
+            torch.testing.assert_close(loss.cpu().double(), expected, rtol=1e-5, atol=1e-6)
+            error = (grad.cpu().double() - leaf.grad).norm()
+            assert error < 2 * max(torch.finfo(dtype).eps, 2e-6) * leaf.grad.norm()
+            assert torch.equal(view.cpu(), grad.cpu() if inplace else values)
+            view.detach().fill_(77)
+            assert (buffer == 77).all()
+    assert len(one_pass_calls) == 6
 
 
 def test_errors():

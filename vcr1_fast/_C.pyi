@@ -44,6 +44,18 @@ def grpo_loss(
     outputs: list[Tensor],
     num_threads: int,
 ) -> None: ...
+def logits_grpo_loss(
+    logits: Tensor,
+    labels: Tensor,
+    mask: Tensor | None,
+    row_temperature: Tensor | None,
+    temperature: float,
+    tokens: list[Tensor | None],
+    kinds: Sequence[int],
+    values: Sequence[float],
+    grad_entropy: Tensor | None,
+    outputs: list[Tensor | None],
+) -> None: ...
 
 class ResizePlan:
     scratch_bytes: int

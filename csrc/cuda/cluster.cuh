@@ -1,7 +1,7 @@
-// Blocks of a cluster (sm_90 on), and copies into shared memory that no thread waits for (sm_80).
+// Blocks of a cluster (sm_90 on; before, a cluster is one block).
 #pragma once
 
-#include "common.cuh"
+#include <cuda_runtime.h>
 
 namespace vcr1::cuda {
 
@@ -30,18 +30,6 @@ __device__ inline float cluster_read(const float* p, unsigned rank) {
 #else
   return *p;
 #endif
-}
-
-// 16 bytes of global memory to shared memory, seen by this thread after copies_wait().
-__device__ inline void copy_async(void* shared, const void* global) {
-  const auto to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
-}
-__device__ inline void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// All but the latest kPending groups have arrived.
-template <int kPending>
-__device__ inline void copies_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
 }  // namespace vcr1::cuda

@@ -8,6 +8,7 @@
 
 #include "cluster.cuh"
 #include "grpo_token.cuh"
+#include "ptx.cuh"
 #include "softmax.cuh"
 
 namespace vcr1::cuda {
@@ -59,7 +60,7 @@ __device__ inline Sums copy_and_sum(const Slice<const T>& x, Pack<T>* held, floa
       const int i = n * kThreads + thread;
       if (i < x.packs) copy_async(held + i, x.row.pack(x.first + i));
     }
-    copies_commit();
+    commit_copies();
   }
   Sums sums = Sums::none();
   if (thread < x.edge) {
@@ -69,10 +70,10 @@ __device__ inline Sums copy_and_sum(const Slice<const T>& x, Pack<T>* held, floa
   }
 #pragma unroll
   for (int s = 0; s < kStages; ++s) {
-    if (s == 0) copies_wait<3>();
-    if (s == 1) copies_wait<2>();
-    if (s == 2) copies_wait<1>();
-    if (s == 3) copies_wait<0>();
+    if (s == 0) wait_copies<3>();
+    if (s == 1) wait_copies<2>();
+    if (s == 2) wait_copies<1>();
+    if (s == 3) wait_copies<0>();
     const int end = min((s + 1) * stage * kThreads, x.packs);
     int i = s * stage * kThreads + thread;
     for (; i + kThreads < end; i += 2 * kThreads) {

@@ -5,7 +5,8 @@
 
 One read of the logits for the log-probs, and one read and one write for the gradient, in place if
 asked for: 2 + 4 bytes a logit in bfloat16, where an eager trainer moves about 50. Losses that weigh
-whole completions need no more, for their statistics come from the first read.
+whole completions need no more, for their statistics come from the first read. On CUDA, a row of a
+loss that weighs tokens one by one stays on the chip between the two: 2 + 2 bytes.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vcr1_fast.ops.backend import BACKENDS, Op
+from vcr1_fast.ops.backend import Op
 from vcr1_fast.ops.gather_logprobs import (
     backward_op,
     check_logits,
@@ -23,10 +24,10 @@ from vcr1_fast.ops.gather_logprobs import (
     row_temperatures,
 )
 from vcr1_fast.ops.gather_logprobs import reference as gather_reference
-from vcr1_fast.ops.grpo_config import GRPOLossConfig, LossParameters, denominator, parameters
-from vcr1_fast.ops.grpo_loss import check_inputs, grpo_loss, grpo_loss_op, name_metrics
+from vcr1_fast.ops.grpo_config import GRPOLossConfig, denominator, parameters
+from vcr1_fast.ops.grpo_loss import check_inputs, grpo_loss, name_metrics
 from vcr1_fast.ops.grpo_reference import METRICS
-from vcr1_fast.ops.grpo_terms import Completions, LossInputs
+from vcr1_fast.ops.logits_one_pass import arrange, fits_one_pass, one_pass
 from vcr1_fast.ops.upstream import times_upstream
 
 
@@ -50,35 +51,47 @@ def reference(
     )
 
 
-def _statistics(logits, labels, row_temperature, *arguments):
+def _statistics(logits, given):
     """(loss, metrics, what the gradient's pass takes) from one read of the logits."""
-    old, advantages, mask, ref, rollout, token_weights, cu_seqlens, count = arguments[:8]
-    temperature, with_entropy, kinds, values = arguments[8:]
-    p = LossParameters(tuple(kinds), tuple(values))
-    inputs = LossInputs(
-        logits[..., 0], old, advantages, mask, ref, None, rollout, token_weights, cu_seqlens, None,
-        count,
-    )  # fmt: skip
-    rows = None if mask is None and cu_seqlens is None else Completions(inputs).mask
-    state = (rows, row_temperature, temperature)
-    ids = labels[..., None]
-    logps, entropy, _, stats = forward_op(logits, ids, *state, with_entropy)
-    inputs = inputs._replace(logps=logps[..., 0], entropy=entropy if with_entropy else None)
-    loss, grad_logps, grad_entropy, metrics = grpo_loss_op(*inputs, p.kinds, p.values)
+    logps, entropy, _, stats = forward_op(logits, given.labels, *given.state, given.entropy)
+    loss, grad_logps, grad_entropy, metrics = given.loss(logps, entropy)
     grads = (grad_logps[..., None], grad_entropy if grad_entropy.numel() else None, None)
-    return loss, metrics, (ids, logps, stats, *state, *grads)
+    return loss, metrics, (given.labels, logps, stats, *given.state, *grads)
 
 
-def _run(logits, *arguments):
-    *arguments, gradient = arguments
-    loss, metrics, rest = _statistics(logits, *arguments)
+def _apart(logits, given, gradient):
+    loss, metrics, rest = _statistics(logits, given)
     return loss, metrics, backward_op(logits, *rest) if gradient else logits.new_empty(0)
 
 
-def _run_(logits, *arguments):
-    loss, metrics, rest = _statistics(logits, *arguments)
+def _apart_(logits, given):
+    loss, metrics, rest = _statistics(logits, given)
     inplace_backward_op(logits, *rest)
     return loss, metrics
+
+
+def _run(logits, *arguments):
+    return _apart(logits, arrange(logits, *arguments[:-1]), arguments[-1])
+
+
+def _run_(logits, *arguments):
+    return _apart_(logits, arrange(logits, *arguments))
+
+
+def _cuda(logits, *arguments):
+    *arguments, gradient = arguments
+    given = arrange(logits, *arguments)
+    if not gradient or not fits_one_pass(logits, given):
+        return _apart(logits, given, gradient)
+    grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    return *one_pass(logits, given, grad), grad
+
+
+def _cuda_(logits, *arguments):
+    given = arrange(logits, *arguments)
+    if not fits_one_pass(logits, given):
+        return _apart_(logits, given)
+    return one_pass(logits, given, logits)
 
 
 def _fake_(logits, *_):
@@ -108,9 +121,11 @@ inplace_logits_grpo_loss_op = Op(
     _fake_,
 )
 # The ops on rows and tokens choose their own backends.
-for _backend in BACKENDS:
+for _backend in ("reference", "cpu", "triton"):
     logits_grpo_loss_op.register(_backend, _run)
     inplace_logits_grpo_loss_op.register(_backend, _run_)
+logits_grpo_loss_op.register("cuda", _cuda)
+inplace_logits_grpo_loss_op.register("cuda", _cuda_)
 
 
 class _LogitsGRPOLoss(torch.autograd.Function):
