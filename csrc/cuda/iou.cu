@@ -2,6 +2,8 @@
 // the CPU kernels, so that the results have their bits (but for CIoU's angles).
 //
 // Nothing here has run on a GPU yet.
+#include <limits>
+
 #include "../iou.h"
 #include "common.cuh"
 
