@@ -24,7 +24,7 @@ CONFIG = TinyConfig(
 @dataclass
 class Clip:
     frames: np.ndarray
-    fps: float
+    fps: float | None
 
 
 @pytest.fixture(scope="module")
@@ -40,20 +40,24 @@ def loaded(directory):
 
 
 def _groups(processor, seed, sizes):
-    """sizes: (clips, completion lengths) of each group."""
+    """sizes: (media, completion lengths) of each group; media: a number of clips, or a string of
+    v and i for clips and images in their order."""
     rng = random.Random(seed)
     groups = []
     for i, (clips, lengths) in enumerate(sizes):
-        videos = [
+        media = [
             Clip(
                 np.random.default_rng(seed + 10 * i + k).integers(
-                    0, 256, (rng.randint(2, 6), 56, 28 * rng.randint(1, 3), 3), dtype=np.uint8
+                    0,
+                    256,
+                    (rng.randint(2, 6) if kind == "v" else 1, 56, 28 * rng.randint(1, 3), 3),
+                    dtype=np.uint8,
                 ),
-                2.0,
+                2.0 if kind == "v" else None,
             )
-            for k in range(clips)
+            for k, kind in enumerate("v" * clips if isinstance(clips, int) else clips)
         ]
-        prompt = processor.prompt("x" * rng.randint(1, 9), videos)
+        prompt = processor.prompt("x" * rng.randint(1, 9), media)
         completions = [torch.tensor([rng.randrange(256) for _ in range(n)]) for n in lengths]
         groups.append(Group(prompt, completions))
     return groups
@@ -68,7 +72,11 @@ def _plain_log_probs(model, groups):
     for group in groups:
         prompt = group.prompt
         start = mrope_positions(
-            prompt.input_ids, prompt.video_grid_thw, prompt.second_per_grid_ts, None, ids
+            prompt.input_ids,
+            prompt.video_grid_thw,
+            prompt.second_per_grid_ts,
+            prompt.image_grid_thw,
+            ids,
         )
         for completion in group.completions:
             tokens = torch.cat([prompt.input_ids, completion])[None]
@@ -78,6 +86,9 @@ def _plain_log_probs(model, groups):
             if prompt.pixel_values_videos is not None:
                 inputs["pixel_values_videos"] = prompt.pixel_values_videos
                 inputs["video_grid_thw"] = prompt.video_grid_thw
+            if prompt.pixel_values is not None:
+                inputs["pixel_values"] = prompt.pixel_values
+                inputs["image_grid_thw"] = prompt.image_grid_thw
             logits = model(
                 input_ids=tokens, position_ids=positions, use_cache=False, **inputs
             ).logits
@@ -113,6 +124,9 @@ SHAPES = {
     "ragged groups": [(1, [4, 1, 7, 2]), (0, [1, 1]), (2, [3, 6])],
     "equal lengths": [(1, [4, 4, 4]), (1, [4, 4])],
     "single tokens": [(1, [1, 1, 1])],
+    "image": [("i", [4, 2, 6])],
+    "images and clips in a pack": [("i", [4, 3]), (1, [2, 5]), ("ii", [1, 2]), (0, [3])],
+    "images and clips in a prompt": [("ivi", [4, 2]), ("vi", [3, 3])],
 }
 
 
@@ -134,7 +148,10 @@ def test_random_shapes_equal_the_plain_form(loaded):
     rng = random.Random(5)
     for seed in range(6):
         shape = [
-            (rng.randint(0, 2), [rng.randint(1, 9) for _ in range(rng.randint(1, 5))])
+            (
+                "".join(rng.choices("vi", k=rng.randint(0, 2))),
+                [rng.randint(1, 9) for _ in range(rng.randint(1, 5))],
+            )
             for _ in range(rng.randint(1, 4))
         ]
         groups = _groups(processor, seed, shape)

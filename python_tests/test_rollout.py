@@ -32,7 +32,7 @@ CONFIG = TinyConfig(
 @dataclass
 class Clip:
     frames: np.ndarray
-    fps: float
+    fps: float | None
 
 
 @pytest.fixture(scope="module")
@@ -56,12 +56,15 @@ def _prompts(processor):
     rng = np.random.default_rng(0)
 
     def clip(frames, height, width):
-        return Clip(rng.integers(0, 256, (frames, height, width, 3), dtype=np.uint8), 2.0)
+        fps = None if frames == 1 else 2.0
+        return Clip(rng.integers(0, 256, (frames, height, width, 3), dtype=np.uint8), fps)
 
     return [
         processor.prompt("When does it happen?", [clip(12, 28, 56)]),
         processor.prompt("a"),
         processor.prompt("Two clips.", [clip(4, 56, 28), clip(7, 28, 56)]),
+        processor.prompt("An image.", [clip(1, 84, 56)]),
+        processor.prompt("All.", [clip(1, 28, 56), clip(3, 56, 28), clip(1, 56, 56)]),
     ]
 
 
@@ -97,8 +100,12 @@ def test_greedy_agrees_with_generate(exact, bias):
                 "pixel_values_videos": prompt.pixel_values_videos,
                 "video_grid_thw": prompt.video_grid_thw,
                 "second_per_grid_ts": prompt.second_per_grid_ts,
-                "mm_token_type_ids": prompt.mm_token_type_ids[None],
             }
+        if prompt.pixel_values is not None:
+            inputs["pixel_values"] = prompt.pixel_values
+            inputs["image_grid_thw"] = prompt.image_grid_thw
+        if inputs:
+            inputs["mm_token_type_ids"] = prompt.mm_token_type_ids[None]
         theirs = model.generate(
             input_ids=prompt.input_ids[None],
             attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),

@@ -1,15 +1,15 @@
-"""The record: one question about one video, and the JSONL files that hold them.
+"""The record: one question about one video or image, and the JSONL files that hold them.
 
-A row needs five fields: `id`, `video`, `task`, `prompt`, `answer`. All times, in answers too, are
-seconds counted from `start` (from the beginning of the file where there is no `start`), since that
-is the part the model sees.
+A row needs five fields: `id`, `video` or `image`, `task`, `prompt`, `answer`. All times, in answers
+too, are seconds counted from `start` (from the beginning of the file where there is no `start`),
+since that is the part the model sees.
 """
 
 import json
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
@@ -21,9 +21,10 @@ from vcr1_fast.data.quarantine import Quarantine
 class Record:
     """One sample.
 
-    `video` is a path; `prompt` holds the task's texts, e.g. {"event": "..."}; `options` are the
-    texts of a choice without their letters; `start` and `end` (seconds) are the part of the file to
-    watch; `boxes` are given boxes [x0, y0, x1, y1], normalised to 0..1. `answer` by task:
+    `video` is a path, or `image` is and `video` is None; `prompt` holds the task's texts, e.g.
+    {"event": "..."}; `options` are the texts of a choice without their letters; `start` and `end`
+    (seconds) are the part of the file to watch; `boxes` are given boxes [x0, y0, x1, y1],
+    normalised to 0..1. `answer` by task:
     temporal_grounding [start, end]; tracking a list of boxes, the first being the one given;
     multiple_choice a letter; classification one of the options; grounded_qa
     {"answer": letter, "glue": [[start, end], ...]}.
@@ -31,14 +32,20 @@ class Record:
 
     id: str
     task: str
-    video: str
+    video: str | None
     prompt: dict[str, str]
     answer: Any
+    image: str | None = None
     options: tuple[str, ...] = ()
     start: float | None = None
     end: float | None = None
     boxes: tuple[tuple[float, ...], ...] = ()
     metadata: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def media(self) -> str:
+        """Path of the video or image."""
+        return self.video or self.image or ""
 
 
 class RecordError(ValueError):
@@ -81,9 +88,10 @@ def load_records(
 ) -> list[Record]:
     """The records of a JSONL file, in order, each checked.
 
-    A relative `video` is taken from `media_root`, or from the JSONL's own folder. `tasks` keeps
-    those tasks only. The first fault raises RecordError; with on_error="quarantine" the row goes to
-    `quarantine` instead and is left out. Blank lines are allowed. FileNotFoundError for no file.
+    A relative `video` or `image` is taken from `media_root`, or from the JSONL's own folder.
+    `tasks` keeps those tasks only. The first fault raises RecordError; with on_error="quarantine"
+    the row goes to `quarantine` instead and is left out. Blank lines are allowed.
+    FileNotFoundError for no file.
     """
     if on_error not in ("raise", "quarantine"):
         raise ValueError(f'on_error must be "raise" or "quarantine", got {on_error!r}')
@@ -118,28 +126,29 @@ def load_records(
 def write_records(path: str | os.PathLike[str], records: Iterable[Record]) -> None:
     """Write a JSONL file that `load_records` reads back equal, fields at their default left out.
 
-    Videos below the file's own folder are written relative to it, so the folder can be moved. The
+    Media below the file's own folder are written relative to it, so the folder can be moved. The
     file appears whole or not at all. ValueError for a record that `load_records` would refuse.
     """
-    path = Path(path)
-    folder = path.parent.resolve()
+    target = Path(path)
+    folder = target.parent.resolve()
     rows = []
     for record in records:
         row = {f.name: getattr(record, f.name) for f in fields(Record)}
         row = {k: v for k, v in row.items() if k in _REQUIRED or v not in ((), None, {})}
-        video = Path(os.path.abspath(record.video))
-        row["video"] = (
-            video.relative_to(folder).as_posix() if video.is_relative_to(folder) else str(video)
+        medium = "video" if record.image is None else "image"
+        path = Path(os.path.abspath(record.media))
+        row[medium] = (
+            path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
         )
         try:
             parse_record(row, folder)
         except FieldError as error:
             raise ValueError(f"record {record.id!r}: {error}") from error
         rows.append(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     partial.write_text("".join(rows), encoding="utf-8", newline="\n")
-    os.replace(partial, path)
+    os.replace(partial, target)
 
 
 def parse_record(row: Any, media_root: str | os.PathLike[str] = ".") -> Record:
@@ -152,7 +161,10 @@ def parse_record(row: Any, media_root: str | os.PathLike[str] = ".") -> Record:
     for name in _REQUIRED:
         if name not in row:
             raise FieldError(name, "missing")
-    for name in ("id", "task", "video"):
+    if ("video" in row) == ("image" in row):
+        raise FieldError("video", "expected either a video or an image")
+    medium = "video" if "video" in row else "image"
+    for name in ("id", "task", medium):
         if not isinstance(row[name], str) or not row[name].strip():
             raise FieldError(name, f"expected a text, got {_kind(row[name])}")
     _check_task(row["task"])
@@ -169,10 +181,14 @@ def parse_record(row: Any, media_root: str | os.PathLike[str] = ".") -> Record:
     duration = metadata.get("duration")
     if duration is not None and not (_is_number(duration) and duration > 0):
         raise FieldError("metadata.duration", f"expected seconds above 0, got {_kind(duration)}")
+    for name in ("start", "end"):
+        if medium == "image" and row.get(name) is not None:
+            raise FieldError(name, "an image has no time")
+    media = {"video": None, medium: os.path.join(media_root, row[medium])}
     record = Record(
+        **media,
         id=row["id"],
         task=row["task"],
-        video=os.path.join(media_root, row["video"]),
         prompt=prompt,
         answer=row["answer"],
         options=tuple(options),
@@ -219,12 +235,20 @@ def check_prompt(record: Record, *names: str) -> None:
             raise FieldError(f"prompt.{name}", f"missing; task {record.task} needs it")
 
 
+def check_video(record: Record) -> None:
+    """FieldError unless the record shows a video."""
+    if record.video is None:
+        raise FieldError("image", f"task {record.task} asks for times: it needs a video")
+
+
 def _check_temporal_grounding(record: Record) -> None:
+    check_video(record)
     check_prompt(record, "event")
     check_span("answer", record.answer)
 
 
 def _check_tracking(record: Record) -> None:
+    check_video(record)
     check_prompt(record, "object")
     if len(_boxes("answer", record.answer)) < 2:
         raise FieldError("answer", "expected at least 2 boxes, the first being the given one")
@@ -251,6 +275,7 @@ def _check_classification(record: Record) -> None:
 
 
 def _check_grounded_qa(record: Record) -> None:
+    check_video(record)
     check_prompt(record, "question")
     answer = record.answer
     if not isinstance(answer, dict) or set(answer) != {"answer", "glue"}:
@@ -302,9 +327,7 @@ ANSWER_CHECKS: dict[str, AnswerCheck] = {
 }
 
 _FIELDS = tuple(f.name for f in fields(Record))
-_REQUIRED = tuple(
-    f.name for f in fields(Record) if f.default is MISSING and f.default_factory is MISSING
-)
+_REQUIRED = ("id", "task", "prompt", "answer")
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:

@@ -16,7 +16,7 @@ class EvalConfig:
 
     frames: FrameConfig = field(default_factory=FrameConfig)
     media_root: str | None = None
-    """Folder that `video` paths are relative to; default: the records file's own folder."""
+    """Folder that media paths are relative to; default: the records file's own folder."""
     tasks: tuple[str, ...] | None = None
     """Evaluate these tasks only; default: all tasks in the file."""
     think: bool = False

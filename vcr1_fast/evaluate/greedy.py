@@ -87,9 +87,10 @@ def clip_request(record: Record, config: EvalConfig) -> ClipRequest:
     """What to read for a record: its part of the file, at the task's own times if it has such."""
     times = TASKS[record.task].times
     return ClipRequest(
-        record.video,
+        record.media,
         config.frames,
         start=record.start,
         end=record.end,
         times=None if times is None else partial(times, record),
+        is_image=record.image is not None,
     )

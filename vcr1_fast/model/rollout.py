@@ -118,7 +118,8 @@ class _Run:
         tokens = pad_sequence([p.input_ids for p in prompts], batch_first=True).to(self.device)
         lengths = torch.tensor([len(p) for p in prompts], device=self.device)
         given = [f for f in features if f is not None]
-        embeddings = embed(self.model, tokens, tokens == ids.video, given, ids)
+        is_prompt = torch.ones_like(tokens, dtype=torch.bool)
+        embeddings = embed(self.model, tokens, is_prompt, given, ids)
         hidden = self.model.model.language_model(
             inputs_embeds=embeddings,
             position_ids=pad_sequence([p.T for p in positions], batch_first=True)

@@ -117,7 +117,7 @@ def freeze_vision(model: nn.Module, *, merger: bool = True) -> None:
 
 
 def encode_videos(model: nn.Module, pixel_values: Tensor, grid_thw: Tensor) -> Sequence[Tensor]:
-    """Encode clips in one pass of the vision tower.
+    """Encode clips, and images as clips of one temporal patch, in one pass of the vision tower.
 
     Args:
         model: Qwen2.5-VL, wrapped or not.

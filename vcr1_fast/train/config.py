@@ -73,7 +73,7 @@ class DataConfig:
     train: str
     """Records, JSONL."""
     media_root: str | None = None
-    """Folder that `video` paths are relative to; default: the records file's own folder."""
+    """Folder that media paths are relative to; default: the records file's own folder."""
     tasks: tuple[str, ...] | None = None
     """Train on these tasks only; default: all tasks in the file."""
     think: bool = False
