@@ -8,16 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vcr1_fast.data import records as module
 from vcr1_fast.data.quarantine import Quarantine
-from vcr1_fast.data.records import (
-    FieldError,
-    Record,
-    RecordError,
-    load_records,
-    register_answer_check,
-    write_records,
-)
+from vcr1_fast.data.records import Record, RecordError, load_records, write_records
 
 BOXES = [[0.1 + 0.05 * i, 0.2, 0.3 + 0.05 * i, 0.5] for i in range(8)]
 
@@ -157,21 +149,10 @@ def test_faults_name_file_line_and_field(tmp_path, name):
     assert str(error).startswith(f"{path}:3: ") and field in str(error)
 
 
-def test_known_tasks_are_listed_and_can_be_added(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "ANSWER_CHECKS", dict(module.ANSWER_CHECKS))
+def test_known_tasks_are_listed(tmp_path):
     path = write(tmp_path / "data.jsonl", row(task="captioning", answer=3))
-    with pytest.raises(RecordError, match="grounded_qa, multiple_choice, numeric, "):
+    with pytest.raises(RecordError, match=r"grounded_qa, .*multiple_choice, numeric, "):
         load_records(path)
-
-    def check(record: Record) -> None:
-        if not isinstance(record.answer, str):
-            raise FieldError("answer", "expected a caption")
-
-    register_answer_check("captioning", check)
-    with pytest.raises(RecordError, match=r"data.jsonl:1: field 'answer': expected a caption"):
-        load_records(path)
-    with pytest.raises(ValueError, match="'captioning' has an answer check"):
-        register_answer_check("captioning", check)
 
 
 def test_equal_ids_are_refused(tmp_path):
