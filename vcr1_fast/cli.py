@@ -22,6 +22,7 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--config", help="YAML file of settings")
         command.add_argument("--model", help="checkpoint folder or hub name (model.path)")
         command.add_argument("--data", help="records, JSONL (data.train)")
+        command.add_argument("--prompts", help="other wordings, YAML or JSON (data.prompts)")
         command.add_argument("--output", help="folder of the run (run.output)")
         _add_overrides(command)
         command.set_defaults(run=run_training)
@@ -30,6 +31,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--config", help="YAML file of settings")
     command.add_argument("--model", help="checkpoint folder or hub name (model)")
     command.add_argument("--data", help="records, JSONL (records)")
+    command.add_argument("--prompts", help="other wordings, YAML or JSON (eval.prompts)")
     command.add_argument("--output", help="folder of the results (output)")
     _add_overrides(command)
     command.set_defaults(run=run_eval)
@@ -94,7 +96,12 @@ def run_training(options: argparse.Namespace) -> int:
     from vcr1_fast.train.build import load_config
     from vcr1_fast.train.config import TrainConfig
 
-    names = {"model.path": options.model, "data.train": options.data, "run.output": options.output}
+    names = {
+        "model.path": options.model,
+        "data.train": options.data,
+        "data.prompts": options.prompts,
+        "run.output": options.output,
+    }
     config = load_config(TrainConfig, options.config, _overrides(names, options))
     if options.command == "sft":
         from vcr1_fast.train.sft import sft as work
@@ -109,7 +116,12 @@ def run_eval(options: argparse.Namespace) -> int:
     from vcr1_fast.evaluate.run import main_eval
     from vcr1_fast.train.build import load_config
 
-    names = {"model": options.model, "records": options.data, "output": options.output}
+    names = {
+        "model": options.model,
+        "records": options.data,
+        "eval.prompts": options.prompts,
+        "output": options.output,
+    }
     return main_eval(load_config(EvalRun, options.config, _overrides(names, options)))
 
 

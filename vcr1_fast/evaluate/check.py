@@ -152,9 +152,9 @@ def _time_faults(record: Record, length: float | None) -> list[Fault]:
     if duration is None:
         return faults
     end = duration if record.end is None else min(record.end, duration)
-    spans = {"temporal_grounding": [record.answer]}.get(record.task)
-    spans = record.answer["glue"] if record.task == "grounded_qa" else spans
-    last = max((stop for _, stop in spans or []), default=0.0) + (record.start or 0.0)
+    spans = TASKS[record.task].spans
+    last = max((stop for _, stop in spans(record)), default=0.0) if spans else 0.0
+    last += record.start or 0.0
     if last > end:
         detail = f"ends at {last:g} s of {end:g} s"
         faults.append(Fault("answer past the end", record.id, detail))
@@ -163,14 +163,11 @@ def _time_faults(record: Record, length: float | None) -> list[Fault]:
 
 def _balance(records: Sequence[Record]) -> dict[str, float]:
     """Share of each letter or label among the right answers."""
-    answers = [
-        record.answer["answer"] if isinstance(record.answer, dict) else record.answer
-        for record in records
-    ]
-    if not all(isinstance(answer, str) for answer in answers):
+    label = TASKS[records[0].task].label
+    if label is None:
         return {}
-    counts = Counter(answers)
-    return {answer: counts[answer] / len(answers) for answer in sorted(counts)}
+    counts = Counter(map(label, records))
+    return {answer: counts[answer] / len(records) for answer in sorted(counts)}
 
 
 def report_text(report: Report, examples: int = 3) -> str:

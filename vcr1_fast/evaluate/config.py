@@ -21,6 +21,8 @@ class EvalConfig:
     """Evaluate these tasks only; default: all tasks in the file."""
     think: bool = False
     """Ask for reasoning before the answer."""
+    prompts: str | None = None
+    """File of other wordings (YAML or JSON), by task; default: the tasks' own."""
     system: str | None = None
     max_new_tokens: int = 256
     mrope: Literal["trained", "installed"] = "trained"

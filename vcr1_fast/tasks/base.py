@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from vcr1_fast.rewards import well_formed
 from vcr1_fast.tasks.record import Record
 from vcr1_fast.tasks.wording import Wording
 
@@ -88,3 +89,8 @@ def mean_metrics(samples: Iterable[Metrics]) -> Metrics:
     if not samples:
         return {}
     return {name: sum(s[name] for s in samples) / len(samples) for name in samples[0]}
+
+
+def tagged(completion: str, think: bool, *tags: str) -> bool:
+    """Whether the completion is these blocks and nothing else, reasoning before them if asked."""
+    return well_formed(completion, ("think", *tags) if think else tags)

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vcr1_fast.rewards import last_block, well_formed
-from vcr1_fast.tasks.base import Metrics, Task, mean_metrics
+from vcr1_fast.rewards import last_block
+from vcr1_fast.tasks.base import Metrics, Task, mean_metrics, tagged
 from vcr1_fast.tasks.record import FieldError, Record, check_prompt, describe, is_text
 from vcr1_fast.tasks.wording import ask
 
@@ -56,8 +56,7 @@ class Single:
         think: bool = False,
     ) -> float:
         """1 for the tags asked for around a readable answer, else 0."""
-        tags = ("think", "answer") if think else ("answer",)
-        return float(self.parse(completion) is not None and well_formed(completion, tags))
+        return float(self.parse(completion) is not None and tagged(completion, think, "answer"))
 
     def nearness_reward(
         self,

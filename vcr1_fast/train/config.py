@@ -78,6 +78,8 @@ class DataConfig:
     """Train on these tasks only; default: all tasks in the file."""
     think: bool = False
     """Ask for reasoning before the answer."""
+    prompts: str | None = None
+    """File of other wordings (YAML or JSON), by task; default: the tasks' own."""
     system: str | None = None
     frames: FrameConfig = field(default_factory=FrameConfig)
     decoder: Literal["decord", "pyav"] = "decord"

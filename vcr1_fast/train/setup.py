@@ -21,6 +21,8 @@ from vcr1_fast.model.forward import prompt_features
 from vcr1_fast.model.processor import Processor
 from vcr1_fast.model.vision import freeze_vision
 from vcr1_fast.model.wrapping import checkpoint_activations, unwrap
+from vcr1_fast.tasks import TASKS
+from vcr1_fast.tasks.wording import prompts_from
 from vcr1_fast.train.build import dump_config
 from vcr1_fast.train.checkpoint import (
     checkpoints,
@@ -182,6 +184,7 @@ def open_run(config: TrainConfig, *, reference: bool) -> Iterator[Run]:
         done = state["step"]
         del state  # several times the size of the model
     with ExitStack() as stack:
+        stack.enter_context(prompts_from(config.data.prompts, TASKS, think=config.data.think))
         log = stack.enter_context(
             RunLog(
                 output,
