@@ -44,10 +44,15 @@ def parser() -> argparse.ArgumentParser:
     command.set_defaults(run=run_synth)
 
     command = kinds.add_parser("convert", help="published annotations to records")
-    command.add_argument("format", help="charades, activitynet, nextgqa, got10k or quality")
-    command.add_argument("annotations", help="the file as its authors publish it")
+    command.add_argument(
+        "format",
+        help="activitynet, charades, dream1k, got10k, mvbench, nextgqa, perception_test, quality, "
+        "refcoco, video_r1, videochat_r15, videomme or vidtab",
+    )
+    command.add_argument("annotations", help="the file (mvbench: folder) as its authors publish it")
     command.add_argument("output", help="records to write, JSONL")
-    command.add_argument("--media", required=True, help="folder of the videos")
+    command.add_argument("--media", required=True, help="folder of the videos or images")
+    command.add_argument("--benchmark", help="the published split that it is")
     command.set_defaults(run=run_convert)
 
     command = kinds.add_parser("check", help="faults of records and media, and blind scores")
@@ -138,10 +143,17 @@ def run_synth(options: argparse.Namespace) -> int:
 def run_convert(options: argparse.Namespace) -> int:
     from vcr1_fast.data.convert import convert
 
-    done = convert(options.format, options.annotations, options.output, media_root=options.media)
+    done = convert(
+        options.format,
+        options.annotations,
+        options.output,
+        media_root=options.media,
+        benchmark=options.benchmark,
+    )
+    tasks = ", ".join(f"{task} {count}" for task, count in done.tasks.items())
     print(
-        f"{done.path}: {done.records} records of {done.annotations} annotations on {done.videos} "
-        f"videos, {done.quarantined} refused"
+        f"{done.path}: {done.records} records ({tasks}) of {done.annotations} annotations on "
+        f"{done.videos} videos or images, {done.quarantined} refused"
     )
     return 0
 
