@@ -14,7 +14,7 @@ from vcr1_fast.model import rollout as rollout_module
 from vcr1_fast.model.forward import completion_hidden, lm_head
 from vcr1_fast.model.packing import Group
 from vcr1_fast.model.rollout import SamplingConfig, rollout
-from vcr1_fast.model.sampling import draw, truncate
+from vcr1_fast.model.sampling import check_possible, draw, truncate
 from vcr1_fast.model.tiny import TinyConfig, write_tiny
 from vcr1_fast.model.wrapping import checkpoint_activations
 
@@ -286,7 +286,8 @@ def test_draws_follow_the_distribution_of_transformers(temperature, top_k, top_p
     uniforms = (torch.arange(count, dtype=torch.float64) + 0.5) / count
     config = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p)
     rows = logits.expand(count, -1).contiguous()
-    tokens, logps, full = draw(rows, uniforms, banned, config)
+    tokens, logps, full, possible = draw(rows, uniforms, banned, config)
+    assert possible.all()
     share = torch.bincount(tokens, minlength=12).double() / count
     assert torch.allclose(share, expected, rtol=0, atol=2 / count)
     assert torch.allclose(logps, expected.log()[tokens], rtol=0, atol=1e-12)
@@ -298,7 +299,7 @@ def test_ends_of_the_unit_interval_give_possible_tokens():
     logits = torch.full((2, 6), -torch.inf)
     logits[:, 1] = logits[:, 4] = 0.0
     uniforms = torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64)
-    tokens, logps, _ = draw(logits, uniforms, torch.tensor([0, 5]), SamplingConfig())
+    tokens, logps, *_ = draw(logits, uniforms, torch.tensor([0, 5]), SamplingConfig())
     assert tokens.tolist() == [1, 4]
     assert torch.allclose(logps.exp(), torch.tensor([0.5, 0.5]))
 
@@ -309,8 +310,10 @@ def test_logits_without_a_distribution_are_told_of(temperature, value):
     logits = torch.zeros(3, 6)
     logits[1] = value
     uniforms = torch.full((3,), 0.5, dtype=torch.float64)
+    drawn = draw(logits, uniforms, torch.tensor([0]), SamplingConfig(temperature=temperature))
+    assert drawn.tokens.max() < 6  # an index past the end would end the process on a GPU
     with pytest.raises(ValueError, match=r"nan or infinite in rows \[1\] of 3"):
-        draw(logits, uniforms, torch.tensor([0]), SamplingConfig(temperature=temperature))
+        check_possible(drawn.possible)
 
 
 def test_truncation_keeps_ties_of_the_last_place_and_the_first_token():

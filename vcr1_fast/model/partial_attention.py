@@ -112,6 +112,12 @@ def merge(first: Sequence[Tensor], second: Sequence[Tensor]) -> tuple[Tensor, Te
     return out.to(a.dtype), lse
 
 
+def join(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> Tensor:
+    """The out of `merge` alone, in fewer operators: lse_a - L is log sigmoid(lse_a - lse_b)."""
+    share = torch.sigmoid(lse - other_lse)[..., None]
+    return torch.lerp(other.to(share.dtype), out.to(share.dtype), share).to(out.dtype)
+
+
 def fold_heads(x: Tensor, share: int, *, causal: bool) -> Tensor:
     """(B, heads * share, N, D), heads that share a key side by side, to (B, heads, share * N, D),
     or, where a causal mask counts queries, to (share * B, heads, N, D)."""
