@@ -5,12 +5,13 @@ reads them once for all G queries, as one matrix product, and each completion's 
 buffer.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from vcr1_fast.model.partial_attention import join, partial, partial_product
+from vcr1_fast.model.partial_attention import join
 
 _FIRST_CAPACITY = 32
 
@@ -88,30 +89,29 @@ class SharedPrefix:
 
 
 def shared_prefix_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scaling: float,
+    own: tuple[Tensor, Tensor, Tensor],
+    prefix: tuple[Tensor, Tensor],
     memory: SharedPrefix,
+    scaling: float,
+    part: Callable[..., tuple[Tensor, Tensor]],
 ) -> Tensor:
     """Attention of one new token a row over its prompt and its own completion.
 
-    query: (rows, H, 1, D); key, value: (rows, heads, t, D) of the completions; rows are grouped by
-    prompt, equally many each. Returns (rows, 1, H, D).
+    own: query (rows, H, 1, D), key and value (rows, heads, t, D) of the completions; rows are
+    grouped by prompt, equally many each. prefix: keys and values (N, heads, P, D) of the prompts.
+    part: computes a part, `partial` or `partial_product`. Returns (rows, 1, H, D).
     """
-    prefix_key, prefix_value = memory.prefix[module.layer_idx]
+    query, key, value = own
     rows, heads, _, dim = query.shape
-    prompts, kv_heads = prefix_key.shape[:2]
+    prompts, kv_heads = prefix[0].shape[:2]
     group, share = rows // prompts, heads // kv_heads
-    part = partial if query.device.type == "cpu" else partial_product
     # All of a prompt's queries that share a key head, one after another.
     together = query.view(prompts, group, kv_heads, share, dim).transpose(1, 2)
     together = together.reshape(prompts, kv_heads, group * share, dim)
-    out, lse = part(together, prefix_key, prefix_value, scaling, bias=memory.bias)
-    own = (prompts, group, kv_heads, share)
+    out, lse = part(together, *prefix, scaling, bias=memory.bias)
     own_out, own_lse = part(query, key, value, scaling, bias=memory.own_bias)
+    by_prompt = (prompts, group, kv_heads, share)
     out = out.view(prompts, kv_heads, group, share, dim).transpose(1, 2)
     lse = lse.view(prompts, kv_heads, group, share).transpose(1, 2)
-    out = join(out, lse, own_out.view(*own, dim), own_lse.view(own))
+    out = join(out, lse, own_out.view(*by_prompt, dim), own_lse.view(by_prompt))
     return out.view(rows, 1, heads, dim)

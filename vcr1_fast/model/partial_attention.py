@@ -14,6 +14,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+_FORWARD = "_scaled_dot_product_flash_attention_for_cpu"
+
+
+def check_kernels() -> None:
+    """ValueError where this torch lacks the kernels that `partial` and its backward pass call.
+
+    They are not part of torch's public interface: 2.9 to 2.13 have them.
+    """
+    for name in (_FORWARD, f"{_FORWARD}_backward"):
+        if not hasattr(torch.ops.aten, name):
+            raise ValueError(
+                f"torch {torch.__version__} has no {name}: set model.attention to 'masked'"
+            )
+
 
 def partial(
     query: Tensor,
