@@ -59,9 +59,9 @@ def _groups(processor, seed, sizes):
     return groups
 
 
-def _plain_log_probs(model, groups):
-    """One sequence at a time through the model's own forward, positions written out, attention by
-    transformers."""
+def _plain_logits(model, groups):
+    """(C, V) of each completion: one sequence at a time through the model's own forward, positions
+    written out, attention by transformers."""
     model.model.language_model.config._attn_implementation = "sdpa"
     ids = SpecialIds.from_config(model.config)
     out = []
@@ -81,9 +81,14 @@ def _plain_log_probs(model, groups):
             logits = model(
                 input_ids=tokens, position_ids=positions, use_cache=False, **inputs
             ).logits
-            rows = F.log_softmax(logits[0, len(prompt) - 1 : -1], dim=-1)
-            out.append(rows.gather(1, completion[:, None])[:, 0])
-    return torch.cat(out)
+            out.append(logits[0, len(prompt) - 1 : -1])
+    return out
+
+
+def _plain_log_probs(model, groups):
+    rows = torch.cat(_plain_logits(model, groups)).log_softmax(-1)
+    labels = torch.cat([completion for group in groups for completion in group.completions])
+    return rows.gather(1, labels[:, None])[:, 0]
 
 
 def _group_log_probs(model, groups, **options):
