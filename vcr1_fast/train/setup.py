@@ -16,6 +16,7 @@ from accelerate.utils import DistributedType, gather_object, set_seed
 from torch import nn
 
 from vcr1_fast.data.quarantine import Quarantine
+from vcr1_fast.model.attention import prepare_attention
 from vcr1_fast.model.checkpoint import load, save
 from vcr1_fast.model.forward import prompt_features
 from vcr1_fast.model.processor import Processor
@@ -246,6 +247,7 @@ def prepare_model(config: TrainConfig, device: torch.device) -> tuple[nn.Module,
         max_pixels=frames.max_pixels,
         total_pixels=frames.total_pixels,
     )
+    prepare_attention(model, settings.attention)
     if settings.lora_rank:
         model = add_adapters(model, settings)
     if settings.freeze_vision:
