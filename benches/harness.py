@@ -148,6 +148,7 @@ class Bench:
         cold: bool = True,
         rounds: int = 5,
         notes: Mapping[str, object] | None = None,
+        amounts: Mapping[str, float] | None = None,
     ) -> dict[str, float]:
         """Times `fns`, of which "ours" is compared with each other one; returns the medians (s).
 
@@ -156,7 +157,8 @@ class Bench:
         errors: for "ours" and the entries that have one, against float64 (see scaled_error).
         memory: measure the peak that each entry adds while it runs (see machine.py); a callable is
         called before each measurement, to free what an earlier call has left (gradients).
-        rounds: the least number of them, below 5 for work of many seconds; notes: more columns.
+        rounds: the least number of them, below 5 for work of many seconds; notes: more columns;
+        amounts: what a call gets done by name ("tokens"), for both sides' rates a second.
         """
         reasons = {name: fn for name, fn in fns.items() if isinstance(fn, str)}
         runnable = {name: fn for name, fn in fns.items() if not isinstance(fn, str)}
@@ -199,6 +201,8 @@ class Bench:
             for side, key in (("baseline", name), ("ours", "ours")):
                 if key in (errors or {}):
                     row[f"{side}_error"] = float(f"{errors[key]:.2e}")  # type: ignore[index]
+                for what, amount in (amounts or {}).items():
+                    row[f"{side}_{what}_per_s"] = float(f"{amount / medians[key]:.4g}")
                 if extra.get(key) is not None:
                     row[f"{side}_extra_MiB"] = round(extra[key] / _MIB, 1)  # type: ignore[operator]
             self._add(row)

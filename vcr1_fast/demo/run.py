@@ -75,7 +75,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     with _timed("evaluate", seconds):
         stages["SFT"] = _evaluate(out / "sft", splits, config)
     with _timed("grpo", seconds):
-        train(_grpo(config, out / "sft" / "model", splits["train"]))
+        train(grpo_config(config, out / "sft" / "model", splits["train"]))
     with _timed("evaluate", seconds):
         stages["GRPO"] = _evaluate(out / "grpo", splits, config)
     write_curves(out / "grpo" / "metrics.jsonl", out)
@@ -112,7 +112,8 @@ def _sft(config: DemoConfig, records: Path) -> TrainConfig:
     )
 
 
-def _grpo(config: DemoConfig, model: Path, records: Path) -> TrainConfig:
+def grpo_config(config: DemoConfig, model: Path, records: Path) -> TrainConfig:
+    """The demo's second stage, which starts from the checkpoint `model`."""
     return TrainConfig(
         model=_model(model),
         data=_data(records),
