@@ -174,7 +174,11 @@ def operations(model: nn.Module, case: Case) -> tuple[float, float]:
     plain = count * (tower + row * (layers + head) + per_pair * row * row / 2)
     answers = int(case.mask.sum())
     pairs = prompt**2 / 2 + answers * prompt + answers * length / 2
-    return plain, tower + (prompt + answers) * layers + answers * head + per_pair * pairs
+    # Of the prompt the last layer computes keys and values alone.
+    unread = prompt * linear(model.model.language_model.layers[-1].mlp)
+    unread += per_pair / text.num_hidden_layers * prompt**2 / 2
+    shared = tower + (prompt + answers) * layers - unread + answers * head + per_pair * pairs
+    return plain, shared
 
 
 def assert_same_gradient(ours: nn.Module, theirs: nn.Module) -> None:

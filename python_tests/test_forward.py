@@ -1,5 +1,6 @@
 """The group forward against the plain form: each completion with its own prompt."""
 
+import copy
 import random
 from dataclasses import dataclass
 
@@ -332,6 +333,28 @@ def test_recomputed_activations_change_nothing(loaded):
     assert model.model.language_model.layers[0].gradient_checkpointing
     assert model.model.visual.blocks[0].gradient_checkpointing
     _assert_same(_gradients(model, _group_log_probs(model, groups)), plain)
+
+
+def test_the_last_layer_leaves_out_what_nobody_reads(loaded):
+    """Its MLP sees each prompt's last token and the completions; other passes of it are whole."""
+    model, processor = loaded
+    sizes = {0: [], CONFIG.layers - 1: []}
+    layers = model.model.language_model.layers
+    for number, seen in sizes.items():
+        layers[number].mlp.gate_proj.register_forward_pre_hook(
+            lambda module, inputs, seen=seen: seen.append(inputs[0].shape[1])
+        )
+    groups = _groups(processor, 1, SHAPES["ragged groups"])
+    fed = [sum(n - 1 for n in group.lengths) for group in groups]
+    completion_hidden(model, groups)
+    whole = sum(len(group.prompt) for group in groups) + sum(fed)
+    assert list(sizes.values()) == [[whole], [len(groups) + sum(fed)]]
+    with torch.no_grad():
+        model(input_ids=groups[1].prompt.input_ids[None])
+    assert sizes[CONFIG.layers - 1][-1] == len(groups[1].prompt)
+    twin = copy.deepcopy(model)
+    completion_hidden(model, groups)
+    assert twin.model.language_model.layers[-1].mlp.vcr1_rows is None  # it has hooks of its own
 
 
 def test_frozen_vision_keeps_the_other_gradients(loaded):

@@ -183,6 +183,9 @@ def test_other_errors_are_not_taken_for_it(run, monkeypatch):
     with pytest.raises(RuntimeError, match="shapes do not match"):
         update.gradients(run, groups_of(run), run.config.loss, on_policy=True)
     assert not is_out_of_memory(RuntimeError("shapes do not match"))
+    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"))
+    assert is_out_of_memory(RuntimeError("CUDA error: out of memory\nCUDA kernel errors might"))
+    assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access"))
     assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"))
 
 

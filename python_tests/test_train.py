@@ -305,6 +305,15 @@ def test_random_states_come_back(tmp_path):
     assert first[2] == second[2]
 
 
+def test_a_checkpoint_is_mapped_and_not_read_whole(tmp_path):
+    path = checkpoint.save_checkpoint(tmp_path, {"step": 1, "x": torch.arange(5.0)}, keep=1)
+    tensor = checkpoint.load_checkpoint(path)["x"]
+    maps = Path("/proc/self/maps")
+    assert not maps.exists() or str(path / "state.pt") in maps.read_text()
+    tensor += 1  # does not reach the file
+    assert checkpoint.load_checkpoint(path)["x"].tolist() == [0, 1, 2, 3, 4]
+
+
 def test_log_drops_the_steps_after_a_checkpoint(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
     with RunLog(tmp_path, 5, 2, tensorboard=False) as log:

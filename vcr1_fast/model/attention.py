@@ -40,6 +40,7 @@ from vcr1_fast.model.partial_attention import (
     partial_product,
     unfold_heads,
 )
+from vcr1_fast.model.unread import skip_unread_rows
 from vcr1_fast.model.wrapping import unwrap
 
 ATTENTION = "vcr1_shared_prompt"
@@ -65,7 +66,8 @@ def attention(
     """
     if spans is not None:
         backend = _BACKENDS[resolve_backend(module.vcr1_backend, query.device)]
-        return backend(query, key, value, scaling, spans), None
+        is_last = module.layer_idx == module.config.num_hidden_layers - 1
+        return backend(query, key, value, scaling, spans, is_last), None
     if shared_prefix is not None:
         merged = resolve_backend(module.vcr1_backend, query.device) == "merged"
         prefix = shared_prefix.prefix[module.layer_idx]
@@ -103,6 +105,7 @@ def prepare_attention(model: nn.Module, backend: Backend | None = None) -> None:
     check_backend(backend or "auto", layers[0].q_proj.weight.device)
     for layer in layers:
         layer.vcr1_backend = backend or "auto"
+    skip_unread_rows(language_model.layers[-1])
     AttentionInterface.register(ATTENTION, attention)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
     config._attn_implementation = ATTENTION
@@ -127,14 +130,28 @@ def check_backend(backend: str, device: torch.device) -> None:
 
 
 def merged_group_attention(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float, spans: Sequence[Span]
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    spans: Sequence[Span],
+    is_last: bool = False,
 ) -> Tensor:
-    """Attention within a pack. query (1, H, N, D), key and value (1, heads, N, D); (1, N, H, D)."""
-    return _MergedParts.apply(query, key, value, scaling, spans)
+    """Attention within a pack. query (1, H, N, D), key and value (1, heads, N, D); (1, N, H, D).
+
+    is_last: of a prompt only the last token's row is read afterwards (see `unread.py`); the others
+    may be anything, and are zero here.
+    """
+    return _MergedParts.apply(query, key, value, scaling, spans, is_last)
 
 
 def masked_group_attention(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float, spans: Sequence[Span]
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    spans: Sequence[Span],
+    is_last: bool = False,
 ) -> Tensor:
     """`merged_group_attention` from public functions alone, on any device. The completions' mask
     takes S (P + S) bytes a group, once for all layers."""
@@ -159,7 +176,7 @@ def masked_group_attention(
 
 class _MergedParts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, scaling, spans):
+    def forward(ctx, query, key, value, scaling, spans, is_last):
         out = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
         out = out.transpose(1, 2)
         exact = torch.promote_types(query.dtype, torch.float32)
@@ -167,7 +184,12 @@ class _MergedParts(torch.autograd.Function):
         for span in spans:
             prompt, answers = slice(span.start, span.middle), slice(span.middle, span.end)
             q, k, v = (x[:, :, prompt] for x in (query, key, value))
-            out[:, :, prompt], lse[:, :, prompt] = partial(q, k, v, scaling, causal=True)
+            if is_last:
+                prompt = slice(span.middle - 1, span.middle)
+                out[:, :, span.start : span.middle] = 0
+                q = q[:, :, -1:]
+            part = partial(q, k, v, scaling, causal=not is_last)
+            out[:, :, prompt], lse[:, :, prompt] = part
             if not span.lengths:
                 continue
             q, *own = (x[:, :, answers] for x in (query, key, value))
@@ -175,7 +197,7 @@ class _MergedParts(torch.autograd.Function):
             on_own = [_from_batch(x, span) for x in padded]
             out[:, :, answers], lse[:, :, answers] = merge(partial(q, k, v, scaling), on_own)
         ctx.save_for_backward(query, key, value, out, lse)
-        ctx.scaling, ctx.spans = scaling, spans
+        ctx.scaling, ctx.spans, ctx.is_last = scaling, spans, is_last
         return out.transpose(1, 2)
 
     @staticmethod
@@ -186,9 +208,14 @@ class _MergedParts(torch.autograd.Function):
         for span in ctx.spans:
             prompt, answers = slice(span.start, span.middle), slice(span.middle, span.end)
             of_prompt = [x[:, :, prompt] for x in saved]
-            parts = partial_backward(*of_prompt, ctx.scaling, causal=True)
-            for whole, part in zip(grads, parts, strict=True):
-                whole[:, :, prompt] = part
+            read = prompt
+            if ctx.is_last:
+                read = slice(span.middle - 1, span.middle)
+                grads[0][:, :, prompt] = 0
+                of_prompt = [x if i in (2, 3) else x[:, :, -1:] for i, x in enumerate(of_prompt)]
+            parts = partial_backward(*of_prompt, ctx.scaling, causal=not ctx.is_last)
+            for whole, part, where in zip(grads, parts, (read, prompt, prompt), strict=True):
+                whole[:, :, where] = part
             if not span.lengths:
                 continue
             of_answers = [x[:, :, answers] for x in saved]
@@ -203,7 +230,7 @@ class _MergedParts(torch.autograd.Function):
             parts = partial_backward(*of_answers, ctx.scaling)
             for whole, part, where in zip(grads, parts, (answers, prompt, prompt), strict=True):
                 whole[:, :, where] += part
-        return (*grads, None, None)
+        return (*grads, None, None, None)
 
 
 def _to_batch(x: Tensor, span: Span) -> Tensor:
@@ -222,7 +249,7 @@ def _from_batch(x: Tensor, span: Span) -> Tensor:
     return rows.transpose(0, 1)[None]
 
 
-_BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, float, Sequence[Span]], Tensor]] = {
+_BACKENDS: dict[str, Callable[..., Tensor]] = {
     "merged": merged_group_attention,
     "masked": masked_group_attention,
     "flex": flex_group_attention,

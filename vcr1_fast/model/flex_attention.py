@@ -16,7 +16,12 @@ from vcr1_fast.model.packing import Span
 
 
 def flex_group_attention(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float, spans: Sequence[Span]
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    spans: Sequence[Span],
+    is_last: bool = False,
 ) -> Tensor:
     """query (1, H, N, D), key and value (1, heads, N, D); returns (1, N, H, D).
 

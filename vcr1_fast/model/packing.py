@@ -77,6 +77,11 @@ class Span:
         return len(set(self.lengths)) > 1
 
     @cached_property
+    def read(self) -> Tensor:
+        """(1 + S,) indices in the row of the tokens from which something is predicted."""
+        return torch.arange(self.middle - 1, self.end, device=self.device)
+
+    @cached_property
     def valid(self) -> Tensor:
         lengths = torch.tensor(self.lengths)
         return (torch.arange(max(self.lengths)) < lengths[:, None]).to(self.device)

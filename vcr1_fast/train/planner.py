@@ -31,6 +31,11 @@ GIB = 2**30
 # Passes were measured to take up to 1.15 of the prediction (benches/notes/step.md), and an
 # allocator's free memory comes in pieces.
 _USABLE = 0.8
+_OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
 _HEAD_CHUNK = {"cpu": 2**27, "cuda": 2**30}  # what `ops.linear_head` takes for logits at a time
 
 
@@ -222,8 +227,11 @@ def _tokens(part: Sequence[Shaped]) -> int:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an allocator, torch's for the GPU or the CPU, had nothing left."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """Whether an allocator had nothing left: torch's for the GPU or the CPU, or, past torch's, the
+    driver's or that of a library which allocates for itself."""
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        sign in str(error) for sign in _OUT_OF_MEMORY
+    )
 
 
 def free_bytes(device: torch.device) -> float:
