@@ -70,9 +70,10 @@ class GraphedStep:
         return self.drawn
 
     def _record(self, inputs: tuple[Tensor, ...]) -> None:
-        # The old graph's memory first, so that the new one can have it.
-        self.graph = self.drawn = None
+        # Copied first: they may be what the old graph has drawn. Then that graph is dropped, so that
+        # the new one can have its memory.
         self.inputs = tuple(x.clone() for x in inputs)
+        self.graph = self.drawn = None
         here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
         aside.wait_stream(here)
         with torch.cuda.stream(aside):
