@@ -23,6 +23,7 @@ from vcr1_fast.model.packing import Group
 from vcr1_fast.model.wrapping import unwrap
 from vcr1_fast.ops import GRPOLossConfig
 from vcr1_fast.train import checkpoint, loop, setup, update
+from vcr1_fast.train import step as step_parts
 from vcr1_fast.train.config import OptimConfig
 from vcr1_fast.train.dataset import ByteCache, Sampler
 from vcr1_fast.train.log import RunLog
@@ -145,6 +146,9 @@ def test_variants_run(inputs, tmp_path, any_reward, overrides):
     rows = metrics_of(tmp_path / "run")
     assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in rows)
     assert ("kl" in rows[0]) == (config.loss.beta != 0)
+    timed = read(tmp_path / "run" / "metrics.jsonl")[0]
+    assert ("seconds/reference" in timed) == (config.loss.beta != 0)
+    assert timed["tokens_per_second/rollout"] > 0
     # Only the first update of a step is on the sampler's own policy.
     assert (rows[0]["ratio_max"] > 1.0) == (config.optim.inner_epochs > 1)
 
@@ -537,6 +541,22 @@ def test_saved_tokens_are_those_that_the_plain_form_would_run(run):
     ran = [len(g.group.prompt) + sum(map(len, g.group.completions)) for g in groups]
     assert metrics["num_run_tokens"] == sum(ran) - ran[1]  # the silent one is not run
     assert metrics["saved_tokens"] == pytest.approx(1 - (sum(ran) - ran[1]) / plain)
+
+
+def test_old_log_probs_take_no_pass(run, monkeypatch):
+    """The first update's are the policy's own, the later ones' the sampler's."""
+    passes, right = [], step_parts.completion_hidden
+    monkeypatch.setattr(
+        step_parts, "completion_hidden", lambda *a, **k: (passes.append(1), right(*a, **k))[1]
+    )
+    run.config = dataclasses.replace(
+        run.config, optim=dataclasses.replace(run.config.optim, inner_epochs=3)
+    )
+    run.planner.tokens = 10**6
+    groups = [one.with_vision(None) for one in drawn_groups(run, ADVANTAGES)]
+    metrics = update.update(run, groups, 1e-2)
+    assert len(passes) == 3
+    assert metrics["ratio_max"] > 1.0
 
 
 def test_a_step_raises_the_better_completion(run):

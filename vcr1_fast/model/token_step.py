@@ -70,7 +70,7 @@ class GraphedStep:
         return self.drawn
 
     def _record(self, inputs: tuple[Tensor, ...]) -> None:
-        # Copied first: they may be what the old graph has drawn. Then that graph is dropped, so that
+        # Copied first: they may be what the old graph has drawn. Then that graph is dropped, and
         # the new one can have its memory.
         self.inputs = tuple(x.clone() for x in inputs)
         self.graph = self.drawn = None
