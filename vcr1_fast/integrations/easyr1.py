@@ -4,7 +4,7 @@
     patch_easyr1()
 
 EasyR1 trains in Ray workers: start Ray with `patch_easyr1` as the hook of every worker, as
-examples/easyr1/train.py does.
+examples/easyr1_grpo.py does.
 """
 
 from __future__ import annotations
@@ -22,12 +22,15 @@ from vcr1_fast.ops import GRPOLossConfig
 LEVELS = {"gspo": "sequence", "gspo_token": "sequence_token"}
 
 
-@torch.compiler.disable
+# Inside a compiled graph nothing is written in place. EasyR1 keeps its own kernel out likewise.
+_eager_row_logprobs = torch.compiler.disable(row_logprobs)
+
+
 def log_probs_from_logits(logits: Tensor, labels: Tensor) -> Tensor:
     """Log-probs (...) of `labels` under softmax of `logits` (..., V), in float32. The backward pass
-    writes over the logits, as the flash-attn kernel does that EasyR1 takes on GPUs; to keep that,
-    it stays out of EasyR1's torch.compile, again as that kernel."""
-    return row_logprobs(logits, labels, inplace_backward=True)
+    writes over the logits, as the flash-attn kernel does that EasyR1 takes on GPUs, compiled or
+    not."""
+    return _eager_row_logprobs(logits, labels, inplace_backward=True)
 
 
 def compute_policy_loss(

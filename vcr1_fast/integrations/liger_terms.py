@@ -8,8 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vcr1_fast.ops import GRPOLossConfig, grpo_loss, linear_grpo_loss
-from vcr1_fast.ops.grpo_token_loss import TokenLosses, grpo_token_loss
+from vcr1_fast.ops import (
+    GRPOLossConfig,
+    TokenLosses,
+    grpo_loss,
+    grpo_token_loss,
+    linear_grpo_loss,
+)
 
 
 def liger_config(

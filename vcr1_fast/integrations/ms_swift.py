@@ -3,7 +3,7 @@
     from vcr1_fast.integrations.ms_swift import patch_ms_swift
     patch_ms_swift()
 
-Or as a plugin: `swift rlhf --external_plugins examples/ms_swift/plugin.py`. With
+Or as a plugin: `swift rlhf --external_plugins examples/ms_swift_plugin.py`. With
 `--use_liger_kernel true` its GRPO loss is Liger's, which `vcr1_fast.integrations.liger.patch_liger`
 replaces; the plugin does both.
 """

@@ -4,7 +4,7 @@
     patch_openrlhf()
 
 OpenRLHF trains in Ray workers: start Ray with `patch_openrlhf` as the hook of every worker, as
-examples/openrlhf/train.py does.
+examples/openrlhf_grpo.py does.
 """
 
 from __future__ import annotations

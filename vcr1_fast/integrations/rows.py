@@ -20,15 +20,16 @@ def row_logprobs(
     labels: (..., K), or one a row in any shape of as many integers: the result is then (...).
     out_dtype: None gives float32, float64 for float64 logits.
     """
-    if out_dtype is None:
-        out_dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
     several = labels.ndim == logits.ndim
-    return gather_logprobs(
+    logps = gather_logprobs(
         logits,
         labels if several else labels.reshape(logits.shape[:-1]),
         inplace_backward=inplace_backward,
-        out_dtype=out_dtype,
+        out_dtype=wide,
     ).logps
+    # A copy always: the backward pass keeps its own, and trainers write into what they are given.
+    return logps.to(out_dtype or wide, copy=True)
 
 
 def row_entropy(logits: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:

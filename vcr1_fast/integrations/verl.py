@@ -103,18 +103,8 @@ class FusedLinearForPPO(torch.nn.Module):
 
 _FUNCTIONS = "verl.utils.torch_functional"
 _HEAD = "verl.utils.kernel.linear_cross_entropy"
-_ALGORITHMS = "verl.trainer.ppo.core_algos"
+_REGISTRY = "verl.trainer.ppo.core_algos:POLICY_LOSS_REGISTRY"
 _HEAD_ARGUMENTS = ("hidden", "weight", "labels", "temperature", "reduction", "dist_process_group")
-_LOSS_ARGUMENTS = (
-    "old_log_prob",
-    "log_prob",
-    "advantages",
-    "response_mask",
-    "loss_agg_mode",
-    "config",
-    "rollout_is_weights",
-)
-
 patch_verl = Patch(
     "verl",
     ("0.8.0", "0.9.0", "0.9.1", "0.10.0.dev0"),
@@ -147,19 +137,8 @@ patch_verl = Patch(
             Swap(_HEAD, "linear_cross_entropy", lambda _: linear_cross_entropy),
         ],
         "policy_losses": [
-            # Stays as it is: its arguments are the contract of those that are registered.
-            Swap(
-                _ALGORITHMS,
-                "compute_policy_loss_vanilla",
-                lambda original: original,
-                _LOSS_ARGUMENTS,
-            ),
-            *(
-                Swap(
-                    f"{_ALGORITHMS}:POLICY_LOSS_REGISTRY", name, lambda _, loss=loss: loss, new=True
-                )
-                for name, loss in POLICY_LOSSES.items()
-            ),
+            Swap(_REGISTRY, name, lambda _, loss=loss: loss, new=True)
+            for name, loss in POLICY_LOSSES.items()
         ],
     },
 )
