@@ -61,7 +61,8 @@ def linear_cross_entropy(
     if reduction.lower() not in ("none", "sum", "mean"):
         raise ValueError(f"reduction must be none, sum or mean, got {reduction!r}")
     out = linear_logprobs(hidden, weight, labels, temperature=temperature, entropy=True)
-    logps, entropy = out.logps.reshape(-1), out.entropy.reshape(-1)
+    # A copy: the backward pass keeps its own, and callers may write into what they are given.
+    logps, entropy = out.logps.reshape(-1).clone(), out.entropy.reshape(-1)
     if reduction.lower() == "none":
         return logps, entropy
     return (logps.sum() if reduction.lower() == "sum" else logps.mean()), entropy
@@ -98,7 +99,7 @@ class FusedLinearForPPO(torch.nn.Module):
         out = linear_logprobs(
             hidden_states, vocab_weights, input_ids, temperature=temperature, entropy=True
         )
-        return out.logps, out.entropy.to(hidden_states.dtype)
+        return out.logps.clone(), out.entropy.to(hidden_states.dtype)
 
 
 _FUNCTIONS = "verl.utils.torch_functional"
