@@ -300,3 +300,19 @@ def test_the_patch_is_in_place_everywhere_and_undone():
         assert unfused.triton_grpo_loss is triton_grpo_loss
         assert unfused.fused_selective_log_softmax is liger.fused_selective_log_softmax
     assert unfused.triton_grpo_loss is before
+
+
+@pytest.mark.parametrize("items", (None, 60.0))
+def test_counts_are_of_all_processes_and_divided_by_their_number(monkeypatch, items):
+    """As gradients averaged over processes want it: here two, of which the other has 20 tokens."""
+    batch = make_batch()
+    rest = [batch[n] for n in ("hidden", "weight", "ids", "mask", "advantages")]
+    loss = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False)
+    alone, _ = loss(*rest, old_per_token_logps=batch["old"])
+    distributed = torch.distributed
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "all_reduce", lambda tensor: tensor.add_(20))
+    together, _ = loss(*rest, old_per_token_logps=batch["old"], num_items_in_batch=items)
+    tokens = sum(LENGTHS)
+    torch.testing.assert_close(together, alone * tokens / ((items or tokens + 20) / 2))

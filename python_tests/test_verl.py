@@ -1,6 +1,8 @@
 """verl's functions and policy losses on our ops, against its formulae in plain torch."""
 
+import importlib
 import math
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -320,6 +322,20 @@ def test_the_patch_reaches_copies_registers_losses_and_is_undone(monkeypatch):
         assert fused.linear_cross_entropy is linear_cross_entropy
         registry = made["verl.trainer.ppo.core_algos"].POLICY_LOSS_REGISTRY
         assert set(registry) == {"vanilla", *POLICY_LOSSES}
+    assert everything(made) == before
+
+
+def test_the_plugin_patches_when_it_is_imported(monkeypatch):
+    made = install(monkeypatch, "verl", "0.9.1", modules())
+    before = everything(made)
+    plugin = "vcr1_fast.integrations.verl_plugin"
+    monkeypatch.delitem(sys.modules, plugin, raising=False)
+    try:
+        importlib.import_module(plugin)
+        assert patch_verl.applied == tuple(patch_verl.parts)
+    finally:
+        patch_verl.undo()
+        sys.modules.pop(plugin, None)
     assert everything(made) == before
 
 
