@@ -9,6 +9,7 @@ import torch
 
 import vcr1_fast.ops  # noqa: F401  (defines the ops)
 from vcr1_fast import doctor
+from vcr1_fast.integrations import patching
 from vcr1_fast.ops import backend
 
 
@@ -39,6 +40,26 @@ def test_a_missing_native_module_and_package_are_problems_with_their_remedy(monk
     assert "problem: the native module vcr1_fast._C is not built" in out
 
 
+def test_integrations_are_listed_with_releases_and_targets(monkeypatch):
+    installed = {"verl": "0.9.1", "openrlhf": "0.9.0"}
+
+    def version(name):
+        if name not in installed:
+            raise metadata.PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(patching.metadata, "version", version)
+    rows = doctor.integrations()
+    found = dict(reversed(rows))
+    assert found["verl.patch_verl"].startswith("verl 0.9.1 (checked on 0.8.0, ")
+    head = "would set FusedLinearForPPO of verl.utils.experimental.torch_functional"
+    assert found["  fused_head"] == head
+    assert found["openrlhf.patch_openrlhf"].startswith("refuses: openrlhf 0.9.0 is not a checked")
+    assert found["easyr1.patch_easyr1"].startswith("refuses: verl 0.9.1 is not a checked")
+    assert "ms-swift is not installed" in found["ms_swift.patch_ms_swift"]
+    assert sum("POLICY_LOSS_REGISTRY" in value for _, value in rows) == 1
+
+
 def test_devices_are_listed_with_memory(monkeypatch):
     class Properties:
         name, total_memory, major, minor = "Made-up GPU", 80 * 2**30, 9, 0
@@ -53,7 +74,8 @@ def test_devices_are_listed_with_memory(monkeypatch):
 def test_nothing_heavy_is_imported_and_no_file_written(tmp_path):
     code = (
         "import sys; from vcr1_fast import doctor; doctor.main();"
-        "print(sorted({'transformers', 'decord', 'av', 'matplotlib'} & set(sys.modules)))"
+        "heavy = {'transformers', 'decord', 'av', 'matplotlib', 'trl', 'liger_kernel', 'verl'};"
+        "print(sorted(heavy & set(sys.modules)))"
     )
     path = os.pathsep.join(p or os.getcwd() for p in sys.path)
     env = {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}

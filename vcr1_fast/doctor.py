@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
+import pkgutil
 import platform
 from importlib import metadata
 
 import torch
 
 import vcr1_fast
+from vcr1_fast import integrations as package
 from vcr1_fast import ops
+from vcr1_fast.integrations.patching import Patch, UnknownContract
 from vcr1_fast.ops import backend
 
 # Package -> the extra of ours that asks for it ("" for a dependency of the ops themselves).
@@ -41,6 +45,7 @@ def main() -> int:
         "packages": packages(problems),
         "native module": native(problems),
         "ops: backends by preference (the first one runs)": op_backends(),
+        "integrations: release installed, checked ones, what they replace": integrations(),
         "video decoders": decoders(problems),
         "CUDA": cuda(),
     }
@@ -103,6 +108,41 @@ def op_backends() -> list[tuple[str, str]]:
             live.append(f"{device}: {', '.join(names) or 'none'}")
         rows.append((op.name, "; ".join(live)))
     return rows or [("none", f"no op is defined in {ops.__name__}")]
+
+
+def integrations() -> list[tuple[str, str]]:
+    """For each patch of another trainer's package what is installed of it, whether that is a
+    release that the patch was checked on, and what the patch would replace. Imports none of
+    those packages: their signatures are looked at when the patch is called."""
+    rows = []
+    for module in sorted(info.name for info in pkgutil.iter_modules(package.__path__)):
+        if module.endswith("_plugin"):  # patches when imported
+            continue
+        loaded = importlib.import_module(f"{package.__name__}.{module}")
+        for name, patch in vars(loaded).items():
+            if isinstance(patch, Patch) and name.startswith("patch_"):
+                rows += _patch_rows(f"{module}.{name}", patch)
+    return rows
+
+
+def _patch_rows(name: str, patch: Patch) -> list[tuple[str, str]]:
+    checked = f"checked on {', '.join(patch.releases)}"
+    if patch.version is None:
+        return [(name, f"{patch.distribution} is not installed ({checked})")]
+    try:
+        patch.check_version()
+    except UnknownContract:
+        state = f"{patch.distribution} {patch.version} is not a checked release ({checked})"
+        return [(name, f"refuses: {state}")]
+    rows = [(name, f"{patch.distribution} {patch.version} ({checked})")]
+    for part, swaps in patch.parts.items():
+        owners: dict[str, list[str]] = {}
+        for swap in swaps:
+            owners.setdefault(swap.owner.replace(":", "."), []).append(swap.name)
+        state = "in place" if part in patch.applied else "would set"
+        for owner, names in owners.items():
+            rows.append((f"  {part}", f"{state} {', '.join(names)} of {owner}"))
+    return rows
 
 
 def decoders(problems: list[str]) -> list[tuple[str, str]]:

@@ -5,6 +5,7 @@ from vcr1_fast.ops.gather_logprobs import LogProbs, gather_logprobs
 from vcr1_fast.ops.group_advantages import group_advantages
 from vcr1_fast.ops.grpo_config import GRPOLossConfig
 from vcr1_fast.ops.grpo_loss import grpo_loss
+from vcr1_fast.ops.grpo_token_loss import TokenLosses, grpo_token_loss
 from vcr1_fast.ops.iou import box_iou, interval_set_iou, temporal_iou, track_iou
 from vcr1_fast.ops.linear_grpo_loss import linear_grpo_loss
 from vcr1_fast.ops.linear_logprobs import linear_logprobs
@@ -15,11 +16,13 @@ from vcr1_fast.ops.video_patches import video_patches
 __all__ = [
     "GRPOLossConfig",
     "LogProbs",
+    "TokenLosses",
     "box_iou",
     "gather_logprobs",
     "group_advantages",
     "grpo_loss",
     "grpo_loss_from_logits",
+    "grpo_token_loss",
     "interval_set_iou",
     "linear_grpo_loss",
     "linear_logprobs",

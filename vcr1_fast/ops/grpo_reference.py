@@ -16,6 +16,7 @@ constants of the loss (old, ref, rollout log-probs, advantages, weights) get no 
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +30,9 @@ from vcr1_fast.ops.grpo_config import (
 )
 from vcr1_fast.ops.grpo_terms import (
     Completions,
+    Factors,
     LossInputs,
+    Rollout,
     constant_factors,
     kl_term,
     policy_term,
@@ -59,21 +62,61 @@ METRICS = (
 )
 
 
-def reference(
-    inputs: LossInputs, parameters: LossParameters
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, dloss/dlogps, dloss/dentropy, metrics in the order of `METRICS`)."""
-    p, rows = parameters, Completions(inputs)
+class TokenTerms(NamedTuple):
+    """The loss before it is summed: what each token has, whatever it weighs."""
+
+    rows: Completions
+    tokens: Tensor  # (B,): how many of each completion count
+    log_ratio: Tensor
+    ratio: Tensor
+    unclamped: Tensor
+    advantages: Tensor
+    factor: Factors
+    rollout: Rollout
+    policy: Tensor
+    d_ratio: Tensor
+    d_logp: Tensor
+    phi: Tensor
+    kl: Tensor
+    d_kl: Tensor
+    correction: Tensor
+
+    def loss(self, p: LossParameters, weights: Tensor | float) -> tuple[Tensor, Tensor]:
+        """(policy part, KL part) of weights_t loss_t for each token t."""
+        kl = weights * p.value("beta") * self.factor.kl * self.kl * self.correction
+        return self.rows.keep(weights * self.factor.policy * self.policy), self.rows.keep(kl)
+
+    def gradient(self, p: LossParameters, weights: Tensor) -> Tensor:
+        """Derivative of sum_t weights_t loss_t in logps."""
+        beta = p.value("beta")
+        direct = self.factor.policy * self.d_logp + beta * self.factor.kl * self.d_kl * (
+            self.correction
+        )
+        through_ratio = self.factor.policy * self.d_ratio
+        if p.kind("kl_bias_correction"):
+            through_ratio = through_ratio + beta * self.factor.kl * self.kl
+        rows = self.rows
+        grad_s = rows.keep(weights * through_ratio * self.ratio)
+        level = LEVELS[p.kind("level")]
+        if level == "token":
+            grad_s = grad_s * self.unclamped
+        elif level == "sequence":
+            mean = rows.spread(rows.sum(grad_s) / self.tokens.clamp(min=1))
+            grad_s = mean * self.unclamped
+        return rows.keep(weights * direct + grad_s)
+
+
+def token_terms(inputs: LossInputs, p: LossParameters) -> TokenTerms:
+    """The terms of each token; `inputs.weights` and the aggregation play no part."""
+    rows = Completions(inputs)
     advantages = rows.per_token(inputs.advantages)
     logps = rows.keep(inputs.logps)
     old = logps if inputs.old_logps is None else rows.keep(inputs.old_logps)
     tokens = rows.sum(rows.mask.to(logps.dtype))
-    weights = rows.keep(rows.spread(aggregation_weights(inputs, p, tokens)))
 
     raw_log_ratio = logps - old
     limit = p.value("log_ratio_clamp")
     log_ratio = raw_log_ratio.clamp(-limit, limit)
-    unclamped = (raw_log_ratio.abs() <= limit).to(logps.dtype)
     level = LEVELS[p.kind("level")]
     s = log_ratio if level == "token" else rows.spread(rows.sum(log_ratio) / tokens.clamp(min=1))
     ratio = s.exp()
@@ -83,42 +126,57 @@ def reference(
         p, rows, ratio, logps, advantages, log_ratio, rollout
     )
     kl, d_kl = kl_term(p, rows, inputs.ref_logps, logps)
-    correction = ratio if p.kind("kl_bias_correction") else torch.ones_like(ratio)
-    beta = p.value("beta")
-    direct = factor.policy * d_logp + beta * factor.kl * d_kl * correction
-    through_ratio = factor.policy * d_ratio
-    if p.kind("kl_bias_correction"):
-        through_ratio = through_ratio + beta * factor.kl * kl
+    return TokenTerms(
+        rows=rows,
+        tokens=tokens,
+        log_ratio=log_ratio,
+        ratio=ratio,
+        unclamped=(raw_log_ratio.abs() <= limit).to(logps.dtype),
+        advantages=advantages,
+        factor=factor,
+        rollout=rollout,
+        policy=policy,
+        d_ratio=d_ratio,
+        d_logp=d_logp,
+        phi=phi,
+        kl=kl,
+        d_kl=d_kl,
+        correction=ratio if p.kind("kl_bias_correction") else torch.ones_like(ratio),
+    )
 
-    grad_s = rows.keep(weights * through_ratio * ratio)
-    if level == "token":
-        grad_s = grad_s * unclamped
-    elif level == "sequence":
-        grad_s = rows.spread(rows.sum(grad_s) / tokens.clamp(min=1)) * unclamped
-    grad_logps = rows.keep(weights * direct + grad_s)
 
-    policy_loss = rows.keep(weights * factor.policy * policy).sum()
-    loss = policy_loss + rows.keep(weights * beta * factor.kl * kl * correction).sum()
-    grad_entropy = logps.new_zeros(0)
+def reference(
+    inputs: LossInputs, parameters: LossParameters
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, dloss/dlogps, dloss/dentropy, metrics in the order of `METRICS`)."""
+    p, terms = parameters, token_terms(inputs, parameters)
+    rows, tokens = terms.rows, terms.tokens
+    weights = rows.keep(rows.spread(aggregation_weights(inputs, p, tokens)))
+    grad_logps = terms.gradient(p, weights)
+
+    policy, kl = terms.loss(p, weights)
+    policy_loss = policy.sum()
+    loss = policy_loss + kl.sum()
+    grad_entropy = grad_logps.new_zeros(0)
     if inputs.entropy is not None and p.value("entropy_coef"):
         grad_entropy = -p.value("entropy_coef") * entropy_weights(inputs, p, rows, weights)
         loss = loss + (grad_entropy * rows.keep(inputs.entropy)).sum()
 
     metrics = _Metrics(rows, tokens)
     metrics.put("policy_loss", policy_loss)
-    metrics.mean("kl", kl)
+    metrics.mean("kl", terms.kl)
     if inputs.entropy is not None:
         metrics.mean("entropy", rows.keep(inputs.entropy))
-    _ratio_metrics(metrics, p, ratio, log_ratio, advantages)
-    metrics.mean("vespo_phi", phi)
-    metrics.mean("off_policy_kept", factor.kept)
+    _ratio_metrics(metrics, p, terms)
+    metrics.mean("vespo_phi", terms.phi)
+    metrics.mean("off_policy_kept", terms.factor.kept)
     if inputs.rollout_logps is not None:
-        gap = rollout.gap
+        gap = terms.rollout.gap
         metrics.mean("rollout_gap_mean", gap.abs())
         metrics.put("rollout_gap_max", metrics.extreme(gap.abs(), 0.0, "amax"))
         metrics.mean("rollout_kl", gap.exp() - 1 - gap)
-        metrics.mean("rollout_weight_mean", rollout.weight)
-        metrics.mean("rollout_clipped", rollout.clipped.to(logps.dtype))
+        metrics.mean("rollout_weight_mean", terms.rollout.weight)
+        metrics.mean("rollout_clipped", terms.rollout.clipped.to(grad_logps.dtype))
     return loss, grad_logps, grad_entropy, metrics.vector()
 
 
@@ -181,18 +239,28 @@ class _Metrics:
         return torch.stack([self._values.get(name, zero).to(self._total) for name in METRICS])
 
 
-def _ratio_metrics(
-    metrics: _Metrics, p: LossParameters, ratio: Tensor, log_ratio: Tensor, advantages: Tensor
-) -> None:
+def clipped_tokens(p: LossParameters, terms: TokenTerms) -> tuple[Tensor, Tensor]:
+    """Where (r is below the range with A < 0, r is above it with A > 0)."""
+    low = (terms.ratio < p.value("ratio_low")) & (terms.advantages < 0)
+    high = (terms.ratio > p.value("ratio_high")) & (terms.advantages > 0)
+    return low, high
+
+
+def clips(p: LossParameters) -> bool:
+    """Whether the loss type has a clip range."""
+    return LOSS_TYPES[p.kind("loss_type")] in (*CLIPPED_LOSSES, "cispo")
+
+
+def _ratio_metrics(metrics: _Metrics, p: LossParameters, terms: TokenTerms) -> None:
+    ratio, log_ratio = terms.ratio, terms.log_ratio
     metrics.mean("ratio_mean", ratio)
     metrics.put("ratio_min", metrics.extreme(ratio, math.inf, "amin"))
     metrics.put("ratio_max", metrics.extreme(ratio, -math.inf, "amax"))
     metrics.mean("approx_kl", log_ratio.exp() - 1 - log_ratio)
-    if LOSS_TYPES[p.kind("loss_type")] in (*CLIPPED_LOSSES, "cispo"):
-        low = (ratio < p.value("ratio_low")) & (advantages < 0)
-        high = (ratio > p.value("ratio_high")) & (advantages > 0)
+    if clips(p):
+        low, high = clipped_tokens(p, terms)
         metrics.mean("clip_low", low.to(ratio.dtype))
         metrics.mean("clip_high", high.to(ratio.dtype))
         metrics.mean("clip_region", (low | high).to(ratio.dtype))
-    over = (ratio > p.value("delta")) & (advantages < 0)
+    over = (ratio > p.value("delta")) & (terms.advantages < 0)
     metrics.mean("clip_delta", over.to(ratio.dtype))

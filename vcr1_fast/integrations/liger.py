@@ -1,0 +1,331 @@
+"""Liger-Kernel's GRPO functions on our ops: its names, signatures, defaults and return values.
+
+    from vcr1_fast.integrations.liger import LigerFusedLinearGRPOLoss, triton_grpo_loss
+
+Numbers are Liger's, with its conventions: log-ratios and KL are not clamped, cispo is bounded above
+by the raw epsilon_high alone, the KL metric is taken after the bias correction. What is better here
+costs nothing to use: masked rows never reach the LM head or the softmax, packed rows of any stride,
+several chunks of sequences, a gradient made in the forward pass without an fp32 copy of the head.
+
+Differences, all where Liger reads what stands in the padding: we never do. Its fused luspo loss
+counts padding tokens; ours follows its unfused one (tokens) or TRL's (sequences), which are the
+same where nothing is padded. Its vespo adds rollout ratios of padding tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vcr1_fast.integrations.liger_terms import GRPOCall, check_ratio, dapo_tokens, liger_config
+from vcr1_fast.integrations.patching import Patch, Swap
+from vcr1_fast.ops import gather_logprobs, linear_logprobs
+
+
+def fused_selective_log_softmax(
+    logits: Tensor, input_ids: Tensor, temperature: float = 0.9, mask: Tensor | None = None
+) -> Tensor:
+    """Log-probs (B, L) in float32 of `input_ids`, without gradient; 0 where `mask` is 0.
+
+    logits: (B, L + 1, V), of which the last position is not read. input_ids, mask: (B, >= L), the
+    last L columns count.
+    """
+    length = logits.shape[1] - 1
+    with torch.no_grad():
+        return gather_logprobs(
+            logits[:, :-1],
+            input_ids[:, input_ids.shape[1] - length :],
+            temperature=temperature,
+            mask=None if mask is None else mask[:, mask.shape[1] - length :],
+        ).logps
+
+
+def triton_grpo_loss(
+    logits: Tensor,
+    old_logp: Tensor | None,
+    ref_logp: Tensor | None,
+    completion_ids: Tensor,
+    advantages: Tensor,
+    completion_mask: Tensor | None = None,
+    temperature: float = 0.9,
+    beta: float = 0.04,
+    eps_low: float = 0.2,
+    eps_high: float = 0.4,
+    inplace: bool = True,
+    loss_type: str = "dapo",
+    max_completion_length: int | None = None,
+    importance_sampling_level: str = "token",
+    reduce: bool = False,
+    sapo_temperature_pos: float = 1.0,
+    sapo_temperature_neg: float = 1.05,
+    vllm_is_ratio: Tensor | None = None,
+    delta: float | None = None,
+    use_bias_correction_kl: bool = False,
+    num_items_in_batch: Tensor | float | None = None,
+    vespo_k_pos: float = 2.0,
+    vespo_lambda_pos: float = 3.0,
+    vespo_k_neg: float = 3.0,
+    vespo_lambda_neg: float = 2.0,
+) -> tuple[Tensor, list[Tensor]] | tuple[Tensor, Tensor | None, Tensor]:
+    """GRPO loss of logits in memory, (B, L + 1, V): the last position predicts nothing.
+
+    old_logp, ref_logp, completion_ids: (B, L); advantages: (B,), here also (B, L);
+    vllm_is_ratio: (B,), (B, 1) or (B, L).
+    inplace: the backward pass writes the gradient over the logits; a second one raises.
+
+    Returns (loss, [mean KL if beta, share of clipped tokens]) if `reduce`, else the (B, L) tensors
+    (loss, KL or None, clipped). ValueError for options that do not go together.
+    """
+    length = completion_ids.shape[1]
+    if logits.shape[:2] != (len(completion_ids), length + 1):
+        raise ValueError(
+            f"logits must be (B, L + 1, V) for completion_ids {tuple(completion_ids.shape)}, got "
+            f"{tuple(logits.shape)}"
+        )
+    if completion_mask is None:
+        completion_mask = torch.ones_like(completion_ids, dtype=torch.bool)
+    config = liger_config(
+        loss_type,
+        importance_sampling_level,
+        delta,
+        beta=beta,
+        eps_low=eps_low,
+        eps_high=eps_high,
+        max_length=length if max_completion_length is None else max_completion_length,
+        kl_bias_correction=use_bias_correction_kl,
+        sapo_tau_pos=sapo_temperature_pos,
+        sapo_tau_neg=sapo_temperature_neg,
+        vespo_k_pos=vespo_k_pos,
+        vespo_lambda_pos=vespo_lambda_pos,
+        vespo_k_neg=vespo_k_neg,
+        vespo_lambda_neg=vespo_lambda_neg,
+        num_items=dapo_tokens(loss_type, completion_mask, num_items_in_batch) if reduce else None,
+    )
+    # All L + 1 rows, the last one masked: a slice would cost its gradient a copy of the logits.
+    logps = gather_logprobs(
+        logits,
+        torch.nn.functional.pad(completion_ids, (0, 1)),
+        temperature=temperature,
+        mask=torch.nn.functional.pad(completion_mask != 0, (0, 1)),
+        inplace_backward=inplace,
+    ).logps[:, :-1]
+    call = GRPOCall(config, advantages, completion_mask, old_logp, ref_logp, vllm_is_ratio)
+    if not reduce:
+        out = call.per_token(logps)
+        return out.loss, out.kl if beta else None, out.clipped
+    loss, metrics = call.padded_luspo(logps) if loss_type == "luspo" else call.reduced(logps)
+    return loss, list(metrics)
+
+
+class LigerFusedLinearGRPOLoss(torch.nn.Module):
+    """GRPO loss of an LM head's tokens, without the logits in memory.
+
+    Arguments in Liger's order and with its defaults. `compiled` and `chunk_size` change nothing
+    here: there is nothing to compile, and rows are chunked by `chunk_rows`.
+
+    chunk_rows, softcap: as in `vcr1_fast.ops.linear_grpo_loss`.
+    """
+
+    def __init__(
+        self,
+        beta: float = 0.04,
+        compiled: bool = True,
+        use_ref_model: bool = True,
+        chunk_size: int = 1,
+        epsilon_low: float = 0.2,
+        epsilon_high: float = 0.2,
+        loss_type: str = "dapo",
+        max_completion_length: int | None = None,
+        importance_sampling_level: str = "token",
+        sapo_temperature_pos: float = 1.0,
+        sapo_temperature_neg: float = 1.05,
+        temperature: float = 1.0,
+        delta: float | None = None,
+        use_bias_correction_kl: bool = False,
+        vespo_k_pos: float = 2.0,
+        vespo_lambda_pos: float = 3.0,
+        vespo_k_neg: float = 3.0,
+        vespo_lambda_neg: float = 2.0,
+        *,
+        chunk_rows: int | None = None,
+        softcap: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.beta = beta
+        self.compiled = compiled
+        self.use_ref_model = use_ref_model
+        self.chunk_size = chunk_size
+        self.epsilon_low = epsilon_low
+        self.epsilon_high = epsilon_high
+        self.loss_type = loss_type
+        self.max_completion_length = max_completion_length
+        self.importance_sampling_level = importance_sampling_level
+        self.sapo_temperature_pos = sapo_temperature_pos
+        self.sapo_temperature_neg = sapo_temperature_neg
+        self.temperature = temperature
+        self.delta = delta
+        self.use_bias_correction_kl = use_bias_correction_kl
+        self.vespo_k_pos = vespo_k_pos
+        self.vespo_lambda_pos = vespo_lambda_pos
+        self.vespo_k_neg = vespo_k_neg
+        self.vespo_lambda_neg = vespo_lambda_neg
+        self.chunk_rows = chunk_rows
+        self.softcap = softcap
+        self._config(None, False)  # so that options that do not go together raise here
+
+    def _config(self, num_items: Tensor | None, with_kl: bool) -> Any:
+        # Read at each call: trainers set attributes of the loss they were given.
+        return liger_config(
+            self.loss_type,
+            self.importance_sampling_level,
+            self.delta,
+            beta=self.beta if with_kl else 0.0,
+            eps_low=self.epsilon_low,
+            eps_high=self.epsilon_high,
+            max_length=self.max_completion_length,
+            kl_bias_correction=self.use_bias_correction_kl,
+            sapo_tau_pos=self.sapo_temperature_pos,
+            sapo_tau_neg=self.sapo_temperature_neg,
+            vespo_k_pos=self.vespo_k_pos,
+            vespo_lambda_pos=self.vespo_lambda_pos,
+            vespo_k_neg=self.vespo_k_neg,
+            vespo_lambda_neg=self.vespo_lambda_neg,
+            num_items=num_items,
+        )
+
+    def forward(
+        self,
+        _input: Tensor,
+        lin_weight: Tensor,
+        selected_token_ids: Tensor,
+        attention_mask: Tensor,
+        advantages: Tensor,
+        bias: Tensor | None = None,
+        ref_per_token_logps: Tensor | None = None,
+        old_per_token_logps: Tensor | None = None,
+        ref_input: Tensor | None = None,
+        ref_weight: Tensor | None = None,
+        ref_bias: Tensor | None = None,
+        vllm_is_ratio: Tensor | None = None,
+        num_items_in_batch: Tensor | float | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """(loss, (mean KL if beta, share of clipped tokens)).
+
+        _input, ref_input: (B, T, H); lin_weight, ref_weight: (V, H); selected_token_ids,
+        attention_mask and the log-probs: (B, T); advantages: (B,), here also (B, T).
+        Without `use_ref_model` the policy is its own reference: no KL, and 0 as its metric.
+        ValueError if a reference is to be used and none is given.
+        """
+        head = {"temperature": self.temperature, "softcap": self.softcap}
+        head["chunk_rows"] = self.chunk_rows
+        with_kl = self.use_ref_model and self.beta != 0
+        if self.use_ref_model and ref_per_token_logps is None and ref_input is None:
+            raise ValueError("use_ref_model needs ref_per_token_logps or ref_input")
+        if self.use_ref_model and ref_per_token_logps is not None and ref_input is not None:
+            warnings.warn(
+                "ref_per_token_logps and ref_input are both given; the former counts", stacklevel=2
+            )
+        if with_kl and ref_per_token_logps is None:
+            with torch.no_grad():
+                ref_per_token_logps = linear_logprobs(
+                    ref_input,
+                    ref_weight.to(ref_input.dtype),
+                    selected_token_ids,
+                    None if ref_bias is None else ref_bias.to(ref_input.dtype),
+                    mask=attention_mask,
+                    **head,
+                ).logps
+        items = dapo_tokens(self.loss_type, attention_mask, num_items_in_batch)
+        call = GRPOCall(
+            self._config(items, with_kl),
+            advantages,
+            attention_mask,
+            old_per_token_logps,
+            ref_per_token_logps if with_kl else None,
+            check_ratio(vllm_is_ratio, selected_token_ids.shape),
+        )
+        weight = lin_weight.to(_input.dtype)
+        bias = None if bias is None else bias.to(_input.dtype)
+        padded_luspo = self.loss_type == "luspo" and self.importance_sampling_level == "token"
+        if call.needs_logps or padded_luspo:
+            out = linear_logprobs(
+                _input, weight, selected_token_ids, bias, mask=attention_mask, **head
+            )
+            loss, metrics = (call.padded_luspo if padded_luspo else call.reduced)(out.logps)
+        else:
+            loss, metrics = call.reduced_head(_input, weight, selected_token_ids, bias, head)
+        if self.beta != 0 and not with_kl:
+            metrics = (torch.zeros_like(metrics[-1]), *metrics)
+        return loss, metrics
+
+
+class LigerFusedLinearGRPOFunction:
+    """The function form: `apply` takes Liger's arguments in its order."""
+
+    @staticmethod
+    def apply(
+        _input, weight, selected_token_ids, attention_mask, advantages, bias=None,
+        ref_per_token_logps=None, old_per_token_logps=None, ref_input=None, ref_weight=None,
+        ref_bias=None, beta=0.04, epsilon_low=0.2, epsilon_high=0.2, loss_type="dapo",
+        max_completion_length=None, importance_sampling_level="token", sapo_temperature_pos=1.0,
+        sapo_temperature_neg=1.05, temperature=1.0, compiled=True, use_ref_model=True,
+        chunk_size=1, vllm_is_ratio=None, delta=None, use_bias_correction_kl=False,
+        vespo_k_pos=2.0, vespo_lambda_pos=3.0, vespo_k_neg=3.0, vespo_lambda_neg=2.0,
+        num_items_in_batch=None,
+    ):  # fmt: skip
+        """As `LigerFusedLinearGRPOLoss(...)(...)`."""
+        loss = LigerFusedLinearGRPOLoss(
+            beta, compiled, use_ref_model, chunk_size, epsilon_low, epsilon_high, loss_type,
+            max_completion_length, importance_sampling_level, sapo_temperature_pos,
+            sapo_temperature_neg, temperature, delta, use_bias_correction_kl, vespo_k_pos,
+            vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg,
+        )  # fmt: skip
+        return loss(
+            _input, weight, selected_token_ids, attention_mask, advantages, bias,
+            ref_per_token_logps, old_per_token_logps, ref_input, ref_weight, ref_bias,
+            vllm_is_ratio, num_items_in_batch,
+        )  # fmt: skip
+
+
+def _swap(owner: str, ours: Any, checked: Callable[..., Any], *first: str) -> Swap:
+    """`ours` in place of what has the same name, whose parameters must be those of `checked`."""
+    parameters = inspect.signature(checked).parameters.values()
+    names = (p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
+    return Swap(owner, ours.__name__, lambda _: ours, (*first, *names))
+
+
+patch_liger = Patch(
+    "liger-kernel",
+    ("0.8.4", "0.8.5"),
+    {
+        "grpo_loss": [
+            _swap("liger_kernel.transformers.grpo_loss", triton_grpo_loss, triton_grpo_loss),
+            _swap(
+                "liger_kernel.ops.grpo_loss",
+                fused_selective_log_softmax,
+                fused_selective_log_softmax,
+            ),
+        ],
+        "fused_linear": [
+            _swap(
+                "liger_kernel.chunked_loss.grpo_loss",
+                LigerFusedLinearGRPOLoss,
+                LigerFusedLinearGRPOLoss.forward,
+            ),
+            _swap(
+                "liger_kernel.chunked_loss.grpo_loss",
+                LigerFusedLinearGRPOFunction,
+                LigerFusedLinearGRPOFunction.apply,
+                "ctx",
+            ),
+        ],
+    },
+    package="liger_kernel",
+)
+"""Replaces Liger's GRPO functions wherever `liger_kernel` itself holds them; code that imported
+them by value before keeps the originals."""
