@@ -301,8 +301,8 @@ def test_graphs_are_recorded_for_each_shape_and_replayed(exact, monkeypatch):
     assert 3 <= len(_FakeGraph.recorded) < longest / 3
 
 
-def test_the_default_is_graphs_on_cuda_alone():
-    for device, expected in (("cuda", "graphs"), ("cpu", "dynamic"), ("mps", "dynamic")):
+def test_the_default_is_static_on_cuda_alone():
+    for device, expected in (("cuda", "static"), ("cpu", "dynamic"), ("mps", "dynamic")):
         assert token_step.resolve_decoding("auto", torch.device(device)) == expected
         assert token_step.resolve_decoding("static", torch.device(device)) == "static"
 

@@ -8,7 +8,7 @@ How the loop runs is `SamplingConfig.decoding`; what is drawn is the same:
     dynamic    a step reads the keys in use; rows leave as soon as a fifth have ended
     static     shapes stay what they are until rows have halved or the buffer of keys is full
     graphs     static, each shape's step recorded as a CUDA graph and replayed
-    auto       graphs on CUDA, dynamic elsewhere
+    auto       static on CUDA, dynamic elsewhere
 """
 
 from collections.abc import Sequence

@@ -95,7 +95,10 @@ def token_step(step: TokenStep, decoding: str, device: torch.device) -> Step:
 
 
 def resolve_decoding(decoding: str, device: torch.device) -> str:
-    """What "auto" stands for: graphs on CUDA, elsewhere the shapes that are least work."""
+    """What "auto" stands for: static shapes on CUDA, elsewhere the shapes that are least work.
+
+    Not graphs until their recording has been measured on a GPU: they are asked for by name.
+    """
     if decoding != "auto":
         return decoding
-    return "graphs" if device.type == "cuda" else "dynamic"
+    return "static" if device.type == "cuda" else "dynamic"

@@ -116,8 +116,8 @@ class RolloutConfig:
     batch_prompts: int = 8
     """Prompts decoded together, each with its whole group."""
     decoding: Decoding = "auto"
-    """How the decoding loop runs: by CUDA graphs on a GPU; "static" is the same without recording,
-    "dynamic" issues each operator. The completions are the same."""
+    """How the decoding loop runs: by "static" shapes on a GPU, "dynamic" ones elsewhere; "graphs"
+    records the static ones as CUDA graphs. The completions are the same."""
     gap_mean_limit: float | None = 0.2
     """Mean |rollout log-prob - training log-prob| of a step above which the run stops; null: any.
     """
