@@ -17,10 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vcr1_fast.data.sampling import FrameConfig
 from vcr1_fast.model.files import CheckpointError, read_json
 from vcr1_fast.model.preprocessor import (
     IMAGE_FILE,
     VIDEO_FILE,
+    Fit,
     ImageProcessorConfig,
     VideoProcessorConfig,
     parse_settings,
@@ -39,6 +41,7 @@ class ClipLike(Protocol):
 
     frames: np.ndarray  # (T, H, W, 3) uint8
     fps: float | None  # frames a second, as sampled; None: an image
+    # `fitted`, where there is one: whether the frames have been resized already (by `Fit`)
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +96,21 @@ class Processor:
     def with_image(self, **changes: Any) -> "Processor":
         """The same processor with other image settings."""
         return replace(self, image=replace(self.image, **changes))
+
+    def with_frames(self, frames: FrameConfig) -> "Processor":
+        """The same processor with the pixel bounds of a run's settings."""
+        bounds = {"min_pixels": frames.image_min_pixels, "max_pixels": frames.image_max_pixels}
+        return self.with_video(
+            min_pixels=frames.min_pixels,
+            max_pixels=frames.max_pixels,
+            total_pixels=frames.total_pixels,
+        ).with_image(**{name: value for name, value in bounds.items() if value is not None})
+
+    def fit(self) -> Fit | None:
+        """What resizes frames as this processor would, where they are decoded; None where that
+        would not give the same patches."""
+        exact = self.video.rounding == self.image.rounding == "u8"
+        return Fit(self.video, self.image) if exact else None
 
     def prompt(
         self, text: str, clips: Sequence[ClipLike] = (), *, system: str | None = None
@@ -191,9 +209,10 @@ class Processor:
         if is_image and len(frames) != 1:
             raise ValueError(f"an image has one frame, a clip has a rate: got {len(frames)} frames")
         config = self.image if is_image else self.video
+        fitted = getattr(clip, "fitted", False)
         return video_patches(
             frames,
-            config.size(*frames.shape[:3]),
+            None if fitted else config.size(*frames.shape[:3]),
             resample=config.resample,
             rounding=config.rounding,
             dtype=config.dtype,

@@ -17,7 +17,8 @@ class Record:
     `video` is a path, or `image` is and `video` is None; `prompt` holds the task's texts, e.g.
     {"event": "..."}; `options` are the texts of a choice without their letters; `start` and `end`
     (seconds) are the part of the file to watch; `boxes` are given boxes [x0, y0, x1, y1],
-    normalised to 0..1; what `answer` holds is the task's affair: its `check` says it.
+    normalised to 0..1. Of `metadata`, `duration` (seconds of the file) and `fps` (of a folder of
+    images) are used. What `answer` holds is the task's affair: its `check` says it.
     """
 
     id: str
