@@ -28,7 +28,7 @@ def greedy_answers(
     (its clip or its prompt is bad) becomes a completion with an error; the rest of its batch is
     answered without it.
     """
-    processor = processor.with_frames(config.frames)
+    processor = processor.with_frames(config.frames, media_first=config.media_first)
     sampling = SamplingConfig(temperature=0.0, max_new_tokens=config.max_new_tokens)
 
     def answer(batches: Sequence[Sequence[Record]]) -> Iterator[list[Completion]]:

@@ -46,13 +46,15 @@ class ClipLike(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Processor:
-    """Renders, tokenises and cuts into patches. `sources` are the settings files it came from."""
+    """Renders, tokenises and cuts into patches. `sources` are the settings files it came from;
+    `media_first` puts clips before the text, as VideoChat-R1.5 does, VideoChat-R1 behind it."""
 
     tokenizer: Any
     chat_template: str
     video: VideoProcessorConfig = field(default_factory=VideoProcessorConfig)
     image: ImageProcessorConfig = field(default_factory=ImageProcessorConfig)
     sources: dict[str, dict] = field(default_factory=dict)
+    media_first: bool = False
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "Processor":
@@ -97,10 +99,11 @@ class Processor:
         """The same processor with other image settings."""
         return replace(self, image=replace(self.image, **changes))
 
-    def with_frames(self, frames: FrameConfig) -> "Processor":
-        """The same processor with the pixel bounds of a run's settings."""
+    def with_frames(self, frames: FrameConfig, *, media_first: bool = False) -> "Processor":
+        """The same processor with the pixel bounds, and the order, of a run's settings."""
+        ordered = replace(self, media_first=media_first)
         bounds = {"min_pixels": frames.image_min_pixels, "max_pixels": frames.image_max_pixels}
-        return self.with_video(
+        return ordered.with_video(
             min_pixels=frames.min_pixels,
             max_pixels=frames.max_pixels,
             total_pixels=frames.total_pixels,
@@ -115,8 +118,8 @@ class Processor:
     def prompt(
         self, text: str, clips: Sequence[ClipLike] = (), *, system: str | None = None
     ) -> Prompt:
-        """A user turn of `text` followed by `clips` (and images: those without a rate), up to where
-        the assistant starts.
+        """A user turn of `text` and `clips` (and images: those without a rate), up to where the
+        assistant starts.
 
         `system` is the system turn; None leaves it to the chat template. ValueError when the text
         itself holds vision tokens, or an image has more than one frame.
@@ -124,7 +127,8 @@ class Processor:
         kinds = torch.tensor([IMAGE if clip.fps is None else VIDEO for clip in clips]).long()
         names = {IMAGE: "image", VIDEO: "video"}
         media = [{"type": names[kind]} for kind in kinds.tolist()]
-        content = [{"type": "text", "text": text}, *media]
+        words = [{"type": "text", "text": text}]
+        content = media + words if self.media_first else words + media
         messages = [{"role": "user", "content": content}]
         if system is not None:
             messages.insert(0, {"role": "system", "content": system})

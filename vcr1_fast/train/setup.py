@@ -242,7 +242,7 @@ def prepare_model(config: TrainConfig, device: torch.device) -> tuple[nn.Module,
     """The model to train, with adapters where they are asked for, and its processor."""
     settings, frames = config.model, config.data.frames
     model, processor = load(settings.path, dtype=settings.dtype, device=device)
-    processor = processor.with_frames(frames)
+    processor = processor.with_frames(frames, media_first=config.data.media_first)
     prepare_attention(model, settings.attention)
     if settings.lora_rank:
         model = add_adapters(model, settings)
