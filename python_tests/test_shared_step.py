@@ -38,14 +38,17 @@ def _with_adapters(model):
 
 
 def _policy_groups(processor, seed):
-    """Ragged prompts of none to two clips, completions and group sizes; several groups in a pack,
-    some with clips of other lengths than others."""
+    """Ragged prompts of none to two clips and images, completions and group sizes; several groups
+    in a pack, some with clips of other lengths than others."""
     rng = random.Random(seed)
     shape = [
-        (rng.randint(0, 2), [rng.randint(1, 9) for _ in range(rng.randint(2, 5))])
+        (
+            "".join(rng.choices("vi", k=rng.randint(0, 2))),
+            [rng.randint(1, 9) for _ in range(rng.randint(2, 5))],
+        )
         for _ in range(rng.randint(1, 3))
     ]
-    shape.append((2, [rng.randint(1, 9) for _ in range(3)]))
+    shape.append(("viv", [rng.randint(1, 9) for _ in range(3)]))
     out = []
     for group in _groups(processor, seed, shape):
         sizes = [len(c) for c in group.completions]
