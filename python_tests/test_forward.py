@@ -227,7 +227,9 @@ def test_backends_that_cannot_run_are_refused(loaded, monkeypatch):
     monkeypatch.setattr(partial_attention, "_FORWARD", "_no_such_kernel")
     attention.prepare_attention(model, "masked")
     for backend in ("auto", "merged"):
-        with pytest.raises(ValueError, match="no _no_such_kernel: set model.attention to 'masked'"):
+        with pytest.raises(
+            ValueError, match=r"no _no_such_kernel: set model\.attention to 'masked'"
+        ):
             attention.prepare_attention(model, backend)
 
 

@@ -1,5 +1,6 @@
 """The policy step's loss and every gradient, shared, against each completion run alone with its
-prompt: full and by adapters, trained and frozen tower, kept and recomputed activations, by dtype."""
+prompt: full and by adapters, trained and frozen tower, kept and recomputed activations, by dtype.
+"""
 
 import random
 

@@ -7,7 +7,6 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-
 Decoding = Literal["auto", "dynamic", "static", "graphs"]
 
 

@@ -109,6 +109,7 @@ def check_box(name: str, box: Any) -> None:
 
 
 def is_number(value: Any) -> bool:
+    """A finite number of a size that seconds, pixels and counts have; not a truth value."""
     # The comparison also refuses NaN, infinities and integers too large for a float.
     return isinstance(value, int | float) and not isinstance(value, bool) and -1e12 < value < 1e12
 

@@ -100,7 +100,8 @@ def prompts_from(
     path: str | Path | None, tasks: MutableMapping[str, Task], *, think: bool
 ) -> Iterator[None]:
     """Have the tasks ask in the words of a file meanwhile; those it does not name, and all without
-    a file, ask in their own. Errors as `load_prompts`, and for a task worded in the other way only.
+    a file, ask in their own. It holds for the whole process. Errors as `load_prompts`, and for a
+    task worded in the other way only.
     """
     wordings = {} if path is None else load_prompts(path, tasks)
     kind = "think" if think else "no_think"
