@@ -2,6 +2,7 @@
 
 import dataclasses
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -94,6 +95,28 @@ def test_the_case_of_sizes_that_do_not_settle_is_one():
     config = VideoProcessorConfig(min_pixels=240 * 784, max_pixels=240 * 784)
     once = config.size(12, *SIZE)
     assert config.size(12, *once) != once
+
+
+@pytest.mark.parametrize("turn", [1, 2, 3])
+def test_frames_that_were_turned_upright(processor, turn):
+    frame = np.random.default_rng(0).integers(0, 256, (*SIZE, 3), np.uint8)
+    turned = np.rot90(frame, turn)
+    expected = processor.fit()(turned.copy(), 4)
+    assert np.array_equal(processor.fit()(turned, 4), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_video_that_lies_on_its_side(folder, processor, backend):
+    data = bytearray(Path(write_video(folder / "upright.mp4", (96, 192))).read_bytes())
+    place = data.find(b"tkhd") + 44  # the display matrix of the track header, 16.16 fixed point
+    matrix = [0, 1, 0, -1, 0, 0, 0, 0, 1 << 14]  # a quarter turn
+    data[place : place + 36] = b"".join((v << 16).to_bytes(4, "big", signed=True) for v in matrix)
+    path = folder / "turned.mp4"
+    path.write_bytes(data)
+    plain = read_clip(str(path), FRAMES, backend=backend)
+    assert plain.frames.shape[1] > plain.frames.shape[2]
+    fitted = read_clip(str(path), FRAMES, backend=backend, fit=processor.fit())
+    assert same(processor.prompt("x", [plain]), processor.prompt("x", [fitted]))
 
 
 def test_images_are_the_same_bit_for_bit(folder, processor):

@@ -112,7 +112,9 @@ class Fit:
     def __call__(self, frame: np.ndarray, count: int | None) -> np.ndarray:
         config = self.image if count is None else self.video
         size = config.size(count or 1, *frame.shape[:2])
-        return resize_frames(frame[None], size, resample=config.resample)[0].numpy()
+        # A frame that was turned upright is a view with negative strides, which torch cannot take.
+        whole = np.ascontiguousarray(frame)[None]
+        return resize_frames(whole, size, resample=config.resample)[0].numpy()
 
 
 C = TypeVar("C", bound=ImageProcessorConfig)
