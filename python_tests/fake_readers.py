@@ -10,7 +10,7 @@ import numpy as np
 from vcr1_fast.data.video import Clip, VideoError
 
 
-def by_name(path, config, *, start=None, end=None, times=None, backend="decord"):
+def by_name(path, config, *, start=None, end=None, times=None, backend="decord", **more):
     """What the path says: ok-<n> gives a clip filled with n, from this process."""
     action, _, number = path.partition("-")
     if action == "hang":

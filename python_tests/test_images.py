@@ -1,5 +1,6 @@
 """Image records through the whole of training and evaluation, side by side with videos."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -87,11 +88,13 @@ def test_grpo_on_images_and_videos(inputs, tmp_path, frozen):
 
 
 def test_a_prompt_holds_the_image_by_the_settings_of_the_checkpoint(inputs, tmp_path):
-    config = configure(*inputs, tmp_path / "run", 'data.tasks=["spatial_grounding"]')
+    overrides = ('data.tasks=["spatial_grounding"]', "data.media_first=true")
+    config = configure(*inputs, tmp_path / "run", *overrides)
     with setup.open_run(config, reference=False) as run:
         samples = next(run.batches())
         assert samples and run.processor.video.max_pixels == 3136
     _, processor = checkpoint.load(inputs[0])
+    processor = dataclasses.replace(processor, media_first=True)
     for sample in samples:
         assert sample.duration is None
         image = read_image(sample.record.image)

@@ -163,6 +163,20 @@ def test_text_comes_before_video_and_tokens_match_the_grid(directory):
     assert prompt.text.endswith("assistant\n")
 
 
+def test_media_may_come_first(directory):
+    processor = dataclasses.replace(Processor.from_pretrained(directory), media_first=True)
+    clips = [_clip(0, (6, 60, 90), 2.0), IMAGE]
+    prompt = processor.prompt("When?", clips, system="Hi.")
+    assert prompt.text == (
+        "<|im_start|>system\nHi.<|im_end|>\n<|im_start|>user\n"
+        "<|vision_start|><|video_pad|><|vision_end|><|vision_start|><|image_pad|><|vision_end|>"
+        "When?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    after = dataclasses.replace(processor, media_first=False).prompt("When?", clips, system="Hi.")
+    assert torch.equal(prompt.pixel_values_videos, after.pixel_values_videos)
+    assert len(prompt) == len(after) and not torch.equal(prompt.input_ids, after.input_ids)
+
+
 def test_vision_tokens_in_the_text_are_refused(directory):
     processor = Processor.from_pretrained(directory)
     with pytest.raises(ValueError, match="2 video tokens for 0 images and 1 clips"):

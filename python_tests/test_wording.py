@@ -1,5 +1,6 @@
 """Prompts from a file: what is filled in, what is refused, and that runs use them."""
 
+import dataclasses
 import json
 
 import pytest
@@ -40,6 +41,13 @@ def test_gaps_are_filled_once_and_doubled_braces_are_braces(tmp_path):
     # What a record holds is not read as a wording.
     assert filled == 'Find "a {x} opens{{" as {"answer"}: <answer>12.54 to 17.83</answer>'
     assert TASKS["temporal_grounding"] is before
+
+
+def test_an_image_is_not_asked_for_times():
+    still = dataclasses.replace(CHOICE, video=None, image="c.png")
+    video, image = (TASKS["multiple_choice"].prompt(one, True) for one in (CHOICE, still))
+    assert ", giving the times you rely on as <timestep>2.0 to 3.5</timestep>. Then" in video
+    assert "inside <think> </think>. Then reply" in image and "time" not in image
 
 
 def test_yaml_with_both_forms_and_several_tasks(tmp_path):
@@ -88,7 +96,7 @@ BAD = {
     ),
     "unknown field": (
         {"temporal_grounding": {"no_think": "{event} {question} <answer>"}},
-        r"unknown field {question}; the task has {event}",
+        r"unknown field {question}; the task has {event}, {times}",
     ),
     "the released placeholder": (
         {"temporal_grounding": {"no_think": "[EVENT] <answer>"}},

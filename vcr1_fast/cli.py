@@ -56,10 +56,12 @@ def parser() -> argparse.ArgumentParser:
     command.set_defaults(run=run_convert)
 
     command = kinds.add_parser("check", help="faults of records and media, and blind scores")
-    command.add_argument("records", help="records, JSONL")
+    command.add_argument("records", help="records, JSONL; or an annotation file, with --format")
+    command.add_argument("--format", help="check a published file as it is (see data convert)")
     command.add_argument("--train", help="records trained on: floors are fitted on them")
     command.add_argument("--media", help="folder of the videos (default: the records' own)")
-    command.add_argument("--no-media", action="store_true", help="do not open the videos")
+    command.add_argument("--no-media", action="store_true", help="do not open the media")
+    command.add_argument("--decode", action="store_true", help="also decode what is shown")
     command.add_argument("--json", help="write the report to this file")
     command.set_defaults(run=run_check)
 
@@ -162,11 +164,13 @@ def run_check(options: argparse.Namespace) -> int:
     from json import dumps
     from pathlib import Path
 
-    from vcr1_fast.evaluate.check import check, report_text
+    from vcr1_fast.evaluate.check import check, check_annotations, report_text
 
-    report = check(
-        options.records, train=options.train, media_root=options.media, media=not options.no_media
-    )
+    how = {"train": options.train, "media": not options.no_media, "decode": options.decode}
+    if options.format is None:
+        report = check(options.records, media_root=options.media, **how)
+    else:
+        report = check_annotations(options.format, options.records, media_root=options.media, **how)
     print(report_text(report))
     if options.json:
         Path(options.json).write_text(dumps(report.as_json(), indent=1) + "\n")

@@ -17,25 +17,17 @@ from typing import Any
 
 import numpy as np
 
-from vcr1_fast.data.picture import read_picture
+from vcr1_fast.data.media_file import VideoError, check_file, open_picture
 
 BACKENDS = ("decord", "pyav")
 IMAGES = (".jpg", ".jpeg", ".png")
 FOLDER_FPS = 10.0
 """Frames a second of a folder of images, which says nothing about time: GOT-10k's rate."""
+_BATCH = 8
+"""Frames that decord decodes at a time."""
+Shrink = Callable[[np.ndarray], np.ndarray]
 NO_FRAMES = "holds no video frames"
 NO_STREAM = f"{NO_FRAMES} (no video stream)"
-
-
-class VideoError(ValueError):
-    """A video or image that cannot be read as asked; names the file and the reason."""
-
-    def __init__(self, path: str, reason: str) -> None:
-        super().__init__(path, reason)
-        self.path, self.reason = path, reason
-
-    def __str__(self) -> str:
-        return f"{self.path}: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -43,55 +35,51 @@ class Source:
     """An open video.
 
     `timestamps` (n,) float64, seconds from the first frame, ascending, one a frame of the
-    container; `fps` its average rate; `read(indices)` decodes distinct ascending frame numbers to
-    (len(indices), H, W, 3) uint8 RGB.
+    container; `fps` its average rate; `read(indices, shrink)` decodes distinct ascending frame
+    numbers to (len(indices), h, w, 3) uint8 RGB, each frame (H, W, 3) being handed to `shrink` as
+    soon as it is there: no more than a few are ever held in their full size.
     """
 
     timestamps: np.ndarray
     fps: float
-    read: Callable[[np.ndarray], np.ndarray]
+    read: Callable[[np.ndarray, Shrink], np.ndarray]
 
 
 @contextmanager
-def open_source(path: str, backend: str) -> Iterator[Source]:
-    """Open `path`, close it on leaving. Whatever the decoder reports becomes a VideoError."""
+def open_source(path: str, backend: str, folder_fps: float | None = None) -> Iterator[Source]:
+    """Open `path`, close it on leaving. Whatever the decoder reports becomes a VideoError.
+
+    `folder_fps`: rate of a folder of images; None: FOLDER_FPS.
+    """
     if backend not in BACKENDS:
         raise ValueError(f"unknown video backend {backend!r}, expected one of {BACKENDS}")
     if os.path.isdir(path):
-        opener = _open_folder
+        opened = _open_folder(path, FOLDER_FPS if folder_fps is None else folder_fps)
     else:
-        _check_file(path)
-        opener = _open_decord if backend == "decord" else _open_pyav
-    with opener(path) as source:
+        check_file(path)
+        opened = _open_decord(path) if backend == "decord" else _open_pyav(path)
+    with opened as source:
         if len(source.timestamps) == 0:
             raise VideoError(path, NO_FRAMES)
         yield source
 
 
 @contextmanager
-def _open_folder(path: str) -> Iterator[Source]:
+def _open_folder(path: str, fps: float) -> Iterator[Source]:
     names = sorted(n for n in os.listdir(path) if n.lower().endswith(IMAGES))
 
-    def read(indices: np.ndarray) -> np.ndarray:
-        files = [os.path.join(path, names[i]) for i in indices]
-        frames = [open_picture(file) for file in files]
-        for file, frame in zip(files, frames, strict=True):
-            if frame.shape != frames[0].shape:
-                sizes = f"{frame.shape[:2]}, the first one {frames[0].shape[:2]}"
+    def read(indices: np.ndarray, shrink: Shrink) -> np.ndarray:
+        frames, first = [], None
+        for i in indices:
+            frame = open_picture(file := os.path.join(path, names[i]))
+            first = frame.shape if first is None else first
+            if frame.shape != first:
+                sizes = f"{frame.shape[:2]}, the first one {first[:2]}"
                 raise VideoError(file, f"frames of a clip differ in size: {sizes}")
+            frames.append(shrink(frame))
         return np.stack(frames)
 
-    yield Source(np.arange(len(names)) / FOLDER_FPS, FOLDER_FPS, read)
-
-
-def open_picture(path: str) -> np.ndarray:
-    """(H, W, 3) uint8 of an image file; VideoError, naming it, where it cannot be read."""
-    try:
-        return read_picture(path)
-    except FileNotFoundError as error:
-        raise VideoError(path, "no such file") from error
-    except OSError as error:
-        raise VideoError(path, f"not a picture: {error}") from error
+    yield Source(np.arange(len(names)) / fps, fps, read)
 
 
 @contextmanager
@@ -118,13 +106,16 @@ def _open_decord(path: str) -> Iterator[Source]:
         raise VideoError(path, f"decord cannot open it: {_message(error)}") from error
     jumps = _decord_jumps_right(path, keys, total)
 
-    def read(indices: np.ndarray) -> np.ndarray:
+    def read(indices: np.ndarray, shrink: Shrink) -> np.ndarray:
         try:
             if jumps:
-                return reader.get_batch(indices).asnumpy()
+                parts = (indices[i : i + _BATCH] for i in range(0, len(indices), _BATCH))
+                batches = (reader.get_batch(part).asnumpy() for part in parts)
+                return np.stack([shrink(frame) for batch in batches for frame in batch])
             wanted = set(indices.tolist())  # next() alone never jumps, skip_frames() does
             everything = ((place, reader.next()) for place in range(int(indices[-1]) + 1))
-            return np.stack([frame.asnumpy() for place, frame in everything if place in wanted])
+            kept = (frame.asnumpy() for place, frame in everything if place in wanted)
+            return np.stack([shrink(frame) for frame in kept])
         except faults as error:
             reason = f"decord cannot decode frames {_span(indices)} of {total}"
             advice = 'backend="pyav" may'
@@ -181,26 +172,28 @@ def _open_pyav(path: str) -> Iterator[Source]:
             raise VideoError(path, f"PyAV cannot read it: {_message(error)}") from error
         stream = container.streams.video[0]
 
-        def decode(jump: int, slot: dict[int, int], frames: list[np.ndarray | None]) -> None:
+        def decode(
+            jump: int, slot: dict[int, int], frames: list[np.ndarray | None], shrink: Shrink
+        ) -> None:
             # A seek compares decoding times; frames are told by their own, so none can be wrong.
             container.seek(jump, stream=stream)
             last = max(slot)
             for frame in container.decode(stream):
                 if frame.pts in slot and frames[slot[frame.pts]] is None:
-                    frames[slot[frame.pts]] = _upright(frame)
+                    frames[slot[frame.pts]] = shrink(_upright(frame))
                 if frame.pts is not None and frame.pts >= last:
                     break
 
-        def read(indices: np.ndarray) -> np.ndarray:
+        def read(indices: np.ndarray, shrink: Shrink) -> np.ndarray:
             pts = index.pts[indices]
             slot = {tick: number for number, tick in enumerate(pts.tolist())}
             frames: list[np.ndarray | None] = [None] * len(indices)
             key = max(int(np.searchsorted(index.key_pts, pts[0], side="right")) - 1, 0)
             start = int(min(index.pts[0], index.key_dts.min()))
             try:
-                decode(int(index.key_dts[key]), slot, frames)
+                decode(int(index.key_dts[key]), slot, frames, shrink)
                 if any(frame is None for frame in frames) and index.key_dts[key] > start:
-                    decode(start, slot, frames)  # some containers cannot be entered midway
+                    decode(start, slot, frames, shrink)  # some containers cannot be entered midway
             except faults as error:
                 reason = f"PyAV cannot decode frames {_span(indices)} of {len(index.pts)}"
                 raise VideoError(path, f"{reason}: {_message(error)}") from error
@@ -281,38 +274,6 @@ def _clock(path: str, stamps: np.ndarray, fps: float) -> tuple[np.ndarray, float
             raise VideoError(path, f"its frame rate is unknown ({fps})")
         fps = (len(stamps) - 1) / stamps[-1]
     return stamps, float(fps)
-
-
-def _check_file(path: str) -> None:
-    """VideoError for what is plain without a decoder, in words a user can act on."""
-    if not os.path.exists(path):
-        raise VideoError(path, "no such file")
-    if not os.path.isfile(path):
-        raise VideoError(path, "not a file")
-    size = os.path.getsize(path)
-    if size == 0:
-        raise VideoError(path, "the file is empty (0 bytes)")
-    position, kinds = 0, []
-    with open(path, "rb") as file:
-        while position + 8 <= size:
-            file.seek(position)
-            header = file.read(16)
-            length, kind = int.from_bytes(header[:4], "big"), header[4:8]
-            if not kinds and kind != b"ftyp":
-                return  # not an mp4: left to the decoder
-            if length == 1:
-                length = int.from_bytes(header[8:16], "big")
-            length = length or size - position  # 0: up to the end of the file
-            if length < 8:
-                break
-            kinds.append(kind)
-            position += length
-            if position > size:
-                name = kind.decode("latin-1")
-                reason = f"its {name!r} box needs {position} bytes, the file has {size}"
-                raise VideoError(path, f"the file is cut off: {reason}")
-    if kinds and b"moov" not in kinds:
-        raise VideoError(path, "the file is cut off: it has no index ('moov' box)")
 
 
 def _message(error: BaseException) -> str:

@@ -134,9 +134,11 @@ def parse_record(row: Any, media_root: str | os.PathLike[str] = ".") -> Record:
     start, end = (_seconds(name, row.get(name)) for name in ("start", "end"))
     if start is not None and end is not None and start >= end:
         raise FieldError("start", f"{start:g} is not before end {end:g}")
-    duration = metadata.get("duration")
-    if duration is not None and not (is_number(duration) and duration > 0):
-        raise FieldError("metadata.duration", f"expected seconds above 0, got {describe(duration)}")
+    for name, unit in (("duration", "seconds"), ("fps", "frames a second")):
+        value = metadata.get(name)
+        if value is not None and not (is_number(value) and value > 0):
+            reason = f"expected {unit} above 0, got {describe(value)}"
+            raise FieldError(f"metadata.{name}", reason)
     for name in ("start", "end"):
         if medium == "image" and row.get(name) is not None:
             raise FieldError(name, "an image has no time")

@@ -29,7 +29,8 @@ class FrameConfig:
     `fps` frames a second are taken, between `min_frames` and `max_frames`; `num_frames`, where
     given, replaces all three. Pixels are counted per frame, except `total_pixels`, the budget of
     the whole clip (None: no budget). The defaults are those of the VideoChat-R1 recipe: at most
-    3,584 tokens a video.
+    3,584 tokens a video. An image has bounds of its own; None: the checkpoint's, which for the
+    released ones reach 16,384 tokens an image.
     """
 
     fps: float = 2.0
@@ -40,6 +41,8 @@ class FrameConfig:
     max_pixels: int = MAX_FRAME_PIXELS
     total_pixels: int | None = 3584 * TOKEN_PIXELS
     rule: Rule = "linspace"
+    image_min_pixels: int | None = None
+    image_max_pixels: int | None = None
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.fps) and self.fps > 0):
@@ -56,6 +59,9 @@ class FrameConfig:
                 "expected 0 < min_pixels <= max_pixels, "
                 f"got {self.min_pixels} and {self.max_pixels}"
             )
+        for name in ("image_min_pixels", "image_max_pixels"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if self.total_pixels is not None and self.total_pixels <= 0:
             raise ValueError(f"total_pixels must be positive, got {self.total_pixels}")
         _check_rule(self.rule)

@@ -38,6 +38,7 @@ __all__ = [
 # Time stamps of some containers are rounded to milliseconds, and decord's are float32.
 TIME_TOLERANCE = 1e-3
 
+Fit = Callable[[np.ndarray, int | None], np.ndarray]
 Times = Sequence[float] | Callable[[float], Sequence[float]]
 
 
@@ -47,7 +48,8 @@ class Clip:
 
     `frames` (T, H, W, 3) uint8 RGB; `times` (T,) float64, seconds from the beginning of the part,
     from the file's time stamps; `fps` the rate of the sampled frames; `duration` the length of the
-    part in seconds; both None for an image; `start` where the part begins in the file.
+    part in seconds; both None for an image; `start` where the part begins in the file; `fitted`
+    whether the frames have the size already at which the model sees them.
     """
 
     frames: np.ndarray
@@ -56,6 +58,7 @@ class Clip:
     duration: float | None
     path: str
     start: float = 0.0
+    fitted: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ class ClipRequest:
     end: float | None = None
     times: Times | None = None
     is_image: bool = False
+    folder_fps: float | None = None
 
 
 def probe(path: str, *, backend: str = "decord") -> VideoInfo:
@@ -93,17 +97,22 @@ def read_clip(
     end: float | None = None,
     times: Times | None = None,
     backend: str = "decord",
+    folder_fps: float | None = None,
+    fit: Fit | None = None,
 ) -> Clip:
     """Sample and decode a clip.
 
     `start` and `end` (seconds in the file) choose the part to watch; an `end` behind the last frame
     means the last frame. Of that part `config` takes frames at even distances, or `times` names
     them: seconds from the beginning of the part, or a function from the part's length to such
-    seconds; the frame shown is the nearest one, so frames may repeat. Raises VideoError, naming the
-    file, for one that is missing, empty, cut off, damaged or shorter than asked for.
+    seconds; the frame shown is the nearest one, so frames may repeat. `folder_fps` is the rate of a
+    folder of images, which does not tell it. `fit(frame, count)` resizes each frame (H, W, 3) of
+    the `count` as it is decoded, so that they are never all held in their full size. Raises
+    VideoError, naming the file, for one that is missing, empty, cut off, damaged, shorter than
+    asked for, or of a shape that `fit` refuses.
     """
     config = config or FrameConfig()
-    with open_source(path, backend) as source:
+    with open_source(path, backend, folder_fps) as source:
         stamps = source.timestamps
         first, stop, begin, duration = _part(path, source, start, end)
         if times is None:
@@ -118,15 +127,30 @@ def read_clip(
             indices = first + _nearest(path, stamps[first:stop] - begin, wanted, duration)
             fps = _rate(wanted, duration)
         distinct, expand = np.unique(indices, return_inverse=True)
-        frames = source.read(distinct)
+        frames = source.read(distinct, _shrink(path, fit, len(indices)))
         if len(distinct) != len(indices):
             frames = frames[expand]
-        return Clip(frames, stamps[indices] - begin, fps, duration, path, begin)
+        times = stamps[indices] - begin
+        return Clip(frames, times, fps, duration, path, begin, fitted=fit is not None)
 
 
-def read_image(path: str) -> Clip:
+def read_image(path: str, fit: Fit | None = None) -> Clip:
     """An image, upright, as a clip of one frame. VideoError names the file that is none."""
-    return Clip(open_picture(path)[None], np.zeros(1), None, None, path)
+    picture = _shrink(path, fit, None)(open_picture(path))
+    return Clip(picture[None], np.zeros(1), None, None, path, fitted=fit is not None)
+
+
+def _shrink(path: str, fit: Fit | None, count: int | None) -> Callable[[np.ndarray], np.ndarray]:
+    if fit is None:
+        return lambda frame: frame
+
+    def shrink(frame: np.ndarray) -> np.ndarray:
+        try:
+            return fit(frame, count)
+        except ValueError as error:
+            raise VideoError(path, str(error)) from error
+
+    return shrink
 
 
 class ClipReader:
@@ -134,8 +158,10 @@ class ClipReader:
 
     `timeout` seconds a clip (None: no limit), after which its worker is killed and replaced;
     `workers=0` reads in this process, where nothing can be killed. `prefetch` clips, read or being
-    read, are held ahead of the consumer (default 2 a worker). `reader` replaces `read_clip`; it
-    must be importable by name. Use it in a `with` statement, or call `close`.
+    read, are held ahead of the consumer (default 2 a worker). `fit(frame, count)` resizes every
+    frame where it is decoded (`count`: frames of the clip, None for an image). `reader` replaces
+    `read_clip`; it must be importable by name, as `fit` must. Use it in a `with` statement, or call
+    `close`.
     """
 
     def __init__(
@@ -145,11 +171,12 @@ class ClipReader:
         timeout: float | None = 60.0,
         workers: int = 2,
         prefetch: int | None = None,
+        fit: Fit | None = None,
         reader: Callable[..., Clip] = read_clip,
     ) -> None:
         if backend not in BACKENDS:
             raise ValueError(f"unknown video backend {backend!r}, expected one of {BACKENDS}")
-        read = partial(_read_request, reader, backend)
+        read = partial(_read_request, reader, backend, fit)
         self._pool = WorkerPool(read, workers=workers, timeout=timeout, prefetch=prefetch)
 
     def read(self, requests: Iterable[ClipRequest]) -> Iterator[Clip | VideoError]:
@@ -182,9 +209,11 @@ class ClipReader:
         self.close()
 
 
-def _read_request(reader: Callable[..., Clip], backend: str, request: ClipRequest) -> Clip:
+def _read_request(
+    reader: Callable[..., Clip], backend: str, fit: Fit | None, request: ClipRequest
+) -> Clip:
     if request.is_image:
-        return read_image(request.path)
+        return read_image(request.path, fit)
     return reader(
         request.path,
         request.config,
@@ -192,6 +221,8 @@ def _read_request(reader: Callable[..., Clip], backend: str, request: ClipReques
         end=request.end,
         times=request.times,
         backend=backend,
+        folder_fps=request.folder_fps,
+        fit=fit,
     )
 
 

@@ -162,7 +162,8 @@ class _Worker:
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=2,  # what a library prints must not mix with the parent's output
-                env={**os.environ, "PYTHONPATH": path},
+                # Workers run side by side: one that uses all cores takes them from the others.
+                env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
                 start_new_session=True,  # Ctrl-C is the parent's affair
             )
 

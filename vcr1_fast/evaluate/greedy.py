@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 
 from vcr1_fast.data.records import Record
-from vcr1_fast.data.video import Clip, ClipReader, ClipRequest, VideoError
+from vcr1_fast.data.requests import clip_request
+from vcr1_fast.data.video import Clip, ClipReader, VideoError
 from vcr1_fast.evaluate.completions import Completion
 from vcr1_fast.evaluate.config import EvalConfig
 from vcr1_fast.model.processor import Processor, Prompt
@@ -28,16 +28,11 @@ def greedy_answers(
     (its clip or its prompt is bad) becomes a completion with an error; the rest of its batch is
     answered without it.
     """
-    frames = config.frames
-    processor = processor.with_video(
-        min_pixels=frames.min_pixels,
-        max_pixels=frames.max_pixels,
-        total_pixels=frames.total_pixels,
-    )
+    processor = processor.with_frames(config.frames, media_first=config.media_first)
     sampling = SamplingConfig(temperature=0.0, max_new_tokens=config.max_new_tokens)
 
     def answer(batches: Sequence[Sequence[Record]]) -> Iterator[list[Completion]]:
-        requests = (clip_request(record, config) for batch in batches for record in batch)
+        requests = (clip_request(record, config.frames) for batch in batches for record in batch)
         with (
             prompts_from(config.prompts, TASKS, think=config.think),
             ClipReader(
@@ -85,16 +80,3 @@ def greedy_answers(
         return processor.prompt(text, [clip], system=config.system)
 
     return answer
-
-
-def clip_request(record: Record, config: EvalConfig) -> ClipRequest:
-    """What to read for a record: its part of the file, at the task's own times if it has such."""
-    times = TASKS[record.task].times
-    return ClipRequest(
-        record.media,
-        config.frames,
-        start=record.start,
-        end=record.end,
-        times=None if times is None else partial(times, record),
-        is_image=record.image is not None,
-    )

@@ -18,6 +18,7 @@ _IDENTITY = (
     "frames",
     "tasks",
     "think",
+    "media_first",
     "system",
     "max_new_tokens",
     "mrope",

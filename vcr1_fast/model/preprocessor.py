@@ -4,10 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import torch
 
 from vcr1_fast.data.sampling import smart_resize
 from vcr1_fast.model.files import CheckpointError, read_json
+from vcr1_fast.ops.resize_frames import resize_frames
 from vcr1_fast.ops.video_patches import CLIP_MEAN, CLIP_STD, MERGE, PATCH, TEMPORAL_PATCH
 
 VIDEO_FILE, BOTH_FILE, IMAGE_FILE = (
@@ -87,6 +89,32 @@ class VideoProcessorConfig(ImageProcessorConfig):
             total_pixels=self.total_pixels,
             num_frames=frames,
         )
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Resizes frames to the size at which they are cut into patches, apart from the cutting: in the
+    process that decodes them, since a full-size clip may be a hundred times as large.
+
+    Bit for bit what cutting would do by itself, as long as it rounds to uint8 in between
+    (rounding="u8"). To be called with a frame (H, W, 3) uint8 and the number of frames of its
+    clip, None for an image. ValueError for a frame of an impossible shape.
+    """
+
+    video: VideoProcessorConfig
+    image: ImageProcessorConfig
+
+    def __post_init__(self) -> None:
+        for config in (self.video, self.image):
+            if config.rounding != "u8":
+                raise ValueError(f'rounding must be "u8", got {config.rounding!r}')
+
+    def __call__(self, frame: np.ndarray, count: int | None) -> np.ndarray:
+        config = self.image if count is None else self.video
+        size = config.size(count or 1, *frame.shape[:2])
+        # A frame that was turned upright is a view with negative strides, which torch cannot take.
+        whole = np.ascontiguousarray(frame)[None]
+        return resize_frames(whole, size, resample=config.resample)[0].numpy()
 
 
 C = TypeVar("C", bound=ImageProcessorConfig)

@@ -17,10 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vcr1_fast.data.sampling import FrameConfig
 from vcr1_fast.model.files import CheckpointError, read_json
 from vcr1_fast.model.preprocessor import (
     IMAGE_FILE,
     VIDEO_FILE,
+    Fit,
     ImageProcessorConfig,
     VideoProcessorConfig,
     parse_settings,
@@ -39,17 +41,20 @@ class ClipLike(Protocol):
 
     frames: np.ndarray  # (T, H, W, 3) uint8
     fps: float | None  # frames a second, as sampled; None: an image
+    # `fitted`, where there is one: whether the frames have been resized already (by `Fit`)
 
 
 @dataclass(frozen=True, eq=False)
 class Processor:
-    """Renders, tokenises and cuts into patches. `sources` are the settings files it came from."""
+    """Renders, tokenises and cuts into patches. `sources` are the settings files it came from;
+    `media_first` puts clips before the text, as VideoChat-R1.5 does, VideoChat-R1 behind it."""
 
     tokenizer: Any
     chat_template: str
     video: VideoProcessorConfig = field(default_factory=VideoProcessorConfig)
     image: ImageProcessorConfig = field(default_factory=ImageProcessorConfig)
     sources: dict[str, dict] = field(default_factory=dict)
+    media_first: bool = False
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "Processor":
@@ -94,11 +99,27 @@ class Processor:
         """The same processor with other image settings."""
         return replace(self, image=replace(self.image, **changes))
 
+    def with_frames(self, frames: FrameConfig, *, media_first: bool = False) -> "Processor":
+        """The same processor with the pixel bounds, and the order, of a run's settings."""
+        ordered = replace(self, media_first=media_first)
+        bounds = {"min_pixels": frames.image_min_pixels, "max_pixels": frames.image_max_pixels}
+        return ordered.with_video(
+            min_pixels=frames.min_pixels,
+            max_pixels=frames.max_pixels,
+            total_pixels=frames.total_pixels,
+        ).with_image(**{name: value for name, value in bounds.items() if value is not None})
+
+    def fit(self) -> Fit | None:
+        """What resizes frames as this processor would, where they are decoded; None where that
+        would not give the same patches."""
+        exact = self.video.rounding == self.image.rounding == "u8"
+        return Fit(self.video, self.image) if exact else None
+
     def prompt(
         self, text: str, clips: Sequence[ClipLike] = (), *, system: str | None = None
     ) -> Prompt:
-        """A user turn of `text` followed by `clips` (and images: those without a rate), up to where
-        the assistant starts.
+        """A user turn of `text` and `clips` (and images: those without a rate), up to where the
+        assistant starts.
 
         `system` is the system turn; None leaves it to the chat template. ValueError when the text
         itself holds vision tokens, or an image has more than one frame.
@@ -106,7 +127,8 @@ class Processor:
         kinds = torch.tensor([IMAGE if clip.fps is None else VIDEO for clip in clips]).long()
         names = {IMAGE: "image", VIDEO: "video"}
         media = [{"type": names[kind]} for kind in kinds.tolist()]
-        content = [{"type": "text", "text": text}, *media]
+        words = [{"type": "text", "text": text}]
+        content = media + words if self.media_first else words + media
         messages = [{"role": "user", "content": content}]
         if system is not None:
             messages.insert(0, {"role": "system", "content": system})
@@ -191,9 +213,10 @@ class Processor:
         if is_image and len(frames) != 1:
             raise ValueError(f"an image has one frame, a clip has a rate: got {len(frames)} frames")
         config = self.image if is_image else self.video
+        fitted = getattr(clip, "fitted", False)
         return video_patches(
             frames,
-            config.size(*frames.shape[:3]),
+            None if fitted else config.size(*frames.shape[:3]),
             resample=config.resample,
             rounding=config.rounding,
             dtype=config.dtype,

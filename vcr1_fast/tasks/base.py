@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from vcr1_fast.rewards import well_formed
 from vcr1_fast.tasks.record import Record
-from vcr1_fast.tasks.wording import Wording
+from vcr1_fast.tasks.wording import Wording, ask_for_times
 
 Metrics = dict[str, float]
 
@@ -65,9 +65,14 @@ class Task:
     spans: Callable[[Record], Sequence[Sequence[float]]] | None = None
     label: Callable[[Record], str] | None = None
 
+    @property
+    def gaps(self) -> dict[str, Callable[[Record], str]]:
+        """The fields, and those that every task has."""
+        return {**self.fields, "times": ask_for_times}
+
     def prompt(self, record: Record, think: bool) -> str:
         """The user's text."""
-        return self.wording.fill(think, lambda name: self.fields[name](record))
+        return self.wording.fill(think, lambda name: self.gaps[name](record))
 
     def score(
         self, completion: str, record: Record, duration: float | None = None, think: bool = False

@@ -17,7 +17,8 @@ class Record:
     `video` is a path, or `image` is and `video` is None; `prompt` holds the task's texts, e.g.
     {"event": "..."}; `options` are the texts of a choice without their letters; `start` and `end`
     (seconds) are the part of the file to watch; `boxes` are given boxes [x0, y0, x1, y1],
-    normalised to 0..1; what `answer` holds is the task's affair: its `check` says it.
+    normalised to 0..1. Of `metadata`, `duration` (seconds of the file) and `fps` (of a folder of
+    images) are used. What `answer` holds is the task's affair: its `check` says it.
     """
 
     id: str
@@ -108,6 +109,7 @@ def check_box(name: str, box: Any) -> None:
 
 
 def is_number(value: Any) -> bool:
+    """A finite number of a size that seconds, pixels and counts have; not a truth value."""
     # The comparison also refuses NaN, infinities and integers too large for a float.
     return isinstance(value, int | float) and not isinstance(value, bool) and -1e12 < value < 1e12
 

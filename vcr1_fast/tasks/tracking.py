@@ -141,4 +141,5 @@ TASK = Task(
     primary="AO_unseen",
     blind=blind,
     times=times,
+    spans=lambda record: [[0.0, max(record.metadata.get("times") or [0.0])]],
 )

@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vcr1_fast.tasks.record import Record
+
 if TYPE_CHECKING:
     from vcr1_fast.tasks.base import Task
 
@@ -43,9 +45,16 @@ def ask(question: str, answer: str) -> Wording:
     """The question, then how to answer it: `answer` names the content and shows the tags."""
     return Wording(
         f"{question} Reply {answer}.",
-        f"{question} First reason step by step inside <think> </think>, giving the times you rely "
-        f"on as <timestep>2.0 to 3.5</timestep>. Then reply {answer}.",
+        f"{question} First reason step by step inside <think> </think>{{times}}. "
+        f"Then reply {answer}.",
     )
+
+
+def ask_for_times(record: Record) -> str:
+    """What every task has for the gap `{times}`: nothing for an image, which has none."""
+    if record.image is not None:
+        return ""
+    return ", giving the times you rely on as <timestep>2.0 to 3.5</timestep>"
 
 
 def names(template: str) -> list[str]:
@@ -91,7 +100,8 @@ def prompts_from(
     path: str | Path | None, tasks: MutableMapping[str, Task], *, think: bool
 ) -> Iterator[None]:
     """Have the tasks ask in the words of a file meanwhile; those it does not name, and all without
-    a file, ask in their own. Errors as `load_prompts`, and for a task worded in the other way only.
+    a file, ask in their own. It holds for the whole process. Errors as `load_prompts`, and for a
+    task worded in the other way only.
     """
     wordings = {} if path is None else load_prompts(path, tasks)
     kind = "think" if think else "no_think"
@@ -124,8 +134,8 @@ def _check(task: Task, kind: str, text: Any) -> None:
         raise ValueError(f"expected a text, got {text!r:.80}")
     given = names(text)
     for name in given:
-        if name not in task.fields:
-            known = ", ".join(f"{{{field}}}" for field in task.fields)
+        if name not in task.gaps:
+            known = ", ".join(f"{{{field}}}" for field in task.gaps)
             raise ValueError(f"unknown field {{{name}}}; the task has {known}")
     for alternatives in task.needs:
         if not set(alternatives) & set(given):

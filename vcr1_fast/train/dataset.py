@@ -4,13 +4,13 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Generic, TypeVar
 
 import numpy as np
 
 from vcr1_fast.data.quarantine import Quarantine
 from vcr1_fast.data.records import Record, load_records
+from vcr1_fast.data.requests import clip_key, clip_request
 from vcr1_fast.data.video import Clip, ClipReader, ClipRequest, VideoError
 from vcr1_fast.model.processor import Processor, Prompt
 from vcr1_fast.tasks import TASKS
@@ -110,7 +110,10 @@ class PromptSource:
         self._cache = ByteCache[Clip](config.cache_mb * 2**20, lambda clip: clip.frames.nbytes)
         self._bad: set[str] = set()
         self._reader = ClipReader(
-            backend=config.decoder, timeout=config.decode_timeout, workers=config.decode_workers
+            backend=config.decoder,
+            timeout=config.decode_timeout,
+            workers=config.decode_workers,
+            fit=processor.fit(),
         )
 
     def batches(
@@ -171,7 +174,7 @@ class PromptSource:
                     requested[key] = slot
                     waiting.append((key, slot))
                     in_a_row = 0
-                    yield clip_request(record, self.config)
+                    yield clip_request(record, self.config.frames)
                 if in_a_row == MAX_CACHED_IN_A_ROW:
                     return
             ended = True
@@ -231,22 +234,3 @@ def training_records(config: DataConfig, quarantine: Quarantine) -> list[Record]
     if not records:
         raise ValueError(f"{config.train}: no usable record ({len(quarantine)} bad ones)")
     return records
-
-
-def clip_key(record: Record) -> Hashable:
-    """What two records share when they show the same frames."""
-    timed = record.id if TASKS[record.task].times else None
-    return record.media, record.start, record.end, timed
-
-
-def clip_request(record: Record, config: DataConfig) -> ClipRequest:
-    """The frames that a record's task wants to see."""
-    times = TASKS[record.task].times
-    return ClipRequest(
-        path=record.media,
-        config=config.frames,
-        start=record.start,
-        end=record.end,
-        times=None if times is None else partial(times, record),
-        is_image=record.image is not None,
-    )

@@ -16,6 +16,7 @@ from accelerate.utils import DistributedType, gather_object, set_seed
 from torch import nn
 
 from vcr1_fast.data.quarantine import Quarantine
+from vcr1_fast.data.requests import clip_key
 from vcr1_fast.model.attention import prepare_attention
 from vcr1_fast.model.checkpoint import load, save
 from vcr1_fast.model.forward import prompt_features
@@ -38,7 +39,6 @@ from vcr1_fast.train.dataset import (
     PromptSource,
     Sample,
     Sampler,
-    clip_key,
     training_records,
 )
 from vcr1_fast.train.log import RunLog
@@ -242,11 +242,7 @@ def prepare_model(config: TrainConfig, device: torch.device) -> tuple[nn.Module,
     """The model to train, with adapters where they are asked for, and its processor."""
     settings, frames = config.model, config.data.frames
     model, processor = load(settings.path, dtype=settings.dtype, device=device)
-    processor = processor.with_video(
-        min_pixels=frames.min_pixels,
-        max_pixels=frames.max_pixels,
-        total_pixels=frames.total_pixels,
-    )
+    processor = processor.with_frames(frames, media_first=config.data.media_first)
     prepare_attention(model, settings.attention)
     if settings.lora_rank:
         model = add_adapters(model, settings)

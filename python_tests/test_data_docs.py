@@ -1,0 +1,77 @@
+"""What docs/data.md says of records, tasks, prompts and formats is so."""
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from vcr1_fast.cli import parser
+from vcr1_fast.data.formats import FORMATS
+from vcr1_fast.data.records import Record
+from vcr1_fast.tasks import TASKS
+from vcr1_fast.tasks.wording import load_prompts
+
+TEXT = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
+
+
+def table(title):
+    """Rows of the table below a title, as lists of cells."""
+    section = TEXT.split(f"## {title}\n", 1)[1].split("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def names(cell):
+    return re.findall(r"`\{?(\w+)\}?`", cell)
+
+
+def test_fields():
+    assert {name for row in table("Records") for name in names(row[0])} == {
+        field.name for field in fields(Record)
+    }
+
+
+def test_tasks():
+    rows = {names(row[0])[0]: row for row in table("Tasks")}
+    assert set(rows) == set(TASKS)
+    for name, row in rows.items():
+        task = TASKS[name]
+        assert set(names(row[1])) <= set(task.fields), name
+        assert row[3].split(", ") == list(task.rewards), name
+        image = Record("a", name, None, {}, None, image="a.png")
+        with pytest.raises(ValueError) as caught:
+            task.check(image)
+        assert ("needs a video" in str(caught.value)) == (row[5] == "video"), name
+
+
+def test_gaps():
+    rows = table("Prompts")
+    told, columns = set(), {}
+    for row in rows:
+        for name in names(row[0]):
+            columns[name] = row
+    for name, task in TASKS.items():
+        row = columns.get(name, rows[-1])
+        like = columns["multiple_choice"] if row[1].startswith("as ") else row
+        assert set(names(like[1])) == set(task.fields), name
+        assert row[3].split(", ") == list(task.tags), name
+        assert {gap for group in task.needs for gap in group} <= set(names(like[1])), name
+        told.add(name)
+    assert set(columns) <= told
+
+
+def test_the_prompts_file_loads(tmp_path):
+    (tmp_path / "p.yaml").write_text(re.search(r"```yaml\n(.*?)```", TEXT, re.DOTALL)[1])
+    wordings = load_prompts(tmp_path / "p.yaml", TASKS)
+    assert wordings["temporal_grounding"].think and wordings["tracking"].no_think
+
+
+def test_formats(capsys):
+    rows = table("Formats")
+    assert {name for row in rows for name in names(row[0])} == set(FORMATS)
+    for row in rows:
+        assert set(row[2].split(", ")) <= set(TASKS)
+    with pytest.raises(SystemExit):
+        parser().parse_args(["data", "convert", "--help"])
+    assert set(FORMATS) <= set(re.findall(r"\w+", capsys.readouterr().out))
