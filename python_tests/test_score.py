@@ -126,29 +126,58 @@ def test_caption_recall():
     assert judged["recall"] == 0.5 and asked == TARGETS["caption"]
 
 
+# What a pattern might go over again and again: (what stands before, what is repeated, what follows).
+HOSTILE = [
+    ("", "<think>", ""),
+    ("", "<answer>", ""),
+    ("", "</think><answer>", ""),
+    ("<think></think>", " ", "<answer>"),
+    ("<think></think><answer>", "1", ""),
+    ("<answer>", "1", "</answer>"),
+    ("<answer>", "1 to ", "</answer>"),
+    ("<answer>2 to ", "6", " to </answer>"),
+    ("<answer>", "-", "1</answer>"),
+    ("<answer>", "[", "</answer>"),
+    ("<answer>[[", "9", "</answer>"),
+    ("<answer>[[0, 0, 1, ", "1", "</answer>"),
+    ("<answer>[[0, 0, 1, 1]", " ", "x</answer>"),
+    ("<answer>[[0, 0, 1, 1", " ", "x</answer>"),
+    ("<answer>", "[0, 0, 1, 1], ", "</answer>"),
+    ("<answer>B</answer><glue>[(", "1", "</glue>"),
+    ("<answer>B</answer><glue>[(1, 2)", " ", "x</glue>"),
+    ("<answer>B</answer><glue>[(1,", " ", "</glue>"),
+    ("<answer>B</answer><glue>[", "(1, 2), ", "</glue>"),
+    ("<answer>B</answer><glue>[(1, 2), (3.", "1", "</glue>"),
+    ("<answer>", "A", "</answer>"),
+    ("<answer>", "answer is A ", "</answer>"),
+    ("<answer>", "word. ", "</answer>"),
+    ("<answer>", "9.9e", "</answer>"),
+]
+
+
+def seconds(task, mode, hostile, size):
+    before, piece, after = hostile
+    completion = before + piece * (size // len(piece)) + after
+    target, best = TARGETS[task], math.inf
+    for _ in range(2):
+        start = time.process_time()
+        score(task, [completion], [target], mode=mode)
+        best = min(best, time.process_time() - start)
+    return best
+
+
 @pytest.mark.parametrize("mode", ["strict", "legacy"])
 @pytest.mark.parametrize("task", list(TERMS))
 def test_hostile_text_takes_linear_time(task, mode):
-    size = 100_000
-    hostile = [
-        "<think>" * (size // 7),
-        "<answer>" * (size // 8),
-        "</think><answer>" * (size // 15),
-        "<think></think><answer>" + "1" * size,
-        "<answer>" + "1" * size + "</answer>",
-        "<answer>" + "1 to " * (size // 5) + "</answer>",
-        "<answer>" + "[" * size + "</answer>",
-        "<answer>" + "-" * size + "1</answer>",
-        "<think>x</think>" + " " * size + "<answer>",
-        "<answer>B</answer><glue>[" + "(1, 2), " * (size // 8) + "</glue>",
-        "<answer>B</answer><glue>[(1," + " " * size + "</glue>",
-        "<answer>" + "A" * size + "</answer>",
-        "<answer>" + "word. " * (size // 6) + "</answer>",
-    ]
-    start = time.perf_counter()
-    score(task, hostile, [TARGETS[task]] * len(hostile), mode=mode)
-    # Milliseconds each; a quadratic pattern takes minutes. The slack is for a busy machine.
-    assert time.perf_counter() - start < 5.0
+    """Four times the text takes about four times as long; in quadratic time it would be sixteen, and
+    minutes. The small sizes come first, so that a failure does not take those minutes."""
+    for hostile in HOSTILE:
+        assert seconds(task, mode, hostile, 5_000) < 0.1, hostile
+        fifty = seconds(task, mode, hostile, 50_000)
+        assert fifty < 0.5, hostile
+        for size in (100_000, 200_000):
+            allowed = 2.5 * size / 50_000 * fifty + 0.05
+            assert seconds(task, mode, hostile, size) < allowed, (hostile, size)
 
 
 def test_nothing_is_run(tmp_path):
@@ -166,7 +195,8 @@ _PIECES = (
     "<think> </think> <answer> </answer> <glue> </glue> to and TO 5 12.5 . , ( ) [ ] - nan 1e999 B "
     "(C) [(1,2)] [(05,10)] [[0,0,1,1]] 'a' {} None 1j \\ \x00 \ud800 \u0661 \n"
 )
-PIECES = [*_PIECES.split(" "), " "]
+HUGE = "9" * 5000  # beyond what Python turns into an int
+PIECES = [*_PIECES.split(" "), " ", HUGE, f"{HUGE} to {HUGE}", f"[({HUGE}, {HUGE})]", "1e" + HUGE]
 
 
 @settings(max_examples=300)
