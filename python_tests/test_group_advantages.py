@@ -240,7 +240,7 @@ def test_opcheck_and_compile(backend):
         (torch.zeros(6), {"group_size": 2, "estimator": "opo"}, "opo needs lengths"),
         (torch.zeros(6), {"group_size": 2, "scale": "std"}, "unknown scale 'std'"),
         (torch.zeros(6), {"group_size": 2, "scale": "given"}, "given.*go together"),
-        (torch.zeros(6), {"group_size": 2, "stds": torch.ones(6)}, "go together, got scale 'group'"),
+        (torch.zeros(6), {"group_size": 2, "stds": torch.ones(6)}, "together, got scale 'group'"),
         (
             torch.zeros(6),
             {"group_size": 2, "scale": "given", "stds": torch.ones(5)},

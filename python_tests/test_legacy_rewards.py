@@ -105,11 +105,12 @@ TARGETS = {
     "classification": "High quality",
 }
 TAGS = ["<think>", "</think>", "<answer>", "</answer>", "<glue>", "</glue>"]
-WORDS = (
+_WORDS = (
     "to TO and 2 6 12.5 . 5. .5 1.2.3 - , ( ) [ ] (2,6) (2, (05,10) [(1,2)] [(1,2),(3,4),] [] "
     "[(3,2)] B (B) Apple The answer is The best answer is Best answer: High quality \u0662 \u0666 x"
-).split(" ")
-PIECES = st.sampled_from([*TAGS, *WORDS, str([BOX] * 8), " ", " ", "\n", "\t", "2 to 6", "9" * 50])
+)
+_EDGES = [str([BOX] * 8), " ", " ", "\n", "\t", "2 to 6", "9" * 50]
+PIECES = st.sampled_from([*TAGS, *_WORDS.split(" "), *_EDGES])
 SHAPED = st.tuples(*[st.lists(PIECES, max_size=5).map("".join)] * 4).map(
     lambda parts: "<think>{}</think>{}<answer>{}</answer><glue>{}</glue>".format(*parts)
 )

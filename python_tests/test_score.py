@@ -126,7 +126,7 @@ def test_caption_recall():
     assert judged["recall"] == 0.5 and asked == TARGETS["caption"]
 
 
-# What a pattern might go over again and again: (what stands before, what is repeated, what follows).
+# What a pattern might go over again and again: (what stands before it, the piece, what follows).
 HOSTILE = [
     ("", "<think>", ""),
     ("", "<answer>", ""),
@@ -169,8 +169,8 @@ def seconds(task, mode, hostile, size):
 @pytest.mark.parametrize("mode", ["strict", "legacy"])
 @pytest.mark.parametrize("task", list(TERMS))
 def test_hostile_text_takes_linear_time(task, mode):
-    """Four times the text takes about four times as long; in quadratic time it would be sixteen, and
-    minutes. The small sizes come first, so that a failure does not take those minutes."""
+    """Four times the text takes about four times as long; in quadratic time it would be sixteen,
+    and minutes. The small sizes come first, so that a failure does not take those minutes."""
     for hostile in HOSTILE:
         assert seconds(task, mode, hostile, 5_000) < 0.1, hostile
         fifty = seconds(task, mode, hostile, 50_000)

@@ -101,7 +101,9 @@ def load_reward(spec: str) -> UserReward:
     """Import "module:function" or "file.py:function". ValueError naming what is not there."""
     where, name = split_spec(spec)
     try:
-        module = _from_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
+        module = (
+            _from_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
+        )
     except Exception as error:  # importing runs the user's code
         raise ValueError(f"reward {spec}: {type(error).__name__}: {error}") from error
     function = getattr(module, name, None)

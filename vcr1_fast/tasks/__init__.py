@@ -14,7 +14,7 @@ from vcr1_fast.tasks import (
     temporal_grounding,
     tracking,
 )
-from vcr1_fast.tasks.base import Metrics, Reward, Task, mean_metrics
+from vcr1_fast.tasks.base import Judged, Metrics, Reward, Task, mean_metrics
 
 TASKS: dict[str, Task] = {
     task.name: task
@@ -34,4 +34,4 @@ TASKS: dict[str, Task] = {
     )
 }
 
-__all__ = ["TASKS", "Metrics", "Reward", "Task", "mean_metrics"]
+__all__ = ["TASKS", "Judged", "Metrics", "Reward", "Task", "mean_metrics"]

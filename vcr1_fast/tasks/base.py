@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from vcr1_fast.rewards.caption import Judge, Match, mentions
+
 if TYPE_CHECKING:
     from vcr1_fast.data.records import Record
 
@@ -34,16 +36,32 @@ class Parser(Protocol):
 
 
 @dataclass(frozen=True)
+class Judged:
+    """What a judge decides of a task's predictions.
+
+    terms: names of its scores, which are metrics; one that is a reward's name is that reward too,
+    the others become rewards where they are given a weight.
+    scores(predictions, records, judge): the scores of a batch, None being a prediction that could
+    not be read. All that is asked of the judge is asked at once.
+    """
+
+    terms: tuple[str, ...]
+    scores: Callable[[Sequence[Any], Sequence[Record], Judge | Match], list[Metrics]]
+
+
+@dataclass(frozen=True)
 class Task:
     """One task.
 
     prompt(record, think): the user's text.
     target(record): the completion that answers it rightly, without reasoning, to fine-tune on.
-    rewards: added up, unweighted.
+    rewards: added up, with the weight 1 unless others are configured. The first that is not the
+        format tells how right an answer is.
     metrics(prediction, record): scores of one sample; their means over a split are the split's.
     primary: the metric to watch.
     blind(train, test): per strategy that never looks at the video, its metrics on `test`.
     times(record, duration): seconds of the frames to show; None leaves them to the frame rule.
+    judged: what a judge decides, None where none is needed.
     """
 
     name: str
@@ -55,6 +73,12 @@ class Task:
     primary: str
     blind: Callable[[Sequence[Record], Sequence[Record]], dict[str, Metrics]]
     times: Callable[[Record, float], list[float]] | None = None
+    judged: Judged | None = None
+
+    @property
+    def accuracy(self) -> str:
+        """Name of the reward that tells how right an answer is."""
+        return next(name for name in self.rewards if name != "format")
 
     def score(
         self, completion: str, record: Record, duration: float | None = None, think: bool = False
@@ -64,6 +88,17 @@ class Task:
             name: reward(completion, record, duration, think=think)
             for name, reward in self.rewards.items()
         }
+
+    def measure(
+        self,
+        predictions: Sequence[Any],
+        records: Sequence[Record],
+        judge: Judge | Match = mentions,
+    ) -> list[Metrics]:
+        """`metrics` of a batch; what is for a judge to decide, as `judge` sees it."""
+        if self.judged is not None:
+            return self.judged.scores(predictions, records, judge)
+        return [self.metrics(p, record) for p, record in zip(predictions, records, strict=True)]
 
     def floor(self, train: Sequence[Record], test: Sequence[Record]) -> tuple[str, Metrics]:
         """(name, metrics) of the blind strategy with the best primary metric on `test`."""
