@@ -25,7 +25,9 @@ def scores(
         [prediction or "" for prediction in predictions],
         [record.answer for record in records],
         judge,
-        references=[record.metadata.get("caption") or ". ".join(record.answer) for record in records],
+        references=[
+            record.metadata.get("caption") or ". ".join(record.answer) for record in records
+        ],
     )
     return [{"recall": one.recall, "precision": one.precision, "F1": one.f1} for one in found]
 
