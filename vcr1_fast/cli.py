@@ -23,6 +23,13 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--model", help="checkpoint folder or hub name (model.path)")
         command.add_argument("--data", help="records, JSONL (data.train)")
         command.add_argument("--output", help="folder of the run (run.output)")
+        if name == "train":
+            command.add_argument(
+                "--reward",
+                action="append",
+                metavar="FILE.py:FUNCTION",
+                help="a reward of your own, also module:function; repeatable (rewards.functions)",
+            )
         _add_overrides(command)
         command.set_defaults(run=run_training)
 
@@ -95,6 +102,8 @@ def run_training(options: argparse.Namespace) -> int:
     from vcr1_fast.train.config import TrainConfig
 
     names = {"model.path": options.model, "data.train": options.data, "run.output": options.output}
+    if options.command == "train":
+        names["rewards.functions"] = options.reward
     config = load_config(TrainConfig, options.config, _overrides(names, options))
     if options.command == "sft":
         from vcr1_fast.train.sft import sft as work
@@ -177,7 +186,7 @@ def _add_overrides(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _overrides(names: dict[str, str | None], options: argparse.Namespace) -> list[str]:
+def _overrides(names: dict[str, str | list[str] | None], options: argparse.Namespace) -> list[str]:
     # Quoted, so that a path is never read as another YAML value.
     from json import dumps
 
