@@ -1,9 +1,11 @@
 """Judges of captions: questions and replies, replay, an HTTP endpoint, a local model."""
 
 import json
+import socket
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
 
 import pytest
 
@@ -200,6 +202,7 @@ def server(monkeypatch):
                 status, body = server.plan.pop(0) if server.plan else (200, None)
             content = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             server.seen.append((self.path, dict(self.headers), content))
+            server.times.append(time.perf_counter())
             time.sleep(server.delay)
             if body is None:
                 prompt = content["messages"][0]["content"]
@@ -221,7 +224,7 @@ def server(monkeypatch):
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
-    server.plan, server.seen, server.delay = [], [], 0.0
+    server.plan, server.seen, server.times, server.delay = [], [], [], 0.0
     server.lock, server.running, server.busiest = threading.Lock(), 0, 0
     server.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
@@ -271,13 +274,25 @@ def test_a_busy_endpoint_is_asked_again(server, status):
     assert len(server.seen) == 3
 
 
-def test_waits_double(server, monkeypatch):
-    waits = []
-    monkeypatch.setattr("vcr1_fast.rewards.endpoint.time.sleep", waits.append)
+def test_waits_double(server):
     server.plan = [(503, "busy")] * 3
-    ask = Endpoint(config(server, retries=3, backoff=0.5))
+    ask = Endpoint(config(server, retries=3, backoff=0.05))
     assert list(ask(["Event: door"])) == ["yes"]
-    assert [wait for wait in waits if wait] == [0.5, 1.0, 2.0]
+    waits = [after - before for before, after in pairwise(server.times)]
+    for wait, least in zip(waits, (0.05, 0.1, 0.2), strict=True):
+        assert least <= wait
+
+
+def test_one_failure_for_good_ends_the_waits_of_the_others(server):
+    server.plan = [(503, "busy")] * 3 + [(400, "no")]
+    ask = Endpoint(config(server, retries=3, backoff=30.0, concurrency=4))
+    before = threading.active_count()
+    began = time.perf_counter()
+    with pytest.raises(JudgeError, match="HTTP 400 'no'"):
+        list(ask(["x"] * 4))
+    while threading.active_count() > before and time.perf_counter() - began < 10:
+        time.sleep(0.01)
+    assert time.perf_counter() - began < 10
 
 
 @pytest.mark.parametrize(
@@ -310,10 +325,14 @@ def test_a_silent_endpoint_times_out(server):
     assert time.perf_counter() - began < 0.9
 
 
-def test_nobody_there(server):
-    server.server_close()
-    with pytest.raises(JudgeError, match="refused"):
-        list(Endpoint(config(server, retries=0))(["x"]))
+def test_nobody_there(monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    settings = JudgeConfig(kind="http", model="m", url=url, retries=1, backoff=0.0)
+    with pytest.raises(JudgeError, match=rf"judge at {url}: \w+: .*refused.*, 2 times"):
+        list(Endpoint(settings)(["x"]))
 
 
 def test_replay_contacts_nobody(server, tmp_path):

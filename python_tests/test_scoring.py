@@ -10,12 +10,13 @@ import pytest
 import torch
 from tiny_run import configure, write_inputs
 
-from vcr1_fast.cli import parser
+from vcr1_fast.cli import main, parser
 from vcr1_fast.data.records import Record
 from vcr1_fast.model.rollout import Rollout, rollout
 from vcr1_fast.ops import group_advantages
 from vcr1_fast.rewards import MatchingJudge, score
 from vcr1_fast.rewards.judge import ModelJudge
+from vcr1_fast.rewards.plugin import load_reward
 from vcr1_fast.train import loop, setup
 from vcr1_fast.train.build import ConfigError, dump_config, load_config
 from vcr1_fast.train.config import TrainConfig
@@ -49,7 +50,8 @@ def drawn(*texts, lengths=None):
 def scored(settings, groups, shuffled=None, judge=None):
     """Scored completions of (record, rollout) groups."""
     samples = [Sample(record, None, 10.0) for record, _ in groups]
-    with Scoring(settings, [record.task for record, _ in groups]) as scoring:
+    functions = [load_reward(spec) for spec in settings.rewards.functions]
+    with Scoring(settings, functions, [record.task for record, _ in groups]) as scoring:
         if judge is not None:
             scoring.judge = judge
         scoring.submit(samples, [one for _, one in groups], shuffled or [None] * len(groups))
@@ -156,7 +158,7 @@ def test_legacy_is_the_released_code():
     for name, values in columns.items():
         assert [one.rewards[name] for one in found] == values
     with pytest.raises(ConfigError, match=r"rewards\.mode: legacy has no rewards for ocr"):
-        Scoring(config("rewards.mode=legacy"), ["tracking", "ocr"])
+        Scoring(config("rewards.mode=legacy"), tasks=["tracking", "ocr"])
 
 
 def test_terms_are_columns_of_their_own():
@@ -212,9 +214,25 @@ def test_user_rewards_are_columns(tmp_path):
     assert found[0].total == pytest.approx(2.0 + 0.1 * len(RIGHT) + 4)
     assert "brevity" not in found[2].rewards and found[2].rewards["agreement"] == 4.0
     assert task_metrics(found)["reward/temporal_grounding/brevity"] == len(RIGHT) * 10.0
-    broken = config(f"rewards.functions=['{path}:gone']")
-    with pytest.raises(ValueError, match=r"mine\.py:gone: .* has no function 'gone'"):
-        Scoring(broken, [])
+
+
+def test_a_function_that_is_not_there_is_told_before_anything_is_loaded(tmp_path, capsys):
+    given = ["--model", "gone", "--data", "gone", "--output", str(tmp_path / "run")]
+    assert main(["train", *given, "--reward", "gone.py:f"]) == 2
+    assert "reward gone.py:f: FileNotFoundError: no file gone.py" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_released_nan_counts_as_not_given():
+    track = Record("t", "tracking", "v.mp4", {"object": "x"}, [[0.25, 0.25, 0.75, 0.75]] * 8)
+    boxes = str([[0, 1e999, 0, 1]] * 8).replace("inf", "1e999")
+    text = f"<think>x</think><answer>{boxes}</answer>"
+    assert math.isnan(score("tracking", [text], [track.answer], mode="legacy")["iou"][0])
+    settings = config(
+        "rewards.mode=legacy", "rewards.length_bonus=1", "rewards.length_band=[0, 99]"
+    )
+    (one,) = scored(settings, [(track, drawn(text))])
+    assert one.rewards == {"format": 1.0, "length": 0.0}
 
 
 # --- judges
@@ -255,7 +273,7 @@ def test_scoring_does_not_wait_for_the_judge():
             return super().tells(pairs)
 
     sample = Sample(CAPTION, None, 10.0)
-    with Scoring(config(), ["caption"]) as scoring:
+    with Scoring(config(), tasks=["caption"]) as scoring:
         scoring.judge = Slow()
         for text in ("A man opens a door.", "A dog jumps. A man opens a door."):
             scoring.submit([sample], [drawn(f"<answer>{text}</answer>")], [None])
@@ -271,7 +289,7 @@ def test_a_failing_judge_stops_the_step_and_unreadable_replies_are_counted():
     group = (CAPTION, drawn("<answer>a</answer>"))
     with pytest.raises(OSError, match="the judge is gone"):
         scored(config(), [group], judge=ModelJudge(ask))
-    with Scoring(config(), ["caption"]) as scoring:
+    with Scoring(config(), tasks=["caption"]) as scoring:
         assert scoring.take_metrics() == {}
         scoring.judge = ModelJudge(lambda prompts: ["perhaps"] * len(prompts))
         scoring.submit([Sample(CAPTION, None, 10.0)], [group[1]], [None])

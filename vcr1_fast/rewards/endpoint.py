@@ -2,13 +2,13 @@
 
 import http.client
 import json
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from email.message import Message
+from threading import Event
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -45,24 +45,32 @@ class Endpoint:
     def __call__(self, prompts: Sequence[str]) -> Iterator[str]:
         """Replies in order, each as soon as it and those before it are there."""
         pool = ThreadPoolExecutor(self.config.concurrency, thread_name_prefix="judge")
+        batch = _Batch()
         try:
-            yield from pool.map(self._reply, prompts)
+            yield from pool.map(lambda prompt: self._reply(prompt, batch), prompts)
         finally:
+            batch.given_up.set()
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _reply(self, prompt: str) -> str:
+    def _reply(self, prompt: str, batch: "_Batch") -> str:
         wait = self.config.backoff
         for attempt in range(self.config.retries + 1):
             try:
                 return self._attempt(prompt)
+            except JudgeError as error:
+                batch.fail(error)
+                raise
             except _PassingError as error:
-                if attempt == self.config.retries:
-                    raise JudgeError(
-                        f"judge at {self.config.url}: {error}, {attempt + 1} times"
-                    ) from error.__cause__
-                time.sleep(min(max(wait, error.wait), _LONGEST_WAIT))
-                wait *= 2
-        raise AssertionError("unreachable")
+                if attempt < self.config.retries:
+                    if not batch.given_up.wait(min(max(wait, error.wait), _LONGEST_WAIT)):
+                        wait *= 2
+                        continue
+                    if batch.fault is not None:  # it, not this one, is what is wrong
+                        raise batch.fault from error.__cause__
+                fault = JudgeError(f"judge at {self.config.url}: {error}, {attempt + 1} times")
+                batch.fail(fault)
+                raise fault from error.__cause__
+        raise AssertionError("the last attempt returns or raises")
 
     def _attempt(self, prompt: str) -> str:
         config = self.config
@@ -100,6 +108,18 @@ class Endpoint:
         if not isinstance(reply, str):
             raise JudgeError(f"judge at {config.url}: a reply that is no text, {reply!r}")
         return reply
+
+
+@dataclass
+class _Batch:
+    """What the requests of one call share: whether to go on, and the first fault for good."""
+
+    given_up: Event = field(default_factory=Event)
+    fault: JudgeError | None = None
+
+    def fail(self, fault: JudgeError) -> None:
+        self.fault = self.fault or fault
+        self.given_up.set()
 
 
 class _PassingError(Exception):

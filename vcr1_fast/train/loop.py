@@ -19,6 +19,7 @@ from accelerate.utils import gather_object
 from vcr1_fast.model.packing import Group
 from vcr1_fast.model.rollout import Rollout, SamplingConfig, rollout
 from vcr1_fast.ops import group_advantages
+from vcr1_fast.rewards.plugin import UserReward, load_reward
 from vcr1_fast.tasks import TASKS
 from vcr1_fast.train.config import TrainConfig
 from vcr1_fast.train.dataset import Sample
@@ -44,7 +45,11 @@ def train(config: TrainConfig) -> Path:
     Everything it writes lies in `config.run.output`. ValueError (ConfigError, CheckpointError,
     RecordError among them) names the setting or the file at fault.
     """
-    with open_run(config, reference=config.loss.beta != 0) as run, open_scoring(run) as scoring:
+    functions = [load_reward(spec) for spec in config.rewards.functions]
+    with (
+        open_run(config, reference=config.loss.beta != 0) as run,
+        open_scoring(run, functions) as scoring,
+    ):
         for step, samples in enumerate(run.batches(), start=run.done):
             watch = Stopwatch()
             watch.seconds["decode"] = run.source.take_seconds()
@@ -72,10 +77,10 @@ def train(config: TrainConfig) -> Path:
         return run.export()
 
 
-def open_scoring(run: Run) -> Scoring:
+def open_scoring(run: Run, functions: Sequence[UserReward]) -> Scoring:
     """What turns completions into rewards."""
     tasks = [record.task for record in run.source.records]
-    return Scoring(run.config, tasks, run.accelerator.device)
+    return Scoring(run.config, functions, tasks, run.accelerator.device)
 
 
 def sample_completions(

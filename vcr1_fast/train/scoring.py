@@ -13,7 +13,7 @@ from vcr1_fast.model.judge import open_judge
 from vcr1_fast.model.rollout import Rollout
 from vcr1_fast.rewards import Judge, score
 from vcr1_fast.rewards.judge import ModelJudge
-from vcr1_fast.rewards.plugin import load_reward
+from vcr1_fast.rewards.plugin import UserReward
 from vcr1_fast.rewards.shaping import (
     length_bonuses,
     repetition,
@@ -31,13 +31,18 @@ Answer = tuple[Sample, str]
 
 class Scoring:
     """Scores parts of a step in the background, in the order they came. Use it in a `with`
-    statement. ValueError for a user's function that is not there, or a task without rewards in
-    the mode asked for."""
+    statement. `functions`: the user's own; `tasks`: those in the data; `device`: of a local judge.
+    ValueError for a task without rewards in the mode asked for."""
 
-    def __init__(self, config: TrainConfig, tasks: Sequence[str], device: Any = "cpu") -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        functions: Sequence[UserReward] = (),
+        tasks: Sequence[str] = (),
+        device: Any = "cpu",
+    ) -> None:
         check_mode(config.rewards, sorted(set(tasks)))
-        self.config = config
-        self.functions = [load_reward(spec) for spec in config.rewards.functions]
+        self.config, self.functions = config, functions
         self.judge = open_judge(config.rewards.judge, device)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rewards")
         self._parts: list[Future[list[Scored]]] = []
@@ -120,7 +125,7 @@ class Scoring:
         if not (settings.length_bonus or shuffled):
             return
         right = TASKS[sample.record.task].accuracy
-        accuracies = [named[right] for named in rewards]
+        accuracies = [named.get(right, 0.0) for named in rewards]
         if settings.length_bonus:
             bonuses = length_bonuses(
                 lengths,
@@ -134,7 +139,7 @@ class Scoring:
         if shuffled:
             bonuses = temporal_bonuses(
                 accuracies,
-                [named[right] for named in shuffled],
+                [named.get(right, 0.0) for named in shuffled],
                 bonus=settings.temporal.bonus,
                 ratio=settings.temporal.ratio,
                 threshold=settings.threshold,
@@ -182,8 +187,10 @@ def own_rewards(
         if config.rewards.mode == "legacy":
             texts, targets = [text for _, text in part], [record.answer for record in records]
             columns = score(name, texts, targets, mode="legacy")
+            # Boxes at infinity were NaN when released: such a reward counts as not given.
             rewards = [
-                dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)
+                {term: value for term, value in zip(columns, row, strict=True) if value == value}
+                for row in zip(*columns.values(), strict=True)
             ]
         else:
             think = config.data.think
