@@ -2,7 +2,9 @@
 
 import json
 import math
+import re
 import threading
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +17,14 @@ from vcr1_fast.data.records import Record
 from vcr1_fast.model.rollout import Rollout, rollout
 from vcr1_fast.ops import group_advantages
 from vcr1_fast.rewards import MatchingJudge, score
-from vcr1_fast.rewards.judge import ModelJudge
+from vcr1_fast.rewards.judge import JudgeConfig, ModelJudge
 from vcr1_fast.rewards.plugin import load_reward
 from vcr1_fast.train import loop, setup
 from vcr1_fast.train.build import ConfigError, dump_config, load_config
 from vcr1_fast.train.config import TrainConfig
 from vcr1_fast.train.dataset import Sample
 from vcr1_fast.train.loop import train
+from vcr1_fast.train.reward_config import RewardsConfig, TemporalConfig
 from vcr1_fast.train.scales import TaskScales
 from vcr1_fast.train.scoring import Scoring
 from vcr1_fast.train.shuffle import another_order
@@ -125,6 +128,20 @@ def test_weights_by_task_go_before_weights_by_name(tmp_path):
 def test_the_command_line_takes_rewards():
     options = parser().parse_args(["train", "--reward", "a.py:x", "--reward", "m:y", "run.seed=1"])
     assert (options.reward, options.overrides) == (["a.py:x", "m:y"], ["run.seed=1"])
+
+
+def test_the_page_on_rewards_has_every_setting_and_its_example_loads(tmp_path):
+    page = (Path(__file__).parents[1] / "docs/rewards.md").read_text()
+    for kind in (RewardsConfig, TemporalConfig, JudgeConfig):
+        missing = [f.name for f in fields(kind) if not re.search(rf"\b{f.name}\b", page)]
+        assert not missing
+    (example,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    path = tmp_path / "run.yaml"
+    path.write_text(example)
+    rewards = load_config(TrainConfig, path, NEEDED).rewards
+    assert rewards.weight("temporal_grounding", "format") == 0.1
+    for override in re.findall(r"`(rewards\.[\w.]+)[=:] ?([^`]+)`", page):
+        config("=".join(override))
 
 
 # --- sums
