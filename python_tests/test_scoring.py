@@ -6,6 +6,7 @@ import re
 import threading
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,6 @@ from tiny_run import configure, write_inputs
 from vcr1_fast.cli import main, parser
 from vcr1_fast.data.records import Record
 from vcr1_fast.model.rollout import Rollout, rollout
-from vcr1_fast.ops import group_advantages
 from vcr1_fast.rewards import MatchingJudge, score
 from vcr1_fast.rewards.judge import JudgeConfig, ModelJudge
 from vcr1_fast.rewards.plugin import load_reward
@@ -28,7 +28,7 @@ from vcr1_fast.train.reward_config import RewardsConfig, TemporalConfig
 from vcr1_fast.train.scales import TaskScales
 from vcr1_fast.train.scoring import Scoring
 from vcr1_fast.train.shuffle import another_order
-from vcr1_fast.train.step import Scored, reward_matrix, task_metrics, weight_matrix
+from vcr1_fast.train.step import Scored, task_metrics
 
 NEEDED = ("model.path=m", "data.train=d.jsonl", "run.output=o", "rollout.max_new_tokens=100")
 SPAN = Record("s", "temporal_grounding", "v.mp4", {"event": "x"}, [2.0, 6.0])
@@ -159,10 +159,9 @@ def test_weights_are_in_the_sum_and_in_the_advantages():
     found = scored(settings, groups)
     assert [one.total for one in found] == [1.5, 0.0, 3.5, 0.0]
     assert found[0].rewards == {"format": 1.0, "iou": 1.0}  # shown as they are
-    got = group_advantages(
-        reward_matrix(found), 2, weights=weight_matrix(found), nan="ignore", scale="none"
-    )
-    assert got.tolist() == [0.75, -0.75, 1.75, -1.75]
+    settings = config("advantage.scale=none", "rollout.group_size=2")
+    advantages = loop.own_advantages(SimpleNamespace(config=settings, rank=0), found, found)
+    assert advantages.tolist() == [0.75, -0.75, 1.75, -1.75]
     metrics = task_metrics(found)
     assert metrics["reward/multiple_choice"] == 1.75
     assert metrics["reward/multiple_choice/accuracy"] == 0.5
@@ -342,17 +341,20 @@ def test_scales_are_onethinkers():
 def test_tasks_weigh_alike_by_their_own_spread():
     """One task's rewards are a tenth of the other's; their advantages are not."""
 
-    class Run:
-        config = config("advantage.scale=task_ema", "rollout.group_size=4", "advantage.eps=1e-9")
-        scales, rank = TaskScales(), 0
-
+    settings = config("advantage.scale=task_ema", "rollout.group_size=4", "advantage.eps=1e-9")
+    run = SimpleNamespace(config=settings, scales=TaskScales(), rank=0)
     values = [0.0, 1.0, 1.0, 2.0, 0.0, 2.0, 1.0, 1.0]
     everyone = [Scored("a", {"r": value}, {}, 5, True) for value in values]
     everyone += [Scored("b", {"r": value / 10}, {}, 5, True) for value in values]
-    got = loop.own_advantages(Run(), everyone, everyone)
+    got = loop.own_advantages(run, everyone, everyone)
     expected = (np.array(values) - 1.0) / np.std(values)
     np.testing.assert_allclose(got, np.tile(expected, 2), rtol=1e-5)
-    assert Run.scales.std("b") == pytest.approx(Run.scales.std("a") / 10)
+    assert run.scales.std("b") == pytest.approx(run.scales.std("a") / 10)
+    # One far apart from what its task was so far takes its group's own spread, under the guard.
+    far = [Scored("b", {"r": value}, {}, 5, True) for value in (-5.0, 5.0, -5.0, 5.0)]
+    calm = [Scored("b", {"r": 0.1}, {}, 5, True)] * 2000
+    got = loop.own_advantages(run, far, [*far, *calm])
+    np.testing.assert_allclose(got, [-1, 1, -1, 1], rtol=1e-5)
 
 
 # --- whole runs
