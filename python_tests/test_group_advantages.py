@@ -148,6 +148,17 @@ def test_equal_rewards_give_exactly_zero(estimator, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("estimator", [name for name in ESTIMATORS if name != "opo"])
+def test_a_group_of_equal_rewards_among_others_gets_exactly_zero(estimator, backend):
+    rewards = torch.rand(12, 2, generator=torch.Generator().manual_seed(5))
+    rewards[4:8] = torch.tensor([0.1, 1 / 3])
+    with ops.use(backend):
+        got = group_advantages(rewards, 4, estimator=estimator)
+    assert torch.equal(got[4:8], torch.zeros(4))
+    assert got[:4].abs().min() > 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_nan_rewards(backend):
     rewards = torch.tensor([1.0, math.nan, 0.0, 0.5, 1.0, 0.0])
     with ops.use(backend):

@@ -87,7 +87,7 @@ def reference(
         rows = valid.any(1)
         if scale == "none":
             return total.float()
-        centred = torch.where(rows, total - _mean(total, rows), 0.0)
+        centred = torch.where(rows, _centre(total, rows, _mean(total, rows), groups), 0.0)
         return (centred / (_std(total, rows) + eps)).float()
 
     rewards = (torch.where(valid, matrix, 0.0) * weights).sum(1)
