@@ -85,6 +85,34 @@ def test_empty_evidence_earned_everything_when_released():
     assert one("grounded_qa", spans("[]"), target)["iou"] == 0.0
 
 
+def test_a_hull_of_no_length_earned_everything_when_released():
+    inverted = [6.0, 2.0]  # as four rows of Charades-STA are annotated
+    completion = f"{THINK}<answer>4 to 4</answer>"
+    assert one("temporal_grounding", completion, [4.0, 4.0], mode="legacy")["iou"] == 1.0
+    for target in (inverted, [4.0, 4.0]):
+        assert one("temporal_grounding", completion, target)["iou"] == 0.0
+    assert one("temporal_grounding", f"{THINK}<answer>2 to 6</answer>", inverted)["iou"] == 0.0
+
+
+tenths = st.integers(0, 200).map(lambda n: n / 10)
+
+
+@given(tenths, tenths, tenths, tenths)
+def test_the_hull_of_two_spans_is_their_union_where_they_overlap(a, b, c, d):
+    (a, b), (c, d) = sorted((a, b)), sorted((c, d))
+    if a < b and c < d:
+        completion = f"<answer>{a} to {b}</answer>"
+        released = one("temporal_grounding", completion, [c, d], mode="legacy")["iou"]
+        assert one("temporal_grounding", completion, [c, d])["iou"] == pytest.approx(released)
+        assert (released > 0) == (min(b, d) > max(a, c))
+
+
+def test_digits_of_other_scripts_are_not_read():
+    completion = f"{THINK}<answer>\u0662 to \u0666</answer>"
+    assert one("temporal_grounding", completion, mode="legacy") == {"format": 1.0, "iou": 1.0}
+    assert one("temporal_grounding", completion) == {"format": 0.0, "iou": 0.0}
+
+
 @pytest.mark.parametrize(
     ("text", "iou"),
     [
