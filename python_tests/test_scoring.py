@@ -4,7 +4,8 @@ import json
 import math
 import re
 import threading
-from dataclasses import fields
+import time
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -296,6 +297,31 @@ def test_scoring_does_not_wait_for_the_judge():
         answered.set()
         assert [one.rewards["recall"] for one in scoring.results()] == [0.5, 1.0]
         assert scoring.results() == []
+
+
+def test_a_local_judge_takes_its_turn():
+    done = []
+
+    class Slow(MatchingJudge):
+        def tells(self, pairs):
+            time.sleep(0.05)
+            done.append(len(pairs))
+            return super().tells(pairs)
+
+    settings = config("rewards.judge.kind=local", "rewards.judge.model=m")
+    with Scoring(settings, tasks=["caption"]) as scoring:
+        scoring.judge = Slow()
+        for count in (1, 2):
+            scoring.submit([Sample(CAPTION, None, 10.0)], [drawn("<answer>A dog</answer>")], [None])
+            assert len(done) == count
+        assert len(scoring.results()) == 2
+
+
+def test_own_claims_are_held_against_the_annotated_description():
+    record = replace(CAPTION, metadata={"description": "It rains."})
+    caption = "<answer>A man opens a door. It rains. A cat sleeps.</answer>"
+    (one,) = scored(config(), [(record, drawn(caption))])
+    assert (one.metrics["recall"], one.metrics["precision"]) == (0.5, 1 / 3)
 
 
 def test_a_failing_judge_stops_the_step_and_unreadable_replies_are_counted():

@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 def scores(
     predictions: Sequence[str | None], records: Sequence[Record], judge: Judge | Match = mentions
 ) -> list[Metrics]:
-    """Recall, precision and F1 (DREAM-1k). The caption's own events are held against the annotated
-    description, `metadata["caption"]`, where there is one, else against the annotated events."""
+    """Recall, precision and F1 (DREAM-1k). A caption's own events are held against the annotated
+    `metadata["description"]` where there is one, else against the annotated events."""
     found = caption_scores(
         [prediction or "" for prediction in predictions],
         [record.answer for record in records],
         judge,
         references=[
-            record.metadata.get("caption") or ". ".join(record.answer) for record in records
+            record.metadata.get("description") or ". ".join(record.answer) for record in records
         ],
     )
     return [{"recall": one.recall, "precision": one.precision, "F1": one.f1} for one in found]

@@ -1,11 +1,12 @@
 """The rewards of a step's completions, worked out while the next ones are drawn.
 
 A judge may take its time: what is sent to it is sent at once for a whole part of the batch, from a
-thread of its own, and waited for when the advantages are due.
+thread of its own, and waited for when the advantages are due. A local model is the exception: it
+shares the device with the rollout, which may be recording a graph on it, and takes its turn.
 """
 
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from types import TracebackType
 from typing import Any
 
@@ -54,7 +55,10 @@ class Scoring:
         shuffled: Sequence[Rollout | None],
     ) -> None:
         """Score the groups of some samples; `shuffled`: their completions on shuffled frames."""
-        self._parts.append(self._thread.submit(self.score, samples, drawn, shuffled))
+        part = self._thread.submit(self.score, samples, drawn, shuffled)
+        if self.config.rewards.judge.kind == "local":
+            wait([part])
+        self._parts.append(part)
 
     def results(self) -> list[Scored]:
         """All completions submitted since the last call, groups in order."""
