@@ -318,12 +318,12 @@ def test_failures_name_the_endpoint_and_the_fault(server, plan, requests, messag
 
 
 def test_a_silent_endpoint_times_out(server):
-    server.delay = 1.0
+    server.delay = 5.0
     ask = Endpoint(config(server, timeout=0.05, retries=1))
     began = time.perf_counter()
     with pytest.raises(JudgeError, match=r"imed ?out.*, 2 times"):
         list(ask(["x"]))
-    assert time.perf_counter() - began < 0.9
+    assert time.perf_counter() - began < 4.0
 
 
 def test_nobody_there(monkeypatch):

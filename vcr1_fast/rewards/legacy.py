@@ -23,7 +23,7 @@ _SEPARATOR = re.compile(r" (?:to|and)(?= )", re.IGNORECASE)
 _NUMBER = re.compile(r"\d+\.?\d*")
 _PAIR = r"\(\d+(?:\.\d+)?,\s*\d+(?:\.\d+)?\)"
 _PAIRS = re.compile(rf"\[(?:{_PAIR}(?:,\s*{_PAIR})*,?|)\]$")
-_MAY_WARN = re.compile(r"\\|\d[A-Za-z_]")
+_MAY_WARN = re.compile(r"\\|[\d.][A-Za-z_]")
 _LETTER = re.compile("[ABCDEFG]")
 _PREFIXES = (
     "The best answer is",
