@@ -20,6 +20,7 @@ from vcr1_fast.model.rollout import Rollout, rollout
 from vcr1_fast.rewards import MatchingJudge, score
 from vcr1_fast.rewards.judge import JudgeConfig, ModelJudge
 from vcr1_fast.rewards.plugin import load_reward
+from vcr1_fast.tasks import TASKS, FieldError
 from vcr1_fast.train import loop, setup
 from vcr1_fast.train.build import ConfigError, dump_config, load_config
 from vcr1_fast.train.config import TrainConfig
@@ -322,6 +323,12 @@ def test_own_claims_are_held_against_the_annotated_description():
     caption = "<answer>A man opens a door. It rains. A cat sleeps.</answer>"
     (one,) = scored(config(), [(record, drawn(caption))])
     assert (one.metrics["recall"], one.metrics["precision"]) == (0.5, 1 / 3)
+
+
+def test_a_description_that_is_no_text_is_refused_with_its_record():
+    TASKS["caption"].check(replace(CAPTION, metadata={"description": "It rains."}))
+    with pytest.raises(FieldError, match=r"metadata\.description.*expected a text, got int 3"):
+        TASKS["caption"].check(replace(CAPTION, metadata={"description": 3}))
 
 
 def test_a_failing_judge_stops_the_step_and_unreadable_replies_are_counted():

@@ -106,7 +106,7 @@ def summarise(
                 metrics=mean_metrics(item.metrics for item in items),
                 interval=bootstrap_interval(
                     [item.metrics[task.primary] for item in items],
-                    groups=[record.video for record in records],
+                    groups=[record.media for record in records],
                     level=level,
                     resamples=resamples,
                     seed=seed,

@@ -6,14 +6,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import Any
 
 from vcr1_fast.rewards.caption import Judge, Match, caption_scores, event_recall, mentions
 from vcr1_fast.tasks.base import Judged, Metrics, mean_metrics
+from vcr1_fast.tasks.record import FieldError, Record, describe, is_text
 from vcr1_fast.tasks.single import Single, most_common
 
-if TYPE_CHECKING:
-    from vcr1_fast.data.records import Record
+
+def _are_events(answer: Any) -> bool:
+    return isinstance(answer, list | tuple) and bool(answer) and all(map(is_text, answer))
+
+
+def check(record: Record) -> None:
+    """FieldError unless there is an instruction, events, and, if any, a description in words."""
+    SINGLE.check(record)
+    description = record.metadata.get("description")
+    if description is not None and not is_text(description):
+        raise FieldError("metadata.description", f"expected a text, got {describe(description)}")
 
 
 def scores(
@@ -44,17 +54,21 @@ def blind(train: Sequence[Record], test: Sequence[Record]) -> dict[str, Metrics]
     return {"typical answer": mean_metrics(metrics(guess, record) for record in test)}
 
 
+SINGLE = Single(
+    name="caption",
+    field="instruction",
+    how="with one sentence for each event, like <answer>A dog runs. It jumps.</answer>",
+    measure="recall",
+    read=lambda text: text.strip() or None,
+    show=" ".join,
+    nearness=event_recall,
+    typical=most_common,
+    fits=_are_events,
+    expected="a list of events",
+)
 TASK = replace(
-    Single(
-        name="caption",
-        field="instruction",
-        how="with one sentence for each event, like <answer>A dog runs. It jumps.</answer>",
-        measure="recall",
-        read=lambda text: text.strip() or None,
-        show=" ".join,
-        nearness=event_recall,
-        typical=most_common,
-    ).task(),
+    SINGLE.task(),
+    check=check,
     metrics=metrics,
     blind=blind,
     judged=Judged(("recall", "precision", "F1"), scores),

@@ -137,6 +137,7 @@ def draw(
             top_k=settings.top_k,
             max_new_tokens=settings.max_new_tokens,
             stop=settings.stop,
+            decoding=settings.decoding,
         ),
         generator,
         convention=run.config.model.mrope,
