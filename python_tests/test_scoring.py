@@ -300,7 +300,12 @@ def test_scoring_does_not_wait_for_the_judge():
         assert scoring.results() == []
 
 
-def test_a_local_judge_takes_its_turn():
+@pytest.mark.parametrize(
+    "overrides",
+    [("rewards.judge.kind=local", "rewards.judge.model=m"), ("rewards.mode=legacy",)],
+    ids=["local judge", "released rewards"],
+)
+def test_what_cannot_run_beside_the_rollout_takes_its_turn(overrides):
     done = []
 
     class Slow(MatchingJudge):
@@ -309,8 +314,7 @@ def test_a_local_judge_takes_its_turn():
             done.append(len(pairs))
             return super().tells(pairs)
 
-    settings = config("rewards.judge.kind=local", "rewards.judge.model=m")
-    with Scoring(settings, tasks=["caption"]) as scoring:
+    with Scoring(config(*overrides), tasks=["caption"]) as scoring:
         scoring.judge = Slow()
         for count in (1, 2):
             scoring.submit([Sample(CAPTION, None, 10.0)], [drawn("<answer>A dog</answer>")], [None])

@@ -1,8 +1,9 @@
 """The rewards of a step's completions, worked out while the next ones are drawn.
 
 A judge may take its time: what is sent to it is sent at once for a whole part of the batch, from a
-thread of its own, and waited for when the advantages are due. A local model is the exception: it
-shares the device with the rollout, which may be recording a graph on it, and takes its turn.
+thread of its own, and waited for when the advantages are due. Two kinds of work take their turn
+instead: a local model shares the device with the rollout, which may be recording a graph on it; the
+released rewards read Python literals, at which CPython 3.11 can fail in two threads at once.
 """
 
 from collections.abc import Sequence
@@ -56,7 +57,7 @@ class Scoring:
     ) -> None:
         """Score the groups of some samples; `shuffled`: their completions on shuffled frames."""
         part = self._thread.submit(self.score, samples, drawn, shuffled)
-        if self.config.rewards.judge.kind == "local":
+        if self.config.rewards.judge.kind == "local" or self.config.rewards.mode == "legacy":
             wait([part])
         self._parts.append(part)
 
