@@ -1,5 +1,6 @@
 """`rewards.score`: the released rewards as recorded, the mended ones against hand-made values."""
 
+import gc
 import json
 import math
 import os
@@ -184,28 +185,35 @@ HOSTILE = [
 
 
 def seconds(task, mode, hostile, size):
+    """CPU time of this thread, without the collector's walks over what other tests have left."""
     before, piece, after = hostile
     completion = before + piece * (size // len(piece)) + after
-    target, best = TARGETS[task], math.inf
-    for _ in range(2):
-        start = time.process_time()
-        score(task, [completion], [target], mode=mode)
-        best = min(best, time.process_time() - start)
-    return best
+    gc.disable()
+    try:
+        start = time.thread_time()
+        score(task, [completion], [TARGETS[task]], mode=mode)
+        return time.thread_time() - start
+    finally:
+        gc.enable()
+
+
+def grows_linearly(task, mode, hostile):
+    fifty = seconds(task, mode, hostile, 50_000)
+    return fifty < 1.0 and all(
+        seconds(task, mode, hostile, size) < 2.5 * size / 50_000 * fifty + 0.05
+        for size in (100_000, 200_000)
+    )
 
 
 @pytest.mark.parametrize("mode", ["strict", "legacy"])
 @pytest.mark.parametrize("task", list(TERMS))
 def test_hostile_text_takes_linear_time(task, mode):
     """Four times the text takes about four times as long; in quadratic time it would be sixteen,
-    and minutes. The small sizes come first, so that a failure does not take those minutes."""
+    and minutes. The small sizes come first, so that a failure does not take those minutes; a busy
+    machine gets further tries, which quadratic time would not help."""
     for hostile in HOSTILE:
-        assert seconds(task, mode, hostile, 5_000) < 0.1, hostile
-        fifty = seconds(task, mode, hostile, 50_000)
-        assert fifty < 0.5, hostile
-        for size in (100_000, 200_000):
-            allowed = 2.5 * size / 50_000 * fifty + 0.05
-            assert seconds(task, mode, hostile, size) < allowed, (hostile, size)
+        assert seconds(task, mode, hostile, 5_000) < 0.2, hostile
+        assert any(grows_linearly(task, mode, hostile) for _ in range(4)), hostile
 
 
 def test_nothing_is_run(tmp_path):
