@@ -15,7 +15,7 @@ from vcr1_fast.ops.group_advantages import ESTIMATORS, SCALES, group_advantages_
 BACKENDS = group_advantages_op.backends("cpu")
 
 
-def spec(rewards, groups, estimator, scale, lengths=None, eps=1e-4):
+def spec(rewards, groups, estimator, scale, lengths=None, stds=None, eps=1e-4):
     """Rewards (N,) without nan; groups: lists of row numbers, each of two or more."""
     out = np.zeros(len(rewards))
     for rows in groups:
@@ -30,6 +30,8 @@ def spec(rewards, groups, estimator, scale, lengths=None, eps=1e-4):
             out[i] = rewards[i] - baseline
             if scale == "group":
                 out[i] /= r.std(ddof=1) + eps
+            elif scale == "given":
+                out[i] /= stds[i] + eps
     if scale == "batch":
         source = out if estimator == "reinforce_plus_plus_baseline" else rewards
         out = out / (source.std(ddof=1) + eps)
@@ -42,6 +44,7 @@ def spec(rewards, groups, estimator, scale, lengths=None, eps=1e-4):
 def test_matches_the_formula(estimator, scale, backend):
     generator = np.random.default_rng(0)
     rewards, lengths = generator.normal(size=24), generator.integers(1, 90, 24)
+    stds = generator.uniform(0.1, 2, 24) if scale == "given" else None
     index = np.array([3, 7, 3, 9] * 6)
     shuffled = [list(np.flatnonzero(index == g)) for g in (3, 7, 9)]
     consecutive = [list(range(i, i + 6)) for i in range(0, 24, 6)]
@@ -53,9 +56,10 @@ def test_matches_the_formula(estimator, scale, backend):
             got = group_advantages(
                 torch.from_numpy(rewards), **named, estimator=estimator, scale=scale,
                 lengths=torch.from_numpy(lengths),
+                stds=None if stds is None else torch.from_numpy(stds),
             )  # fmt: skip
         assert got.dtype == torch.float32
-        expected = spec(rewards, groups, estimator, scale, lengths)
+        expected = spec(rewards, groups, estimator, scale, lengths, stds)
         np.testing.assert_allclose(got.numpy(), expected, rtol=2e-6, atol=1e-6)
 
 
@@ -105,6 +109,35 @@ def test_reward_functions_are_summed_with_weights(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("estimator", ("grpo", "gdpo"))
+def test_weights_may_differ_from_row_to_row(backend, estimator):
+    """Two tasks with weights of their own, in one call and in two."""
+    rewards = torch.rand(16, 3, generator=torch.Generator().manual_seed(3))
+    first, second = torch.tensor([1.0, 0.1, 0.0]), torch.tensor([2.0, 1.0, 0.5])
+    weights = torch.stack([first] * 8 + [second] * 8)
+    options = {"estimator": estimator, "scale": "none" if estimator == "gdpo" else "group"}
+    with ops.use(backend):
+        got = group_advantages(rewards, 4, weights=weights, **options)
+        apart = [
+            group_advantages(rewards[:8], 4, weights=first, **options),
+            group_advantages(rewards[8:], 4, weights=second, **options),
+        ]
+    torch.testing.assert_close(got, torch.cat(apart), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_guard_lets_an_unusual_group_take_its_own_spread(backend):
+    """OneThinker's guard: |r - mean| / std above 5 anywhere in a group."""
+    rewards = torch.tensor([0.0, 1.0, 0.0, 1.0, 0.4, 0.6])
+    stds = torch.full((6,), 0.05)
+    with ops.use(backend):
+        got = group_advantages(rewards, 2, scale="given", stds=stds, guard=5, eps=0.0)
+        free = group_advantages(rewards, 2, scale="given", stds=stds, eps=0.0)
+    torch.testing.assert_close(free, torch.tensor([-10.0, 10, -10, 10, -2, 2]))
+    torch.testing.assert_close(got, torch.tensor([-1.0, 1, -1, 1, -2, 2]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_equal_rewards_give_exactly_zero(estimator, backend):
     # 0.1 and 1/3 are not binary fractions, so a rounded mean would leave a residue.
@@ -112,6 +145,17 @@ def test_equal_rewards_give_exactly_zero(estimator, backend):
     with ops.use(backend):
         got = group_advantages(rewards, 7, estimator=estimator, lengths=torch.arange(1, 15))
     assert torch.equal(got, torch.zeros(14))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("estimator", [name for name in ESTIMATORS if name != "opo"])
+def test_a_group_of_equal_rewards_among_others_gets_exactly_zero(estimator, backend):
+    rewards = torch.rand(12, 2, generator=torch.Generator().manual_seed(5))
+    rewards[4:8] = torch.tensor([0.1, 1 / 3])
+    with ops.use(backend):
+        got = group_advantages(rewards, 4, estimator=estimator)
+    assert torch.equal(got[4:8], torch.zeros(4))
+    assert got[:4].abs().min() > 0
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -206,6 +250,18 @@ def test_opcheck_and_compile(backend):
         (torch.zeros(6), {"group_size": 2, "estimator": "gae"}, "unknown estimator 'gae'"),
         (torch.zeros(6), {"group_size": 2, "estimator": "opo"}, "opo needs lengths"),
         (torch.zeros(6), {"group_size": 2, "scale": "std"}, "unknown scale 'std'"),
+        (torch.zeros(6), {"group_size": 2, "scale": "given"}, "given.*go together"),
+        (torch.zeros(6), {"group_size": 2, "stds": torch.ones(6)}, "together, got scale 'group'"),
+        (
+            torch.zeros(6),
+            {"group_size": 2, "scale": "given", "stds": torch.ones(5)},
+            r"stds has shape \(5,\), expected \(6,\)",
+        ),
+        (
+            torch.zeros(6),
+            {"group_size": 2, "scale": "given", "stds": torch.ones(6), "guard": 0.0},
+            "guard must be above 0, got 0.0",
+        ),
         (torch.zeros(2, 2, 2), {"group_size": 2}, "must be"),
         (torch.tensor([0.0, math.inf]), {"group_size": 2}, r"rows \[1\] are nan or infinite"),
         (torch.tensor([-math.inf, 0.0]), {"group_size": 2, "nan": "ignore"}, r"rows \[0\] are"),

@@ -106,9 +106,9 @@ def saved_bytes(run, groups):
 
 def groups_of(run, count=4):
     samples = next(iter(run.batches()))[:count]
-    drawn = loop.sample_completions(run, samples, 0, loop.Stopwatch())
-    advantages = torch.tensor([1.0, -1.0, 0.5, -0.5] * len(samples))
-    return loop.make_groups(samples, drawn, advantages)
+    parts = loop.sample_completions(run, samples, 0, loop.Stopwatch())
+    groups = loop.make_groups(samples, [one for _, drawn, _ in parts for one in drawn])
+    return loop.with_advantages(groups, torch.tensor([1.0, -1.0, 0.5, -0.5] * len(samples)))
 
 
 def test_the_prediction_is_near_what_autograd_keeps(run):

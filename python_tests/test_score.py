@@ -1,5 +1,6 @@
 """`rewards.score`: the released rewards as recorded, the mended ones against hand-made values."""
 
+import gc
 import json
 import math
 import os
@@ -85,6 +86,34 @@ def test_empty_evidence_earned_everything_when_released():
     assert one("grounded_qa", spans("[]"), target)["iou"] == 0.0
 
 
+def test_a_hull_of_no_length_earned_everything_when_released():
+    inverted = [6.0, 2.0]  # as four rows of Charades-STA are annotated
+    completion = f"{THINK}<answer>4 to 4</answer>"
+    assert one("temporal_grounding", completion, [4.0, 4.0], mode="legacy")["iou"] == 1.0
+    for target in (inverted, [4.0, 4.0]):
+        assert one("temporal_grounding", completion, target)["iou"] == 0.0
+    assert one("temporal_grounding", f"{THINK}<answer>2 to 6</answer>", inverted)["iou"] == 0.0
+
+
+tenths = st.integers(0, 200).map(lambda n: n / 10)
+
+
+@given(tenths, tenths, tenths, tenths)
+def test_the_hull_of_two_spans_is_their_union_where_they_overlap(a, b, c, d):
+    (a, b), (c, d) = sorted((a, b)), sorted((c, d))
+    if a < b and c < d:
+        completion = f"<answer>{a} to {b}</answer>"
+        released = one("temporal_grounding", completion, [c, d], mode="legacy")["iou"]
+        assert one("temporal_grounding", completion, [c, d])["iou"] == pytest.approx(released)
+        assert (released > 0) == (min(b, d) > max(a, c))
+
+
+def test_digits_of_other_scripts_are_not_read():
+    completion = f"{THINK}<answer>\u0662 to \u0666</answer>"
+    assert one("temporal_grounding", completion, mode="legacy") == {"format": 1.0, "iou": 1.0}
+    assert one("temporal_grounding", completion) == {"format": 0.0, "iou": 0.0}
+
+
 @pytest.mark.parametrize(
     ("text", "iou"),
     [
@@ -126,29 +155,65 @@ def test_caption_recall():
     assert judged["recall"] == 0.5 and asked == TARGETS["caption"]
 
 
+# What a pattern might go over again and again: (what stands before it, the piece, what follows).
+HOSTILE = [
+    ("", "<think>", ""),
+    ("", "<answer>", ""),
+    ("", "</think><answer>", ""),
+    ("<think></think>", " ", "<answer>"),
+    ("<think></think><answer>", "1", ""),
+    ("<answer>", "1", "</answer>"),
+    ("<answer>", "1 to ", "</answer>"),
+    ("<answer>2 to ", "6", " to </answer>"),
+    ("<answer>", "-", "1</answer>"),
+    ("<answer>", "[", "</answer>"),
+    ("<answer>[[", "9", "</answer>"),
+    ("<answer>[[0, 0, 1, ", "1", "</answer>"),
+    ("<answer>[[0, 0, 1, 1]", " ", "x</answer>"),
+    ("<answer>[[0, 0, 1, 1", " ", "x</answer>"),
+    ("<answer>", "[0, 0, 1, 1], ", "</answer>"),
+    ("<answer>B</answer><glue>[(", "1", "</glue>"),
+    ("<answer>B</answer><glue>[(1, 2)", " ", "x</glue>"),
+    ("<answer>B</answer><glue>[(1,", " ", "</glue>"),
+    ("<answer>B</answer><glue>[", "(1, 2), ", "</glue>"),
+    ("<answer>B</answer><glue>[(1, 2), (3.", "1", "</glue>"),
+    ("<answer>", "A", "</answer>"),
+    ("<answer>", "answer is A ", "</answer>"),
+    ("<answer>", "word. ", "</answer>"),
+    ("<answer>", "9.9e", "</answer>"),
+]
+
+
+def seconds(task, mode, hostile, size):
+    """CPU time of this thread, without the collector's walks over what other tests have left."""
+    before, piece, after = hostile
+    completion = before + piece * (size // len(piece)) + after
+    gc.disable()
+    try:
+        start = time.thread_time()
+        score(task, [completion], [TARGETS[task]], mode=mode)
+        return time.thread_time() - start
+    finally:
+        gc.enable()
+
+
+def grows_linearly(task, mode, hostile):
+    fifty = seconds(task, mode, hostile, 50_000)
+    return fifty < 1.0 and all(
+        seconds(task, mode, hostile, size) < 2.5 * size / 50_000 * fifty + 0.05
+        for size in (100_000, 200_000)
+    )
+
+
 @pytest.mark.parametrize("mode", ["strict", "legacy"])
 @pytest.mark.parametrize("task", list(TERMS))
 def test_hostile_text_takes_linear_time(task, mode):
-    size = 100_000
-    hostile = [
-        "<think>" * (size // 7),
-        "<answer>" * (size // 8),
-        "</think><answer>" * (size // 15),
-        "<think></think><answer>" + "1" * size,
-        "<answer>" + "1" * size + "</answer>",
-        "<answer>" + "1 to " * (size // 5) + "</answer>",
-        "<answer>" + "[" * size + "</answer>",
-        "<answer>" + "-" * size + "1</answer>",
-        "<think>x</think>" + " " * size + "<answer>",
-        "<answer>B</answer><glue>[" + "(1, 2), " * (size // 8) + "</glue>",
-        "<answer>B</answer><glue>[(1," + " " * size + "</glue>",
-        "<answer>" + "A" * size + "</answer>",
-        "<answer>" + "word. " * (size // 6) + "</answer>",
-    ]
-    start = time.perf_counter()
-    score(task, hostile, [TARGETS[task]] * len(hostile), mode=mode)
-    # Milliseconds each; a quadratic pattern takes minutes. The slack is for a busy machine.
-    assert time.perf_counter() - start < 5.0
+    """Four times the text takes about four times as long; in quadratic time it would be sixteen,
+    and minutes. The small sizes come first, so that a failure does not take those minutes; a busy
+    machine gets further tries, which quadratic time would not help."""
+    for hostile in HOSTILE:
+        assert seconds(task, mode, hostile, 5_000) < 0.2, hostile
+        assert any(grows_linearly(task, mode, hostile) for _ in range(4)), hostile
 
 
 def test_nothing_is_run(tmp_path):
@@ -166,7 +231,8 @@ _PIECES = (
     "<think> </think> <answer> </answer> <glue> </glue> to and TO 5 12.5 . , ( ) [ ] - nan 1e999 B "
     "(C) [(1,2)] [(05,10)] [[0,0,1,1]] 'a' {} None 1j \\ \x00 \ud800 \u0661 \n"
 )
-PIECES = [*_PIECES.split(" "), " "]
+HUGE = "9" * 5000  # beyond what Python turns into an int
+PIECES = [*_PIECES.split(" "), " ", HUGE, f"{HUGE} to {HUGE}", f"[({HUGE}, {HUGE})]", "1e" + HUGE]
 
 
 @settings(max_examples=300)

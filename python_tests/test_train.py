@@ -22,7 +22,7 @@ from vcr1_fast.model.forward import prompt_features
 from vcr1_fast.model.packing import Group
 from vcr1_fast.model.wrapping import unwrap
 from vcr1_fast.ops import GRPOLossConfig
-from vcr1_fast.train import checkpoint, loop, setup, update
+from vcr1_fast.train import checkpoint, loop, scoring, setup, update
 from vcr1_fast.train import step as step_parts
 from vcr1_fast.train.config import OptimConfig
 from vcr1_fast.train.dataset import ByteCache, Sampler
@@ -65,27 +65,27 @@ def environment():
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(here.parent), str(here), *sys.path])}
 
 
-def reward_early(sample, text, length, finished, think):
+def reward_early(answers, config, judge):
     """The share of letters from the first half of the alphabet. A random model earns about half of
     it, so that there is room on either side."""
-    letters = [c for c in text.lower() if "a" <= c <= "z"]
-    share = sum(c < "n" for c in letters) / len(letters) if letters else 0.5
-    return Scored(sample.record.task, {"early": share}, {}, length, finished)
+    letters = [[c for c in text.lower() if "a" <= c <= "z"] for _, text in answers]
+    shares = [sum(c < "n" for c in some) / len(some) if some else 0.5 for some in letters]
+    return [({"early": share}, {}) for share in shares]
 
 
-def reward_text(sample, text, length, finished, think):
+def reward_text(answers, config, judge):
     """A reward that differs between almost any two completions."""
-    return Scored(sample.record.task, {"text": sum(map(ord, text)) % 97 / 97}, {}, length, finished)
+    return [({"text": sum(map(ord, text)) % 97 / 97}, {}) for _, text in answers]
 
 
 @pytest.fixture
 def any_reward(monkeypatch):
-    monkeypatch.setattr(loop, "score", reward_text)
+    monkeypatch.setattr(scoring, "own_rewards", reward_text)
 
 
 @pytest.fixture
 def early_letters(monkeypatch):
-    monkeypatch.setattr(loop, "score", reward_early)
+    monkeypatch.setattr(scoring, "own_rewards", reward_early)
 
 
 # --- whole runs
@@ -238,8 +238,8 @@ def test_killed_and_resumed_is_as_never_interrupted(inputs, tmp_path, any_reward
         from pathlib import Path
         from tiny_run import configure
         from vcr1_fast.train import checkpoint
-        from test_train import loop, reward_text
-        loop.score = reward_text
+        from test_train import loop, reward_text, scoring
+        scoring.own_rewards = reward_text
         write = checkpoint._write
         def killing(path, value):
             write(path, value)
@@ -409,8 +409,10 @@ def run(inputs, tmp_path):
 def drawn_groups(run, advantages):
     """Groups of this run's first samples, completions drawn by the model, advantages as given."""
     samples = next(iter(run.batches()))[: len(advantages)]
-    drawn = loop.sample_completions(run, samples, 0, loop.Stopwatch())
-    return loop.make_groups(samples, drawn, torch.tensor(advantages).flatten())
+    parts = loop.sample_completions(run, samples, 0, loop.Stopwatch())
+    drawn = [one for _, completions, _ in parts for one in completions]
+    groups = loop.make_groups(samples, drawn)
+    return loop.with_advantages(groups, torch.tensor(advantages).flatten())
 
 
 def gradient(run, groups, config, sequences):

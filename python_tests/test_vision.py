@@ -13,6 +13,7 @@ from vcr1_fast.model.vision import (
     freeze_vision,
     packed_attention,
     prepare_vision,
+    reorder_frames,
 )
 
 CONFIG = TinyConfig(hidden_size=32, heads=2, kv_heads=1, layers=1, vision_hidden=16, vision_depth=3)
@@ -165,3 +166,38 @@ def test_flash_attention_is_left_in_place(directory):
     config._attn_implementation = "sdpa"
     prepare_vision(model)
     assert config._attn_implementation == PACKED_ATTENTION
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.02)]
+)
+@pytest.mark.parametrize("grid", [[(5, 10, 14)], [(1, 4, 4), (3, 12, 6), (2, 8, 16)]])
+def test_frames_in_another_order_are_features_in_another_order(directory, grid, dtype, tolerance):
+    """The tower on reordered patches against the reordered features of its pass on the clip; some
+    of its blocks look within windows, one at whole frames."""
+    assert 0 < len(CONFIG.vision_full_attention) < CONFIG.vision_depth
+    model, _ = checkpoint.load(directory, dtype=dtype)
+    grid = torch.tensor(grid)
+    generator = torch.Generator().manual_seed(1)
+    orders = [torch.randperm(t, generator=generator).tolist() for t in grid[:, 0].tolist()]
+    pixels = _patches(grid, dtype)
+    clips = pixels.split(grid.prod(dim=1).tolist())
+    mixed = [
+        clip.unflatten(0, (len(order), -1))[order].flatten(0, 1)
+        for clip, order in zip(clips, orders, strict=True)
+    ]
+    with torch.no_grad():
+        plain = torch.cat(list(encode_videos(model, pixels, grid)))
+        expected = torch.cat(list(encode_videos(model, torch.cat(mixed), grid)))
+    got = reorder_frames(plain, grid, orders)
+    torch.testing.assert_close(got, expected, rtol=0, atol=tolerance)
+    assert (plain - expected).abs().max() > 0.1  # and the order makes a difference
+
+
+def test_an_order_is_a_permutation():
+    features, grid = torch.arange(12.0)[:, None], torch.tensor([[3, 4, 4]])
+    got = reorder_frames(features, grid, [(2, 0, 1)])
+    assert got.flatten().tolist() == [8, 9, 10, 11, 0, 1, 2, 3, 4, 5, 6, 7]
+    for order in ((0, 1), (0, 1, 1), (1, 2, 3)):
+        with pytest.raises(ValueError, match="no order of 3 temporal patches"):
+            reorder_frames(features, grid, [order])

@@ -24,6 +24,13 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--data", help="records, JSONL (data.train)")
         command.add_argument("--prompts", help="other wordings, YAML or JSON (data.prompts)")
         command.add_argument("--output", help="folder of the run (run.output)")
+        if name == "train":
+            command.add_argument(
+                "--reward",
+                action="append",
+                metavar="FILE.py:FUNCTION",
+                help="a reward of your own, also module:function; repeatable (rewards.functions)",
+            )
         _add_overrides(command)
         command.set_defaults(run=run_training)
 
@@ -109,6 +116,8 @@ def run_training(options: argparse.Namespace) -> int:
         "data.prompts": options.prompts,
         "run.output": options.output,
     }
+    if options.command == "train":
+        names["rewards.functions"] = options.reward
     config = load_config(TrainConfig, options.config, _overrides(names, options))
     if options.command == "sft":
         from vcr1_fast.train.sft import sft as work
@@ -205,7 +214,7 @@ def _add_overrides(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _overrides(names: dict[str, str | None], options: argparse.Namespace) -> list[str]:
+def _overrides(names: dict[str, str | list[str] | None], options: argparse.Namespace) -> list[str]:
     # Quoted, so that a path is never read as another YAML value.
     from json import dumps
 

@@ -171,3 +171,32 @@ def encode_videos(model: nn.Module, pixel_values: Tensor, grid_thw: Tensor) -> S
         ).pooler_output
     counts = grid_thw.prod(dim=1) // visual.spatial_merge_size**2
     return torch.split(hidden, counts.tolist())
+
+
+def reorder_frames(
+    features: Tensor, grid_thw: Tensor, orders: Sequence[Sequence[int]], *, merge: int = 2
+) -> Tensor:
+    """Features of clips whose temporal patches (pairs of frames) stand in another order, from those
+    of the clips as they are.
+
+    Exact: no block of the tower looks beyond a temporal patch, and its positions are those of
+    height and width alone, so what it makes of one does not depend on when it is shown.
+
+    Args:
+        features: (tokens, hidden) of one or more clips in a row, as `encode_videos` gives them.
+        grid_thw: (n, 3) patches along time, height and width of each clip.
+        orders: for each clip, which temporal patch comes first, second, ...
+        merge: patches along an edge that make a token.
+
+    Raises:
+        ValueError: where an order is no permutation of its clip's temporal patches.
+    """
+    parts, start = [], 0
+    for (frames, height, width), order in zip(grid_thw.tolist(), orders, strict=True):
+        if sorted(order) != list(range(frames)):
+            raise ValueError(f"{list(order)} is no order of {frames} temporal patches")
+        size = height * width // merge**2
+        clip = features[start : start + frames * size].unflatten(0, (frames, size))
+        parts.append(clip[list(order)].flatten(0, 1))
+        start += frames * size
+    return torch.cat(parts)

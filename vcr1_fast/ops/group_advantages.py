@@ -9,7 +9,9 @@ With mu_g the mean reward of group g, n_g its size, l a completion's length:
     reinforce_plus_plus_baseline   r_i - mu_g
 
 then divided by (std + eps), std unbiased, of the group's rewards ("group"), of all rewards
-("batch"), or not at all ("none"); reinforce_plus_plus_baseline divides by the std of all r - mu_g.
+("batch"), by one that the caller gives for every row ("given"), or not at all ("none");
+reinforce_plus_plus_baseline divides by the std of all r - mu_g. EMA-GRPO [OneThinker, arXiv
+2512.03043] is grpo with the running std of the row's task as the given one.
 """
 
 import torch
@@ -18,7 +20,7 @@ from torch import Tensor
 from vcr1_fast.ops.backend import Op
 
 ESTIMATORS = ("grpo", "rloo", "opo", "gdpo", "reinforce_plus_plus_baseline")
-SCALES = ("group", "batch", "none")
+SCALES = ("group", "batch", "given", "none")
 DEFAULT_SCALE = {
     "grpo": "group",
     "rloo": "none",
@@ -59,9 +61,11 @@ def reference(
     group_size: int,
     options: list[str],
     eps: float,
+    stds: Tensor | None = None,
+    guard: float = 0.0,
 ) -> Tensor:
     """(N,) float32 advantages; arguments as `group_advantages`, options = (estimator, scale, nan,
-    singleton)."""
+    singleton), guard 0 for none."""
     estimator, scale, nan, singleton = options
     valid = ~rewards.isnan()
     # An infinite reward would make all of its group nan.
@@ -83,7 +87,7 @@ def reference(
         rows = valid.any(1)
         if scale == "none":
             return total.float()
-        centred = torch.where(rows, total - _mean(total, rows), 0.0)
+        centred = torch.where(rows, _centre(total, rows, _mean(total, rows), groups), 0.0)
         return (centred / (_std(total, rows) + eps)).float()
 
     rewards = (torch.where(valid, matrix, 0.0) * weights).sum(1)
@@ -98,9 +102,16 @@ def reference(
     advantages = _centre(rewards, rows, baseline, groups)
     if estimator == "rloo":
         advantages = advantages * count / (count - 1).clamp(min=1)
+    squares = groups.reduce(kept * (rewards - mean) ** 2, "sum")
     if scale == "group":
-        deviation = groups.reduce(kept * (rewards - mean) ** 2, "sum") / (count - 1).clamp(min=1)
-        advantages = advantages / (deviation.sqrt() + eps)
+        advantages = advantages / ((squares / (count - 1).clamp(min=1)).sqrt() + eps)
+    elif scale == "given":
+        # A group far from its task's usual spread would outweigh the batch: it takes its own, over
+        # n rather than n - 1, as the authors do.
+        given = advantages / (stds.double() + eps)
+        own = advantages / ((squares / count.clamp(min=1)).sqrt() + eps)
+        largest = groups.reduce(given.abs(), "max")
+        advantages = torch.where(largest > guard, own, given) if guard else given
     elif scale == "batch":
         spread = advantages if estimator == "reinforce_plus_plus_baseline" else rewards
         advantages = advantages / (_std(spread, rows) + eps)
@@ -135,14 +146,14 @@ def _std(x: Tensor, rows: Tensor) -> Tensor:
     return ((centred**2).sum() / (rows.sum() - 1).clamp(min=1)).sqrt()
 
 
-def _fake(rewards, group_index, weights, lengths, group_size, options, eps):
+def _fake(rewards, group_index, weights, lengths, group_size, options, eps, stds=None, guard=0.0):
     return rewards.new_empty(rewards.shape[:1], dtype=torch.float32)
 
 
 group_advantages_op = Op(
     "group_advantages",
     "(Tensor rewards, Tensor? group_index, Tensor? weights, Tensor? lengths, int group_size, "
-    "str[] options, float eps) -> Tensor",
+    "str[] options, float eps, Tensor? stds=None, float guard=0.) -> Tensor",
     _fake,
 )
 group_advantages_op.register("reference", reference)
@@ -158,6 +169,8 @@ def group_advantages(
     eps: float = 1e-4,
     weights: Tensor | None = None,
     lengths: Tensor | None = None,
+    stds: Tensor | None = None,
+    guard: float | None = None,
     nan: str = "error",
     singleton: str = "zero",
 ) -> Tensor:
@@ -168,14 +181,19 @@ def group_advantages(
             normalising each).
         group_size: groups are consecutive runs of this many rows; N must be a multiple.
         group_index: (N,) integer naming each row's group, in any order; instead of group_size.
-        scale: "group", "batch" or "none": what the result is divided by. None takes the
+        scale: "group", "batch", "given" or "none": what the result is divided by. None takes the
             estimator's usual one: "group" for grpo and gdpo, "batch" for
             reinforce_plus_plus_baseline, else "none". gdpo knows "group" (all of it) and "none"
             (without the last normalisation over the batch).
         estimator: one of `ESTIMATORS`. Dr. GRPO is grpo with scale "none".
         eps: added to the standard deviation (TRL: 1e-4, verl: 1e-6).
-        weights: (R,) weights of the reward functions; None is 1 each.
+        weights: (R,) weights of the reward functions, or (N, R) where they differ from row to row
+            (tasks); None is 1 each.
         lengths: (N,) tokens of each completion, for opo.
+        stds: (N,) what each row is divided by, for scale "given"; alike within a group.
+        guard: with scale "given", a group in which an advantage would be larger than this is
+            divided by its own (biased) standard deviation instead (OneThinker: 5). None: no such
+            group.
         nan: "error": a nan reward raises. "ignore": it counts as not given: it is left out of
             sums and statistics, and a row without any reward gets advantage 0.
         singleton: a group of one gets advantage "zero", or with "keep" its reward (verl).
@@ -195,7 +213,8 @@ def group_advantages(
     for name, tensor, shape in (
         ("group_index", group_index, (n,)),
         ("lengths", lengths, (n,)),
-        ("weights", weights, rewards.shape[1:]),
+        ("stds", stds, (n,)),
+        ("weights", weights, rewards.shape if _is_by_row(weights) else rewards.shape[1:]),
     ):
         if tensor is not None and tuple(tensor.shape) != tuple(shape):
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
@@ -211,7 +230,23 @@ def group_advantages(
             raise ValueError(f"unknown {name} {value!r}; known: {', '.join(known)}")
     if estimator == "opo" and lengths is None:
         raise ValueError("estimator opo needs lengths")
+    if (scale == "given") != (stds is not None):
+        raise ValueError(f'scale "given" and stds go together, got scale {scale!r}')
+    if guard is not None and not guard > 0:
+        raise ValueError(f"guard must be above 0, got {guard}")
     options = [estimator, scale, nan, singleton]
     return group_advantages_op(
-        rewards.detach(), group_index, weights, lengths, group_size or 0, options, eps
+        rewards.detach(),
+        group_index,
+        weights,
+        lengths,
+        group_size or 0,
+        options,
+        eps,
+        stds,
+        guard or 0.0,
     )
+
+
+def _is_by_row(weights: Tensor | None) -> bool:
+    return weights is not None and weights.ndim == 2

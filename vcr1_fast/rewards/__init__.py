@@ -7,7 +7,14 @@ from vcr1_fast.rewards.answer import (
     parse_span,
     parse_spans,
 )
-from vcr1_fast.rewards.caption import event_recall, mentions
+from vcr1_fast.rewards.caption import (
+    CaptionScore,
+    Judge,
+    MatchingJudge,
+    caption_scores,
+    event_recall,
+    mentions,
+)
 from vcr1_fast.rewards.format import last_block, well_formed
 from vcr1_fast.rewards.overlap import (
     box_iou,
@@ -20,7 +27,11 @@ from vcr1_fast.rewards.score import TERMS, score
 
 __all__ = [
     "TERMS",
+    "CaptionScore",
+    "Judge",
+    "MatchingJudge",
     "box_iou",
+    "caption_scores",
     "event_recall",
     "interval_set_iop",
     "interval_set_iou",

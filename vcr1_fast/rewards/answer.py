@@ -20,20 +20,22 @@ _TOKEN = re.compile(
     r"|(?P<word>[A-Za-z]+)|(?P<dash>[-\u2010-\u2015\u2212])|(?P<other>\S)",
     re.ASCII,
 )
-_DECIMAL = re.compile(r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
+_DECIMAL = re.compile(r"(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
 _CLOCK = re.compile(r"(?:(\d+):)?(\d+):(\d\d(?:\.\d*)?)", re.ASCII)
 _UNITS = frozenset({"s", "sec", "secs", "second", "seconds"})
 _SEPARATORS = frozenset({"to", "and", "until", "till"})
 _LONGEST_NUMBER = 32
 
-_NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
+# Two runs of the same characters never meet ("\d+\.?\d*", "\s*,?\s*"): where the rest fails, such a
+# pair is tried at every place that could divide it, in quadratic time.
+_NUMBER = r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?"
 _SIGNED = re.compile(_NUMBER, re.ASCII)
 
 
 def _rows(length: int) -> re.Pattern[str]:
     numbers = r"\s*,\s*".join([_NUMBER] * length)
-    row = rf"(?:\[\s*{numbers}\s*,?\s*\]|\(\s*{numbers}\s*,?\s*\))"
-    return re.compile(rf"\s*\[\s*{row}(?:\s*,\s*{row})*\s*,?\s*\]\s*", re.ASCII)
+    row = rf"(?:\[\s*{numbers}(?:\s*,)?\s*\]|\(\s*{numbers}(?:\s*,)?\s*\))"
+    return re.compile(rf"\s*\[\s*{row}(?:\s*,\s*{row})*(?:\s*,)?\s*\]\s*", re.ASCII)
 
 
 _SPAN_ROWS, _BOX_ROWS = _rows(2), _rows(4)

@@ -1,14 +1,36 @@
-"""Caption recall: the share of annotated events that a caption tells.
+"""Caption scores: which events of a video a caption tells, and which it makes up.
 
-VideoChat-R1 asks a language model whether the caption entails each event, by code it never
-released. A judge is any function (caption, event) -> bool; `mentions` is the one that needs no
-model: deterministic, offline, blind to order and negation.
+    recall = share of the annotated events that the caption tells
+    precision = share of the caption's own events that the annotation tells
+    F1 = 2 precision recall / (precision + recall)
+
+VideoChat-R1 rewards recall, with events drawn from the captions and judged by a language model, by
+code it never released. DREAM-1k (Tarsier, arXiv 2407.00634) reports all three. A judge draws events
+from captions and says whether a caption tells an event: `MatchingJudge` needs no model, it is
+deterministic, offline, blind to order and negation; `judge.ModelJudge` asks one.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
-Judge = Callable[[str, str], bool]
+Match = Callable[[str, str], bool]
+"""(caption, event) -> whether the caption tells the event."""
+
+
+@runtime_checkable
+class Judge(Protocol):
+    """What decides. Both take whole batches, so that a judge can work on many at once."""
+
+    def events(self, captions: Sequence[str]) -> list[tuple[str, ...]]:
+        """The events of each caption, in its order."""
+        ...
+
+    def tells(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
+        """Whether each (caption, event)'s caption tells its event."""
+        ...
+
 
 _WORD = re.compile(r"[a-z0-9]+")
 _SENTENCE = re.compile(r"[.!?;\n]+")
@@ -46,8 +68,74 @@ def mentions(caption: str, event: str, share: float = 0.6) -> bool:
     )
 
 
-def event_recall(caption: str, events: Sequence[str], judge: Judge = mentions) -> float:
+@dataclass(frozen=True)
+class MatchingJudge:
+    """A judge of one function: a caption's events are its sentences, and `match` decides."""
+
+    match: Match = mentions
+
+    def events(self, captions: Sequence[str]) -> list[tuple[str, ...]]:
+        parts = [map(str.strip, _SENTENCE.split(caption)) for caption in captions]
+        return [tuple(sentence for sentence in part if _content(sentence)) for part in parts]
+
+    def tells(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
+        return [bool(self.match(caption, event)) for caption, event in pairs]
+
+
+def as_judge(judge: Judge | Match) -> Judge:
+    """The judge itself, or the one of a function (caption, event) -> bool."""
+    return judge if isinstance(judge, Judge) else MatchingJudge(judge)
+
+
+@dataclass(frozen=True)
+class CaptionScore:
+    """Scores of one caption, each in [0, 1]. precision and f1 are 0 where only recall was asked."""
+
+    recall: float
+    precision: float = 0.0
+    f1: float = 0.0
+
+
+def caption_scores(
+    captions: Sequence[str],
+    events: Sequence[Sequence[str]],
+    judge: Judge | Match = mentions,
+    *,
+    references: Sequence[str] | None = None,
+) -> list[CaptionScore]:
+    """Scores of a batch: captions (N,), each with its annotated events; all questions of a kind go
+    to the judge together.
+
+    references: what each caption's own events are held against; None leaves precision out. A blank
+    caption, or one without annotated events, scores 0 and is not asked about.
+    """
+    judge = as_judge(judge)
+    asked = [bool(some) and bool(text.strip()) for text, some in zip(captions, events, strict=True)]
+    texts = [text if ask else "" for text, ask in zip(captions, asked, strict=True)]
+    wanted = [tuple(some) if ask else () for some, ask in zip(events, asked, strict=True)]
+    if references is None:
+        return [CaptionScore(share) for share in _told(texts, wanted, judge)]
+    own = iter(judge.events([text for text in texts if text]))
+    claimed = [next(own) if text else () for text in texts]
+    shares = _told([*texts, *references], [*wanted, *claimed], judge)
+    found, true = shares[: len(texts)], shares[len(texts) :]
+    return [
+        CaptionScore(recall, precision, _harmonic(recall, precision))
+        for recall, precision in zip(found, true, strict=True)
+    ]
+
+
+def event_recall(caption: str, events: Sequence[str], judge: Judge | Match = mentions) -> float:
     """Share of `events` that `judge` finds in the caption; 0 for no events or an empty caption."""
-    if not events or not caption.strip():
-        return 0.0
-    return sum(bool(judge(caption, event)) for event in events) / len(events)
+    return caption_scores([caption], [events], judge)[0].recall
+
+
+def _told(captions: Iterable[str], events: Sequence[Sequence[str]], judge: Judge) -> list[float]:
+    """Share of each caption's events that it tells; 0 without any."""
+    pairs = [(c, event) for c, some in zip(captions, events, strict=True) for event in some]
+    answers = iter(judge.tells(pairs) if pairs else [])
+    return [sum(next(answers) for _ in some) / max(len(some), 1) for some in events]
+
+
+def _harmonic(a: float, b: float) -> float:
+    return 2 * a * b / (a + b) if a + b else 0.0

@@ -23,6 +23,7 @@ _SEPARATOR = re.compile(r" (?:to|and)(?= )", re.IGNORECASE)
 _NUMBER = re.compile(r"\d+\.?\d*")
 _PAIR = r"\(\d+(?:\.\d+)?,\s*\d+(?:\.\d+)?\)"
 _PAIRS = re.compile(rf"\[(?:{_PAIR}(?:,\s*{_PAIR})*,?|)\]$")
+_MAY_WARN = re.compile(r"\\|[\d.][A-Za-z_]")
 _LETTER = re.compile("[ABCDEFG]")
 _PREFIXES = (
     "The best answer is",
@@ -185,8 +186,12 @@ def _eight_lists(text: str | None) -> list[list[Any]] | None:
 def _literal(text: str) -> Any:
     """A Python literal, None for anything else. Literals only: no name is looked up or called."""
     try:
+        if not _MAY_WARN.search(text):
+            return ast.literal_eval(text)
+        # Odd escapes in strings warn, and numbers run into words. The filters are the process's,
+        # whatever thread this is, so they are left alone where there is no need.
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # odd escapes in strings warn
+            warnings.simplefilter("ignore")
             return ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return None

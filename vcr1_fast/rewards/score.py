@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vcr1_fast.rewards import legacy, strict
-from vcr1_fast.rewards.caption import Judge, event_recall, mentions
+from vcr1_fast.rewards.caption import Judge, Match, caption_scores, mentions
 from vcr1_fast.rewards.format import last_block
 
 MODES = ("strict", "legacy")
@@ -18,14 +18,9 @@ class _Sample:
     target: Any
     duration: float | None
     think: bool | None
-    judge: Judge
 
 
 _Term = Callable[[_Sample], float]
-
-
-def _recall(s: _Sample) -> float:
-    return event_recall(last_block(s.completion, "answer") or "", s.target, s.judge)
 
 
 _STRICT: dict[str, dict[str, _Term]] = {
@@ -50,10 +45,7 @@ _STRICT: dict[str, dict[str, _Term]] = {
         "format": lambda s: strict.label_format(s.completion, s.think),
         "accuracy": lambda s: strict.label_accuracy(s.completion, s.target),
     },
-    "caption": {
-        "format": lambda s: strict.label_format(s.completion, s.think),
-        "recall": _recall,
-    },
+    "caption": {"format": lambda s: strict.label_format(s.completion, s.think)},
 }
 
 # As released: multiple choice was scored by the grounded question's format, which demands evidence
@@ -76,9 +68,11 @@ _LEGACY: dict[str, dict[str, _Term]] = {
         "caption": {"format": legacy.think_answer_format},
     }.items()
 }
-_LEGACY["caption"]["recall"] = _recall
 
-TERMS: Mapping[str, tuple[str, ...]] = {task: tuple(terms) for task, terms in _STRICT.items()}
+TERMS: Mapping[str, tuple[str, ...]] = {
+    task: (*terms, "recall") if task == "caption" else tuple(terms)
+    for task, terms in _STRICT.items()
+}
 """Names of the rewards of each task."""
 
 
@@ -90,7 +84,7 @@ def score(
     mode: str = "strict",
     durations: Sequence[float | None] | None = None,
     think: bool | None = None,
-    judge: Judge = mentions,
+    judge: Judge | Match = mentions,
 ) -> dict[str, list[float]]:
     """The rewards of a batch of completions: name -> one float a completion.
 
@@ -104,7 +98,8 @@ def score(
     durations: of the clips in seconds, None where unknown; strict spans are clipped to them.
     think: whether the format demands reasoning (True), forbids it (False) or allows it (None);
         "legacy" always demands it.
-    judge: of caption recall, (caption, event) -> bool.
+    judge: of caption recall: a `Judge`, asked once for the whole batch, or a function
+        (caption, event) -> bool.
 
     No completion makes it raise. ValueError for an unknown task or mode, lengths that differ, or a
     target of another shape, with its index.
@@ -119,13 +114,18 @@ def score(
             f"got {len(completions)} completions, {len(targets)} targets, {len(clips)} durations"
         )
     samples = [
-        _Sample(completion, _checked(task, target, index), duration, think, judge)
+        _Sample(completion, _checked(task, target, index), duration, think)
         for index, (completion, target, duration) in enumerate(
             zip(completions, targets, clips, strict=True)
         )
     ]
     terms = (_STRICT if mode == "strict" else _LEGACY)[task]
-    return {name: [float(term(sample)) for sample in samples] for name, term in terms.items()}
+    scores = {name: [float(term(sample)) for sample in samples] for name, term in terms.items()}
+    if task == "caption":
+        captions = [last_block(sample.completion, "answer") or "" for sample in samples]
+        judged = caption_scores(captions, [sample.target for sample in samples], judge)
+        scores["recall"] = [one.recall for one in judged]
+    return scores
 
 
 def _checked(task: str, target: Any, index: int) -> Any:

@@ -17,7 +17,7 @@ from vcr1_fast.tasks import (
     temporal_grounding,
     tracking,
 )
-from vcr1_fast.tasks.base import Metrics, Reward, Task, mean_metrics
+from vcr1_fast.tasks.base import Judged, Metrics, Reward, Task, mean_metrics
 from vcr1_fast.tasks.record import FieldError, Record
 from vcr1_fast.tasks.wording import check_wording
 
@@ -56,6 +56,7 @@ for _module in (
 __all__ = [
     "TASKS",
     "FieldError",
+    "Judged",
     "Metrics",
     "Record",
     "Reward",

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from vcr1_fast.rewards import well_formed
+from vcr1_fast.rewards.caption import Judge, Match, mentions
 from vcr1_fast.tasks.record import Record
 from vcr1_fast.tasks.wording import Wording, ask_for_times
 
@@ -34,6 +35,20 @@ class Parser(Protocol):
 
 
 @dataclass(frozen=True)
+class Judged:
+    """What a judge decides of a task's predictions.
+
+    terms: names of its scores, which are metrics; one that is a reward's name is that reward too,
+    the others become rewards where they are given a weight.
+    scores(predictions, records, judge): the scores of a batch, None being a prediction that could
+    not be read. All that is asked of the judge is asked at once.
+    """
+
+    terms: tuple[str, ...]
+    scores: Callable[[Sequence[Any], Sequence[Record], Judge | Match], list[Metrics]]
+
+
+@dataclass(frozen=True)
 class Task:
     """One task.
 
@@ -41,12 +56,15 @@ class Task:
     wording: the prompts, with gaps for `fields`: name -> the text a record puts there.
     needs: groups of fields of which every prompt must hold one. tags: what the parser reads.
     target(record): the completion that answers it rightly, without reasoning, to fine-tune on.
-    rewards: by name. metrics(prediction, record): scores of one sample; their means over a split
-    are the split's. primary: the metric to watch.
+    rewards: by name, added up with the weight 1 unless others are configured. The first that is not
+    the format tells how right an answer is.
+    metrics(prediction, record): scores of one sample; their means over a split are the split's.
+    primary: the metric to watch.
     blind(train, test): per strategy that never looks at the video, its metrics on `test`.
     times(record, duration): seconds of the frames to show; None leaves them to the frame rule.
     spans(record): annotated seconds, which must lie inside the clip. label(record): the choice that
     is right, whose balance matters. Both None where there are none.
+    judged: what a judge decides, None where none is needed.
     """
 
     name: str
@@ -64,6 +82,12 @@ class Task:
     times: Callable[[Record, float], list[float]] | None = None
     spans: Callable[[Record], Sequence[Sequence[float]]] | None = None
     label: Callable[[Record], str] | None = None
+    judged: Judged | None = None
+
+    @property
+    def accuracy(self) -> str:
+        """Name of the reward that tells how right an answer is."""
+        return next(name for name in self.rewards if name != "format")
 
     @property
     def gaps(self) -> dict[str, Callable[[Record], str]]:
@@ -82,6 +106,17 @@ class Task:
             name: reward(completion, record, duration, think=think)
             for name, reward in self.rewards.items()
         }
+
+    def measure(
+        self,
+        predictions: Sequence[Any],
+        records: Sequence[Record],
+        judge: Judge | Match = mentions,
+    ) -> list[Metrics]:
+        """`metrics` of a batch; what is for a judge to decide, as `judge` sees it."""
+        if self.judged is not None:
+            return self.judged.scores(predictions, records, judge)
+        return [self.metrics(p, record) for p, record in zip(predictions, records, strict=True)]
 
     def floor(self, train: Sequence[Record], test: Sequence[Record]) -> tuple[str, Metrics]:
         """(name, metrics) of the blind strategy with the best primary metric on `test`."""

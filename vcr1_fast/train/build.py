@@ -1,7 +1,8 @@
 """Frozen dataclass trees from YAML and `a.b=value` overrides, every value checked.
 
 Works on any tree of dataclasses whose fields are bool, int, float, str, Literal, tuples of these,
-optional, or further dataclasses. A field of another type cannot be set from outside.
+dict[str, one of these], optional, or further dataclasses. A dict may be given nested: its keys are
+then joined by dots. A field of another type cannot be set from outside.
 """
 
 import dataclasses
@@ -134,6 +135,8 @@ def _convert(hint: Any, value: Any, where: str, default: Any = None) -> Any:
         raise ConfigError(where, f"{value!r} is not one of {', '.join(map(str, get_args(hint)))}")
     elif origin is tuple:
         return _convert_tuple(get_args(hint), value, where)
+    elif origin is dict:
+        return _convert_dict(get_args(hint)[1], value, where)
     elif dataclasses.is_dataclass(hint):
         if isinstance(value, Mapping):
             default = default if isinstance(default, hint) else None
@@ -153,6 +156,22 @@ def _convert_tuple(kinds: tuple[Any, ...], value: Any, where: str) -> tuple[Any,
         raise ConfigError(where, f"expected {len(kinds)} values, got {list(value)!r}")
     items = enumerate(zip(kinds, value, strict=True))
     return tuple(_convert(kind, item, f"{where}[{i}]") for i, (kind, item) in items)
+
+
+def _convert_dict(kind: Any, value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ConfigError(where, f"expected names and their values, got {value!r}")
+    flat: dict[str, Any] = {}
+    for name, item in value.items():
+        inner = f"{where}.{name}"
+        nested = isinstance(item, Mapping)
+        found = _convert_dict(kind, item, inner) if nested else {"": _convert(kind, item, inner)}
+        for rest, converted in found.items():
+            key = f"{name}.{rest}" if rest else str(name)
+            if key in flat:
+                raise ConfigError(f"{where}.{key}", "is given twice")
+            flat[key] = converted
+    return flat
 
 
 def _is_settable(kind: Any) -> bool:
@@ -200,4 +219,6 @@ def _plain(value: Any) -> Any:
         return {name: _plain(v) for name, v in fields.items()}
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
     return value

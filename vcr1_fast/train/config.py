@@ -11,6 +11,7 @@ from vcr1_fast.model.attention import Backend
 from vcr1_fast.model.sampling import Decoding
 from vcr1_fast.ops.grpo_config import GRPOLossConfig
 from vcr1_fast.train.build import ConfigError
+from vcr1_fast.train.reward_config import RewardsConfig
 
 
 def _at_least(config: Any, least: float, *names: str) -> None:
@@ -145,12 +146,25 @@ class AdvantageConfig:
     """How rewards become advantages; see `ops.group_advantages`."""
 
     estimator: Literal["grpo", "rloo", "opo", "gdpo", "reinforce_plus_plus_baseline"] = "grpo"
-    scale: Literal["group", "batch", "none"] | None = None
-    """What the difference to the mean is divided by; null takes the estimator's usual one."""
+    scale: Literal["group", "batch", "task_ema", "none"] | None = None
+    """What the difference to the mean is divided by; null takes the estimator's usual one.
+    "task_ema": the running standard deviation of the task's rewards, by which tasks weigh alike
+    (OneThinker's EMA-GRPO)."""
     eps: float = 1e-4
+    ema_decay: float = 0.99
+    """What "task_ema" keeps of its moments from one step to the next."""
+    ema_floor: float = 1e-3
+    """Least standard deviation of "task_ema"."""
+    ema_guard: float | None = 5.0
+    """A group with an advantage above this is divided by its own standard deviation; null: none."""
 
     def __post_init__(self) -> None:
-        _above(self, 0, "eps")
+        _above(self, 0, "eps", "ema_floor")
+        _inside(self, 0, 1, "ema_decay")
+        if self.ema_guard is not None:
+            _above(self, 0, "ema_guard")
+        if self.estimator == "gdpo" and self.scale in ("batch", "task_ema"):
+            raise ConfigError("scale", f"gdpo knows group and none, got {self.scale}")
 
 
 @dataclass(frozen=True)
@@ -237,6 +251,7 @@ class TrainConfig:
     data: DataConfig
     run: RunConfig
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    rewards: RewardsConfig = field(default_factory=RewardsConfig)
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     loss: GRPOLossConfig = field(default_factory=lambda: GRPOLossConfig(beta=0.04))
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -250,8 +265,18 @@ class TrainConfig:
                 "loss.entropy_aggregation",
                 'must be "loss" here: a mean over each forward pass would change its weight',
             )
+        if self.rewards.overlong_buffer > self.overlong_limit:
+            raise ConfigError(
+                "rewards.overlong_buffer",
+                f"must be at most {self.overlong_limit}, got {self.rewards.overlong_buffer}",
+            )
         if self.optim.warmup_steps >= self.optim.steps:
             raise ConfigError(
                 "optim.warmup_steps",
                 f"must be less than steps {self.optim.steps}, got {self.optim.warmup_steps}",
             )
+
+    @property
+    def overlong_limit(self) -> int:
+        """Tokens at which a completion is overlong."""
+        return self.rewards.overlong_limit or self.rollout.max_new_tokens

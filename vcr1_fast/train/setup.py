@@ -6,7 +6,7 @@ import json
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ from vcr1_fast.train.dataset import (
 from vcr1_fast.train.log import RunLog
 from vcr1_fast.train.optim import MasterAdamW
 from vcr1_fast.train.planner import GIB, Planner
+from vcr1_fast.train.scales import TaskScales
 
 _SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
@@ -67,6 +68,8 @@ class Run:
     done: int
     used: int = 0
     """Samples trained on since then, in all processes."""
+    scales: TaskScales = field(default_factory=TaskScales)
+    """Spread of each task's rewards so far, where advantages are divided by it."""
 
     @property
     def rank(self) -> int:
@@ -137,6 +140,7 @@ class Run:
                     "records": len(self.source.records),
                     "model": trained_state(self.model),
                     "optimizer": self.optimizer.state_dict(),
+                    "scales": self.scales.moments,
                 },
                 keep=config.run.keep_checkpoints,
                 rank=self.rank,
@@ -176,12 +180,14 @@ def open_run(config: TrainConfig, *, reference: bool) -> Iterator[Run]:
     if reference and not config.model.lora_rank:
         anchor = copy.deepcopy(model).requires_grad_(False)
     optimizer = MasterAdamW(model.parameters(), config.optim)
+    scales = TaskScales(config.advantage.ema_decay, config.advantage.ema_floor)
     done = 0
     if config.run.resume and found:
         state = load_checkpoint(found[-1], rank=accelerator.process_index)
         check_same_run(found[-1], state, config, len(records))
         load_trained_state(model, state["model"])
         optimizer.load_state_dict(state["optimizer"])
+        scales.load(state.get("scales", {}))
         done = state["step"]
         del state  # several times the size of the model
     with ExitStack() as stack:
@@ -235,6 +241,7 @@ def open_run(config: TrainConfig, *, reference: bool) -> Iterator[Run]:
             features,
             log,
             done,
+            scales=scales,
         )
 
 

@@ -1,10 +1,10 @@
-"""The parts of a step that are functions of their arguments: rewards, the loss of some groups, and
-how their metrics become those of the step."""
+"""The parts of a step that are functions of their arguments: the loss of some groups, and how
+rewards and metrics become those of the step."""
 
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from vcr1_fast.model.forward import completion_hidden, lm_head
 from vcr1_fast.model.packing import Group
 from vcr1_fast.ops import GRPOLossConfig, linear_grpo_loss, linear_logprobs
-from vcr1_fast.tasks import TASKS
-from vcr1_fast.train.dataset import Sample
 from vcr1_fast.train.planner import Shaped
 
 S = TypeVar("S", bound=Shaped)
@@ -81,24 +79,29 @@ class Scored:
     metrics: dict[str, float]
     length: int
     finished: bool
+    weights: dict[str, float] = field(default_factory=dict)
+    """Of the rewards; 1 where none is given."""
 
     @property
     def total(self) -> float:
-        return math.fsum(self.rewards.values())
-
-
-def score(sample: Sample, text: str, length: int, finished: bool, think: bool) -> Scored:
-    """Rewards and metrics of one completion of a sample's prompt."""
-    task, record = TASKS[sample.record.task], sample.record
-    rewards = task.score(text, record, sample.duration, think)
-    metrics = task.metrics(task.parse(text, record), record)
-    return Scored(task.name, rewards, metrics, length, finished)
+        return math.fsum(self.weights.get(name, 1.0) * r for name, r in self.rewards.items())
 
 
 def reward_matrix(scored: Sequence[Scored]) -> Tensor:
     """(N, R) float64 rewards by completion and name; nan where a task has no such reward."""
+    return _by_name(scored, [one.rewards for one in scored], math.nan)
+
+
+def weight_matrix(scored: Sequence[Scored]) -> Tensor:
+    """(N, R) float64 weights of `reward_matrix`'s rewards."""
+    return _by_name(scored, [one.weights for one in scored], 1.0)
+
+
+def _by_name(
+    scored: Sequence[Scored], values: Sequence[dict[str, float]], default: float
+) -> Tensor:
     names = sorted({name for one in scored for name in one.rewards})
-    rows = [[one.rewards.get(name, math.nan) for name in names] for one in scored]
+    rows = [[row.get(name, default) for name in names] for row in values]
     return torch.tensor(rows, dtype=torch.float64).reshape(len(scored), len(names))
 
 
@@ -207,8 +210,10 @@ def task_metrics(scored: Sequence[Scored]) -> dict[str, float]:
         out[f"length{suffix}"] = _mean(float(one.length) for one in part)
         out[f"finished{suffix}"] = _mean(float(one.finished) for one in part)
         if name:
-            for reward in part[0].rewards:
-                out[f"reward{suffix}/{reward}"] = _mean(one.rewards[reward] for one in part)
+            # A user's reward may have nothing to say about some completions.
+            for reward in dict.fromkeys(reward for one in part for reward in one.rewards):
+                given = [one.rewards[reward] for one in part if reward in one.rewards]
+                out[f"reward{suffix}/{reward}"] = _mean(given)
             for metric in part[0].metrics:
                 out[f"metric{suffix}/{metric}"] = _mean(one.metrics[metric] for one in part)
     return out

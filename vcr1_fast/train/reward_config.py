@@ -1,0 +1,125 @@
+"""Settings of the rewards: what is added up, with which weights, and who judges captions."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from vcr1_fast.rewards import TERMS
+from vcr1_fast.rewards.judge import JudgeConfig
+from vcr1_fast.rewards.plugin import split_spec
+from vcr1_fast.tasks import TASKS
+from vcr1_fast.train.build import ConfigError
+
+SHAPING = ("overlong", "length", "repetition", "temporal")
+"""Columns that any task may have besides its own."""
+
+
+@dataclass(frozen=True)
+class TemporalConfig:
+    """T-GRPO (Video-R1): a bonus where a clip is understood better than with its frames shuffled.
+    See `rewards.shaping.temporal_bonuses`."""
+
+    rollouts: int = 0
+    """Completions drawn from the shuffled clip, for comparison only (Video-R1: half a group);
+    0: none, and no bonus."""
+    bonus: float = 0.3
+    ratio: float = 0.8
+    """Mean accuracy over that on shuffled frames from which the bonus is given."""
+    tasks: tuple[str, ...] | None = None
+    """Tasks that have it; null: all."""
+
+    def __post_init__(self) -> None:
+        if self.rollouts < 0:
+            raise ConfigError("rollouts", f"must be at least 0, got {self.rollouts}")
+        for name in self.tasks or ():
+            if name not in TASKS:
+                raise ConfigError("tasks", f"unknown task {name!r}; known: {', '.join(TASKS)}")
+
+
+@dataclass(frozen=True)
+class RewardsConfig:
+    """The reward of a completion is the weighted sum of its task's rewards, of the terms below that
+    are switched on, and of the user's own. The defaults are VideoChat-R1's plain sum."""
+
+    mode: Literal["strict", "legacy"] = "strict"
+    """"legacy": as released, faults included, for the tasks of `rewards.score`."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """By reward ("format"), or by task and reward ("tracking.format", or nested), which goes
+    before; 1 where none is given."""
+    functions: tuple[str, ...] = ()
+    """The user's own rewards, "module:function" or "file.py:function"; see `rewards.plugin`."""
+    threshold: float = 0.1
+    """Accuracy above which a completion counts as right, for the two bonuses (Video-R1: 0.1)."""
+    overlong_buffer: int = 0
+    """Tokens below the longest completion over which "overlong" falls to -1 (DAPO); 0: off."""
+    overlong_limit: int | None = None
+    """Tokens at which it is -1; null: rollout.max_new_tokens."""
+    length_bonus: float = 0.0
+    """"length": added to right completions whose tokens lie in the band (Video-R1: 0.2); 0: off."""
+    length_band: tuple[int, int] = (320, 512)
+    repetition_ngram: int = 0
+    """Words of the runs whose repetition "repetition" punishes, down to -1; 0: off."""
+    temporal: TemporalConfig = field(default_factory=TemporalConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("overlong_buffer", "repetition_ngram"):
+            if getattr(self, name) < 0:
+                raise ConfigError(name, f"must be at least 0, got {getattr(self, name)}")
+        if self.overlong_limit is not None and self.overlong_limit < max(self.overlong_buffer, 1):
+            raise ConfigError(
+                "overlong_limit",
+                f"must be at least overlong_buffer {self.overlong_buffer} and 1, "
+                f"got {self.overlong_limit}",
+            )
+        if not 0 <= self.length_band[0] <= self.length_band[1]:
+            raise ConfigError("length_band", f"must be a range, got {list(self.length_band)}")
+        own = self.own_names()
+        taken = {*SHAPING, *(name for task in TASKS for name in names_of(task))}
+        for i, name in enumerate(own):
+            if name in taken or name in own[:i]:
+                raise ConfigError("functions", f"two rewards would have the name {name!r}")
+        for name, weight in self.weights.items():
+            if not math.isfinite(weight):
+                raise ConfigError(f"weights.{name}", f"must be finite, got {weight}")
+            self._check_name(name)
+
+    def own_names(self) -> list[str]:
+        """Column names of `functions`."""
+        try:
+            return [split_spec(spec)[1] for spec in self.functions]
+        except ValueError as error:
+            raise ConfigError("functions", str(error)) from None
+
+    def weight(self, task: str, name: str) -> float:
+        """What a reward of a task counts. A judge's further scores (a caption's precision and F1)
+        count nothing unless they are given a weight."""
+        default = 0.0 if name not in TASKS[task].rewards and name in names_of(task) else 1.0
+        return self.weights.get(f"{task}.{name}", self.weights.get(name, default))
+
+    def _check_name(self, name: str) -> None:
+        task, dot, reward = name.rpartition(".")
+        if dot and task not in TASKS:
+            raise ConfigError(f"weights.{name}", f"unknown task {task!r}; {', '.join(TASKS)}")
+        general = [*SHAPING, *self.own_names()]
+        tasks = [task] if dot else list(TASKS)
+        known = dict.fromkeys([*(n for t in tasks for n in names_of(t)), *general])
+        if reward not in known:
+            raise ConfigError(
+                f"weights.{name}", f"unknown reward {reward!r}; known: {', '.join(known)}"
+            )
+
+
+def names_of(task: str) -> tuple[str, ...]:
+    """Names that a task's rewards may have."""
+    judged = TASKS[task].judged
+    return tuple(dict.fromkeys([*TASKS[task].rewards, *(judged.terms if judged else ())]))
+
+
+def check_mode(config: RewardsConfig, tasks: list[str]) -> None:
+    """ValueError where a task has no rewards in the mode asked for."""
+    missing = [task for task in tasks if task not in TERMS]
+    if config.mode == "legacy" and missing:
+        raise ConfigError(
+            "rewards.mode", f"legacy has no rewards for {', '.join(missing)}: none were released"
+        )
