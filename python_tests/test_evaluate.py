@@ -15,7 +15,8 @@ from vcr1_fast.evaluate.completions import Completion, load_completions, shard_p
 from vcr1_fast.evaluate.config import EvalConfig, EvalRun
 from vcr1_fast.evaluate.identity import fingerprint
 from vcr1_fast.evaluate.intervals import bootstrap_interval
-from vcr1_fast.evaluate.run import answer_shard, cut_batches, evaluate, main_eval
+from vcr1_fast.evaluate.command import main_eval
+from vcr1_fast.evaluate.run import answer_shard, cut_batches, evaluate
 
 
 def grounding(name, span=(2.0, 6.0), video=None):
@@ -161,7 +162,8 @@ def test_the_summary_interval_resamples_videos_not_questions():
     texts = {record.id: spans[i // 10 % 2 == 0] for i, record in enumerate(records)}  # 12 videos
     (task,) = evaluate(None, None, records, answer=answers(texts)).tasks
     assert task.metrics["mIoU"] == pytest.approx(0.5)
-    half = (task.interval[1] - task.interval[0]) / 2
+    low, high = task.intervals["mIoU"]
+    half = (high - low) / 2
     assert half == pytest.approx(1.96 * 0.5 / math.sqrt(12), rel=0.15)
 
 

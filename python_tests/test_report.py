@@ -123,7 +123,7 @@ SUMMARY = {
             "primary": "mIoU",
             "n": 40,
             "metrics": {"R@0.5": 0.25, "mIoU": 0.41234},
-            "interval": [0.3, 0.52],
+            "intervals": {"mIoU": [0.3, 0.52], "R@0.5": [0.1, 0.4]},
             "parse_failure_rate": 0.05,
             "unfinished": 2,
             "floor": {"mIoU": 0.3333},
@@ -137,7 +137,7 @@ def test_evaluation_table_puts_the_primary_metric_first_with_interval_and_floor(
     table = evaluation_table(SUMMARY)
     first, second = (dict(zip(table.columns, row, strict=True)) for row in table.rows)
     assert first["metric"] == "mIoU" and first["score"] == "0.412"
-    assert first["95 %"] == "0.300 to 0.520" and first["no look"] == "0.333"
+    assert first["interval"] == "0.300 to 0.520" and first["no look"] == "0.333"
     assert first["n"] == "40" and first["unparsed"] == "5.0 %" and first["cut off"] == "2"
     assert second["metric"] == "R@0.5" and second["no look"] == "\N{EN DASH}"
     assert "1 quarantined" in table.title

@@ -29,6 +29,7 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("eval", help="answer and score records", allow_abbrev=False)
     command.add_argument("--config", help="YAML file of settings")
     command.add_argument("--model", help="checkpoint folder or hub name (model)")
+    command.add_argument("--predictions", help="completions to score, no model (predictions)")
     command.add_argument("--data", help="records, JSONL (records)")
     command.add_argument("--output", help="folder of the results (output)")
     _add_overrides(command)
@@ -106,10 +107,15 @@ def run_training(options: argparse.Namespace) -> int:
 
 def run_eval(options: argparse.Namespace) -> int:
     from vcr1_fast.evaluate.config import EvalRun
-    from vcr1_fast.evaluate.run import main_eval
+    from vcr1_fast.evaluate.command import main_eval
     from vcr1_fast.train.build import load_config
 
-    names = {"model": options.model, "records": options.data, "output": options.output}
+    names = {
+        "model": options.model,
+        "predictions": options.predictions,
+        "records": options.data,
+        "output": options.output,
+    }
     return main_eval(load_config(EvalRun, options.config, _overrides(names, options)))
 
 

@@ -1,0 +1,54 @@
+"""`vcr1 eval`: answer and score, or score what was answered elsewhere, and show it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vcr1_fast.evaluate.config import EvalRun
+from vcr1_fast.evaluate.run import Evaluation, evaluate_checkpoint, evaluate_predictions
+from vcr1_fast.report.examples import write_examples_html
+from vcr1_fast.report.scores import write_scores
+from vcr1_fast.report.table import print_table, summary_tables
+
+
+def main_eval(run: EvalRun) -> int:
+    """Evaluate, print the tables and what was quarantined, draw. Exit status: 1 when nothing could
+    be scored."""
+    if run.predictions is not None:
+        evaluation = evaluate_predictions(run.predictions, run.records, run.output, run.eval)
+    else:
+        evaluation = evaluate_checkpoint(run.model, run.records, run.output, run.eval)
+    if evaluation is None:
+        index, count = run.eval.shard_index, run.eval.shard_count
+        print(f"shard {index} of {count} is done; the last one to finish writes {run.output}")
+        return 0
+    for table in summary_tables(evaluation.summary()):
+        print_table(table)
+    for note in evaluation.notes:
+        print(note)
+    for item in evaluation.quarantined:
+        print(f"quarantined {item.record_id or item.source}: {item.reason}")
+    if any(item.record_id for item in evaluation.quarantined):
+        print("eval.retry_failed=true asks again about those whose clip or prompt failed")
+    if not evaluation.predictions:
+        print("no sample could be scored")
+        return 1
+    print(f"wrote {', '.join(map(str, draw(evaluation, run)))}")
+    return 0
+
+
+def draw(evaluation: Evaluation, run: EvalRun) -> list[Path]:
+    """Pictures of a finished evaluation beside its other files; the paths of all."""
+    out = Path(run.output)
+    paths = [out / name for name in ("predictions.jsonl", "summary.json", "tables.md")]
+    try:
+        paths.append(write_scores(evaluation.summary(), out / "scores.png"))
+    except ImportError as error:
+        print(f"no scores.png: {error}; pip install 'vcr1_fast[report]' brings what draws it")
+        return paths
+    if run.eval.pictured:
+        rows = [item.as_line() for item in evaluation.predictions]
+        records = {item.record.id: item.record for item in evaluation.predictions}
+        path = out / "predictions.html"
+        paths.append(write_examples_html(rows, records, path, max_examples=run.eval.pictured))
+    return paths
