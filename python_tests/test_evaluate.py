@@ -11,11 +11,11 @@ import pytest
 
 from vcr1_fast.data.records import Record, write_records
 from vcr1_fast.evaluate import run as run_module
+from vcr1_fast.evaluate.command import main_eval
 from vcr1_fast.evaluate.completions import Completion, load_completions, shard_path
 from vcr1_fast.evaluate.config import EvalConfig, EvalRun
 from vcr1_fast.evaluate.identity import fingerprint
 from vcr1_fast.evaluate.intervals import bootstrap_interval
-from vcr1_fast.evaluate.command import main_eval
 from vcr1_fast.evaluate.run import answer_shard, cut_batches, evaluate
 
 

@@ -106,8 +106,8 @@ def run_training(options: argparse.Namespace) -> int:
 
 
 def run_eval(options: argparse.Namespace) -> int:
-    from vcr1_fast.evaluate.config import EvalRun
     from vcr1_fast.evaluate.command import main_eval
+    from vcr1_fast.evaluate.config import EvalRun
     from vcr1_fast.train.build import load_config
 
     names = {

@@ -49,7 +49,9 @@ class Look:
 
     @classmethod
     def first(cls, record: Record, clip: Clip) -> Look:
-        return cls(record, clip, clip.times.tolist(), zoom((), clip.duration, 1.0))
+        # An image has no length, hence nothing to look at more closely.
+        plain = zoom((), clip.duration or 1.0, 1.0)
+        return cls(record, clip, clip.times.tolist(), plain, settled=clip.duration is None)
 
     def aim(self, perception: PerceptionConfig) -> bool:
         """Choose what to show next from the last completion; False where that is the same again.

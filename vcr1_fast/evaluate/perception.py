@@ -20,6 +20,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -57,7 +58,7 @@ def zoom(spans: Sequence[Span], duration: float, density: float) -> Zoom:
     """The map above. `spans`: disjoint, ascending, within [0, duration] (see `key_spans`)."""
     borders = sorted({0.0, duration, *(border for span in spans for border in span)})
     counted = [0.0]
-    for start, end in zip(borders, borders[1:], strict=False):
+    for start, end in pairwise(borders):
         inside = any(first <= start and end <= last for first, last in spans)
         counted.append(counted[-1] + (end - start) * (density if inside else 1.0))
     scale = duration / counted[-1]

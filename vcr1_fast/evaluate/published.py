@@ -1,4 +1,4 @@
-"""Published numbers of benchmark splits, to stand beside ours where they are of the same records."""
+"""Published numbers of benchmark splits, to stand beside ours where they are of these records."""
 
 from __future__ import annotations
 

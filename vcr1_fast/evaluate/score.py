@@ -100,7 +100,7 @@ def summarise(
     scored: Sequence[Scored],
     *,
     train_records: Sequence[Record] | None = None,
-    bootstrap: Bootstrap = Bootstrap(),  # noqa: B008 (frozen)
+    bootstrap: Bootstrap = Bootstrap(),
     breakdown: Sequence[str] = (),
 ) -> list[TaskSummary]:
     """Summaries in the order in which tasks first appear.
