@@ -47,6 +47,7 @@ def test_synth_sft_train_eval(tmp_path, inputs, capsys):
     arguments = ["--model", model, "--data", test, "--output", str(output)]
     assert cli.main(["eval", *arguments, *settings]) == 0
     assert "temporal_grounding" in capsys.readouterr().out
+    assert "data:image/jpeg" in (output / "predictions.html").read_text()
     assert "tasks" in json.loads((output / "summary.json").read_text())
 
 
@@ -123,5 +124,5 @@ def test_help_names_the_commands():
         [sys.executable, "-m", "vcr1_fast.cli", "--help"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0
-    for name in ("data", "sft", "train", "eval", "demo", "doctor"):
+    for name in ("data", "sft", "train", "eval", "chat", "bench", "demo", "doctor"):
         assert name in done.stdout

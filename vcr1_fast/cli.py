@@ -35,6 +35,22 @@ def parser() -> argparse.ArgumentParser:
     _add_overrides(command)
     command.set_defaults(run=run_eval)
 
+    command = commands.add_parser("chat", help="ask about a video", allow_abbrev=False)
+    command.add_argument("--model", help="checkpoint folder or hub name (model)")
+    command.add_argument("--video", help="file or folder of frames (video)")
+    command.add_argument(
+        "--question", action="append", help="asked instead of the lines of the standard input"
+    )
+    _add_overrides(command)
+    command.set_defaults(run=run_chat)
+
+    command = commands.add_parser("bench", help="time the operations beside their peers")
+    command.add_argument("names", nargs="*", help="which, or all; default: list them")
+    command.add_argument("--device", choices=("cpu", "cuda"))
+    command.add_argument("--threads", type=int, help="CPU threads")
+    command.add_argument("--seconds", type=float, help="time for each row")
+    command.set_defaults(run=run_bench)
+
     data = commands.add_parser("data", help="make and check data", allow_abbrev=False)
     kinds = data.add_subparsers(dest="kind", required=True, metavar="kind")
     command = kinds.add_parser("synth", help="synthetic clips and records", allow_abbrev=False)
@@ -119,6 +135,22 @@ def run_eval(options: argparse.Namespace) -> int:
     return main_eval(load_config(EvalRun, options.config, _overrides(names, options)))
 
 
+def run_chat(options: argparse.Namespace) -> int:
+    from vcr1_fast.evaluate.chat import ChatConfig, main_chat
+    from vcr1_fast.train.build import load_config
+
+    names = {"model": options.model, "video": options.video, "question": options.question}
+    return main_chat(load_config(ChatConfig, None, _overrides(names, options)))
+
+
+def run_bench(options: argparse.Namespace) -> int:
+    from vcr1_fast.bench import main_bench
+
+    given = {name: getattr(options, name) for name in ("device", "threads", "seconds")}
+    named = ([f"--{name}", str(value)] for name, value in given.items() if value is not None)
+    return main_bench(options.names, [argument for pair in named for argument in pair])
+
+
 def run_synth(options: argparse.Namespace) -> int:
     from vcr1_fast.data.synth import SynthConfig, write_dataset
     from vcr1_fast.train.build import load_config
@@ -183,7 +215,7 @@ def _add_overrides(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _overrides(names: dict[str, str | None], options: argparse.Namespace) -> list[str]:
+def _overrides(names: dict[str, str | list[str] | None], options: argparse.Namespace) -> list[str]:
     # Quoted, so that a path is never read as another YAML value.
     from json import dumps
 

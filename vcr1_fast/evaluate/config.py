@@ -101,13 +101,17 @@ class EvalConfig:
 
     def placement(self) -> tuple[torch.dtype, torch.device]:
         """dtype and device of the model, with "auto" resolved for this machine."""
-        device = self.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        dtype = self.dtype
-        if dtype == "auto":
-            dtype = "float32" if device == "cpu" else "bfloat16"
-        return getattr(torch, dtype), torch.device(device)
+        return placement(self.dtype, self.device)
+
+
+def placement(dtype: str, device: str) -> tuple[torch.dtype, torch.device]:
+    """dtype and device by name, "auto" being bfloat16 on a GPU where there is one, else float32 on
+    the CPU."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto":
+        dtype = "float32" if device == "cpu" else "bfloat16"
+    return getattr(torch, dtype), torch.device(device)
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,9 @@ def print_table(table: Table, file: TextIO | None = None) -> None:
     console = Console(file=file, highlight=False)
     if not console.is_terminal:
         console = Console(file=file, highlight=False, width=10_000, color_system=None)
-    view = RichTable(box=box.SIMPLE_HEAD, title=table.title, title_justify="left", pad_edge=False)
+    if table.title:
+        console.print(Text(table.title))  # rich would fold a table's title to the table's width
+    view = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
     for index, column in enumerate(table.columns):
         justify = "left" if index in table.left else "right"
         view.add_column(column, justify=justify, no_wrap=True)
