@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from vcr1_fast.data.video import ClipReader
 from vcr1_fast.evaluate.config import EvalRun
 from vcr1_fast.evaluate.run import Evaluation, evaluate_checkpoint, evaluate_predictions
-from vcr1_fast.report.examples import write_examples_html
+from vcr1_fast.report.rollouts import write_predictions_html
 from vcr1_fast.report.scores import write_scores
 from vcr1_fast.report.table import print_table, summary_tables
 
@@ -50,5 +51,14 @@ def draw(evaluation: Evaluation, run: EvalRun) -> list[Path]:
         rows = [item.as_line() for item in evaluation.predictions]
         records = {item.record.id: item.record for item in evaluation.predictions}
         path = out / "predictions.html"
-        paths.append(write_examples_html(rows, records, path, max_examples=run.eval.pictured))
+        with ClipReader(
+            backend=run.eval.decoder,
+            timeout=run.eval.decode_timeout,
+            workers=run.eval.decode_workers,
+        ) as reader:
+            paths.append(
+                write_predictions_html(
+                    rows, records, path, max_examples=run.eval.pictured, reader=reader
+                )
+            )
     return paths
