@@ -11,7 +11,7 @@ import pytest
 
 from vcr1_fast.data.records import Record, write_records
 from vcr1_fast.evaluate import run as run_module
-from vcr1_fast.evaluate.command import main_eval
+from vcr1_fast.evaluate.command import launched, main_eval
 from vcr1_fast.evaluate.completions import Completion, load_completions, shard_path
 from vcr1_fast.evaluate.config import EvalConfig, EvalRun
 from vcr1_fast.evaluate.identity import fingerprint
@@ -336,6 +336,26 @@ def test_main_eval_prints_scores_floor_and_quarantine(folder, capsys):
     out = capsys.readouterr().out
     assert "no look" in out and "mIoU" in out and "multiple_choice" in out
     assert "quarantined q7: v1.mp4: cannot be decoded" in out
+
+
+def test_processes_of_a_launcher_are_shards(folder, monkeypatch, capsys):
+    run = EvalRun(
+        model=str(folder.path / "model"),
+        records=str(folder.path / "test.jsonl"),
+        output=str(folder.path / "launched"),
+        eval=EvalConfig(batch_size=4, pictured=0),
+    )
+    folder("one")
+    for rank in ("1", "0"):
+        for name, value in {"WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank}.items():
+            monkeypatch.setenv(name, value)
+        assert main_eval(run) == 0
+    told = capsys.readouterr()
+    assert "shard 1 of 2 is done" in told.out and "evaluate, shard 0 of 2: 12/12" in told.err
+    assert results(folder.path / "launched") == results(folder.path / "one")
+    own = EvalConfig(shard_index=1, shard_count=3)
+    assert launched(own, {"WORLD_SIZE": "2", "RANK": "0"}) == own
+    assert launched(EvalConfig(), {}) == EvalConfig()
 
 
 def test_an_evaluation_that_scores_nothing_fails(folder, capsys):

@@ -102,7 +102,7 @@ def question(name, task="multiple_choice"):
 def script(monkeypatch):
     """Answers by record and look in the place of a model, and what was shown and asked for them.
     Clips have 10 s; ten frames, one a second, unless other times are asked for."""
-    said, shown, calls = {}, {}, []
+    said, shown, calls, texts = {}, {}, [], []
 
     class Reader:
         def __init__(self, **_):
@@ -133,6 +133,7 @@ def script(monkeypatch):
             name = clips[0].path.removesuffix(".mp4")
             assert clips[0].fps == 1.0  # positions stay those of the plain clip
             shown.setdefault(name, []).append(("glue" in text, clips[0].times.tolist()))
+            texts.append(text)
             return [name] * 7
 
     def roll(model, processor, prompts, *_, **__):
@@ -147,12 +148,12 @@ def script(monkeypatch):
 
     monkeypatch.setattr(greedy, "ClipReader", Reader)
     monkeypatch.setattr(greedy, "rollout", roll)
-    return SimpleNamespace(said=said, shown=shown, calls=calls, processor=Processor())
+    return SimpleNamespace(said=said, shown=shown, calls=calls, texts=texts, processor=Processor())
 
 
-def run(script, records, passes=3):
+def run(script, records, passes=3, think=False):
     config = EvalConfig(
-        frames=FrameConfig(), perception=PerceptionConfig(passes=passes), batch_size=8
+        frames=FrameConfig(), perception=PerceptionConfig(passes=passes), think=think
     )
     return evaluate(None, script.processor, records, config)
 
@@ -187,6 +188,16 @@ def test_looks_end_early_where_there_is_nothing_new_to_see(script, text):
     script.said["q"] = [text, B]
     result = run(script, [question("q")], passes=6)
     assert [times for _, times in script.shown["q"]] == [PLAIN, PLAIN]
+    assert result.tasks[0].metrics["accuracy"] == 1.0
+
+
+@pytest.mark.parametrize("think", [False, True])
+def test_every_look_asks_for_reasoning_or_none_does(script, think):
+    reason = "<think>from 1 to 2</think>" if think else ""
+    script.said["q"] = [f"{reason}{A}<glue>[(4.0, 6.0)]</glue>", f"{reason}{B}"]
+    result = run(script, [question("q")], passes=2, think=think)
+    assert ["<think>" in text for text in script.texts] == [think, think]
+    assert result.predictions[0].completion.passes[1].spans == ((4.0, 6.0),)
     assert result.tasks[0].metrics["accuracy"] == 1.0
 
 

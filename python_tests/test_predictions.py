@@ -169,11 +169,16 @@ def test_f1_is_of_the_means_and_its_interval_of_resampled_means():
     told = record("c", "caption", {"instruction": "tell"}, ["it falls"])
     pairs = [(1.0, 0.0), (0.0, 1.0)] * 40
     items = [
-        Scored(replace(told, video=str(i)), Completion("c"), "x", {"precision": p, "recall": r})
+        Scored(
+            replace(told, video=str(i)),
+            Completion("c"),
+            "x",
+            {"precision": p, "recall": r, "F1": 0.0},
+        )
         for i, (p, r) in enumerate(pairs)
     ]
     means, intervals = means_and_intervals(items, Bootstrap(resamples=500))
-    assert means == {"precision": 0.5, "recall": 0.5, "F1": 0.5}  # every sample's own F1 is 0
+    assert means == {"precision": 0.5, "recall": 0.5, "F1": 0.5}  # not the mean of the samples'
     # precision = 1 - recall here, so F1 = 2 p (1 - p): never above 0.5.
     low, high = intervals["F1"]
     assert 0.45 < low < high <= 0.5

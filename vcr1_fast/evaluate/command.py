@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from vcr1_fast.data.video import ClipReader
-from vcr1_fast.evaluate.config import EvalRun
+from vcr1_fast.evaluate.config import EvalConfig, EvalRun
 from vcr1_fast.evaluate.run import Evaluation, evaluate_checkpoint, evaluate_predictions
 from vcr1_fast.report.rollouts import write_predictions_html
 from vcr1_fast.report.scores import write_scores
@@ -15,6 +20,7 @@ from vcr1_fast.report.table import print_table, summary_tables
 def main_eval(run: EvalRun) -> int:
     """Evaluate, print the tables and what was quarantined, draw. Exit status: 1 when nothing could
     be scored."""
+    run = replace(run, eval=launched(run.eval, os.environ))
     if run.predictions is not None:
         evaluation = evaluate_predictions(run.predictions, run.records, run.output, run.eval)
     else:
@@ -29,13 +35,26 @@ def main_eval(run: EvalRun) -> int:
         print(note)
     for item in evaluation.quarantined:
         print(f"quarantined {item.record_id or item.source}: {item.reason}")
-    if any(item.record_id for item in evaluation.quarantined):
+    if run.model is not None and any(item.record_id for item in evaluation.quarantined):
         print("eval.retry_failed=true asks again about those whose clip or prompt failed")
     if not evaluation.predictions:
         print("no sample could be scored")
         return 1
     print(f"wrote {', '.join(map(str, draw(evaluation, run)))}")
     return 0
+
+
+def launched(config: EvalConfig, environment: Mapping[str, str]) -> EvalConfig:
+    """The same settings for one process of several that torchrun or accelerate started: its rank is
+    its shard, and its GPU is its own. Shards that are configured stay as they are."""
+    count = int(environment.get("WORLD_SIZE", "1"))
+    if count == 1 or config.shard_count > 1:
+        return config
+    device = config.device
+    if device == "auto" and torch.cuda.is_available():
+        device = f"cuda:{environment['LOCAL_RANK']}"
+    index = int(environment["RANK"])
+    return replace(config, shard_index=index, shard_count=count, device=device)
 
 
 def draw(evaluation: Evaluation, run: EvalRun) -> list[Path]:

@@ -167,7 +167,9 @@ def answer_shard(
     # A batch of which one record is missing is answered whole again: see the module docstring.
     pending = [batch for batch in mine if any(record.id not in done for record in batch)]
     if pending:
-        with Progress(sum(map(len, pending)), "evaluate") as progress:
+        shard = f", shard {config.shard_index} of {config.shard_count}"
+        label = f"evaluate{shard if config.shard_count > 1 else ''}"
+        with Progress(sum(map(len, pending)), label) as progress:
             for completions in answer(pending):
                 append_completions(path, completions)
                 progress.advance(len(completions))

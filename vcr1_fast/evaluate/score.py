@@ -164,9 +164,9 @@ def means_and_intervals(
 
 
 def with_f1(means: dict[str, Any]) -> dict[str, Any]:
-    """Adds F1, the harmonic mean of mean precision and mean recall, where both are there: F1 of a
-    split is not a mean of its samples' (DREAM-1k, arXiv 2407.00634). 0 where both are 0."""
-    if "F1" in means or not {"precision", "recall"} <= set(means):
+    """With F1 as the harmonic mean of mean precision and mean recall, where both are there: F1 of a
+    split is not the mean of its samples' (DREAM-1k, arXiv 2407.00634). 0 where both are 0."""
+    if not {"precision", "recall"} <= set(means):
         return means
     precision, recall = (np.asarray(means[name], np.float64) for name in ("precision", "recall"))
     whole = precision + recall
