@@ -44,6 +44,11 @@ def parser() -> argparse.ArgumentParser:
     _add_overrides(command)
     command.set_defaults(run=run_chat)
 
+    command = commands.add_parser("report", help="curves and rollouts of a training run")
+    command.add_argument("folder", help="of the run (run.output)")
+    command.add_argument("--data", help="records trained on (default: as the run was told)")
+    command.set_defaults(run=run_report)
+
     command = commands.add_parser("bench", help="time the operations beside their peers")
     command.add_argument("names", nargs="*", help="which, or all; default: list them")
     command.add_argument("--device", choices=("cpu", "cuda"))
@@ -141,6 +146,12 @@ def run_chat(options: argparse.Namespace) -> int:
 
     names = {"model": options.model, "video": options.video, "question": options.question}
     return main_chat(load_config(ChatConfig, None, _overrides(names, options)))
+
+
+def run_report(options: argparse.Namespace) -> int:
+    from vcr1_fast.report.run import main_report
+
+    return main_report(options.folder, options.data)
 
 
 def run_bench(options: argparse.Namespace) -> int:

@@ -76,6 +76,7 @@ def write_rollouts_html(
     *,
     max_prompts: int = 1000,
     records: Mapping[str, Record] | None = None,
+    reader: ClipReader | None = None,
     max_bytes: int = MAX_BYTES,
 ) -> Path:
     """Write the page; returns its path.
@@ -84,7 +85,8 @@ def write_rollouts_html(
     (name -> number), and optionally advantage. Consecutive lines of one step and id form a group.
     Of more than `max_prompts` groups, that many evenly spaced ones are shown, the last included.
     With `records` (by id) a group is shown with frames of its clip and the boxes and spans that its
-    completions predict beside the annotated ones, until the frames take `max_bytes`.
+    completions predict beside the annotated ones, until the frames take `max_bytes`; `reader` reads
+    the clips (default: in this process).
     """
     if max_prompts < 1:
         raise ValueError(f"max_prompts must be at least 1, got {max_prompts}")
@@ -99,7 +101,8 @@ def write_rollouts_html(
     drawn = [""] * len(kept)
     if records is not None:
         shown = [records.get(group[0]["id"]) for group in kept]
-        frames = Pictures([record for record in shown if record is not None], max_bytes=max_bytes)
+        known = [record for record in shown if record is not None]
+        frames = Pictures(known, reader, max_bytes=max_bytes)
         drawn = [
             "" if record is None else frames.next(record, _parsed(record, group))
             for record, group in zip(shown, kept, strict=True)
@@ -121,8 +124,7 @@ def write_predictions_html(
     """Write the page of an evaluation: `lines` as in predictions.jsonl, their `records` by id.
 
     Of more than `max_examples`, that many evenly spaced ones are shown. Frames, boxes and spans as
-    in `write_rollouts_html`; of several looks at a clip also where each was aimed. `reader` reads
-    the clips.
+    in `write_rollouts_html`; of several looks at a clip also where each was aimed.
     """
     kept = _spaced(lines, max_examples)
     frames = Pictures([records[line["id"]] for line in kept], reader, max_bytes=max_bytes)
