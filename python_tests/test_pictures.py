@@ -11,7 +11,7 @@ import pytest
 
 from vcr1_fast.data.records import Record
 from vcr1_fast.data.video import Clip, VideoError
-from vcr1_fast.report.pictures import COLOURS, HEIGHT, Pictures, boxes_of, spans_of
+from vcr1_fast.report.pictures import COLOURS, HEIGHT, Pictures, boxes_at, spans_of
 from vcr1_fast.report.rollouts import write_predictions_html, write_rollouts_html
 from vcr1_fast.rewards.strict import GroundedAnswer
 
@@ -49,9 +49,17 @@ def test_which_numbers_are_spans_and_which_are_boxes():
     assert spans_of((2.0, 4.5)) == [[2.0, 4.5]]
     assert spans_of({"answer": "B", "glue": [[1, 2], [3, 4]]}) == [[1, 2], [3, 4]]
     assert spans_of({"letter": "B", "spans": None}) == spans_of(None) == spans_of("B") == []
-    assert boxes_of(BOX) == [BOX] and boxes_of(TRACK) == TRACK
-    assert boxes_of((2.0, 4.5)) == boxes_of(3.0) == boxes_of([]) == boxes_of("abcd") == []
-    assert boxes_of([float("nan")] * 4) == []
+    times, none = [0.0, 2.5, 5.0, 7.5], [None] * 4
+    assert boxes_at(BOX, times) == [BOX] * 4 and boxes_at(TRACK, times) == TRACK
+    assert boxes_at(TRACK[:3], times) == [*TRACK[:3], None]
+    for other in ((2.0, 4.5), 3.0, [], "abcd", None, [float("nan")] * 4, {"glue": [[1, 2]]}):
+        assert boxes_at(other, times) == none
+    assert boxes_at({"answer": "B", "glue": BOX}, times) == [BOX] * 4
+    assert boxes_at({"letter": "B", "box": tuple(BOX)}, times) == [BOX] * 4
+    tube = {"time": [2.0, 6.0], "boxes": {"2": BOX, "3": TRACK[0], "6": BOX}}
+    assert boxes_at(tube, times) == [None, BOX, None, None]  # 2.5 s: of 2 and 3 the first
+    assert boxes_at(tube, [3.4, 6.5, 6.6]) == [TRACK[0], BOX, None]
+    assert spans_of(tube) == [[2.0, 6.0]]
 
 
 def test_thumbnails_are_the_frames_made_small():

@@ -2,7 +2,8 @@
 under them, the annotated answer's beside predicted ones.
 
 Which of an answer's numbers are seconds and which are corners is told by shape: [s, e], a list of
-such, or an object's `spans` or `glue` are spans; four numbers, or a list of such, are boxes.
+such, or an object's `spans`, `glue` or `time` are spans; four numbers, a list of such, or an
+object's `boxes` (of frames, or by seconds), `box` or `glue` are boxes.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ class Pictures:
             duration = clip.duration
             images = [thumbnail(frame) for frame in clip.frames]
             self.left -= sum(map(len, images))
-            parts = [_frames(clip, images, record.answer, shown), _key(record.answer, shown)]
+            parts = [_frames(clip, images, record.answer, shown), _key(clip, record.answer, shown)]
         if duration:
             parts.append(_bars(duration, record.answer, {**shown, **(aims or {})}))
         return "".join(parts)
@@ -106,13 +107,29 @@ def spans_of(answer: Any) -> list[list[float]]:
     return [list(span) for span in answer] if _rows(answer, 2) else []
 
 
-def boxes_of(answer: Any) -> list[list[float]]:
-    """Boxes [x0, y0, x1, y1] in 0..1 likewise: one for every frame, or one for each."""
+def boxes_at(answer: Any, times: Sequence[float]) -> list[list[float] | None]:
+    """The box [x0, y0, x1, y1] in 0..1 that an answer or a parsed prediction holds for the frame at
+    each of `times`, None where it holds none: one for all, one for each, or those by seconds,
+    which are shown within half a second."""
+    none: list[list[float] | None] = [None] * len(times)
     if isinstance(answer, Mapping):
-        return boxes_of(answer.get("boxes") or [])
+        named = (answer.get(name) for name in ("boxes", "box", "glue"))
+        inner = next((value for value in named if value), None)
+        return _by_seconds(inner, times) if isinstance(inner, Mapping) else boxes_at(inner, times)
     if _numbers(answer, 4):
-        return [list(answer)]
-    return [list(box) for box in answer] if _rows(answer, 4) else []
+        return [list(answer)] * len(times)
+    if _rows(answer, 4):
+        return [*map(list, answer), *none][: len(times)]
+    return none
+
+
+def _by_seconds(boxes: Mapping[Any, Any], times: Sequence[float]) -> list[list[float] | None]:
+    known = {float(second): box for second, box in boxes.items() if _numbers(box, 4)}
+    nearest = (min(known, key=lambda second: abs(second - time), default=None) for time in times)
+    return [
+        None if second is None or abs(second - time) > 0.5 else list(known[second])
+        for second, time in zip(nearest, times, strict=True)
+    ]
 
 
 def _request(record: Record) -> ClipRequest:
@@ -127,11 +144,12 @@ def _request(record: Record) -> ClipRequest:
 
 
 def _frames(clip: Clip, images: Sequence[str], answer: Any, predictions: Mapping[str, Any]) -> str:
-    figures = []
+    figures, times = [], clip.times.tolist()
+    layers = [(boxes_at(answer, times), TARGET)]
+    for value, colour in zip(predictions.values(), cycle(COLOURS), strict=False):
+        layers.append((boxes_at(value, times), colour))
     for index, image in enumerate(images):
-        drawn = [_box(boxes_of(answer), index, TARGET)]
-        for value, colour in zip(predictions.values(), cycle(COLOURS), strict=False):
-            drawn.append(_box(boxes_of(value), index, colour))
+        drawn = [_box(boxes[index], colour) for boxes, colour in layers]
         svg = f'<svg viewBox="0 0 1 1" preserveAspectRatio="none">{"".join(drawn)}</svg>'
         figures.append(
             f'<figure><div><img src="{image}" alt="">{svg}</div>{clip.times[index]:.1f} s</figure>'
@@ -139,25 +157,25 @@ def _frames(clip: Clip, images: Sequence[str], answer: Any, predictions: Mapping
     return f'<div class="frames">{"".join(figures)}</div>'
 
 
-def _box(boxes: Sequence[Sequence[float]], frame: int, colour: str) -> str:
+def _box(box: Sequence[float] | None, colour: str) -> str:
     """A box over a frame, if there is one for it; what leaves the frame is drawn to its edge."""
-    if not boxes or (len(boxes) > 1 and frame >= len(boxes)):
+    if box is None:
         return ""
-    x0, y0, x1, y1 = (min(max(v, 0.0), 1.0) for v in boxes[frame if len(boxes) > 1 else 0])
-    place = (
-        f'x="{x0:.4f}" y="{y0:.4f}" width="{max(x1 - x0, 0):.4f}" height="{max(y1 - y0, 0):.4f}"'
-    )
+    x0, y0, x1, y1 = (min(max(v, 0.0), 1.0) for v in box)
+    width, height = max(x1 - x0, 0.0), max(y1 - y0, 0.0)
+    place = f'x="{x0:.4f}" y="{y0:.4f}" width="{width:.4f}" height="{height:.4f}"'
     return f'<rect class="under" {place}/><rect {place} stroke="{colour}"/>'
 
 
-def _key(answer: Any, predictions: Mapping[str, Any]) -> str:
+def _key(clip: Clip, answer: Any, predictions: Mapping[str, Any]) -> str:
     """Which colour is whose box."""
-    if not boxes_of(answer):
+    times = clip.times.tolist()
+    if not any(boxes_at(answer, times)):
         return ""
     names = ["annotated: white"]
     for (label, value), colour in zip(predictions.items(), cycle(COLOURS), strict=False):
-        told = html.escape(label) if boxes_of(value) else f"{html.escape(label)} (no boxes)"
-        names.append(f'<span style="color:{colour}">{told}</span>')
+        none = "" if any(boxes_at(value, times)) else " (no boxes)"
+        names.append(f'<span style="color:{colour}">{html.escape(label)}{none}</span>')
     return f'<p class="key">{", ".join(names)}</p>'
 
 
