@@ -136,14 +136,19 @@ def script(monkeypatch):
             texts.append(text)
             return [name] * 7
 
-    def roll(model, processor, prompts, *_, **__):
+    def roll(model, processor, prompts, *_, vision, **__):
         names = [prompt[0] for prompt in prompts]
+        for name, known in zip(names, vision, strict=True):
+            # The tower's features are used again for the same frames, and for no others.
+            times = [times for _, times in shown[name]]
+            assert known == (times[-1] if times[-1:] == times[-2:-1] else None)
         calls.append(names)
         texts = [said[name][len(shown[name]) - 1] for name in names]
         return SimpleNamespace(
             texts=[[text] for text in texts],
             tokens=[[range(len(text))] for text in texts],
             finished=[[True] for _ in texts],
+            vision=[shown[name][-1][1] for name in names],
         )
 
     monkeypatch.setattr(greedy, "ClipReader", Reader)

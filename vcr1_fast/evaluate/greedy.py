@@ -45,6 +45,8 @@ class Look:
     settled: bool = False
     """Another look would show the same again."""
     passes: list[Pass] = field(default_factory=list)
+    vision: torch.Tensor | None = None
+    """What the vision tower made of the clip as it is shown now."""
     error: str | None = None
 
     @classmethod
@@ -144,7 +146,7 @@ def greedy_answers(
             if isinstance(clip, VideoError):
                 look.error = str(clip)
             else:
-                look.clip = replace(clip, fps=look.clip.fps)
+                look.clip, look.vision = replace(clip, fps=look.clip.fps), None
 
     def ask(looks: Sequence[Look], text: Callable[[Record, bool], str], began: float) -> None:
         """Put one question about each look's clip, all in one batch, and keep what is answered."""
@@ -166,9 +168,11 @@ def greedy_answers(
             sampling,
             torch.Generator(),  # greedy, but the global generator would be drawn from
             convention=config.mrope,
+            vision=[look.vision for look, _ in prompts],
         )
         share = (time.perf_counter() - began) / len(prompts)
         for index, (look, prompt) in enumerate(prompts):
+            look.vision = result.vision[index] if perception.passes > 1 else None
             look.passes.append(
                 Pass(
                     text=result.texts[index][0],
