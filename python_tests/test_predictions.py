@@ -162,6 +162,17 @@ def test_a_model_or_a_file_and_folders_do_not_mix(folder):
     assert {task.task: task.metrics for task in again.tasks}["grounded_qa"]["accuracy"] == 1.0
 
 
+def test_a_wrong_benchmark_is_told_before_anything_is_answered(folder, monkeypatch):
+    monkeypatch.setattr(run_module, "load_answers", lambda path, config: pytest.fail("answered"))
+    paths = (folder, folder / "test.jsonl", folder / "out")
+    for name, told in {
+        "imagenet": "benchmark must be one of",
+        "mvbench": "of multiple_choice",
+    }.items():
+        with pytest.raises(ValueError, match=told):
+            run_module.evaluate_checkpoint(*paths, EvalConfig(benchmark=name))
+
+
 def test_f1_is_of_the_means_and_its_interval_of_resampled_means():
     assert with_f1({"recall": 0.279, "precision": 0.338})["F1"] == pytest.approx(0.3057, abs=1e-4)
     assert with_f1({"recall": 0.0, "precision": 0.0})["F1"] == 0.0

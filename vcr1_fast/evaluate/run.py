@@ -45,10 +45,13 @@ class Evaluation:
     published: dict[str, Published] = field(default_factory=dict)
     """By task, where the records are a published split."""
     notes: list[str] = field(default_factory=list)
+    level: float = 0.95
+    """Coverage of the intervals."""
 
     def summary(self) -> dict[str, Any]:
         """JSON form; but for the seconds in `cost` nothing in it depends on the machine."""
         return {
+            "level": self.level,
             "tasks": {summary.task: asdict(summary) for summary in self.tasks},
             "quarantined": [asdict(item) for item in self.quarantined],
             "cost": [asdict(cost) for cost in self.cost],
@@ -201,7 +204,8 @@ def score_all(
         breakdown=config.breakdown,
     )
     published, notes = published_beside(records, config.benchmark)
-    return Evaluation(scored, tasks, quarantined, pass_costs(completions), published, notes)
+    costs = pass_costs(completions)
+    return Evaluation(scored, tasks, quarantined, costs, published, notes, config.level)
 
 
 def _load(
@@ -219,6 +223,7 @@ def _load(
     train_records = None
     if config.train_records is not None:
         train_records = load_records(config.train_records, tasks=config.tasks)
+    published_beside(records, config.benchmark)  # a wrong name is told now, not after hours
     return records, train_records, bad_rows.items
 
 

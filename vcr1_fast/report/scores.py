@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vcr1_fast.report.curves import COLOURS, DPI, FAINT, INK
+from vcr1_fast.report.table import percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,15 +34,20 @@ def write_scores(summary: Mapping[str, Any], path: str | Path) -> Path:
     FigureCanvasAgg(figure)
     panels = figure.subplots(len(tasks), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axes, (name, task) in zip(panels, tasks.items(), strict=True):
-        draw_task(axes, name, task, summary["published"].get(name))
+        draw_task(axes, name, task, summary["published"].get(name), percent(summary["level"]))
     figure.savefig(path)
     return Path(path)
 
 
 def draw_task(
-    axes: Axes, name: str, task: Mapping[str, Any], split: Mapping[str, Any] | None
+    axes: Axes,
+    name: str,
+    task: Mapping[str, Any],
+    split: Mapping[str, Any] | None,
+    level: str = "95 %",
 ) -> None:
-    """One row a metric, the primary one on top; scores run from 0 to 1."""
+    """One row a metric, the primary one on top; scores run from 0 to 1. `split`: what is published
+    of the same records; `level`: coverage of the intervals."""
     primary = task["primary"]
     metrics = [primary, *(metric for metric in task["metrics"] if metric != primary)]
     rows = {metric: row for row, metric in enumerate(metrics)}
@@ -49,7 +55,7 @@ def draw_task(
         low, high = task["intervals"][metric]
         axes.plot([low, high], [row, row], color=OURS, linewidth=2.2, solid_capstyle="butt")
     ours = [task["metrics"][metric] for metric in metrics]
-    axes.plot(ours, list(rows.values()), "o", color=OURS, markersize=5, label="this run, interval")
+    axes.plot(ours, list(rows.values()), "o", color=OURS, markersize=5, label=f"this run, {level}")
     floors = {metric: task["floor"][metric] for metric in metrics if metric in task["floor"]}
     _marks(axes, rows, floors, "D", FLOOR, f"no look: {task['floor_strategy']}")
     if split is not None:

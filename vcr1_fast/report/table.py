@@ -71,8 +71,9 @@ def summary_tables(summary: Mapping[str, Any]) -> list[Table]:
     """Every table of what `vcr1 eval` writes to summary.json: scores, scores by kind, published
     numbers beside ours, and the cost of each look at the clips."""
     tables = [evaluation_table(summary)] if summary["tasks"] else []
+    level = percent(summary["level"])
     for name, task in summary["tasks"].items():
-        tables += [breakdown_table(name, task, field) for field in task["breakdown"]]
+        tables += [breakdown_table(name, task, field, level) for field in task["breakdown"]]
     for name, split in summary["published"].items():
         if name in summary["tasks"]:
             tables.append(published_table(summary["tasks"][name], split))
@@ -100,15 +101,16 @@ def evaluation_table(summary: Mapping[str, Any]) -> Table:
                     str(task["unfinished"]) if first else "",
                 ]
             )
-    columns = ["task", "metric", "score", "interval", "no look", "n", "unparsed", "cut off"]
+    level = percent(summary["level"])
+    columns = ["task", "metric", "score", level, "no look", "n", "unparsed", "cut off"]
     quarantined = len(summary["quarantined"])
     title = f"{quarantined} quarantined, in no score" if quarantined else None
     return Table(columns, rows, title=title, left=frozenset({0, 1}))
 
 
-def breakdown_table(name: str, task: Mapping[str, Any], field: str) -> Table:
-    """One row a value of the metadata field `field`: the primary metric with its interval, then
-    the others."""
+def breakdown_table(name: str, task: Mapping[str, Any], field: str, level: str) -> Table:
+    """One row a value of the metadata field `field`: the primary metric with its interval, whose
+    coverage is `level`, then the others."""
     primary, *others = _metrics(task)
     rows = [
         [
@@ -120,7 +122,7 @@ def breakdown_table(name: str, task: Mapping[str, Any], field: str) -> Table:
         ]
         for value, part in task["breakdown"][field].items()
     ]
-    return Table([field, "n", primary, "interval", *others], rows, title=f"{name} by {field}")
+    return Table([field, "n", primary, level, *others], rows, title=f"{name} by {field}")
 
 
 def published_table(task: Mapping[str, Any], split: Mapping[str, Any]) -> Table:
@@ -180,6 +182,10 @@ def stages_table(runs: Sequence[Mapping[str, Any]]) -> Table:
         rows.append([name, metric, str(task["n"]), *cells, _mean_and_range(gains, sign="+")])
     columns = ["task", "metric", "n", "no look", *stages, "gain"]
     return Table(columns, rows, left=frozenset({0, 1}))
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:g} %"
 
 
 def number(value: float | None, digits: int = 3) -> str:
