@@ -134,6 +134,20 @@ def test_the_command_answers_questions_of_a_pipe_as_given_ones(inputs, capsys):
     assert done.stdout.decode() == told.out
 
 
+def test_images_are_shown_to_the_model(inputs, tmp_path, capsys):
+    image = pytest.importorskip("PIL.Image")
+    outputs = []
+    for colour in ("red", "blue"):
+        path = tmp_path / f"{colour}.png"
+        image.new("RGB", (56, 84), colour).save(path)
+        asked = ["--image", str(path), "--question", FIRST]
+        assert cli.main(["chat", "--model", str(inputs[0]), *asked, *SETTINGS]) == 0
+        told = capsys.readouterr()
+        assert f"{path}: 56 x 84" in told.err
+        outputs.append(told.out)
+    assert outputs[0] != outputs[1]
+
+
 def test_sampling_repeats_with_its_seed(inputs, capsys):
     model, video = inputs
     outputs = []

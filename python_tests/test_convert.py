@@ -76,20 +76,294 @@ def test_got10k_and_quality(tmp_path):
     assert record.prompt == {"question": "How good is it?"} and record.answer == "low quality"
 
 
+MVBENCH = {
+    "video": "ABCDE.mp4",
+    "question": "What happened?",
+    "candidates": ["Sat down.", "Stood up.", "Ate."],
+    "answer": "Stood up.",
+    "start": 3.5,
+    "end": 9.0,
+}
+PERCEPTION = {
+    "video_10": {
+        "metadata": {"split": "valid", "video_id": "video_10"},
+        "mc_question": [
+            {
+                "id": 0,
+                "question": "Is the camera moving or static?",
+                "options": ["I don't know", "moving", "static or shaking"],
+                "answer_id": 2,
+                "area": "physics",
+                "reasoning": "descriptive",
+                "tag": ["motion"],
+            },
+            {
+                "id": 1,
+                "question": "What will happen?",
+                "options": ["a", "b", "c"],
+                "area": "memory",
+                "reasoning": "predictive",
+                "tag": [],
+            },
+        ],
+    }
+}
+VIDEOMME = {
+    "video_id": "001",
+    "duration": "short",
+    "domain": "Knowledge",
+    "sub_category": "Humanity",
+    "url": "https://example.org/x",
+    "videoID": "fFjv93ACGo8",
+    "question_id": "001-1",
+    "task_type": "Counting Problem",
+    "question": "How many?",
+    "options": ["A. Two.", "B. Three.", "C. Four.", "D. None."],
+    "answer": "C",
+}
+DREAM = {
+    "idx": 7,
+    "dataset": "DREAM/movie_animation",
+    "text": {"prompt": "<video>", "response": "Two birds hover. A horse appears."},
+    "video_file": "<placeholder>",
+    "extra_info": {"duration": 8.22, "events": ["Two birds hover", "A horse appears"]},
+    "vid": 7,
+}
+
+
+def test_mvbench_is_a_folder_of_tasks(tmp_path):
+    folder = tmp_path / "json"
+    folder.mkdir()
+    (folder / "action_sequence.json").write_text(json.dumps([MVBENCH, MVBENCH | {"answer": "x"}]))
+    frames = {key: MVBENCH[key] for key in ("video", "question", "candidates", "answer")}
+    (folder / "episodic_reasoning.json").write_text(json.dumps([frames | {"video": "s01/e02"}]))
+    done = convert("mvbench", folder, tmp_path / "out.jsonl", media_root="/m/video")
+    assert (done.records, done.quarantined) == (2, 1)
+    clip, frames = load_records(done.path)
+    assert clip.id == "action_sequence-0" and clip.answer == "B" and clip.options[2] == "Ate."
+    assert clip.video == "/m/video/star/Charades_v1_480/ABCDE.mp4"
+    assert (clip.start, clip.end) == (3.5, 9.0)
+    assert clip.metadata == {"type": "action sequence", "benchmark": "mvbench"}
+    assert frames.video == "/m/video/tvqa/frames_fps3_hq/s01/e02" and frames.metadata["fps"] == 3.0
+    single = convert("mvbench", folder / "action_sequence.json", done.path, media_root="/m")
+    assert single.records == 1
+
+
+def test_perception_test(tmp_path):
+    done, output = converted(tmp_path, "perception_test", PERCEPTION)
+    assert (done.records, done.quarantined) == (1, 1)
+    (record,) = load_records(output)
+    assert (record.id, record.answer) == ("video_10-0", "C")
+    assert record.metadata["type"] == "descriptive" and record.metadata["domain"] == "physics"
+    refused = output.with_suffix(".quarantine.jsonl").read_text()
+    assert "'video_10-1'" not in refused and "field 'answer'" in refused  # the test split's rows
+
+
+def test_videomme_as_json_and_as_parquet(tmp_path):
+    long = VIDEOMME | {"question_id": "900-3", "duration": "long"}
+    done, output = converted(tmp_path, "videomme", [VIDEOMME, long])
+    short, other = load_records(output)
+    assert short.video == str(tmp_path / "media/fFjv93ACGo8.mp4") and short.answer == "C"
+    assert short.options == ("Two.", "Three.", "Four.", "None.")
+    assert short.metadata["benchmark"] == "videomme_short" and short.metadata["length"] == "short"
+    assert "benchmark" not in other.metadata
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist([VIDEOMME, long]), tmp_path / "test.parquet")
+    again = convert("videomme", tmp_path / "test.parquet", output, media_root=tmp_path / "media")
+    assert again == done and load_records(output) == [short, other]
+
+
+def test_dream1k_from_json_lines(tmp_path):
+    source = tmp_path / "DREAM-1k.jsonl"
+    source.write_text(json.dumps(DREAM) + "\n\n" + json.dumps(DREAM | {"idx": 8}) + "\n")
+    done = convert("dream1k", source, tmp_path / "out.jsonl", media_root="/m")
+    assert done.tasks == {"caption": 2}
+    record = load_records(done.path)[0]
+    assert record.video == "/m/7.mp4" and record.answer == ["Two birds hover", "A horse appears"]
+    assert record.metadata["domain"] == "movie_animation" and record.metadata["duration"] == 8.22
+
+
+def video_r1(**changes):
+    base = {
+        "problem_id": 2,
+        "problem": "What appears?",
+        "data_type": "video",
+        "problem_type": "multiple choice",
+        "options": ["A. A ship", "B. A cat"],
+        "solution": "<answer>B</answer>",
+        "path": "./LLaVA/a.mp4",
+        "data_source": "LLaVA",
+    }
+    return base | changes
+
+
+def test_video_r1_by_problem_type(tmp_path):
+    image = {"data_type": "image", "path": "./Chart/a.png", "options": []}
+    rows = [
+        video_r1(),
+        video_r1(
+            problem_id=3, problem_type="numerical", solution="<answer>1,200</answer>", **image
+        ),
+        video_r1(problem_id=4, problem_type="regression", solution="<answer>2.5</answer>"),
+        video_r1(problem_id=5, problem_type="OCR", solution="<answer>STOP</answer>", **image),
+        video_r1(problem_id=6, problem_type="free-form", solution="<answer>It runs.</answer>"),
+        video_r1(problem_id=7, problem_type="numerical", solution="<answer>x + 1</answer>"),
+        video_r1(problem_id=8, problem_type="math"),
+        video_r1(problem_id=9, solution="B"),
+        video_r1(problem_id=10, options=["B. x", "A. y"]),
+        video_r1(problem_id=2),
+    ]
+    done, output = converted(tmp_path, "video_r1", rows)
+    assert done.tasks == {
+        "multiple_choice": 1,
+        "numeric": 1,
+        "regression": 1,
+        "ocr": 1,
+        "open_ended": 1,
+    }
+    choice, number, _, text, _ = load_records(output)
+    assert choice.video == str(tmp_path / "media/LLaVA/a.mp4") and choice.options == (
+        "A ship",
+        "A cat",
+    )
+    assert (number.image, number.answer) == (str(tmp_path / "media/Chart/a.png"), 1200.0)
+    assert (text.video, text.answer) == (None, "STOP")
+    refused = output.with_suffix(".quarantine.jsonl").read_text().splitlines()
+    reasons = [json.loads(line)["reason"] for line in refused]
+    for reason, words in zip(
+        reasons, ("could not convert", "'math'", "solution", "options", "occurs twice"), strict=True
+    ):
+        assert words in reason
+
+
+def test_the_mixture_of_videochat_r15(tmp_path):
+    image_module = pytest.importorskip("PIL.Image")
+    (tmp_path / "media/coco").mkdir(parents=True)
+    image_module.new("RGB", (200, 100)).save(tmp_path / "media/coco/a.png")
+    ask = {"question": "Why?", "options": ["(A) x", "(B) y"], "answer": "(B)"}
+    parts = {
+        "nextgqa": (
+            "video",
+            "gqa",
+            [ask | {"video": "v.mp4", "glue": [[1, 2.5]], "duration": 9}],
+        ),
+        "boxes": (
+            "image",
+            "igqa",
+            [
+                ask | {"image": "a.png", "glue": [20, 10, 100, 60]},
+                ask | {"image": "none.png", "glue": [20, 10, 100, 60]},
+                ask | {"image": "none.png", "glue": [0.1, 0.1, 0.5, 0.6]},
+                ask | {"image": "a.png", "glue": [20, 10, 300, 60]},
+            ],
+        ),
+        "charades": (
+            "video",
+            "tg",
+            [{"video": "v.mp4", "question": "a man sits", "glue": [3, 8.5], "duration": 30.1}],
+        ),
+        "coco": (
+            "image",
+            "detection",
+            [{"image": "a.png", "question": "the dog", "glue": [0, 0, 50, 50]}],
+        ),
+        "letters": ("image", "mc", [ask | {"image": "a.png"}]),
+    }
+    (tmp_path / "json").mkdir()
+    mixture = {}
+    for name, (media, task, rows) in parts.items():
+        (tmp_path / "json" / f"{name}.json").write_text(json.dumps(rows))
+        mixture[name] = {"media_type": media, "task_type": task, "visual_base": "coco"}
+        mixture[name]["json_path"] = f"json/{name}.json"
+    done, output = converted(tmp_path, "videochat_r15", mixture)
+    assert (done.records, done.quarantined) == (6, 2)
+    records = {record.id: record for record in load_records(output)}
+    assert records["nextgqa/0"].answer == {"answer": "B", "glue": [[1, 2.5]]}
+    assert records["nextgqa/0"].video == str(tmp_path / "media/coco/v.mp4")
+    assert records["boxes/0"].answer == {"answer": "B", "glue": [0.1, 0.1, 0.5, 0.6]}
+    assert records["boxes/0"].answer == records["boxes/2"].answer
+    assert records["charades/0"].task == "moment_retrieval"
+    assert records["charades/0"].answer == [[3, 8.5]]
+    assert records["coco/0"].answer == [0, 0, 0.25, 0.5]
+    assert records["coco/0"].prompt == {"question": "Where is this: the dog?"}
+    assert records["letters/0"].answer == "B" and records["letters/0"].options == ("x", "y")
+    refused = output.with_suffix(".quarantine.jsonl").read_text()
+    assert "none.png" in refused and "leaves the image of 200 x 100" in refused
+
+
+def test_refcoco_divides_by_the_size_of_the_row_or_of_the_image(tmp_path):
+    rows = [
+        {"img_path": "a.jpg", "expression": "left man.", "bbox": [32, 24, 320, 240]}
+        | {"width": 640, "height": 480},
+        {"img_path": "a.jpg", "expression": "left man", "bbox": [32, 24, 320, 240]},
+    ]
+    done, output = converted(tmp_path, "refcoco", rows)
+    (record,) = load_records(output)
+    assert record.answer == [0.05, 0.05, 0.5, 0.5] and done.quarantined == 1
+    assert record.prompt == {"question": "Where is this: left man?"}
+
+
+def test_the_split_is_kept(tmp_path):
+    (tmp_path / "source.json").write_text(json.dumps([NEXTGQA]))
+    done = convert(
+        "nextgqa",
+        tmp_path / "source.json",
+        tmp_path / "out.jsonl",
+        media_root="/m",
+        benchmark="nextgqa",
+    )
+    assert load_records(done.path)[0].metadata["benchmark"] == "nextgqa"
+
+
 @pytest.mark.parametrize(
     ("kind", "content", "message"),
     [
         ("coco", [], "unknown format 'coco'"),
-        ("charades", [], "charades is a JSON dict"),
+        ("charades", [], "expected a JSON object, got a list"),
+        ("nextgqa", {}, "expected a list, got a dict"),
         ("charades", {"A": {"timestamps": [[1, 2]], "sentences": []}}, "entry 'A'"),
-        ("nextgqa", [NEXTGQA, {"id": 1}], "entry 1 is not nextgqa's"),
-        ("nextgqa", [NEXTGQA | {"options": ["(B) x", "(A) y"]}], "entry 0"),
+        ("nextgqa", [NEXTGQA | {"options": ["(B) x", "(A) y"]}], "entry '0'"),
         ("quality", [QUALITY | {"instruction": "Well?"}], "no list of labels"),
+        ("mvbench", [MVBENCH], "source is no task of MVBench"),
+        ("videochat_r15", {"a": {"media_type": "video"}}, "'a' is no part of a mixture"),
     ],
 )
 def test_other_structures_are_named(tmp_path, kind, content, message):
     with pytest.raises(ValueError, match=message):
         converted(tmp_path, kind, content)
+
+
+def test_files_that_are_none_are_named(tmp_path):
+    for name in ("a.json", "a.jsonl"):
+        (tmp_path / name).write_text("{'a': 1}")
+        with pytest.raises(ValueError, match=f"{name}: not JSON"):
+            convert("nextgqa", tmp_path / name, tmp_path / "out.jsonl", media_root="/m")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"holds no \.json files"):
+        convert("mvbench", tmp_path / "empty", tmp_path / "out.jsonl", media_root="/m")
+
+
+MALFORMED = {
+    "question": (NEXTGQA | {"question": 3}, "has no attribute 'strip'"),
+    "glue": ({k: v for k, v in NEXTGQA.items() if k != "glue"}, "field 'glue': missing"),
+    "a list": ([1, 2], "indices must be integers"),
+    "nothing": (None, "NoneType"),
+    "spans": (NEXTGQA | {"glue": [[1, 2, 3]]}, "too many values"),
+    "letter": (NEXTGQA | {"answer": "(Z)"}, "field 'answer.answer': expected a letter A to C"),
+    "id": (NEXTGQA | {"id": 5}, "field 'id': expected a text"),
+    "twice": (NEXTGQA, "field 'id': '7_1' occurs twice"),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed_rows_are_quarantined_with_the_field_named(tmp_path, name):
+    entry, words = MALFORMED[name]
+    done, output = converted(tmp_path, "nextgqa", [NEXTGQA, entry])
+    assert (done.records, done.quarantined, done.annotations) == (1, 1, 2)
+    assert [record.id for record in load_records(output)] == ["7_1"]
+    (refused,) = map(json.loads, output.with_suffix(".quarantine.jsonl").read_text().splitlines())
+    assert refused["source"].endswith("source.json:1") and words in refused["reason"]
 
 
 # (format, file, videos, annotations, refused)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vcr1_fast.model import attention, checkpoint, packing
+from vcr1_fast.model import attention, checkpoint, flex_attention, packing, partial_attention
 from vcr1_fast.model.forward import completion_hidden, lm_head
 from vcr1_fast.model.packing import Group
 from vcr1_fast.model.positions import SpecialIds, mrope_positions
@@ -24,7 +24,7 @@ CONFIG = TinyConfig(
 @dataclass
 class Clip:
     frames: np.ndarray
-    fps: float
+    fps: float | None
 
 
 @pytest.fixture(scope="module")
@@ -40,35 +40,43 @@ def loaded(directory):
 
 
 def _groups(processor, seed, sizes):
-    """sizes: (clips, completion lengths) of each group."""
+    """sizes: (media, completion lengths) of each group; media: a number of clips, or a string of
+    v and i for clips and images in their order."""
     rng = random.Random(seed)
     groups = []
     for i, (clips, lengths) in enumerate(sizes):
-        videos = [
+        media = [
             Clip(
                 np.random.default_rng(seed + 10 * i + k).integers(
-                    0, 256, (rng.randint(2, 6), 56, 28 * rng.randint(1, 3), 3), dtype=np.uint8
+                    0,
+                    256,
+                    (rng.randint(2, 6) if kind == "v" else 1, 56, 28 * rng.randint(1, 3), 3),
+                    dtype=np.uint8,
                 ),
-                2.0,
+                2.0 if kind == "v" else None,
             )
-            for k in range(clips)
+            for k, kind in enumerate("v" * clips if isinstance(clips, int) else clips)
         ]
-        prompt = processor.prompt("x" * rng.randint(1, 9), videos)
+        prompt = processor.prompt("x" * rng.randint(1, 9), media)
         completions = [torch.tensor([rng.randrange(256) for _ in range(n)]) for n in lengths]
         groups.append(Group(prompt, completions))
     return groups
 
 
-def _plain_log_probs(model, groups):
-    """One sequence at a time through the model's own forward, positions written out, attention by
-    transformers."""
+def _plain_logits(model, groups):
+    """(C, V) of each completion: one sequence at a time through the model's own forward, positions
+    written out, attention by transformers."""
     model.model.language_model.config._attn_implementation = "sdpa"
     ids = SpecialIds.from_config(model.config)
     out = []
     for group in groups:
         prompt = group.prompt
         start = mrope_positions(
-            prompt.input_ids, prompt.video_grid_thw, prompt.second_per_grid_ts, None, ids
+            prompt.input_ids,
+            prompt.video_grid_thw,
+            prompt.second_per_grid_ts,
+            prompt.image_grid_thw,
+            ids,
         )
         for completion in group.completions:
             tokens = torch.cat([prompt.input_ids, completion])[None]
@@ -78,12 +86,20 @@ def _plain_log_probs(model, groups):
             if prompt.pixel_values_videos is not None:
                 inputs["pixel_values_videos"] = prompt.pixel_values_videos
                 inputs["video_grid_thw"] = prompt.video_grid_thw
+            if prompt.pixel_values is not None:
+                inputs["pixel_values"] = prompt.pixel_values
+                inputs["image_grid_thw"] = prompt.image_grid_thw
             logits = model(
                 input_ids=tokens, position_ids=positions, use_cache=False, **inputs
             ).logits
-            rows = F.log_softmax(logits[0, len(prompt) - 1 : -1], dim=-1)
-            out.append(rows.gather(1, completion[:, None])[:, 0])
-    return torch.cat(out)
+            out.append(logits[0, len(prompt) - 1 : -1])
+    return out
+
+
+def _plain_log_probs(model, groups):
+    rows = torch.cat(_plain_logits(model, groups)).log_softmax(-1)
+    labels = torch.cat([completion for group in groups for completion in group.completions])
+    return rows.gather(1, labels[:, None])[:, 0]
 
 
 def _group_log_probs(model, groups, **options):
@@ -113,6 +129,9 @@ SHAPES = {
     "ragged groups": [(1, [4, 1, 7, 2]), (0, [1, 1]), (2, [3, 6])],
     "equal lengths": [(1, [4, 4, 4]), (1, [4, 4])],
     "single tokens": [(1, [1, 1, 1])],
+    "image": [("i", [4, 2, 6])],
+    "images and clips in a pack": [("i", [4, 3]), (1, [2, 5]), ("ii", [1, 2]), (0, [3])],
+    "images and clips in a prompt": [("ivi", [4, 2]), ("vi", [3, 3])],
 }
 
 
@@ -134,7 +153,10 @@ def test_random_shapes_equal_the_plain_form(loaded):
     rng = random.Random(5)
     for seed in range(6):
         shape = [
-            (rng.randint(0, 2), [rng.randint(1, 9) for _ in range(rng.randint(1, 5))])
+            (
+                "".join(rng.choices("vi", k=rng.randint(0, 2))),
+                [rng.randint(1, 9) for _ in range(rng.randint(1, 5))],
+            )
             for _ in range(rng.randint(1, 4))
         ]
         groups = _groups(processor, seed, shape)
@@ -143,20 +165,70 @@ def test_random_shapes_equal_the_plain_form(loaded):
         assert torch.allclose(packed, plain, rtol=0, atol=1e-7), shape
 
 
-def test_other_attention_backend_equals_the_plain_form(loaded, monkeypatch):
-    """The masked form, which serves devices whose kernels do not return log-sum-exps."""
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_masked_attention_equals_the_plain_form(loaded, monkeypatch, shape):
+    """The form that serves devices whose kernels do not return log-sum-exps."""
     model, processor = loaded
-    groups = _groups(processor, 1, SHAPES["ragged groups"])
+    groups = _groups(processor, 1, shape)
     masked, calls = attention.masked_group_attention, []
-    monkeypatch.setattr(
-        attention, "group_attention", lambda *args: (calls.append(1), masked(*args))[1]
+    monkeypatch.setitem(
+        attention._BACKENDS, "masked", lambda *args: (calls.append(1), masked(*args))[1]
     )
+    attention.prepare_attention(model, "masked")
     packed = _group_log_probs(model, groups)
     assert len(calls) == CONFIG.layers
     ours = _gradients(model, packed)
     plain = _plain_log_probs(model, groups)
     assert torch.allclose(packed, plain, rtol=0, atol=1e-7)
     _assert_same(ours, _gradients(model, plain))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+def test_flex_attention_equals_the_plain_form(loaded):
+    """Values alone: torch has no backward pass of it on the CPU."""
+    model, processor = loaded
+    attention.prepare_attention(model, "flex")
+    for shape in SHAPES.values():
+        groups = _groups(processor, 1, shape)
+        with torch.no_grad():
+            packed = _group_log_probs(model, groups)
+            assert torch.allclose(packed, _plain_log_probs(model, groups), rtol=0, atol=1e-7)
+        # Plain attention was set for the comparison; the choice stays.
+        assert model.model.language_model.layers[0].self_attn.vcr1_backend == "flex"
+
+
+def test_flex_blocks_are_left_out_where_nobody_sees_anybody():
+    device = torch.device("cpu")
+    spans = [
+        packing.Span(0, 300, (256, 256, 256), device),
+        packing.Span(1068, 212, (), device),
+    ]
+    group, owner = flex_attention.token_owners(spans)
+    assert group.tolist() == [0] * 1068 + [1] * 212
+    assert owner.tolist() == [0] * 300 + [1] * 256 + [2] * 256 + [3] * 256 + [0] * 212
+    mask = flex_attention.block_mask(spans)
+    # Of 100 blocks 55 lie on or below the diagonal; a third completion skips most of the first.
+    assert mask.to_dense().sum() < 48
+    for span in spans[:1]:
+        own = mask.mask_mod(None, None, torch.arange(300, 1068)[:, None], torch.arange(1068))
+        assert torch.equal(own, span.mask)
+
+
+def test_backends_that_cannot_run_are_refused(loaded, monkeypatch):
+    model, _ = loaded
+    for backend in ("auto", "merged", "masked", "flex"):
+        attention.prepare_attention(model, backend)
+    with pytest.raises(ValueError, match="got 'quick'"):
+        attention.prepare_attention(model, "quick")
+    with pytest.raises(ValueError, match="is for the CPU, the model is on cuda"):
+        attention.check_backend("merged", torch.device("cuda"))
+    assert attention.resolve_backend("auto", torch.device("cuda")) == "masked"
+    assert attention.resolve_backend("auto", torch.device("cpu")) == "merged"
+    monkeypatch.setattr(partial_attention, "_FORWARD", "_no_such_kernel")
+    attention.prepare_attention(model, "masked")
+    for backend in ("auto", "merged"):
+        with pytest.raises(ValueError, match="no _no_such_kernel: set model.attention to 'masked'"):
+            attention.prepare_attention(model, backend)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-5), ("bfloat16", 0.1)])

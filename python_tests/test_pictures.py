@@ -107,6 +107,20 @@ def test_boxes_lie_where_they_are_said_to():
     assert "predicted (no boxes)" in missing and missing.count("<rect") == 8
 
 
+def test_an_image_has_a_box_and_no_time():
+    asked = Record("i", "spatial_grounding", None, {"question": "?"}, BOX, image="i.png")
+
+    class Images:
+        def read(self, requests):
+            for request in requests:
+                assert request.is_image and request.path == "i.png"
+                yield Clip(FRAMES[:1], np.zeros(1), None, None, request.path)
+
+    text = Pictures([asked], Images()).next(asked, {"predicted": tuple(BOX)})
+    assert text.count("<img") == 1 and text.count('stroke="') == 2
+    assert "0.0 s" not in text and bars(text) == {}
+
+
 def test_frames_that_cannot_be_read_are_told_and_bars_stay():
     lost = record("lost", metadata={"duration": 10.0})
     text = Pictures([lost], Reader()).next(lost, {"1": (0.0, 5.0)})

@@ -1,5 +1,6 @@
 """The processor against transformers' own, value for value."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -22,6 +23,7 @@ from vcr1_fast.model.tiny import TinyConfig, write_tiny
 ORACLE = """
 import os, sys, warnings
 import numpy as np, torch
+from PIL import Image
 sys.path.append(os.environ.get("VCR1_TORCHVISION", ""))
 warnings.simplefilter("ignore")
 try:
@@ -50,12 +52,16 @@ processor = Qwen2_5_VLProcessor(
 processor.chat_template = open(directory + "/chat_template.jinja").read()
 results = []
 for text, system, clips in cases:
-    messages = [{"role": "user", "content": [{"type": "text", "text": text}]
-                 + [{"type": "video"} for _ in clips]}]
+    kinds = [{"type": "image" if fps is None else "video"} for _, fps in clips]
+    messages = [{"role": "user", "content": [{"type": "text", "text": text}] + kinds}]
     if system is not None:
         messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
     rendered = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     arguments = {}
+    images = [Image.fromarray(frames[0]) for frames, fps in clips if fps is None]
+    clips = [clip for clip in clips if clip[1] is not None]
+    if images:
+        arguments["images"] = images
     if clips:
         arguments["videos"] = [frames for frames, _ in clips]
         # Frames sampled at `fps` of a video that runs at the same rate: all of it was kept.
@@ -74,7 +80,7 @@ torch.save(results, output)
 @dataclass
 class Clip:
     frames: np.ndarray
-    fps: float
+    fps: float | None
 
 
 TEXTS = ["When is the red circle visible? Answer in <answer>S to E</answer>: 3.5 to 12.25 seconds."]
@@ -92,12 +98,18 @@ def _clip(seed, shape, fps):
     return Clip(frames, fps)
 
 
+IMAGE = _clip(9, (1, 56, 56), None)
+
+
 def _cases():
     return [
         ("When is the red circle visible?", None, []),
         ("When is the red circle visible?", "Answer shortly.", [_clip(0, (6, 60, 90), 2.0)]),
         ("a < b, ünïcode 3.5 to 4", None, [_clip(1, (5, 84, 56), 1.9867)]),
         ("Two.", None, [_clip(2, (4, 56, 56), 4.0), _clip(3, (7, 120, 57), 0.37)]),
+        ("Where is it?", None, [_clip(4, (1, 61, 90), None)]),
+        ("Two images.", "Hi.", [_clip(5, (1, 300, 200), None), _clip(6, (1, 20, 33), None)]),
+        ("All.", None, [_clip(7, (1, 40, 84), None), _clip(8, (3, 60, 60), 1.0), IMAGE]),
     ]
 
 
@@ -119,19 +131,27 @@ def test_agrees_with_transformers(directory, tmp_path):
     processor = Processor.from_pretrained(directory)
     expected = torch.load(tmp_path / "out.pt")
     assert len(expected) == len(cases)
+    seen = []
     for (text, system, clips), (rendered, theirs) in zip(cases, expected, strict=True):
         ours = processor.prompt(text, clips, system=system)
         assert ours.text == rendered
         assert torch.equal(ours.input_ids, theirs["input_ids"][0])
         assert torch.equal(ours.mm_token_type_ids, theirs["mm_token_type_ids"][0].long())
-        if not clips:
-            assert ours.pixel_values_videos is None
-            assert ours.video_grid_thw.shape == (0, 3)
-            continue
-        assert torch.equal(ours.video_grid_thw, theirs["video_grid_thw"])
-        assert torch.equal(ours.second_per_grid_ts, theirs["second_per_grid_ts"].float())
-        assert ours.pixel_values_videos.dtype == torch.float32
-        assert torch.equal(ours.pixel_values_videos, theirs["pixel_values_videos"])
+        for pixels, grid in (
+            ("pixel_values_videos", "video_grid_thw"),
+            ("pixel_values", "image_grid_thw"),
+        ):
+            if pixels not in theirs:
+                assert getattr(ours, pixels) is None
+                assert getattr(ours, grid).shape == (0, 3)
+                continue
+            assert torch.equal(getattr(ours, grid), theirs[grid])
+            assert getattr(ours, pixels).dtype == torch.float32
+            assert torch.equal(getattr(ours, pixels), theirs[pixels])
+        if "second_per_grid_ts" in theirs:
+            assert torch.equal(ours.second_per_grid_ts, theirs["second_per_grid_ts"].float())
+        seen.append([c.fps is None for c in clips])
+    assert [False] in seen and [True] in seen and [True, False, True] in seen
 
 
 def test_text_comes_before_video_and_tokens_match_the_grid(directory):
@@ -145,10 +165,38 @@ def test_text_comes_before_video_and_tokens_match_the_grid(directory):
 
 def test_vision_tokens_in_the_text_are_refused(directory):
     processor = Processor.from_pretrained(directory)
-    with pytest.raises(ValueError, match="2 video tokens for 1 clips"):
+    with pytest.raises(ValueError, match="2 video tokens for 0 images and 1 clips"):
         processor.prompt("look <|video_pad|>", [_clip(0, (4, 56, 56), 2.0)])
-    with pytest.raises(ValueError, match="no image tokens"):
+    with pytest.raises(ValueError, match="1 image and 0 video tokens for 0 images and 0 clips"):
         processor.prompt("look <|image_pad|>")
+    with pytest.raises(ValueError, match="1 image and 1 video tokens for 0 images and 1 clips"):
+        processor.prompt("look <|image_pad|>", [_clip(0, (4, 56, 56), 2.0)])
+
+
+def test_a_still_of_two_frames_is_refused(directory):
+    processor = Processor.from_pretrained(directory)
+    with pytest.raises(ValueError, match="got 2 frames"):
+        processor.prompt("x", [_clip(0, (2, 56, 56), None)])
+
+
+def test_media_in_the_order_of_the_prompt(directory):
+    processor = Processor.from_pretrained(directory)
+    clips = [IMAGE, _clip(0, (4, 56, 28), 2.0), _clip(1, (1, 84, 28), None)]
+    prompt = processor.prompt("x", clips)
+    grids = [grid.tolist() for _, grid in prompt.media()]
+    assert grids == [[1, 4, 4], [2, 4, 2], [1, 6, 2]]
+    alone = [processor.prompt("x", [clip]).media()[0] for clip in clips]
+    for (patches, _), (own, _) in zip(prompt.media(), alone, strict=True):
+        assert torch.equal(patches, own)
+    assert prompt.patches == sum(len(patches) for patches, _ in alone) == 16 + 16 + 12
+
+
+def test_an_image_has_pixel_bounds_of_its_own(directory):
+    processor = Processor.from_pretrained(directory)
+    image = _clip(0, (1, 280, 280), None)
+    assert processor.prompt("x", [image]).image_grid_thw.tolist() == [[1, 20, 20]]
+    fewer = processor.with_video(max_pixels=56 * 56).with_image(max_pixels=112 * 112)
+    assert fewer.prompt("x", [image]).image_grid_thw.tolist() == [[1, 8, 8]]
 
 
 def test_pixel_budget_limits_tokens(directory):
@@ -188,7 +236,11 @@ def test_saved_processor_is_the_same(directory, tmp_path):
     a, b = processor.prompt("When? 3.5", [clip]), again.prompt("When? 3.5", [clip])
     assert torch.equal(a.input_ids, b.input_ids)
     assert torch.equal(a.pixel_values_videos, b.pixel_values_videos)
-    assert again.video == processor.video
+    assert (again.video, again.image) == (processor.video, processor.image)
+    bare = dataclasses.replace(processor.with_image(max_pixels=7840), sources={})
+    bare.save_pretrained(tmp_path / "bare")
+    again = Processor.from_pretrained(tmp_path / "bare")
+    assert (again.video, again.image) == (bare.video, bare.image)
     before = json.loads((directory / "preprocessor_config.json").read_text())
     assert json.loads((tmp_path / "preprocessor_config.json").read_text()) == before
 
@@ -205,8 +257,29 @@ def test_saved_processor_is_the_same(directory, tmp_path):
 def test_settings_of_released_checkpoints(directory, tmp_path, settings, low, high):
     copy = shutil.copytree(directory, tmp_path / "copy")
     (copy / "preprocessor_config.json").write_text(json.dumps({"patch_size": 14, **settings}))
-    video = Processor.from_pretrained(copy).video
-    assert (video.min_pixels, video.max_pixels) == (low, high)
+    processor = Processor.from_pretrained(copy)
+    assert (processor.video.min_pixels, processor.video.max_pixels) == (low, high)
+    if not settings:
+        low, high = 56 * 56, 1280 * 784  # images have defaults of their own
+    assert (processor.image.min_pixels, processor.image.max_pixels) == (low, high)
+
+
+def test_settings_of_clips_and_images_in_files_of_their_own(directory, tmp_path):
+    copy = shutil.copytree(directory, tmp_path / "copy")
+    both = {
+        "image_processor": {"size": {"shortest_edge": 784, "longest_edge": 7840}},
+        "video_processor": {"min_pixels": 1568, "max_pixels": 15680, "resample": 2},
+    }
+    (copy / "processor_config.json").write_text(json.dumps(both))
+    processor = Processor.from_pretrained(copy)
+    assert (processor.image.max_pixels, processor.image.resample) == (7840, "bicubic")
+    assert (processor.video.max_pixels, processor.video.resample) == (15680, "bilinear")
+    (copy / "video_preprocessor_config.json").write_text(
+        json.dumps({"min_pixels": 784, "max_pixels": 23520})
+    )
+    (copy / "processor_config.json").write_text("{}")
+    processor = Processor.from_pretrained(copy)
+    assert (processor.image.max_pixels, processor.video.max_pixels) == (768 * 784, 23520)
 
 
 def test_chat_template_json_of_older_checkpoints(directory, tmp_path):
@@ -227,6 +300,7 @@ def test_chat_template_json_of_older_checkpoints(directory, tmp_path):
         ("preprocessor_config.json", "[1]", "expected a JSON object"),
         ("preprocessor_config.json", '{"patch_size": 16}', "patch_size 16"),
         ("preprocessor_config.json", '{"resample": 1}', "resample 1"),
+        ("preprocessor_config.json", '{"max_pixels": 784}', "<= max_pixels"),
         ("chat_template.jinja", None, "missing"),
     ],
 )

@@ -1,7 +1,11 @@
 """Rollouts against transformers' generate, its warpers, and the training forward."""
 
+import contextlib
 import dataclasses
+import math
+from collections import Counter
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -9,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from vcr1_fast.model import checkpoint
+from vcr1_fast.model import checkpoint, token_step
 from vcr1_fast.model import rollout as rollout_module
 from vcr1_fast.model.forward import completion_hidden, lm_head
 from vcr1_fast.model.packing import Group
 from vcr1_fast.model.rollout import SamplingConfig, rollout
-from vcr1_fast.model.sampling import draw, truncate
+from vcr1_fast.model.sampling import check_possible, draw, truncate
 from vcr1_fast.model.tiny import TinyConfig, write_tiny
 from vcr1_fast.model.wrapping import checkpoint_activations
 
@@ -32,7 +36,7 @@ CONFIG = TinyConfig(
 @dataclass
 class Clip:
     frames: np.ndarray
-    fps: float
+    fps: float | None
 
 
 @pytest.fixture(scope="module")
@@ -56,12 +60,15 @@ def _prompts(processor):
     rng = np.random.default_rng(0)
 
     def clip(frames, height, width):
-        return Clip(rng.integers(0, 256, (frames, height, width, 3), dtype=np.uint8), 2.0)
+        fps = None if frames == 1 else 2.0
+        return Clip(rng.integers(0, 256, (frames, height, width, 3), dtype=np.uint8), fps)
 
     return [
         processor.prompt("When does it happen?", [clip(12, 28, 56)]),
         processor.prompt("a"),
         processor.prompt("Two clips.", [clip(4, 56, 28), clip(7, 28, 56)]),
+        processor.prompt("An image.", [clip(1, 84, 56)]),
+        processor.prompt("All.", [clip(1, 28, 56), clip(3, 56, 28), clip(1, 56, 56)]),
     ]
 
 
@@ -97,8 +104,12 @@ def test_greedy_agrees_with_generate(exact, bias):
                 "pixel_values_videos": prompt.pixel_values_videos,
                 "video_grid_thw": prompt.video_grid_thw,
                 "second_per_grid_ts": prompt.second_per_grid_ts,
-                "mm_token_type_ids": prompt.mm_token_type_ids[None],
             }
+        if prompt.pixel_values is not None:
+            inputs["pixel_values"] = prompt.pixel_values
+            inputs["image_grid_thw"] = prompt.image_grid_thw
+        if inputs:
+            inputs["mm_token_type_ids"] = prompt.mm_token_type_ids[None]
         theirs = model.generate(
             input_ids=prompt.input_ids[None],
             attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
@@ -179,6 +190,174 @@ def test_leaving_the_batch_changes_nothing(exact, monkeypatch):
     for x, y in zip(_flat(with_leaving.tokens), _flat(without.tokens), strict=True):
         assert torch.equal(x, y)
     assert with_leaving.finished == without.finished
+
+
+def _same(ours, theirs):
+    assert ours.finished == theirs.finished
+    for name in ("tokens", "logps", "full_logps"):
+        for x, y in zip(_flat(getattr(ours, name)), _flat(getattr(theirs, name)), strict=True):
+            assert torch.allclose(x, y, rtol=0, atol=1e-9), name
+
+
+@pytest.mark.parametrize("bias", [2.5, 6.0])
+def test_static_shapes_draw_the_same(exact, bias):
+    """Over several sizes of the buffer (the first holds 32), or with rows that leave."""
+    model, processor = exact
+    _often_stop(model, processor, bias)
+    prompts, sampling = _prompts(processor), SamplingConfig(max_new_tokens=80)
+    dynamic = rollout(model, processor, prompts, 6, sampling, _seeded())
+    shapes = []
+    original = token_step.TokenStep.__call__
+
+    def watching(self, *inputs):
+        own = self.memory._own[0][0]
+        shapes.append((len(self.memory.bias), len(own), own.shape[2]))
+        return original(self, *inputs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(token_step.TokenStep, "__call__", watching)
+        static = dataclasses.replace(sampling, decoding="static")
+        _same(rollout(model, processor, prompts, 6, static, _seeded()), dynamic)
+    longest = max(map(len, _flat(dynamic.tokens)))
+    assert len(shapes) == longest - 1
+    prompts_left, rows_left, capacity = map(set, zip(*shapes, strict=True))
+    # 6 completions a prompt go to 3, 2, 1; 5 prompts to 3, 2, 1.
+    assert len(prompts) == 5
+    assert rows_left <= {p * g for p in (5, 3, 2, 1) for g in (6, 3, 2, 1)}
+    assert prompts_left <= {5, 3, 2, 1}
+    if bias == 2.5:
+        assert capacity == {32, 64, 128} and len(rows_left) > 1
+    else:
+        assert len(rows_left) > 2 and len(prompts_left) > 1
+    # Ended rows leave: at least half of what is run is still needed on average.
+    alive = [sum(len(c) > step + 1 for c in _flat(dynamic.tokens)) for step in range(longest - 1)]
+    assert sum(alive) > 0.4 * sum(rows for _, rows, _ in shapes)
+
+
+class _FakeGraph:
+    """Records a step as CUDA does: a replay reads and writes the very tensors of the recording, and
+    no Python runs that could look at anything else."""
+
+    recorded: ClassVar[list] = []
+
+    def __init__(self):
+        self.recorded.append(self)
+
+    def replay(self):
+        step, inputs, outputs, version, reads = self.tape
+        # What a real graph would have read, it must still be allowed to read.
+        assert version == step.memory.version
+        assert [x.data_ptr() for own in step.memory._own for x in own] == reads
+        for held, new in zip(outputs, step(*inputs), strict=True):
+            held.copy_(new)
+
+
+def test_graphs_are_recorded_for_each_shape_and_replayed(exact, monkeypatch):
+    """The layer above static shapes, with a stand-in for what torch.cuda records."""
+    model, processor = exact
+    _often_stop(model, processor, 4.0)
+    prompts, sampling = _prompts(processor), SamplingConfig(max_new_tokens=70)
+    with pytest.raises(ValueError, match="'graphs' needs a CUDA device, the model is on cpu"):
+        graphs = dataclasses.replace(sampling, decoding="graphs")
+        rollout(model, processor, prompts, 2, graphs, _seeded())
+    dynamic = rollout(model, processor, prompts, 6, sampling, _seeded())
+
+    class Stream(contextlib.nullcontext):
+        def wait_stream(self, other):
+            assert isinstance(other, Stream)
+
+    _FakeGraph.recorded.clear()
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", _FakeGraph)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    current = []
+
+    @contextlib.contextmanager
+    def recording(graph):
+        yield
+        graphed = current[-1]
+        reads = [x.data_ptr() for own in graphed.step.memory._own for x in own]
+        memory = graphed.step.memory
+        # The tensors are the recording's own from here on; `drawn` is set after this block.
+        graph.tape = [graphed.step, graphed.inputs, graphed.step.last, memory.version, reads]
+
+    class Step(token_step.TokenStep):
+        def __call__(self, *inputs):
+            self.last = super().__call__(*inputs)
+            return self.last
+
+    class Graphed(token_step.GraphedStep):
+        def __call__(self, *inputs):
+            current.append(self)
+            return super().__call__(*inputs)
+
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    monkeypatch.setattr(rollout_module, "TokenStep", Step)
+    monkeypatch.setattr(rollout_module, "token_step", lambda step, *_: Graphed(step))
+    static = dataclasses.replace(sampling, decoding="static")
+    _same(rollout(model, processor, prompts, 6, static, _seeded()), dynamic)
+    longest = max(map(len, _flat(dynamic.tokens)))
+    assert 3 <= len(_FakeGraph.recorded) < longest / 3
+
+
+def test_the_default_is_graphs_on_cuda_alone():
+    for device, expected in (("cuda", "graphs"), ("cpu", "dynamic"), ("mps", "dynamic")):
+        assert token_step.resolve_decoding("auto", torch.device(device)) == expected
+        assert token_step.resolve_decoding("static", torch.device(device)) == "static"
+
+
+# Upper 1e-4 quantiles of chi-square, by degrees of freedom (Wilson and Hilferty's cube, which is
+# within 0.5 % of them from 3 on).
+def _chi_square_limit(freedom, z=3.719):
+    return freedom * (1 - 2 / (9 * freedom) + z * math.sqrt(2 / (9 * freedom))) ** 3
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"),
+    [(1.0, 0, 1.0), (0.6, 0, 1.0), (1.0, 6, 1.0), (1.0, 0, 0.7), (1.3, 12, 0.8)],
+)
+def test_completions_are_distributed_as_those_of_generate(loaded, temperature, top_k, top_p):
+    """Chi-square of homogeneity over the first two tokens, drawn 4000 times by either."""
+    model, processor = loaded
+    count = 4000
+    prompt = _prompts(processor)[1]
+    banned = processor.banned_ids(len(model.lm_head.weight)).tolist()
+    sampling = SamplingConfig(temperature, top_p, top_k, max_new_tokens=2)
+    ours = rollout(model, processor, [prompt], count, sampling, _seeded(7)).tokens[0]
+    torch.manual_seed(8)
+    theirs = model.generate(
+        input_ids=prompt.input_ids[None],
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+        do_sample=True,
+        num_return_sequences=count,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        max_new_tokens=2,
+        suppress_tokens=banned,
+        eos_token_id=processor.stop_id,
+        pad_token_id=processor.stop_id,
+    )[:, len(prompt) :]
+    # After a stop in the first place generate pads with it.
+    drawn = [tuple(row.tolist() if len(row) == 2 else [int(row[0])] * 2) for row in ours]
+    counts = Counter(drawn), Counter(map(tuple, theirs.tolist()))
+    assert len(theirs) == count == len(drawn)
+    cells, rest = [], [0, 0]
+    for key in counts[0] | counts[1]:
+        pair = [c[key] for c in counts]
+        if sum(pair) >= 20:
+            cells.append(pair)
+        else:
+            rest = [a + b for a, b in zip(rest, pair, strict=True)]
+    cells += [rest] if sum(rest) >= 20 else []
+    assert len(cells) > 10
+    statistic = sum((a - b) ** 2 / (a + b) for a, b in cells)
+    assert statistic < _chi_square_limit(len(cells) - 1)
+    # The test can tell: a twentieth of the draws more in one cell is outside.
+    moved = [[a, b] for a, b in cells]
+    moved[0][0] += count // 20
+    assert sum((a - b) ** 2 / (a + b) for a, b in moved) > _chi_square_limit(len(cells) - 1)
 
 
 def test_ends_are_marked(loaded):
@@ -286,7 +465,8 @@ def test_draws_follow_the_distribution_of_transformers(temperature, top_k, top_p
     uniforms = (torch.arange(count, dtype=torch.float64) + 0.5) / count
     config = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p)
     rows = logits.expand(count, -1).contiguous()
-    tokens, logps, full = draw(rows, uniforms, banned, config)
+    tokens, logps, full, possible = draw(rows, uniforms, banned, config)
+    assert possible.all()
     share = torch.bincount(tokens, minlength=12).double() / count
     assert torch.allclose(share, expected, rtol=0, atol=2 / count)
     assert torch.allclose(logps, expected.log()[tokens], rtol=0, atol=1e-12)
@@ -298,7 +478,7 @@ def test_ends_of_the_unit_interval_give_possible_tokens():
     logits = torch.full((2, 6), -torch.inf)
     logits[:, 1] = logits[:, 4] = 0.0
     uniforms = torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64)
-    tokens, logps, _ = draw(logits, uniforms, torch.tensor([0, 5]), SamplingConfig())
+    tokens, logps, *_ = draw(logits, uniforms, torch.tensor([0, 5]), SamplingConfig())
     assert tokens.tolist() == [1, 4]
     assert torch.allclose(logps.exp(), torch.tensor([0.5, 0.5]))
 
@@ -309,8 +489,10 @@ def test_logits_without_a_distribution_are_told_of(temperature, value):
     logits = torch.zeros(3, 6)
     logits[1] = value
     uniforms = torch.full((3,), 0.5, dtype=torch.float64)
+    drawn = draw(logits, uniforms, torch.tensor([0]), SamplingConfig(temperature=temperature))
+    assert drawn.tokens.max() < 6  # an index past the end would end the process on a GPU
     with pytest.raises(ValueError, match=r"nan or infinite in rows \[1\] of 3"):
-        draw(logits, uniforms, torch.tensor([0]), SamplingConfig(temperature=temperature))
+        check_possible(drawn.possible)
 
 
 def test_truncation_keeps_ties_of_the_last_place_and_the_first_token():
@@ -330,6 +512,7 @@ def test_truncation_keeps_ties_of_the_last_place_and_the_first_token():
         ("max_new_tokens", 0),
         ("stop", "text"),
         ("stop", ("",)),
+        ("decoding", "quick"),
     ],
 )
 def test_impossible_settings_are_refused(field, value):

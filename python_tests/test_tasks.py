@@ -45,7 +45,19 @@ SINGLE = (
     record("ocr", {"question": "What does the sign say?"}, "No entry"),
     record("open_ended", {"question": "Why?"}, "because the man pours water"),
 )
-RECORDS = (GROUNDING, TRACKING, GROUNDED, CHOICE, LABEL, *SINGLE)
+MOMENTS = record("moment_retrieval", {"event": "A dog runs."}, [[2.0, 4.0], [6.0, 8.0]])
+TUBE = record(
+    "spatio_temporal_grounding",
+    {"event": "a dog runs"},
+    {"time": [1.5, 4.0], "boxes": {"2": [0.0, 0.0, 0.5, 0.5], "3": [0.5, 0.5, 1.0, 1.0]}},
+)
+BOXED = record(
+    "image_grounded_qa",
+    {"question": "What is seen?"},
+    {"answer": "B", "glue": [0.1, 0.2, 0.5, 0.6]},
+    options=OPTIONS,
+)
+RECORDS = (GROUNDING, TRACKING, GROUNDED, CHOICE, LABEL, *SINGLE, MOMENTS, TUBE, BOXED)
 
 
 def by_name(item):
@@ -96,8 +108,8 @@ def test_prompts_hold_the_question():
     assert "[0.00, 0.00, 0.50, 0.50]" in prompts[1]
     for prompt in prompts[2:5]:
         assert "What is seen?" in prompt
-    for sample, prompt in zip(SINGLE, prompts[5:], strict=True):
-        assert next(iter(sample.prompt.values())) in prompt
+    for sample, prompt in zip(RECORDS[5:], prompts[5:], strict=True):
+        assert next(iter(sample.prompt.values())).rstrip(".") in prompt
     for prompt in prompts[2:4]:
         assert "(A) red circle (B) blue square (C) green star" in prompt
 
@@ -190,6 +202,102 @@ def test_blind_guesses_of_single_answers():
     assert floor("regression", 1.0, 2.0, 100.0) == pytest.approx(1 / 3)
     assert floor("spatial_grounding", [0, 0, 0.5, 1], [0.5, 0, 1, 1]) == pytest.approx(1 / 3)
     assert floor("caption", ["a dog runs"], ["a dog runs", "a cat sits"]) == pytest.approx(0.75)
+
+
+def test_moment_retrieval_values():
+    task = TASKS["moment_retrieval"]
+    # Common: 2 to 4 and 6 to 7; together: 0 to 4, 6 to 9 (or to 8, the clip's end).
+    answer = "<answer>[(0, 4), (6, 7), (8.5, 9)]</answer>"
+    assert task.score(answer, MOMENTS, 8.0) == {"format": 1.0, "iou": pytest.approx(3 / 6)}
+    assert task.score(answer, MOMENTS)["iou"] == pytest.approx(3 / 6.5)
+    metrics = task.metrics(task.parse(answer, MOMENTS), MOMENTS)
+    assert metrics["mIoU"] == pytest.approx(3 / 6.5) and metrics["R@0.3"] == 1.0
+    assert metrics["R@0.5"] == 0.0
+    for text in ("2 to 4", "[(4, 2)]", "[]", "[(1, 2)"):
+        scores = task.score(f"<answer>{text}</answer>", MOMENTS)
+        assert scores == {"format": 0.0, "iou": 0.0}, text
+    floors = task.blind([MOMENTS], [MOMENTS])
+    assert floors["whole video"]["mIoU"] == pytest.approx(4 / 8)
+
+
+def tube(time, **boxes):
+    content = {"time": time, "boxes": {name[1:]: box for name, box in boxes.items()}}
+    return f"<answer>{json.dumps(content)}</answer>"
+
+
+def test_spatio_temporal_grounding_prices_coverage():
+    task = TASKS["spatio_temporal_grounding"]
+    whole, half = [0.0, 0.0, 0.5, 0.5], [0.5, 0.5, 1.0, 1.0]
+    # One easy second right is not the whole tube: the missing one counts as 0.
+    assert task.score(tube([1.5, 4.0], _2=whole), TUBE) == {
+        "format": 1.0,
+        "iou": 1.0,
+        "tube_iou": 0.5,
+    }
+    # Nor does painting every second help: two of four seconds are right.
+    every = tube([0.0, 4.0], _1=whole, _2=whole, _3=half, _4=half)
+    assert task.score(every, TUBE) == {"format": 1.0, "iou": 2.5 / 4, "tube_iou": 0.5}
+    # A box twice as high (IoU 1/2) and an impossible one (0).
+    tall = tube([1.5, 4.0], _2=[0.0, 0.0, 0.5, 1.0], _3=[0.9, 0.5, 0.5, 1.0])
+    assert task.score(tall, TUBE)["tube_iou"] == pytest.approx(0.25)
+    metrics = task.metrics(task.parse(every, TUBE), TUBE)
+    assert metrics == {"m_tIoU": 0.625, "m_vIoU": 0.5, "vIoU@0.3": 1.0, "vIoU@0.5": 1.0}
+    assert task.score(tube([1.0, 90.0], _2=whole), TUBE, 4.0)["iou"] == pytest.approx(2.5 / 3)
+    floor = task.blind([TUBE], [TUBE])["whole video, mean box"]
+    assert floor["m_tIoU"] == pytest.approx(2.5 / 4)
+    # The mean box is [0.25, 0.25, 0.75, 0.75]: IoU 1/7 at 2 and 3 s, shown at 0 to 4 s.
+    assert floor["m_vIoU"] == pytest.approx(2 / 7 / 5)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"time": [4.0, 1.5], "boxes": {"2": [0, 0, 1, 1]}}',
+        '{"time": [1, 2], "boxes": {}}',
+        '{"time": [1, 2], "boxes": {"2": [0, 0, 1]}}',
+        '{"time": [1, 2], "boxes": {"2": [0, 0, 1, 1e999]}}',
+        '{"time": [1, 2], "boxes": {"2": [0, 0, 1, NaN]}}',
+        '{"time": [1, 2], "boxes": {"2": [0, 0, 1, true]}}',
+        '{"time": [1, 2], "boxes": {"2": [0, 0, 1, 1], "02": [0, 0, 1, 1]}}',
+        '{"time": [1, 2], "boxes": {"2": [0, 0, 1, 1], "2": [0, 0, 1, 1]}}',
+        '{"time": [1, 2], "boxes": {"2.5": [0, 0, 1, 1]}}',
+        '{"time": [1, 2], "boxes": {"-2": [0, 0, 1, 1]}}',
+        '{"time": [1, 2], "boxes": [[0, 0, 1, 1]]}',
+        '{"time": [1, 2], "boxes": {"2": [0, 0, 1, 1]}, "more": 1}',
+        '{"time": ["1", "2"], "boxes": {"2": [0, 0, 1, 1]}}',
+        "[" * 100_000,
+        '{"time": [' + "9" * 100_000 + ', 2], "boxes": {"2": [0, 0, 1, 1]}}',
+        "null",
+    ],
+)
+def test_texts_that_are_no_tube(text):
+    task = TASKS["spatio_temporal_grounding"]
+    assert task.parse(f"<answer>{text}</answer>", TUBE) is None
+    assert set(task.score(f"<answer>{text}</answer>", TUBE).values()) == {0.0}
+
+
+def test_image_grounded_qa_values():
+    task = TASKS["image_grounded_qa"]
+    answer = "<answer>B</answer> <glue>[0.1, 0.2, 0.5, 0.4]</glue>"
+    assert task.score(answer, BOXED) == {
+        "format": 1.0,
+        "accuracy": 1.0,
+        "iou": pytest.approx(0.5),
+    }
+    metrics = task.metrics(task.parse(answer.replace(">B<", ">A<"), BOXED), BOXED)
+    assert metrics == {
+        "accuracy": 0.0,
+        "IoU": pytest.approx(0.5),
+        "IoU@0.5": float(metrics["IoU"] >= 0.5),
+        "Acc@IoU0.5": 0.0,
+    }
+    assert task.score("<answer>B</answer><glue>(1, 2)</glue>", BOXED) == {
+        "format": 0.0,
+        "accuracy": 1.0,
+        "iou": 0.0,
+    }
+    floors = task.blind([BOXED], [BOXED])
+    assert floors["most frequent letter, mean box"]["Acc@IoU0.5"] == 1.0
 
 
 def test_classification_values():

@@ -598,9 +598,26 @@ def test_small_steps_of_half_precision_weights_add_up():
     weight = torch.ones(4, dtype=torch.bfloat16, requires_grad=True)
     optimizer = MasterAdamW([weight], OptimConfig(lr=1e-5))
     for _ in range(1000):
-        weight.grad = torch.ones_like(weight)
+        weight.sum().backward()
         optimizer.step(1e-5)
     torch.testing.assert_close(weight.detach().float(), torch.full((4,), 0.99), rtol=0, atol=0.003)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_micro_batches_of_half_precision_weights_add_up(dtype):
+    """1 and 256 times 2^-10 are 1.25; in bfloat16 each of the latter would be lost beside the 1."""
+    weight = torch.ones(4, dtype=dtype, requires_grad=True)
+    optimizer = MasterAdamW([weight], OptimConfig())
+    assert optimizer.pending_bytes() == (4 + 8) * 4 + (2 * 4 if dtype == torch.bfloat16 else 0)
+    for factor in [1.0, *[2.0**-10] * 256]:
+        (weight * factor).sum().backward()
+    (gradient,) = (master.grad for master in optimizer.masters)
+    assert torch.equal(gradient, torch.full((4,), 1.25))
+    assert (weight.grad is None) == (dtype == torch.bfloat16)  # no second copy
+    assert optimizer.pending_bytes() == 8 * 4 + (2 * 4 if dtype == torch.bfloat16 else 0)
+    norm = clipped_step(optimizer, 1e-3, OptimConfig())
+    assert norm == pytest.approx(2.5)
+    assert weight.grad is None and gradient is not optimizer.masters[0].grad
 
 
 def test_learning_rate():

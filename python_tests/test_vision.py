@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from vcr1_fast.model import checkpoint
+from vcr1_fast.model import checkpoint, vision
 from vcr1_fast.model.tiny import TinyConfig, write_tiny
 from vcr1_fast.model.vision import (
     PACKED_ATTENTION,
@@ -79,6 +79,43 @@ def test_a_token_does_not_see_other_windows():
         scores = q[0, :, start:end] @ k[0, :, start:end].mT * 0.3
         expected = scores.softmax(-1) @ v[0, :, start:end]
         assert torch.allclose(out[0, start:end], expected.transpose(0, 1))
+
+
+def test_varlen_attention_hands_over_what_the_kernel_takes(monkeypatch):
+    """torch's kernel runs on CUDA alone: in its place one that checks what it is given by the
+    documented contract, and computes it."""
+
+    def kernel(q, k, v, edges, key_edges, longest, longest_key, *, scale):
+        assert q.shape == (13, 2, 8) and edges.dtype == torch.int32
+        assert edges is key_edges and longest == longest_key == 4
+        out = []
+        for start, end in zip(edges.tolist(), edges[1:].tolist(), strict=False):
+            one = (x[start:end].transpose(0, 1) for x in (q, k, v))
+            a, b, c = one
+            out.append(((a @ b.mT * scale).softmax(-1) @ c).transpose(0, 1))
+        return torch.cat(out)
+
+    boundaries = torch.tensor([0, 4, 6, 10, 13])
+    leaves = torch.randn(3, 1, 2, 13, 8, dtype=torch.float64).requires_grad_()
+    batched, _ = packed_attention(None, *leaves, scaling=0.3, cu_seq_lens_q=boundaries)
+    monkeypatch.setattr(vision, "_varlen_kernel", lambda: kernel)
+    assert not vision.takes_varlen(leaves[0])  # not on CUDA, nor half precision
+    monkeypatch.setattr(vision, "takes_varlen", lambda query: True)
+    packed, _ = packed_attention(None, *leaves, scaling=0.3, cu_seq_lens_q=boundaries)
+    assert packed.shape == batched.shape
+    torch.testing.assert_close(packed, batched, rtol=0, atol=1e-12)
+    grads = [torch.autograd.grad(x.square().sum(), leaves)[0] for x in (packed, batched)]
+    torch.testing.assert_close(*grads, rtol=0, atol=1e-12)
+
+
+def test_the_varlen_kernel_is_looked_for():
+    import inspect
+
+    kernel = vision._varlen_kernel()
+    if kernel is None:
+        pytest.skip("this torch has no varlen attention that takes a scale")
+    names = list(inspect.signature(kernel).parameters)
+    assert names[:7] == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
 
 
 def test_a_clip_does_not_depend_on_the_others(directory):

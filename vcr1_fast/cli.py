@@ -22,6 +22,7 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--config", help="YAML file of settings")
         command.add_argument("--model", help="checkpoint folder or hub name (model.path)")
         command.add_argument("--data", help="records, JSONL (data.train)")
+        command.add_argument("--prompts", help="other wordings, YAML or JSON (data.prompts)")
         command.add_argument("--output", help="folder of the run (run.output)")
         _add_overrides(command)
         command.set_defaults(run=run_training)
@@ -31,13 +32,15 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--model", help="checkpoint folder or hub name (model)")
     command.add_argument("--predictions", help="completions to score, no model (predictions)")
     command.add_argument("--data", help="records, JSONL (records)")
+    command.add_argument("--prompts", help="other wordings, YAML or JSON (eval.prompts)")
     command.add_argument("--output", help="folder of the results (output)")
     _add_overrides(command)
     command.set_defaults(run=run_eval)
 
-    command = commands.add_parser("chat", help="ask about a video", allow_abbrev=False)
+    command = commands.add_parser("chat", help="ask about a video or images", allow_abbrev=False)
     command.add_argument("--model", help="checkpoint folder or hub name (model)")
     command.add_argument("--video", help="file or folder of frames (video)")
+    command.add_argument("--image", action="append", help="image file, repeatable (image)")
     command.add_argument(
         "--question", action="append", help="asked instead of the lines of the standard input"
     )
@@ -64,10 +67,15 @@ def parser() -> argparse.ArgumentParser:
     command.set_defaults(run=run_synth)
 
     command = kinds.add_parser("convert", help="published annotations to records")
-    command.add_argument("format", help="charades, activitynet, nextgqa, got10k or quality")
-    command.add_argument("annotations", help="the file as its authors publish it")
+    command.add_argument(
+        "format",
+        help="activitynet, charades, dream1k, got10k, mvbench, nextgqa, perception_test, quality, "
+        "refcoco, video_r1, videochat_r15, videomme or vidtab",
+    )
+    command.add_argument("annotations", help="the file (mvbench: folder) as its authors publish it")
     command.add_argument("output", help="records to write, JSONL")
-    command.add_argument("--media", required=True, help="folder of the videos")
+    command.add_argument("--media", required=True, help="folder of the videos or images")
+    command.add_argument("--benchmark", help="the published split that it is")
     command.set_defaults(run=run_convert)
 
     command = kinds.add_parser("check", help="faults of records and media, and blind scores")
@@ -116,7 +124,12 @@ def run_training(options: argparse.Namespace) -> int:
     from vcr1_fast.train.build import load_config
     from vcr1_fast.train.config import TrainConfig
 
-    names = {"model.path": options.model, "data.train": options.data, "run.output": options.output}
+    names = {
+        "model.path": options.model,
+        "data.train": options.data,
+        "data.prompts": options.prompts,
+        "run.output": options.output,
+    }
     config = load_config(TrainConfig, options.config, _overrides(names, options))
     if options.command == "sft":
         from vcr1_fast.train.sft import sft as work
@@ -135,6 +148,7 @@ def run_eval(options: argparse.Namespace) -> int:
         "model": options.model,
         "predictions": options.predictions,
         "records": options.data,
+        "eval.prompts": options.prompts,
         "output": options.output,
     }
     return main_eval(load_config(EvalRun, options.config, _overrides(names, options)))
@@ -144,7 +158,7 @@ def run_chat(options: argparse.Namespace) -> int:
     from vcr1_fast.evaluate.chat import ChatConfig, main_chat
     from vcr1_fast.train.build import load_config
 
-    names = {"model": options.model, "video": options.video, "question": options.question}
+    names = {name: getattr(options, name) for name in ("model", "video", "image", "question")}
     return main_chat(load_config(ChatConfig, None, _overrides(names, options)))
 
 
@@ -175,10 +189,17 @@ def run_synth(options: argparse.Namespace) -> int:
 def run_convert(options: argparse.Namespace) -> int:
     from vcr1_fast.data.convert import convert
 
-    done = convert(options.format, options.annotations, options.output, media_root=options.media)
+    done = convert(
+        options.format,
+        options.annotations,
+        options.output,
+        media_root=options.media,
+        benchmark=options.benchmark,
+    )
+    tasks = ", ".join(f"{task} {count}" for task, count in done.tasks.items())
     print(
-        f"{done.path}: {done.records} records of {done.annotations} annotations on {done.videos} "
-        f"videos, {done.quarantined} refused"
+        f"{done.path}: {done.records} records ({tasks}) of {done.annotations} annotations on "
+        f"{done.videos} videos or images, {done.quarantined} refused"
     )
     return 0
 

@@ -25,6 +25,7 @@ PACKAGES = {
     "tokenizers": "train",
     "decord": "train",
     "av": "train",
+    "pillow": "train",
     "pyyaml": "train",
     "rich": "train",
     "matplotlib": "report",

@@ -1,6 +1,7 @@
 """The two video decoders behind `read_clip`: decord, and PyAV. Both give the same pixels.
 
-A folder of images, in the order of their names, is a video too (GOT-10k has nothing else).
+A folder of images, in the order of their names, is a video too (GOT-10k has nothing else); images
+are read by Pillow.
 
 A file is opened, read and closed for each clip: a decord reader that is kept decodes ahead into
 memory and cannot be used after a fork.
@@ -16,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from vcr1_fast.data.picture import read_picture
+
 BACKENDS = ("decord", "pyav")
 IMAGES = (".jpg", ".jpeg", ".png")
 FOLDER_FPS = 10.0
@@ -25,7 +28,7 @@ NO_STREAM = f"{NO_FRAMES} (no video stream)"
 
 
 class VideoError(ValueError):
-    """A video that cannot be read as asked; names the file and the reason."""
+    """A video or image that cannot be read as asked; names the file and the reason."""
 
     def __init__(self, path: str, reason: str) -> None:
         super().__init__(path, reason)
@@ -71,7 +74,7 @@ def _open_folder(path: str) -> Iterator[Source]:
 
     def read(indices: np.ndarray) -> np.ndarray:
         files = [os.path.join(path, names[i]) for i in indices]
-        frames = [_picture(file) for file in files]
+        frames = [open_picture(file) for file in files]
         for file, frame in zip(files, frames, strict=True):
             if frame.shape != frames[0].shape:
                 sizes = f"{frame.shape[:2]}, the first one {frames[0].shape[:2]}"
@@ -81,14 +84,14 @@ def _open_folder(path: str) -> Iterator[Source]:
     yield Source(np.arange(len(names)) / FOLDER_FPS, FOLDER_FPS, read)
 
 
-def _picture(file: str) -> np.ndarray:
-    import av
-
+def open_picture(path: str) -> np.ndarray:
+    """(H, W, 3) uint8 of an image file; VideoError, naming it, where it cannot be read."""
     try:
-        with av.open(file) as container:
-            return _upright(next(container.decode(video=0)))
-    except (av.FFmpegError, OSError, IndexError, StopIteration) as error:
-        raise VideoError(file, f"not a picture: {_message(error)}") from error
+        return read_picture(path)
+    except FileNotFoundError as error:
+        raise VideoError(path, "no such file") from error
+    except OSError as error:
+        raise VideoError(path, f"not a picture: {error}") from error
 
 
 @contextmanager

@@ -1,4 +1,7 @@
-"""Reading clips: which frames, decoded to uint8, one at a time or by worker processes."""
+"""Reading clips: which frames, decoded to uint8, one at a time or by worker processes.
+
+An image is read like a clip: it is one of a single frame, without a rate or a length.
+"""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -8,7 +11,14 @@ from types import TracebackType
 
 import numpy as np
 
-from vcr1_fast.data.decode import BACKENDS, Source, VideoError, count_frames, open_source
+from vcr1_fast.data.decode import (
+    BACKENDS,
+    Source,
+    VideoError,
+    count_frames,
+    open_picture,
+    open_source,
+)
 from vcr1_fast.data.sampling import FrameConfig, frame_indices
 from vcr1_fast.data.workers import WorkerDied, WorkerPool, WorkerTimeout
 
@@ -22,6 +32,7 @@ __all__ = [
     "count_frames",
     "probe",
     "read_clip",
+    "read_image",
 ]
 
 # Time stamps of some containers are rounded to milliseconds, and decord's are float32.
@@ -32,17 +43,17 @@ Times = Sequence[float] | Callable[[float], Sequence[float]]
 
 @dataclass(frozen=True)
 class Clip:
-    """Decoded frames of (a part of) a video.
+    """Decoded frames of (a part of) a video, or an image.
 
     `frames` (T, H, W, 3) uint8 RGB; `times` (T,) float64, seconds from the beginning of the part,
     from the file's time stamps; `fps` the rate of the sampled frames; `duration` the length of the
-    part in seconds; `start` where the part begins in the file.
+    part in seconds; both None for an image; `start` where the part begins in the file.
     """
 
     frames: np.ndarray
     times: np.ndarray
-    fps: float
-    duration: float
+    fps: float | None
+    duration: float | None
     path: str
     start: float = 0.0
 
@@ -58,13 +69,14 @@ class VideoInfo:
 
 @dataclass(frozen=True)
 class ClipRequest:
-    """The arguments of one `read_clip`."""
+    """The arguments of one `read_clip`, or an image to read."""
 
     path: str
     config: FrameConfig = field(default_factory=FrameConfig)
     start: float | None = None
     end: float | None = None
     times: Times | None = None
+    is_image: bool = False
 
 
 def probe(path: str, *, backend: str = "decord") -> VideoInfo:
@@ -112,8 +124,13 @@ def read_clip(
         return Clip(frames, stamps[indices] - begin, fps, duration, path, begin)
 
 
+def read_image(path: str) -> Clip:
+    """An image, upright, as a clip of one frame. VideoError names the file that is none."""
+    return Clip(open_picture(path)[None], np.zeros(1), None, None, path)
+
+
 class ClipReader:
-    """Reads many clips in worker processes; one that hangs or crashes costs that clip only.
+    """Reads clips and images in worker processes; one that hangs or crashes costs that clip only.
 
     `timeout` seconds a clip (None: no limit), after which its worker is killed and replaced;
     `workers=0` reads in this process, where nothing can be killed. `prefetch` clips, read or being
@@ -166,6 +183,8 @@ class ClipReader:
 
 
 def _read_request(reader: Callable[..., Clip], backend: str, request: ClipRequest) -> Clip:
+    if request.is_image:
+        return read_image(request.path)
     return reader(
         request.path,
         request.config,

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from vcr1_fast.data.sampling import FrameConfig
-from vcr1_fast.data.video import Clip, read_clip
+from vcr1_fast.data.video import Clip, read_clip, read_image
 from vcr1_fast.evaluate.config import placement
 from vcr1_fast.model.forward import embed, lm_head, prompt_features
 from vcr1_fast.model.packing import prompt_positions
 from vcr1_fast.model.positions import SpecialIds, next_position
 from vcr1_fast.model.processor import Processor
-from vcr1_fast.model.sampling import SamplingConfig, draw
+from vcr1_fast.model.sampling import SamplingConfig, check_possible, draw
 from vcr1_fast.model.wrapping import unwrap
 
 _HALF_A_LETTER = "\N{REPLACEMENT CHARACTER}"
@@ -34,6 +34,8 @@ class ChatConfig:
 
     model: str
     video: str | None = None
+    image: tuple[str, ...] = ()
+    """Images, shown after the video where there is one."""
     question: tuple[str, ...] = ()
     """Asked one after the other; default: lines of the standard input."""
     start: float | None = None
@@ -166,7 +168,9 @@ class Conversation:
     def _draw(self, hidden: Tensor) -> int:
         logits = nn.functional.linear(hidden, self._weight, self._bias)
         chance = torch.rand(1, dtype=torch.float64, generator=self._chance)
-        return int(draw(logits, chance.to(logits.device), self._banned, self.sampling)[0])
+        drawn = draw(logits, chance.to(logits.device), self._banned, self.sampling)
+        check_possible(drawn.possible)
+        return int(drawn.tokens)
 
 
 def main_chat(config: ChatConfig, questions: TextIO | None = None) -> int:
@@ -187,10 +191,13 @@ def open_conversation(config: ChatConfig) -> Conversation:
 
     began, clips = time.perf_counter(), []
     if config.video is not None:
-        clips = [read_clip(config.video, config.frames, start=config.start, end=config.end)]
+        clips.append(read_clip(config.video, config.frames, start=config.start, end=config.end))
+    clips += [read_image(path) for path in config.image]
     for clip in clips:
         height, width = clip.frames.shape[1:3]
-        told = f"{len(clip.frames)} frames of {clip.duration:.1f} s, {width} x {height}"
+        told = f"{width} x {height}"
+        if clip.duration is not None:
+            told = f"{len(clip.frames)} frames of {clip.duration:.1f} s, {told}"
         print(f"{clip.path}: {told}", file=sys.stderr)
     dtype, device = placement(config.dtype, config.device)
     model, processor = checkpoint.load(config.model, dtype=dtype, device=device)

@@ -16,7 +16,7 @@ from typing import Any
 from vcr1_fast.data.progress import Progress
 from vcr1_fast.data.quarantine import Quarantine
 from vcr1_fast.data.records import Record, load_records
-from vcr1_fast.data.video import VideoError, probe
+from vcr1_fast.data.video import VideoError, probe, read_image
 from vcr1_fast.tasks import TASKS
 from vcr1_fast.tasks.base import Metrics
 
@@ -81,14 +81,14 @@ def check(
     faults += _repeated(records) + _overlap(records, trained)
     lengths = _open_all(records, faults) if media else {}
     for record in records:
-        faults += _time_faults(record, lengths.get(record.video))
+        faults += _time_faults(record, lengths.get(record.media))
     by_task: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         by_task[record.task].append(record)
     fitted = {task: [r for r in trained if r.task == task] or by_task[task] for task in by_task}
     return Report(
         records=len(records),
-        videos=len({record.video for record in records}),
+        videos=len({record.media for record in records}),
         tasks={task: len(group) for task, group in by_task.items()},
         faults=faults,
         balance={task: shares for task, group in by_task.items() if (shares := _balance(group))},
@@ -101,7 +101,7 @@ def _repeated(records: Sequence[Record]) -> list[Fault]:
     first: dict[str, str] = {}
     faults = []
     for record in records:
-        parts = [record.video, record.task, record.prompt, record.start, record.end]
+        parts = [record.media, record.task, record.prompt, record.start, record.end]
         key = json.dumps(parts, sort_keys=True)
         if key in first:
             faults.append(Fault("repeated question", record.id, f"as {first[key]}"))
@@ -110,27 +110,31 @@ def _repeated(records: Sequence[Record]) -> list[Fault]:
 
 
 def _overlap(records: Sequence[Record], trained: Sequence[Record]) -> list[Fault]:
-    seen = {record.video for record in trained}
+    seen = {record.media for record in trained}
     return [
-        Fault("video also trained on", record.id, record.video)
+        Fault("video also trained on", record.id, record.media)
         for record in records
-        if record.video in seen
+        if record.media in seen
     ]
 
 
 def _open_all(records: Sequence[Record], faults: list[Fault]) -> dict[str, float]:
-    """Seconds of each video; those that cannot be opened become faults of their first record."""
-    owner: dict[str, str] = {}
+    """Seconds of each video; media that cannot be opened become faults of their first record."""
+    owner: dict[str, Record] = {}
     for record in records:
-        owner.setdefault(record.video, record.id)
+        owner.setdefault(record.media, record)
     lengths = {}
-    with Progress(len(owner), "open videos") as progress:
-        for video, record_id in owner.items():
+    with Progress(len(owner), "open media") as progress:
+        for path, record in owner.items():
+            kind = "video" if record.image is None else "image"
             try:
-                lengths[video] = probe(video).duration
+                if kind == "image":
+                    read_image(path)
+                else:
+                    lengths[path] = probe(path).duration
             except VideoError as error:
-                kind = "unreadable video" if Path(video).exists() else "missing video"
-                faults.append(Fault(kind, record_id, str(error)))
+                what = "unreadable" if Path(path).exists() else "missing"
+                faults.append(Fault(f"{what} {kind}", record.id, str(error)))
             progress.advance()
     return lengths
 
@@ -148,9 +152,9 @@ def _time_faults(record: Record, length: float | None) -> list[Fault]:
     if duration is None:
         return faults
     end = duration if record.end is None else min(record.end, duration)
-    spans = {"temporal_grounding": [record.answer]}.get(record.task)
-    spans = record.answer["glue"] if record.task == "grounded_qa" else spans
-    last = max((stop for _, stop in spans or []), default=0.0) + (record.start or 0.0)
+    spans = TASKS[record.task].spans
+    last = max((stop for _, stop in spans(record)), default=0.0) if spans else 0.0
+    last += record.start or 0.0
     if last > end:
         detail = f"ends at {last:g} s of {end:g} s"
         faults.append(Fault("answer past the end", record.id, detail))
@@ -159,14 +163,11 @@ def _time_faults(record: Record, length: float | None) -> list[Fault]:
 
 def _balance(records: Sequence[Record]) -> dict[str, float]:
     """Share of each letter or label among the right answers."""
-    answers = [
-        record.answer["answer"] if isinstance(record.answer, dict) else record.answer
-        for record in records
-    ]
-    if not all(isinstance(answer, str) for answer in answers):
+    label = TASKS[records[0].task].label
+    if label is None:
         return {}
-    counts = Counter(answers)
-    return {answer: counts[answer] / len(answers) for answer in sorted(counts)}
+    counts = Counter(map(label, records))
+    return {answer: counts[answer] / len(records) for answer in sorted(counts)}
 
 
 def report_text(report: Report, examples: int = 3) -> str:

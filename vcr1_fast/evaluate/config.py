@@ -39,11 +39,13 @@ class EvalConfig:
 
     frames: FrameConfig = field(default_factory=FrameConfig)
     media_root: str | None = None
-    """Folder that `video` paths are relative to; default: the records file's own folder."""
+    """Folder that media paths are relative to; default: the records file's own folder."""
     tasks: tuple[str, ...] | None = None
     """Evaluate these tasks only; default: all tasks in the file."""
     think: bool = False
     """Ask for reasoning before the answer."""
+    prompts: str | None = None
+    """File of other wordings (YAML or JSON), by task; default: the tasks' own."""
     system: str | None = None
     max_new_tokens: int = 256
     mrope: Literal["trained", "installed"] = "trained"

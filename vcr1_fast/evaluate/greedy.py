@@ -29,6 +29,7 @@ from vcr1_fast.model.processor import Processor, Prompt
 from vcr1_fast.model.rollout import rollout
 from vcr1_fast.model.sampling import SamplingConfig
 from vcr1_fast.tasks import TASKS
+from vcr1_fast.tasks.wording import prompts_from
 
 
 @dataclass
@@ -102,9 +103,12 @@ def greedy_answers(
 
     def answer(batches: Sequence[Sequence[Record]]) -> Iterator[list[Completion]]:
         requests = (clip_request(record, config) for batch in batches for record in batch)
-        with ClipReader(
-            backend=config.decoder, timeout=config.decode_timeout, workers=config.decode_workers
-        ) as reader:
+        with (
+            prompts_from(config.prompts, TASKS, think=config.think),
+            ClipReader(
+                backend=config.decoder, timeout=config.decode_timeout, workers=config.decode_workers
+            ) as reader,
+        ):
             clips = reader.read(requests)
             for batch in batches:
                 yield answer_batch(batch, clips, reader)
@@ -197,9 +201,10 @@ def clip_request(record: Record, config: EvalConfig) -> ClipRequest:
     """What to read for a record: its part of the file, at the task's own times if it has such."""
     times = TASKS[record.task].times
     return ClipRequest(
-        record.video,
+        record.media,
         config.frames,
         start=record.start,
         end=record.end,
         times=None if times is None else partial(times, record),
+        is_image=record.image is not None,
     )

@@ -10,6 +10,8 @@ from typing import Any
 
 from vcr1_fast.evaluate.completions import write_text_atomic
 from vcr1_fast.evaluate.config import EvalConfig
+from vcr1_fast.tasks import TASKS
+from vcr1_fast.tasks.wording import load_prompts, prompts_from
 
 # Settings that completions depend on. An output folder holds one value of each.
 _IDENTITY = (
@@ -51,6 +53,7 @@ def run_identity(
         "model_files": {file.name: fingerprint(file) for file in files},
         "records": str(records_path),
         "records_sha256": hashlib.sha256(Path(records_path).read_bytes()).hexdigest(),
+        "prompts": _prompts(config),
         **{name: settings[name] for name in _IDENTITY},
     }
 
@@ -66,6 +69,14 @@ def given_identity(
         "records_sha256": hashlib.sha256(Path(records_path).read_bytes()).hexdigest(),
         "tasks": config.tasks,
     }
+
+
+def _prompts(config: EvalConfig) -> dict[str, Any] | None:
+    """The wordings of the prompts file, checked."""
+    if config.prompts is None:
+        return None
+    with prompts_from(config.prompts, TASKS, think=config.think):
+        return {name: asdict(word) for name, word in load_prompts(config.prompts, TASKS).items()}
 
 
 def fingerprint(path: Path) -> str:

@@ -196,7 +196,7 @@ def score_all(
         if completion.error is None:
             scored.append(score(record, completion))
         else:
-            quarantined.append(QuarantineItem(record.id, record.video, completion.error))
+            quarantined.append(QuarantineItem(record.id, record.media, completion.error))
     tasks = summarise(
         scored,
         train_records=train_records,

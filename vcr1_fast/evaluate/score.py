@@ -154,7 +154,7 @@ def means_and_intervals(
     means = with_f1(mean_metrics(item.metrics for item in items))
     drawn = bootstrap_means(
         np.array([[item.metrics[name] for name in names] for item in items]),
-        groups=[item.record.video for item in items],
+        groups=[item.record.media for item in items],
         resamples=bootstrap.resamples,
         seed=bootstrap.seed,
     )

@@ -13,29 +13,37 @@ mask, and nothing of size (tokens x tokens) in memory. Backward, each part's ker
 output and log-sum-exp: softmax probabilities are e^(score - L), whichever part a key is in, and the
 parts' gradients add up.
 
-The parts need a kernel that returns the log-sum-exp. torch has one for the CPU; elsewhere the
-completions go through one masked call over the group's own stretch of keys.
+Backends, which compute the same:
+    merged    as above, with torch's kernels for the CPU, which return the log-sum-exp
+    masked    the completions as one masked call over the group's own stretch of keys, on any device
+    flex      FlexAttention over the whole pack, blocks that nobody sees left out; needs a GPU for
+              the backward pass, and compiles
+    auto      merged on the CPU, masked elsewhere
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vcr1_fast.model.decode import SharedPrefix, shared_prefix_attention
+from vcr1_fast.model.flex_attention import flex_group_attention
 from vcr1_fast.model.packing import Span
 from vcr1_fast.model.partial_attention import (
+    check_kernels,
     fold_heads,
     merge,
     partial,
     partial_backward,
+    partial_product,
     unfold_heads,
 )
 from vcr1_fast.model.wrapping import unwrap
 
 ATTENTION = "vcr1_shared_prompt"
+Backend = Literal["auto", "merged", "masked", "flex"]
 
 
 def attention(
@@ -56,9 +64,14 @@ def attention(
     `decode.py`. Neither: transformers' own SDPA. Returns (B, N, H, D).
     """
     if spans is not None:
-        return group_attention(query, key, value, scaling, spans), None
+        backend = _BACKENDS[resolve_backend(module.vcr1_backend, query.device)]
+        return backend(query, key, value, scaling, spans), None
     if shared_prefix is not None:
-        return shared_prefix_attention(module, query, key, value, scaling, shared_prefix), None
+        merged = resolve_backend(module.vcr1_backend, query.device) == "merged"
+        prefix = shared_prefix.prefix[module.layer_idx]
+        part = partial if merged else partial_product
+        out = shared_prefix_attention((query, key, value), prefix, shared_prefix, scaling, part)
+        return out, None
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     return sdpa_attention_forward(
@@ -66,43 +79,65 @@ def attention(
     )
 
 
-def prepare_attention(model: nn.Module) -> None:
+def prepare_attention(model: nn.Module, backend: Backend | None = None) -> None:
     """Let the language model of `model`, which was loaded with SDPA, use `attention`.
 
-    It stays so: a backward pass that recomputes activations comes here a second time.
-    ValueError for other attention, or for sliding windows.
+    It stays so: a backward pass that recomputes activations comes here a second time. backend: None
+    leaves what an earlier call has chosen, at first "auto".
+    ValueError for other attention, for sliding windows, or for a backend that cannot run.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    config = unwrap(model).model.language_model.config
-    if config._attn_implementation == ATTENTION:
-        return
-    if config._attn_implementation != "sdpa":
+    language_model = unwrap(model).model.language_model
+    config = language_model.config
+    if config._attn_implementation not in ("sdpa", ATTENTION):
         raise ValueError(
             f"attention {config._attn_implementation!r} cannot share prompts; load with sdpa"
         )
     if any(kind != "full_attention" for kind in config.layer_types):
         raise ValueError(f"sliding-window layers are not supported: {set(config.layer_types)}")
+    layers = [layer.self_attn for layer in language_model.layers]
+    if backend is None and hasattr(layers[0], "vcr1_backend"):
+        backend = layers[0].vcr1_backend
+    check_backend(backend or "auto", layers[0].q_proj.weight.device)
+    for layer in layers:
+        layer.vcr1_backend = backend or "auto"
     AttentionInterface.register(ATTENTION, attention)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
     config._attn_implementation = ATTENTION
 
 
-def group_attention(
+def resolve_backend(backend: Backend, device: torch.device) -> str:
+    """What "auto" stands for on a device."""
+    if backend != "auto":
+        return backend
+    return "merged" if device.type == "cpu" else "masked"
+
+
+def check_backend(backend: str, device: torch.device) -> None:
+    """ValueError, with what to set instead, for one that cannot run there."""
+    if backend not in get_args(Backend):
+        raise ValueError(f"attention must be one of {get_args(Backend)}, got {backend!r}")
+    if resolve_backend(backend, device) != "merged":
+        return
+    if device.type != "cpu":
+        raise ValueError(f"attention 'merged' is for the CPU, the model is on {device}: 'masked'")
+    check_kernels()
+
+
+def merged_group_attention(
     query: Tensor, key: Tensor, value: Tensor, scaling: float, spans: Sequence[Span]
 ) -> Tensor:
     """Attention within a pack. query (1, H, N, D), key and value (1, heads, N, D); (1, N, H, D)."""
-    if query.device.type == "cpu":
-        return _MergedParts.apply(query, key, value, scaling, spans)
-    return masked_group_attention(query, key, value, scaling, spans)
+    return _MergedParts.apply(query, key, value, scaling, spans)
 
 
 def masked_group_attention(
     query: Tensor, key: Tensor, value: Tensor, scaling: float, spans: Sequence[Span]
 ) -> Tensor:
-    """`group_attention` from public functions alone, on any device. The completions' mask takes
-    S (P + S) bytes a group, once for all layers."""
+    """`merged_group_attention` from public functions alone, on any device. The completions' mask
+    takes S (P + S) bytes a group, once for all layers."""
     share = query.shape[1] // key.shape[1]
     outputs = []
     for span in spans:
@@ -185,3 +220,10 @@ def _from_batch(x: Tensor, span: Span) -> Tensor:
     if span.is_ragged:
         rows = rows.index_select(0, span.places)
     return rows.transpose(0, 1)[None]
+
+
+_BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, float, Sequence[Span]], Tensor]] = {
+    "merged": merged_group_attention,
+    "masked": masked_group_attention,
+    "flex": flex_group_attention,
+}

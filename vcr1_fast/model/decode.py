@@ -5,12 +5,13 @@ reads them once for all G queries, as one matrix product, and each completion's 
 buffer.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from vcr1_fast.model.partial_attention import merge, partial, partial_product
+from vcr1_fast.model.partial_attention import join
 
 _FIRST_CAPACITY = 32
 
@@ -18,16 +19,23 @@ _FIRST_CAPACITY = 32
 class SharedPrefix:
     """What the model's attention layers keep, in the place of a transformers cache.
 
-    First pass: keys and values of N right-padded prompts. After `start_decoding(lengths, G)` each
-    pass adds one token to every one of the N x G completions (rows, grouped by prompt).
+    First pass: keys and values of N right-padded prompts. After `start_decoding` each `make_room`
+    and pass add one token to every one of the N x G completions (rows, grouped by prompt).
+
+    `static`: a pass has the same shapes, addresses and operators as the one before it, whatever the
+    token's number, until `version` changes. It reads the completions' buffer whole, masked by a
+    number on the device, where the other kind reads the part in use.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, static: bool = False) -> None:
+        self.static = static
         self.prefix: list[tuple[Tensor, Tensor]] = []  # per layer, each (N, heads, P, D)
         self.bias: Tensor | None = None  # (N, 1, 1, P) as the keys: 0, or -inf on padding
+        self.own_bias: Tensor | None = None  # (1, 1, 1, capacity) likewise, static only
+        self.version = 0  # of the buffers: counts their replacements
         self._own: list[list[Tensor]] = []  # per layer [keys, values], (rows, heads, capacity, D)
-        self._rows = 0
         self._used = 0
+        self._last = torch.zeros(1, dtype=torch.int64)  # place of the newest token, on the device
 
     def update(
         self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any
@@ -37,27 +45,42 @@ class SharedPrefix:
             # Laid out by head once, instead of in every product with them.
             self.prefix.append((keys.contiguous(), values.contiguous()))
             return keys, values
-        if layer == 0:
-            self._used += 1
-        if layer == len(self._own):
-            shape = (len(keys), keys.shape[1], _FIRST_CAPACITY, keys.shape[3])
-            self._own.append([keys.new_empty(shape) for _ in range(2)])
-        own = self._own[layer]
-        if own[0].shape[2] < self._used:
-            own[:] = [torch.cat([x, torch.empty_like(x)], dim=2) for x in own]
-        own[0][:, :, self._used - 1] = keys[:, :, 0]
-        own[1][:, :, self._used - 1] = values[:, :, 0]
-        return own[0][:, :, : self._used], own[1][:, :, : self._used]
+        own_keys, own_values = self._own[layer]
+        if self.static:
+            if layer == 0:
+                unused = torch.arange(own_keys.shape[2], device=keys.device) > self._last
+                bias = torch.zeros(unused.shape, dtype=keys.dtype, device=keys.device)
+                self.own_bias = bias.masked_fill(unused, -torch.inf)[None, None, None]
+            own_keys.index_copy_(2, self._last, keys)
+            own_values.index_copy_(2, self._last, values)
+            return own_keys, own_values
+        own_keys[:, :, self._used - 1] = keys[:, :, 0]
+        own_values[:, :, self._used - 1] = values[:, :, 0]
+        return own_keys[:, :, : self._used], own_values[:, :, : self._used]
 
-    def start_decoding(self, lengths: Tensor) -> None:
-        """From here on tokens belong to completions. lengths: (N,) of the prompts."""
+    def start_decoding(self, lengths: Tensor, rows: int) -> None:
+        """From here on tokens belong to `rows` completions. lengths: (N,) of the prompts."""
         keys = self.prefix[0][0]
         padding = torch.arange(keys.shape[2], device=keys.device) >= lengths[:, None]
         bias = torch.zeros(padding.shape, dtype=keys.dtype, device=keys.device)
         self.bias = bias.masked_fill(padding, -torch.inf)[:, None, None]
+        # Zeros: what is masked is multiplied all the same, and nan would stay.
+        shape = (rows, keys.shape[1], _FIRST_CAPACITY, keys.shape[3])
+        self._own = [[keys.new_zeros(shape) for _ in range(2)] for _ in self.prefix]
+        self._last = self._last.to(keys.device)
+
+    def make_room(self) -> None:
+        """For one more token of every row; before each pass."""
+        self._used += 1
+        self._last.fill_(self._used - 1)
+        if self._own[0][0].shape[2] < self._used:
+            self.version += 1
+            for own in self._own:
+                own[:] = [torch.cat([x, torch.zeros_like(x)], dim=2) for x in own]
 
     def select(self, prompts: Tensor | None, rows: Tensor) -> None:
         """Keep these prompts (None: all of them) and these rows, in this order; rows may repeat."""
+        self.version += 1
         if prompts is not None:
             self.prefix = [(k[prompts], v[prompts]) for k, v in self.prefix]
             self.bias = self.bias[prompts]
@@ -66,29 +89,29 @@ class SharedPrefix:
 
 
 def shared_prefix_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scaling: float,
+    own: tuple[Tensor, Tensor, Tensor],
+    prefix: tuple[Tensor, Tensor],
     memory: SharedPrefix,
+    scaling: float,
+    part: Callable[..., tuple[Tensor, Tensor]],
 ) -> Tensor:
     """Attention of one new token a row over its prompt and its own completion.
 
-    query: (rows, H, 1, D); key, value: (rows, heads, t, D) of the completions; rows are grouped by
-    prompt, equally many each. Returns (rows, 1, H, D).
+    own: query (rows, H, 1, D), key and value (rows, heads, t, D) of the completions; rows are
+    grouped by prompt, equally many each. prefix: keys and values (N, heads, P, D) of the prompts.
+    part: computes a part, `partial` or `partial_product`. Returns (rows, 1, H, D).
     """
-    prefix_key, prefix_value = memory.prefix[module.layer_idx]
+    query, key, value = own
     rows, heads, _, dim = query.shape
-    prompts, kv_heads = prefix_key.shape[:2]
+    prompts, kv_heads = prefix[0].shape[:2]
     group, share = rows // prompts, heads // kv_heads
-    part = partial if query.device.type == "cpu" else partial_product
     # All of a prompt's queries that share a key head, one after another.
     together = query.view(prompts, group, kv_heads, share, dim).transpose(1, 2)
     together = together.reshape(prompts, kv_heads, group * share, dim)
-    on_prefix = [
-        x.unflatten(2, (group, share)).transpose(1, 2).reshape(rows, heads, 1, *x.shape[3:])
-        for x in part(together, prefix_key, prefix_value, scaling, bias=memory.bias)
-    ]
-    out, _ = merge(on_prefix, part(query, key, value, scaling))
-    return out.transpose(1, 2)
+    out, lse = part(together, *prefix, scaling, bias=memory.bias)
+    own_out, own_lse = part(query, key, value, scaling, bias=memory.own_bias)
+    by_prompt = (prompts, group, kv_heads, share)
+    out = out.view(prompts, kv_heads, group, share, dim).transpose(1, 2)
+    lse = lse.view(prompts, kv_heads, group, share).transpose(1, 2)
+    out = join(out, lse, own_out.view(*by_prompt, dim), own_lse.view(by_prompt))
+    return out.view(rows, 1, heads, dim)

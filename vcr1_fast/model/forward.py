@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vcr1_fast.model.attention import prepare_attention
 from vcr1_fast.model.packing import Group, pack_groups
-from vcr1_fast.model.positions import SpecialIds
+from vcr1_fast.model.positions import SpecialIds, token_types
 from vcr1_fast.model.processor import Prompt
 from vcr1_fast.model.vision import encode_videos
 from vcr1_fast.model.wrapping import unwrap
@@ -80,22 +80,19 @@ def lm_head(model: nn.Module) -> tuple[Tensor, Tensor | None]:
 def prompt_features(
     model: nn.Module, prompts: Sequence[Prompt], given: Sequence[Tensor | None] | None = None
 ) -> list[Tensor | None]:
-    """Features (video tokens, H) of each prompt's clips; None for a prompt without clips.
+    """Features (vision tokens, H) of each prompt's clips and images; None for one without any.
 
     Those not `given` go through the tower together, with gradient if it is trained.
     """
     features = list(given) if given is not None else [None] * len(prompts)
-    todo = [
-        i
-        for i, prompt in enumerate(prompts)
-        if features[i] is None and prompt.pixel_values_videos is not None
-    ]
+    todo = [i for i, prompt in enumerate(prompts) if features[i] is None and prompt.patches]
     if todo:
-        pixels = torch.cat([prompts[i].pixel_values_videos for i in todo])
-        grids = torch.cat([prompts[i].video_grid_thw for i in todo])
+        media = [prompts[i].media() for i in todo]
+        pixels = torch.cat([patches for parts in media for patches, _ in parts])
+        grids = torch.stack([grid for parts in media for _, grid in parts])
         encoded = iter(encode_videos(model, pixels, grids))
-        for i in todo:
-            clips = [next(encoded) for _ in prompts[i].video_grid_thw]
+        for i, parts in zip(todo, media, strict=True):
+            clips = [next(encoded) for _ in parts]
             features[i] = torch.cat(clips) if len(clips) > 1 else clips[0]
     return features
 
@@ -107,13 +104,13 @@ def embed(
     features: Sequence[Tensor],
     ids: SpecialIds,
 ) -> Tensor:
-    """Embeddings (..., H) of tokens (...), those of the prompts' video tokens, in order, being
-    `features`, each (video tokens, H)."""
+    """Embeddings (..., H) of tokens (...), those of the prompts' video and image tokens, in order,
+    being `features`, each (vision tokens, H)."""
     embeddings = model.get_input_embeddings()(tokens)
-    slots = (tokens == ids.video) & is_prompt
+    slots = (token_types(tokens, ids) > 0) & is_prompt
     count = sum(map(len, features))
     if int(slots.sum()) != count:
-        raise ValueError(f"{int(slots.sum())} video tokens but {count} vision features")
+        raise ValueError(f"{int(slots.sum())} vision tokens but {count} vision features")
     if not features:
         return embeddings
     values = torch.cat(list(features)).to(embeddings.device, embeddings.dtype)

@@ -22,7 +22,7 @@ from vcr1_fast.model.processor import Prompt
 class Group:
     """A prompt with its completions, each (C_j,) int64 with C_j >= 1.
 
-    `vision` (video tokens, hidden) is what the tower made of the prompt's clips; None has
+    `vision` (vision tokens, hidden) is what the tower made of the prompt's media; None has
     `completion_hidden` encode them, with gradient if the tower is trained.
     """
 
@@ -167,7 +167,7 @@ def prompt_positions(prompt: Prompt, ids: SpecialIds, convention: str) -> Tensor
         prompt.input_ids,
         prompt.video_grid_thw,
         prompt.second_per_grid_ts,
-        None,
+        prompt.image_grid_thw,
         ids,
         convention=convention,
     )

@@ -14,6 +14,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+_FORWARD = "_scaled_dot_product_flash_attention_for_cpu"
+
+
+def check_kernels() -> None:
+    """ValueError where this torch lacks the kernels that `partial` and its backward pass call.
+
+    They are not part of torch's public interface: 2.9 to 2.13 have them.
+    """
+    for name in (_FORWARD, f"{_FORWARD}_backward"):
+        if not hasattr(torch.ops.aten, name):
+            raise ValueError(
+                f"torch {torch.__version__} has no {name}: set model.attention to 'masked'"
+            )
+
 
 def partial(
     query: Tensor,
@@ -110,6 +124,12 @@ def merge(first: Sequence[Tensor], second: Sequence[Tensor]) -> tuple[Tensor, Te
     weights = [(x - lse).exp_()[..., None] for x in (lse_a, lse_b)]
     out = a * weights[0] + b * weights[1]
     return out.to(a.dtype), lse
+
+
+def join(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> Tensor:
+    """The out of `merge` alone, in fewer operators: lse_a - L is log sigmoid(lse_a - lse_b)."""
+    share = torch.sigmoid(lse - other_lse)[..., None]
+    return torch.lerp(other.to(share.dtype), out.to(share.dtype), share).to(out.dtype)
 
 
 def fold_heads(x: Tensor, share: int, *, causal: bool) -> Tensor:

@@ -1,12 +1,14 @@
 """Text and clips to the inputs of Qwen2.5-VL.
 
 Value for value what transformers' Qwen2_5_VLProcessor gives on CPU, without torchvision: the chat
-template comes from the checkpoint, one `<|video_pad|>` of the rendered text becomes one token per
-2 x 2 patches of the clip, and the sampling rate of the clip sets `second_per_grid_ts`.
+template comes from the checkpoint, one `<|video_pad|>` or `<|image_pad|>` of the rendered text
+becomes one token per 2 x 2 patches of the clip or image, and the sampling rate of the clip sets
+`second_per_grid_ts`. An image is cut like a clip of one frame, which fills both halves of its
+temporal patch.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,76 +17,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vcr1_fast.data.sampling import smart_resize
 from vcr1_fast.model.files import CheckpointError, read_json
-from vcr1_fast.ops.video_patches import video_patches
-
-PATCH, TEMPORAL_PATCH, MERGE = 14, 2, 2
-_VIDEO_TOKEN, _IMAGE_TOKEN = "<|video_pad|>", "<|image_pad|>"
-# transformers reads the video settings from the first of these that exists.
-_VIDEO_FILES = (
-    "video_preprocessor_config.json",
-    "processor_config.json",
-    "preprocessor_config.json",
+from vcr1_fast.model.preprocessor import (
+    IMAGE_FILE,
+    VIDEO_FILE,
+    ImageProcessorConfig,
+    VideoProcessorConfig,
+    parse_settings,
+    read_sources,
 )
-_RESAMPLE = {2: "bilinear", 3: "bicubic"}
+from vcr1_fast.model.prompt import IMAGE, VIDEO, Prompt
+from vcr1_fast.ops.video_patches import MERGE, TEMPORAL_PATCH, video_patches
+
+__all__ = ["ImageProcessorConfig", "Processor", "Prompt", "VideoProcessorConfig"]
+
+_VIDEO_TOKEN, _IMAGE_TOKEN = "<|video_pad|>", "<|image_pad|>"
 
 
 class ClipLike(Protocol):
-    """What the processor reads of a clip."""
+    """What the processor reads of a clip, or of an image: T = 1, without a rate."""
 
     frames: np.ndarray  # (T, H, W, 3) uint8
-    fps: float  # frames a second, as sampled
-
-
-@dataclass(frozen=True)
-class VideoProcessorConfig:
-    """How frames become patches. Pixels are counted per frame; `total_pixels` is a clip's budget.
-
-    The defaults are those of transformers' Qwen2VLVideoProcessor; a checkpoint brings its own.
-    `dtype` is that of the patches; the model casts them to its own anyway.
-    """
-
-    min_pixels: int = 128 * 28 * 28
-    max_pixels: int = 768 * 28 * 28
-    total_pixels: int | None = None
-    resample: str = "bicubic"
-    rounding: str = "u8"
-    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
-    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
-    dtype: torch.dtype = torch.float32
-
-    def __post_init__(self) -> None:
-        if not 0 < self.min_pixels <= self.max_pixels:
-            raise ValueError(
-                "expected 0 < min_pixels <= max_pixels, "
-                f"got {self.min_pixels} and {self.max_pixels}"
-            )
-
-
-@dataclass(frozen=True, eq=False)
-class Prompt:
-    """One tokenised prompt with its videos, on the CPU. P tokens, n videos, N patches in all.
-
-    input_ids (P,) int64; mm_token_type_ids (P,) int64: 0 text, 1 image, 2 video;
-    pixel_values_videos (N, 1176) or None; video_grid_thw (n, 3) int64, in patches;
-    second_per_grid_ts (n,) float32, seconds from one temporal patch to the next;
-    text: the rendered chat template, before the video tokens are repeated.
-    """
-
-    input_ids: Tensor
-    mm_token_type_ids: Tensor
-    pixel_values_videos: Tensor | None
-    video_grid_thw: Tensor
-    second_per_grid_ts: Tensor
-    text: str
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
-
-    @property
-    def patches(self) -> int:
-        return 0 if self.pixel_values_videos is None else len(self.pixel_values_videos)
+    fps: float | None  # frames a second, as sampled; None: an image
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,12 +47,13 @@ class Processor:
 
     tokenizer: Any
     chat_template: str
-    video: VideoProcessorConfig = VideoProcessorConfig()
+    video: VideoProcessorConfig = field(default_factory=VideoProcessorConfig)
+    image: ImageProcessorConfig = field(default_factory=ImageProcessorConfig)
     sources: dict[str, dict] = field(default_factory=dict)
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "Processor":
-        """Read tokenizer, chat template and video settings of a checkpoint directory.
+        """Read tokenizer, chat template, video and image settings of a checkpoint directory.
 
         Raises:
             CheckpointError: naming the missing or unusable file.
@@ -113,12 +68,12 @@ class Processor:
             tokenizer = AutoTokenizer.from_pretrained(directory)
         except Exception as error:  # the tokenizers library raises bare Exception on bad files
             raise CheckpointError(directory / "tokenizer.json", f"unusable ({error})") from error
-        names = {name for name in _VIDEO_FILES if (directory / name).exists()}
-        sources = {name: read_json(directory / name) for name in sorted(names)}
+        sources = read_sources(directory)
         return cls(
             tokenizer,
             _chat_template(directory, tokenizer),
-            _video_config(directory, sources),
+            parse_settings(directory, sources, VideoProcessorConfig),
+            parse_settings(directory, sources, ImageProcessorConfig),
             sources,
         )
 
@@ -127,22 +82,31 @@ class Processor:
         directory = Path(directory)
         self.tokenizer.save_pretrained(directory)
         (directory / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
-        for name, settings in (self.sources or {_VIDEO_FILES[-1]: self._settings()}).items():
+        own = {VIDEO_FILE: self.video.as_json(), IMAGE_FILE: self.image.as_json()}
+        for name, settings in (self.sources or own).items():
             (directory / name).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
     def with_video(self, **changes: Any) -> "Processor":
         """The same processor with other video settings, e.g. `with_video(max_pixels=200_704)`."""
         return replace(self, video=replace(self.video, **changes))
 
+    def with_image(self, **changes: Any) -> "Processor":
+        """The same processor with other image settings."""
+        return replace(self, image=replace(self.image, **changes))
+
     def prompt(
         self, text: str, clips: Sequence[ClipLike] = (), *, system: str | None = None
     ) -> Prompt:
-        """A user turn of `text` followed by `clips`, up to where the assistant starts.
+        """A user turn of `text` followed by `clips` (and images: those without a rate), up to where
+        the assistant starts.
 
         `system` is the system turn; None leaves it to the chat template. ValueError when the text
-        itself holds vision tokens.
+        itself holds vision tokens, or an image has more than one frame.
         """
-        content = [{"type": "text", "text": text}, *({"type": "video"} for _ in clips)]
+        kinds = torch.tensor([IMAGE if clip.fps is None else VIDEO for clip in clips]).long()
+        names = {IMAGE: "image", VIDEO: "video"}
+        media = [{"type": names[kind]} for kind in kinds.tolist()]
+        content = [{"type": "text", "text": text}, *media]
         messages = [{"role": "user", "content": content}]
         if system is not None:
             messages.insert(0, {"role": "system", "content": system})
@@ -153,25 +117,34 @@ class Processor:
             tokenize=False,
         )
         ids = torch.tensor(self.tokenizer.encode(rendered, add_special_tokens=False))
-        is_video = ids == self.video_id
-        if int(is_video.sum()) != len(clips) or bool((ids == self.image_id).any()):
+        types = self._token_types(ids)
+        if not torch.equal(types[types > 0], kinds):
+            found, given = ([int((k == kind).sum()) for kind in names] for k in (types, kinds))
             raise ValueError(
-                f"the prompt has {int(is_video.sum())} video tokens for {len(clips)} clips "
-                f"(and may hold no image tokens): {rendered!r}"
+                f"the prompt has {found[0]} image and {found[1]} video tokens for {given[0]} "
+                f"images and {given[1]} clips: {rendered!r}"
             )
         parts = [self._patches(clip) for clip in clips]
-        grids = torch.stack([grid for _, grid in parts]) if parts else torch.zeros(0, 3).long()
         repeats = torch.ones_like(ids)
-        repeats[is_video] = grids.prod(dim=1) // MERGE**2
+        if parts:
+            grids = torch.stack([grid for _, grid in parts])
+            repeats[types > 0] = grids.prod(dim=1) // MERGE**2
         ids = ids.repeat_interleave(repeats)
+        (images, image_grids), (videos, video_grids) = (
+            _joined(part for part, k in zip(parts, kinds.tolist(), strict=True) if k == kind)
+            for kind in (IMAGE, VIDEO)
+        )
         return Prompt(
             input_ids=ids,
-            mm_token_type_ids=2 * (ids == self.video_id).long(),
-            pixel_values_videos=torch.cat([patches for patches, _ in parts]) if parts else None,
-            video_grid_thw=grids,
+            mm_token_type_ids=self._token_types(ids),
+            pixel_values_videos=videos,
+            video_grid_thw=video_grids,
             second_per_grid_ts=torch.tensor(
-                [TEMPORAL_PATCH / clip.fps for clip in clips], dtype=torch.float32
+                [TEMPORAL_PATCH / clip.fps for clip in clips if clip.fps is not None],
+                dtype=torch.float32,
             ),
+            pixel_values=images,
+            image_grid_thw=image_grids,
             text=rendered,
         )
 
@@ -209,41 +182,31 @@ class Processor:
         special |= set(range(len(self.tokenizer), vocab_size))
         return torch.tensor(sorted(special - {self.stop_id}), dtype=torch.int64)
 
+    def _token_types(self, ids: Tensor) -> Tensor:
+        return IMAGE * (ids == self.image_id).long() + VIDEO * (ids == self.video_id).long()
+
     def _patches(self, clip: ClipLike) -> tuple[Tensor, Tensor]:
-        video = self.video
         frames = clip.frames
-        size = smart_resize(
-            frames.shape[1],
-            frames.shape[2],
-            min_pixels=video.min_pixels,
-            max_pixels=video.max_pixels,
-            total_pixels=video.total_pixels,
-            num_frames=len(frames),
-        )
+        is_image = clip.fps is None
+        if is_image and len(frames) != 1:
+            raise ValueError(f"an image has one frame, a clip has a rate: got {len(frames)} frames")
+        config = self.image if is_image else self.video
         return video_patches(
             frames,
-            size,
-            resample=video.resample,
-            rounding=video.rounding,
-            dtype=video.dtype,
-            mean=video.mean,
-            std=video.std,
+            config.size(*frames.shape[:3]),
+            resample=config.resample,
+            rounding=config.rounding,
+            dtype=config.dtype,
+            mean=config.mean,
+            std=config.std,
         )
 
-    def _settings(self) -> dict:
-        video = self.video
-        return {
-            "image_processor_type": "Qwen2VLImageProcessor",
-            "processor_class": "Qwen2_5_VLProcessor",
-            "min_pixels": video.min_pixels,
-            "max_pixels": video.max_pixels,
-            "patch_size": PATCH,
-            "temporal_patch_size": TEMPORAL_PATCH,
-            "merge_size": MERGE,
-            "resample": {name: number for number, name in _RESAMPLE.items()}[video.resample],
-            "image_mean": list(video.mean),
-            "image_std": list(video.std),
-        }
+
+def _joined(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor | None, Tensor]:
+    parts = list(parts)
+    if not parts:
+        return None, torch.zeros(0, 3, dtype=torch.int64)
+    return torch.cat([patches for patches, _ in parts]), torch.stack([grid for _, grid in parts])
 
 
 def _chat_template(directory: Path, tokenizer: Any) -> str:
@@ -257,37 +220,3 @@ def _chat_template(directory: Path, tokenizer: Any) -> str:
     if not isinstance(template, str):
         raise CheckpointError(directory / "chat_template.jinja", "missing (no chat template)")
     return template
-
-
-def _video_config(directory: Path, sources: dict[str, dict]) -> VideoProcessorConfig:
-    for name in _VIDEO_FILES:
-        settings = sources.get(name, {})
-        if name == "processor_config.json":
-            settings = settings.get("video_processor", {})
-        if settings:
-            return _parse_video(directory / name, settings)
-    raise CheckpointError(directory / _VIDEO_FILES[-1], "missing (no video settings)")
-
-
-def _parse_video(path: Path, settings: dict) -> VideoProcessorConfig:
-    expected = {"patch_size": PATCH, "temporal_patch_size": TEMPORAL_PATCH, "merge_size": MERGE}
-    for key, value in expected.items():
-        if settings.get(key, value) != value:
-            raise CheckpointError(path, f"{key} {settings[key]} is not supported, only {value}")
-    default = VideoProcessorConfig()
-    size = settings.get("size") or {}
-    resample = settings.get("resample", 3)
-    if resample not in _RESAMPLE:
-        raise CheckpointError(path, f"resample {resample} is not one of {sorted(_RESAMPLE)}")
-
-    def pixels(name: str, edge: str, otherwise: int) -> int:
-        value = settings.get(name)
-        return value if value is not None else size.get(edge, size.get(name, otherwise))
-
-    return VideoProcessorConfig(
-        min_pixels=pixels("min_pixels", "shortest_edge", default.min_pixels),
-        max_pixels=pixels("max_pixels", "longest_edge", default.max_pixels),
-        resample=_RESAMPLE[resample],
-        mean=tuple(settings.get("image_mean", default.mean)),
-        std=tuple(settings.get("image_std", default.std)),
-    )

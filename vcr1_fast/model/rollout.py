@@ -3,6 +3,12 @@
 Prompts go through the model once, together; then all completions of all prompts advance by a token
 a step. Positions are those of `forward.py`, so rollout and training see the same model. Completions
 that have ended leave the batch.
+
+How the loop runs is `SamplingConfig.decoding`; what is drawn is the same:
+    dynamic    a step reads the keys in use; rows leave as soon as a fifth have ended
+    static     shapes stay what they are until rows have halved or the buffer of keys is full
+    graphs     static, each shape's step recorded as a CUDA graph and replayed
+    auto       graphs on CUDA, dynamic elsewhere
 """
 
 from collections.abc import Sequence
@@ -14,11 +20,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 from vcr1_fast.model.attention import prepare_attention
 from vcr1_fast.model.decode import SharedPrefix
-from vcr1_fast.model.forward import embed, lm_head, prompt_features
+from vcr1_fast.model.forward import embed, prompt_features
 from vcr1_fast.model.packing import prompt_positions
 from vcr1_fast.model.positions import SpecialIds, next_position
 from vcr1_fast.model.processor import Processor, Prompt
-from vcr1_fast.model.sampling import SamplingConfig, draw
+from vcr1_fast.model.sampling import Drawn, SamplingConfig, check_possible
+from vcr1_fast.model.token_step import TokenStep, resolve_decoding, token_step
 from vcr1_fast.model.wrapping import unwrap
 
 __all__ = ["Rollout", "SamplingConfig", "rollout"]
@@ -73,7 +80,8 @@ def rollout(
         vision: features of the prompts' clips where they are known (`prompt_features`).
 
     Raises:
-        ValueError: for no prompts or a group size below 1.
+        ValueError: for no prompts, a group size below 1, logits that are nan or infinite, or
+            decoding by graphs without CUDA.
     """
     if not prompts or group_size < 1:
         raise ValueError(f"got {len(prompts)} prompts and a group size of {group_size}")
@@ -96,13 +104,16 @@ class _Run:
 
     def __init__(self, model, processor: Processor, sampling: SamplingConfig, total: int):
         self.model, self.processor, self.sampling, self.total = model, processor, sampling, total
-        self.device = model.get_input_embeddings().weight.device
-        self.weight, self.bias = lm_head(model)
-        self.banned = processor.banned_ids(len(self.weight)).to(self.device)
-        self.memory = SharedPrefix()
+        weight = model.get_output_embeddings().weight
+        self.device = weight.device
+        decoding = resolve_decoding(sampling.decoding, self.device)
+        self.memory = SharedPrefix(static=decoding != "dynamic")
+        banned = processor.banned_ids(len(weight)).to(self.device)
+        self.first = TokenStep(model, self.memory, banned, sampling)
+        self.further = token_step(self.first, decoding, self.device)
         shape = (total + 1, sampling.max_new_tokens)
         self.tokens = torch.zeros(shape, dtype=torch.int64, device=self.device)
-        exact = torch.promote_types(self.weight.dtype, torch.float32)
+        exact = torch.promote_types(weight.dtype, torch.float32)
         self.logps = torch.zeros(2, *shape, dtype=exact, device=self.device)
         self.lengths = [sampling.max_new_tokens] * total
         self.finished = [False] * total
@@ -118,7 +129,8 @@ class _Run:
         tokens = pad_sequence([p.input_ids for p in prompts], batch_first=True).to(self.device)
         lengths = torch.tensor([len(p) for p in prompts], device=self.device)
         given = [f for f in features if f is not None]
-        embeddings = embed(self.model, tokens, tokens == ids.video, given, ids)
+        is_prompt = torch.ones_like(tokens, dtype=torch.bool)
+        embeddings = embed(self.model, tokens, is_prompt, given, ids)
         hidden = self.model.model.language_model(
             inputs_embeds=embeddings,
             position_ids=pad_sequence([p.T for p in positions], batch_first=True)
@@ -129,7 +141,7 @@ class _Run:
             past_key_values=self.memory,
             use_cache=True,
         ).last_hidden_state
-        self.memory.start_decoding(lengths)
+        self.memory.start_decoding(lengths, self.total)
         return hidden[torch.arange(len(prompts), device=self.device), lengths - 1]
 
     def decode(self, hidden: Tensor, group_size: int, generator: torch.Generator | None) -> None:
@@ -140,37 +152,33 @@ class _Run:
         rows = torch.arange(self.total, device=self.device)
         resume = self.resume.repeat_interleave(group_size)
         alive = torch.ones(self.total, dtype=torch.bool)
-        embedding = self.model.get_input_embeddings()
-        language_model = self.model.model.language_model
+        drawn = self.first.draw(hidden, uniforms[0])
         for step in range(sampling.max_new_tokens):
-            logits = nn.functional.linear(hidden, self.weight, self.bias)
-            chance = uniforms[step][rows.clamp(max=self.total - 1)]
-            tokens, logps, full = draw(logits, chance, self.banned, sampling)
+            tokens = drawn.tokens
             self.tokens[rows, step] = tokens
-            self.logps[0, rows, step] = logps
-            self.logps[1, rows, step] = full
-            ended = self._ended(tokens, rows, alive, step)
+            self.logps[0, rows, step] = drawn.logps
+            self.logps[1, rows, step] = drawn.full_logps
+            ended = self._ended(drawn, rows, alive, step)
             if bool(ended.any()):
                 alive &= ~ended
-                kept = self._compact(rows, alive)
+                kept = self._compact(alive)
                 if kept is not None:
                     rows, alive = rows[kept], alive[kept.cpu()]
                     tokens, resume = tokens[kept], resume[kept]
                 rows = rows.masked_fill(~alive.to(self.device), self.total)
             if not bool(alive.any()) or step + 1 == sampling.max_new_tokens:
                 return
-            hidden = language_model(
-                inputs_embeds=embedding(tokens[:, None]),
-                position_ids=(resume + step)[None, :, None].expand(3, -1, -1),
-                attention_mask={"full_attention": None},
-                past_key_values=self.memory,
-                use_cache=True,
-                shared_prefix=self.memory,
-            ).last_hidden_state[:, 0]
+            self.memory.make_room()
+            chance = uniforms[step + 1][rows.clamp(max=self.total - 1)]
+            drawn = self.further(tokens, resume + step, chance)
 
-    def _ended(self, tokens: Tensor, rows: Tensor, alive: Tensor, step: int) -> Tensor:
+    def _ended(self, drawn: Drawn, rows: Tensor, alive: Tensor, step: int) -> Tensor:
         """Which of the live rows end with this token; on the CPU (the step's only wait)."""
-        ended = (tokens == self.processor.stop_id).cpu() & alive
+        ended, possible = torch.stack(
+            [drawn.tokens == self.processor.stop_id, drawn.possible]
+        ).cpu()
+        check_possible(possible)
+        ended = ended & alive
         if self.sampling.stop:
             for i in torch.nonzero(alive & ~ended).flatten().tolist():
                 text = self.processor.decode(self.tokens[rows[i], : step + 1])
@@ -180,21 +188,26 @@ class _Run:
             self.finished[row] = True
         return ended
 
-    def _compact(self, rows: Tensor, alive: Tensor) -> Tensor | None:
+    def _compact(self, alive: Tensor) -> Tensor | None:
         """Move the live rows together; None when that would not save enough.
 
         Groups must stay equally large: one that has fewer live rows than another keeps some of its
-        ended rows as filling.
+        ended rows as filling. With static shapes both numbers go down by halves alone.
         """
         grid = alive.view(len(self.memory.bias), -1)
         counts = grid.sum(dim=1)
-        prompts = torch.nonzero(counts).flatten()
-        size = int(counts.max())
-        if len(prompts) == 0 or len(prompts) * size > (1 - _COMPACT_AT) * alive.numel():
+        number, size = int((counts > 0).sum()), int(counts.max())
+        if number and self.memory.static:
+            number, size = _halved(len(grid), number), _halved(grid.shape[1], size)
+        if number == 0 or number * size > (1 - _COMPACT_AT) * alive.numel():
             return None
-        first = grid[prompts].to(torch.uint8).sort(dim=1, descending=True, stable=True).indices
-        kept = (prompts[:, None] * grid.shape[1] + first[:, :size]).flatten().to(self.device)
-        whole = len(prompts) == len(grid)
+        prompts, first = (
+            (x > 0).to(torch.uint8).sort(dim=-1, descending=True, stable=True).indices
+            for x in (counts, grid)
+        )
+        prompts = prompts[:number].sort().values
+        kept = (prompts[:, None] * grid.shape[1] + first[prompts, :size]).flatten().to(self.device)
+        whole = number == len(grid)
         self.memory.select(None if whole else prompts.to(self.device), kept)
         return kept
 
@@ -213,3 +226,10 @@ class _Run:
             finished=grouped(self.finished),
             vision=list(features),
         )
+
+
+def _halved(full: int, needed: int) -> int:
+    """`full`, halved (rounding up) for as long as `needed` >= 1 still fits."""
+    while full > 1 and (full + 1) // 2 >= needed:
+        full = (full + 1) // 2
+    return full

@@ -2,9 +2,12 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
+
+Decoding = Literal["auto", "dynamic", "static", "graphs"]
 
 
 @dataclass(frozen=True)
@@ -14,6 +17,7 @@ class SamplingConfig:
     temperature: 0 takes the most likely token; top_k: 0 keeps all; top_p: 1 keeps all;
     max_new_tokens: the longest completion; stop: a completion also ends once its text holds one of
     these strings (checked by decoding, so leave it empty where the end-of-turn token is enough).
+    decoding: how the loop runs, not what it draws, see `rollout.py`.
     """
 
     temperature: float = 1.0
@@ -21,6 +25,7 @@ class SamplingConfig:
     top_k: int = 0
     max_new_tokens: int = 256
     stop: tuple[str, ...] = ()
+    decoding: Decoding = "auto"
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
@@ -33,54 +38,65 @@ class SamplingConfig:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
         if isinstance(self.stop, str) or not all(self.stop):
             raise ValueError(f"stop must be a tuple of non-empty strings, got {self.stop!r}")
+        if self.decoding not in get_args(Decoding):
+            raise ValueError(f"decoding must be one of {get_args(Decoding)}, got {self.decoding!r}")
 
 
-def draw(
-    logits: Tensor, uniforms: Tensor, banned: Tensor, config: SamplingConfig
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw one token a row.
+class Drawn(NamedTuple):
+    """One token a row. tokens (R,) int64; logps (R,), their log-probability under the distribution
+    drawn from (0 for temperature 0); full_logps (R,), under the plain softmax of
+    logits / temperature over the whole vocabulary (temperature 1 for 0), both in float32, or
+    float64 for such logits; possible (R,) bool: whether there was a distribution at all, without
+    which the others mean nothing."""
+
+    tokens: Tensor
+    logps: Tensor
+    full_logps: Tensor
+    possible: Tensor
+
+
+def draw(logits: Tensor, uniforms: Tensor, banned: Tensor, config: SamplingConfig) -> Drawn:
+    """Draw one token a row, without waiting for the device.
 
     Args:
-        logits: (R, V) of the model, any float dtype; overwritten.
+        logits: (R, V) of the model, any float dtype.
         uniforms: (R,) float64 in [0, 1): the only source of chance.
         banned: (b,) int64 tokens of probability zero.
         config: temperature, then top-k, then top-p, each renormalised, as transformers orders them.
-
-    Returns:
-        tokens (R,) int64; logps (R,), their log-probability under the distribution drawn from (0
-        for temperature 0); full_logps (R,), under the plain softmax of logits / temperature over
-        the whole vocabulary (temperature 1 for 0). Both in float32, or float64 for such logits.
-
-    Raises:
-        ValueError: for a row without a distribution: a logit that is nan or +inf, or nothing but
-            -inf outside `banned`.
     """
     scores = logits if logits.dtype == torch.float64 else logits.float()
     if config.temperature not in (0.0, 1.0):
         scores = scores / config.temperature
     full = scores.logsumexp(-1)
     allowed = scores.index_fill(-1, banned, -torch.inf)
-    norm = allowed.logsumexp(-1)
-    # One wait for a GPU; past here nan would be an index outside the vocabulary.
-    if not bool((full + norm).isfinite().all()):
-        bad = (full + norm).isfinite().logical_not().nonzero()[:, 0].tolist()
-        raise ValueError(
-            f"the model's logits are nan or infinite in rows {bad[:8]} of {len(scores)}: its "
-            "weights are spoiled (a learning rate too high?), or its dtype overflows"
-        )
     if config.temperature == 0:
         best, tokens = allowed.max(-1)
-        return tokens, torch.zeros_like(best), best - full
+        return Drawn(tokens, torch.zeros_like(best), best - full, (best + full).isfinite())
+    norm = allowed.logsumexp(-1)
+    possible = (full + norm).isfinite()
     if config.top_k or config.top_p < 1:
         allowed = truncate(allowed, config.top_k, config.top_p)
         norm = allowed.logsumexp(-1)
-    # Inverse transform sampling in float64: a token without probability spans no part of the line,
-    # and the last factor keeps the point left of its end.
-    line = (allowed - norm[:, None]).double().exp().cumsum(-1)
+    # Inverse transform sampling, summed in float64: a token without probability spans no part of
+    # the line, and the last factor keeps the point left of its end.
+    line = (allowed - norm[:, None]).exp().cumsum(-1, dtype=torch.float64)
     points = uniforms * line[:, -1] * (1 - 2.0**-40)
     tokens = torch.searchsorted(line, points[:, None], right=True)[:, 0]
+    # Past nan lies an index outside the vocabulary.
+    tokens = tokens.clamp(max=logits.shape[-1] - 1)
     chosen = allowed.gather(-1, tokens[:, None])[:, 0]
-    return tokens, chosen - norm, chosen - full
+    return Drawn(tokens, chosen - norm, chosen - full, possible)
+
+
+def check_possible(possible: Tensor) -> None:
+    """ValueError for a row without a distribution: a logit that is nan or +inf, or nothing but -inf
+    outside the banned tokens. possible: (R,) bool of `Drawn`."""
+    if not bool(possible.all()):
+        bad = possible.logical_not().nonzero()[:, 0].tolist()
+        raise ValueError(
+            f"the model's logits are nan or infinite in rows {bad[:8]} of {len(possible)}: its "
+            "weights are spoiled (a learning rate too high?), or its dtype overflows"
+        )
 
 
 def truncate(scores: Tensor, top_k: int, top_p: float) -> Tensor:

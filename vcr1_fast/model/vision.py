@@ -2,13 +2,17 @@
 
 Qwen2.5-VL's tower attends within windows of a frame (in most layers) or within a frame. Without
 FlashAttention transformers runs these one after another in Python, thousands for a clip of 32
-frames. Here all windows of one size are one batch: the same products, softmax by softmax.
+frames. Here all windows of one size are one batch: the same products, softmax by softmax. On CUDA,
+in half precision, torch's own attention over packed sequences takes them all in one call, where
+this torch has it.
 
 The model's own modules run unchanged; they take this attention because it is registered with
 transformers under a name of its own.
 """
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -40,6 +44,8 @@ def packed_attention(
     Returns (1, N, heads, D). `module`, the mask and the other arguments are not used: the tower has
     neither masks nor dropout.
     """
+    if takes_varlen(query):
+        return varlen_attention(query, key, value, scaling, cu_seq_lens_q), None
     plan = getattr(cu_seq_lens_q, "_vcr1_plan", None)
     if plan is None:
         # All blocks of a forward pass get the same tensor: the plan is made once and dropped with
@@ -63,6 +69,34 @@ def packed_attention(
     back = torch.empty_like(order)
     back[order] = torch.arange(size, device=order.device)
     return torch.cat(outputs)[back][None], None
+
+
+def takes_varlen(query: Tensor) -> bool:
+    """Whether `varlen_attention` serves such queries (1, heads, N, D)."""
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    return query.is_cuda and half and query.shape[-1] % 8 == 0 and _varlen_kernel() is not None
+
+
+def varlen_attention(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, boundaries: Tensor
+) -> Tensor:
+    """`packed_attention` by `torch.nn.attention.varlen`; returns (1, N, heads, D)."""
+    longest = getattr(boundaries, "_vcr1_longest", None)
+    if longest is None:  # one wait for the device in a forward pass
+        longest = boundaries._vcr1_longest = int(boundaries.diff().max())
+    edges = boundaries.to(query.device, torch.int32)
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    return _varlen_kernel()(q, k, v, edges, edges, longest, longest, scale=scaling)[None]
+
+
+@cache
+def _varlen_kernel() -> Callable[..., Tensor] | None:
+    """torch's, or None before it came, or came to take a scale."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn if "scale" in inspect.signature(varlen_attn).parameters else None
 
 
 def _plan(boundaries: Tensor, device: torch.device) -> tuple[list[tuple[int, int]], Tensor | None]:
@@ -117,7 +151,7 @@ def freeze_vision(model: nn.Module, *, merger: bool = True) -> None:
 
 
 def encode_videos(model: nn.Module, pixel_values: Tensor, grid_thw: Tensor) -> Sequence[Tensor]:
-    """Encode clips in one pass of the vision tower.
+    """Encode clips, and images as clips of one temporal patch, in one pass of the vision tower.
 
     Args:
         model: Qwen2.5-VL, wrapped or not.

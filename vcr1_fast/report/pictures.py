@@ -135,11 +135,12 @@ def _by_seconds(boxes: Mapping[Any, Any], times: Sequence[float]) -> list[list[f
 def _request(record: Record) -> ClipRequest:
     times = TASKS[record.task].times
     return ClipRequest(
-        record.video,
+        record.media,
         FRAMES,
         start=record.start,
         end=record.end,
         times=None if times is None else partial(times, record),
+        is_image=record.image is not None,
     )
 
 
@@ -151,9 +152,8 @@ def _frames(clip: Clip, images: Sequence[str], answer: Any, predictions: Mapping
     for index, image in enumerate(images):
         drawn = [_box(boxes[index], colour) for boxes, colour in layers]
         svg = f'<svg viewBox="0 0 1 1" preserveAspectRatio="none">{"".join(drawn)}</svg>'
-        figures.append(
-            f'<figure><div><img src="{image}" alt="">{svg}</div>{clip.times[index]:.1f} s</figure>'
-        )
+        time = "" if clip.duration is None else f"{times[index]:.1f} s"
+        figures.append(f'<figure><div><img src="{image}" alt="">{svg}</div>{time}</figure>')
     return f'<div class="frames">{"".join(figures)}</div>'
 
 

@@ -1,18 +1,18 @@
 """What a task is: the question put to the model, how its answer is read, and how it is scored.
 
-Prompt, format reward and parser of a task live in one object, so that they cannot ask for three
-different things.
+Prompt, format reward, parser and the check of what is annotated live in one object, so that they
+cannot ask for four different things.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
-if TYPE_CHECKING:
-    from vcr1_fast.data.records import Record
-
+from vcr1_fast.rewards import well_formed
+from vcr1_fast.tasks.record import Record
+from vcr1_fast.tasks.wording import Wording
 
 Metrics = dict[str, float]
 
@@ -37,24 +37,37 @@ class Parser(Protocol):
 class Task:
     """One task.
 
-    prompt(record, think): the user's text.
+    check(record): raises FieldError for a record that is not fit for the task.
+    wording: the prompts, with gaps for `fields`: name -> the text a record puts there.
+    needs: groups of fields of which every prompt must hold one. tags: what the parser reads.
     target(record): the completion that answers it rightly, without reasoning, to fine-tune on.
-    rewards: added up, unweighted.
-    metrics(prediction, record): scores of one sample; their means over a split are the split's.
-    primary: the metric to watch.
+    rewards: by name. metrics(prediction, record): scores of one sample; their means over a split
+    are the split's. primary: the metric to watch.
     blind(train, test): per strategy that never looks at the video, its metrics on `test`.
     times(record, duration): seconds of the frames to show; None leaves them to the frame rule.
+    spans(record): annotated seconds, which must lie inside the clip. label(record): the choice that
+    is right, whose balance matters. Both None where there are none.
     """
 
     name: str
-    prompt: Callable[[Record, bool], str]
+    check: Callable[[Record], None]
+    wording: Wording
+    fields: Mapping[str, Callable[[Record], str]]
+    needs: tuple[tuple[str, ...], ...]
     target: Callable[[Record], str]
     parse: Parser
     rewards: Mapping[str, Reward]
     metrics: Callable[[Any, Record], Metrics]
     primary: str
     blind: Callable[[Sequence[Record], Sequence[Record]], dict[str, Metrics]]
+    tags: tuple[str, ...] = ("answer",)
     times: Callable[[Record, float], list[float]] | None = None
+    spans: Callable[[Record], Sequence[Sequence[float]]] | None = None
+    label: Callable[[Record], str] | None = None
+
+    def prompt(self, record: Record, think: bool) -> str:
+        """The user's text."""
+        return self.wording.fill(think, lambda name: self.fields[name](record))
 
     def score(
         self, completion: str, record: Record, duration: float | None = None, think: bool = False
@@ -78,11 +91,6 @@ def mean_metrics(samples: Iterable[Metrics]) -> Metrics:
     return {name: sum(s[name] for s in samples) / len(samples) for name in samples[0]}
 
 
-def ask(question: str, think: bool, answer: str) -> str:
-    """The question, then how to answer it: `answer` names the content and shows the tags."""
-    if not think:
-        return f"{question} Reply {answer}."
-    return (
-        f"{question} First reason step by step inside <think> </think>, giving the times you rely "
-        f"on as <timestep>2.0 to 3.5</timestep>. Then reply {answer}."
-    )
+def tagged(completion: str, think: bool, *tags: str) -> bool:
+    """Whether the completion is these blocks and nothing else, reasoning before them if asked."""
+    return well_formed(completion, ("think", *tags) if think else tags)

@@ -12,4 +12,6 @@ TASK = Single(
     show=lambda answer: "yes" if answer else "no",
     nearness=lambda prediction, answer: float(prediction == answer),
     typical=most_common,
+    fits=lambda answer: isinstance(answer, bool),
+    expected="true or false",
 ).task()

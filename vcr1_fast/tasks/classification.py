@@ -4,20 +4,27 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from vcr1_fast.rewards import parse_label, strict
-from vcr1_fast.tasks.base import Metrics, Task, ask, mean_metrics
+from vcr1_fast.tasks.base import Metrics, Task, mean_metrics
+from vcr1_fast.tasks.record import FieldError, Record, check_prompt, describe
+from vcr1_fast.tasks.wording import ask
 
-if TYPE_CHECKING:
-    from vcr1_fast.data.records import Record
+FIELDS = {
+    "question": lambda record: record.prompt["question"].strip(),
+    "labels": lambda record: ", ".join(record.options),
+    "label": lambda record: record.options[0],  # to show the form of an answer
+}
 
 
-def prompt(record: Record, think: bool) -> str:
-    """`record.prompt["question"]`, then the labels in `record.options`."""
-    labels = ", ".join(record.options)
-    question = f"{record.prompt['question'].strip()} Choose one of these labels: {labels}."
-    return ask(question, think, f"with the label, like <answer>{record.options[0]}</answer>")
+def check(record: Record) -> None:
+    """`prompt["question"]`; `answer` one of at least two labels in `options`."""
+    check_prompt(record, "question")
+    if len(set(record.options)) < 2:
+        raise FieldError("options", f"expected at least 2 labels, got {list(record.options)}")
+    if record.answer not in record.options:
+        reason = f"{describe(record.answer)} is none of {list(record.options)}"
+        raise FieldError("answer", reason)
 
 
 def target(record: Record) -> str:
@@ -60,11 +67,18 @@ def blind(train: Sequence[Record], test: Sequence[Record]) -> dict[str, Metrics]
 
 TASK = Task(
     name="classification",
-    prompt=prompt,
+    check=check,
+    wording=ask(
+        "{question} Choose one of these labels: {labels}.",
+        "with the label, like <answer>{label}</answer>",
+    ),
+    fields=FIELDS,
+    needs=(("question",),),
     target=target,
     parse=parse,
     rewards={"format": format_reward, "accuracy": accuracy_reward},
     metrics=metrics,
     primary="accuracy",
     blind=blind,
+    label=lambda record: record.answer,
 )

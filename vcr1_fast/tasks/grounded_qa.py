@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from vcr1_fast.rewards import interval_set_iop, interval_set_iou, strict
 from vcr1_fast.rewards.strict import GroundedAnswer
-from vcr1_fast.tasks.base import Metrics, Task, ask, mean_metrics
-from vcr1_fast.tasks.multiple_choice import blind_letters, question
+from vcr1_fast.tasks.base import Metrics, Task, mean_metrics
+from vcr1_fast.tasks.multiple_choice import FIELDS, NEEDS, blind_letters
+from vcr1_fast.tasks.record import (
+    FieldError,
+    Record,
+    check_letter,
+    check_prompt,
+    check_spans,
+    check_video,
+    describe,
+)
 from vcr1_fast.tasks.spans import constant_spans
-
-if TYPE_CHECKING:
-    from vcr1_fast.data.records import Record
+from vcr1_fast.tasks.wording import ask
 
 
-def prompt(record: Record, think: bool) -> str:
-    return ask(
-        question(record),
-        think,
-        "with the letter and when it can be seen, in seconds, "
-        "like <answer>B</answer><glue>[(1.0, 4.5)]</glue>",
-    )
+def check(record: Record) -> None:
+    """A video; `prompt["question"]`; 2 to 26 `options`; `answer` {"answer": letter, "glue":
+    [[start, end], ...]}, seconds."""
+    check_video(record)
+    check_prompt(record, "question")
+    answer = record.answer
+    if not isinstance(answer, dict) or set(answer) != {"answer", "glue"}:
+        expected = 'expected {"answer": letter, "glue": spans}'
+        raise FieldError("answer", f"{expected}, got {describe(answer)}")
+    check_letter("answer.answer", answer["answer"], record.options)
+    check_spans("answer.glue", answer["glue"], empty=True)
 
 
 def target(record: Record) -> str:
@@ -87,11 +97,21 @@ def blind(train: Sequence[Record], test: Sequence[Record]) -> dict[str, Metrics]
 
 TASK = Task(
     name="grounded_qa",
-    prompt=prompt,
+    check=check,
+    wording=ask(
+        "{question} {options}",
+        "with the letter and when it can be seen, in seconds, "
+        "like <answer>B</answer><glue>[(1.0, 4.5)]</glue>",
+    ),
+    fields=FIELDS,
+    needs=NEEDS,
+    tags=("answer", "glue"),
     target=target,
     parse=parse,
     rewards={"format": format_reward, "accuracy": accuracy_reward, "iou": iou_reward},
     metrics=metrics,
     primary="accuracy",
     blind=blind,
+    spans=lambda record: record.answer["glue"],
+    label=lambda record: record.answer["answer"],
 )

@@ -5,24 +5,33 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from string import ascii_uppercase
-from typing import TYPE_CHECKING
 
 from vcr1_fast.rewards import strict
-from vcr1_fast.tasks.base import Metrics, Task, ask, mean_metrics
-
-if TYPE_CHECKING:
-    from vcr1_fast.data.records import Record
-
-
-def question(record: Record) -> str:
-    """`record.prompt["question"]` followed by the options with their letters."""
-    options = zip(ascii_uppercase, record.options, strict=False)
-    listed = " ".join(f"({letter}) {option}" for letter, option in options)
-    return f"{record.prompt['question'].strip()} {listed}".strip()
+from vcr1_fast.tasks.base import Metrics, Task, mean_metrics
+from vcr1_fast.tasks.record import Record, check_letter, check_prompt
+from vcr1_fast.tasks.wording import ask
 
 
-def prompt(record: Record, think: bool) -> str:
-    return ask(question(record), think, "with the letter, like <answer>B</answer>")
+def _lettered(record: Record) -> list[str]:
+    return [
+        f"({letter}) {option}"
+        for letter, option in zip(ascii_uppercase, record.options, strict=False)
+    ]
+
+
+FIELDS = {
+    "question": lambda record: record.prompt["question"].strip(),
+    "options": lambda record: " ".join(_lettered(record)),
+    "option_lines": lambda record: "\n".join(_lettered(record)),
+    "option_list": lambda record: str(_lettered(record)),  # as VideoChat-R1 shows them
+}
+NEEDS = (("question",), ("options", "option_lines", "option_list"))
+
+
+def check(record: Record) -> None:
+    """`prompt["question"]`; 2 to 26 `options`; `answer` the letter of one."""
+    check_prompt(record, "question")
+    check_letter("answer", record.answer, record.options)
 
 
 def target(record: Record) -> str:
@@ -90,11 +99,15 @@ def blind_letters(
 
 TASK = Task(
     name="multiple_choice",
-    prompt=prompt,
+    check=check,
+    wording=ask("{question} {options}", "with the letter, like <answer>B</answer>"),
+    fields=FIELDS,
+    needs=NEEDS,
     target=target,
     parse=parse,
     rewards={"format": format_reward, "accuracy": accuracy_reward},
     metrics=metrics,
     primary="accuracy",
     blind=blind,
+    label=lambda record: record.answer,
 )

@@ -1,6 +1,7 @@
 """Numbers that are right or wrong, such as counts: equal to two decimals."""
 
 from vcr1_fast.rewards.text import parse_number
+from vcr1_fast.tasks.record import is_number
 from vcr1_fast.tasks.single import Single, most_common
 
 TASK = Single(
@@ -12,4 +13,6 @@ TASK = Single(
     show="{:g}".format,
     nearness=lambda prediction, answer: float(abs(prediction - answer) < 0.005),
     typical=most_common,
+    fits=is_number,
+    expected="a number",
 ).task()

@@ -3,6 +3,7 @@
 from statistics import median
 
 from vcr1_fast.rewards.text import parse_number, relative_accuracy
+from vcr1_fast.tasks.record import is_number
 from vcr1_fast.tasks.single import Single
 
 TASK = Single(
@@ -14,4 +15,6 @@ TASK = Single(
     show="{:g}".format,
     nearness=relative_accuracy,
     typical=median,
+    fits=is_number,
+    expected="a number",
 ).task()

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from vcr1_fast.rewards import last_block, well_formed
-from vcr1_fast.tasks.base import Metrics, Task, ask, mean_metrics
-
-if TYPE_CHECKING:
-    from vcr1_fast.data.records import Record
+from vcr1_fast.rewards import last_block
+from vcr1_fast.tasks.base import Metrics, Task, mean_metrics, tagged
+from vcr1_fast.tasks.record import FieldError, Record, check_prompt, describe, is_text
+from vcr1_fast.tasks.wording import ask
 
 
 @dataclass(frozen=True)
@@ -18,6 +17,7 @@ class Single:
     """What such a task is made of.
 
     field: the prompt field that holds the question. how: the answer asked for, with its tags.
+    fits(answer): whether an annotated answer is one, `expected` saying what it should be.
     read(text): the answer in a block's text, None if there is none. show(answer): the text of an
     annotated answer. nearness(prediction, answer): 0 to 1, reward and metric at once, called
     `measure`. typical(answers): the one to guess without looking.
@@ -31,9 +31,14 @@ class Single:
     show: Callable[[Any], str]
     nearness: Callable[[Any, Any], float]
     typical: Callable[[Sequence[Any]], Any]
+    fits: Callable[[Any], bool] = is_text
+    expected: str = "a text"
 
-    def prompt(self, record: Record, think: bool) -> str:
-        return ask(record.prompt[self.field].strip(), think, self.how)
+    def check(self, record: Record) -> None:
+        check_prompt(record, self.field)
+        if not self.fits(record.answer):
+            reason = f"expected {self.expected}, got {describe(record.answer)}"
+            raise FieldError("answer", reason)
 
     def target(self, record: Record) -> str:
         return f"<answer>{self.show(record.answer)}</answer>"
@@ -51,8 +56,7 @@ class Single:
         think: bool = False,
     ) -> float:
         """1 for the tags asked for around a readable answer, else 0."""
-        tags = ("think", "answer") if think else ("answer",)
-        return float(self.parse(completion) is not None and well_formed(completion, tags))
+        return float(self.parse(completion) is not None and tagged(completion, think, "answer"))
 
     def nearness_reward(
         self,
@@ -76,7 +80,10 @@ class Single:
     def task(self) -> Task:
         return Task(
             name=self.name,
-            prompt=self.prompt,
+            check=self.check,
+            wording=ask(f"{{{self.field}}}", self.how),
+            fields={self.field: lambda record: record.prompt[self.field].strip()},
+            needs=((self.field,),),
             target=self.target,
             parse=self.parse,
             rewards={"format": self.format_reward, self.measure: self.nearness_reward},

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from vcr1_fast.data.records import Record
-
+from vcr1_fast.tasks.record import Record
 
 Spans = Sequence[Sequence[float]]
 

@@ -1,13 +1,19 @@
 """Spatial grounding: the box of a thing, from 0 to 1, in an image or a still clip."""
 
-from vcr1_fast.rewards import box_iou, parse_boxes
+from typing import Any
+
+from vcr1_fast.rewards import box_iou
+from vcr1_fast.rewards.spatiotemporal import parse_box
+from vcr1_fast.tasks.record import FieldError, check_box
 from vcr1_fast.tasks.single import Single
 
 
-def _read(text: str) -> tuple[float, ...] | None:
-    """One box, with or without brackets around the list of it."""
-    boxes = parse_boxes(f"[{text}]", 1) or parse_boxes(text, 1)
-    return boxes[0] if boxes else None
+def _is_box(answer: Any) -> bool:
+    try:
+        check_box("answer", answer)
+    except FieldError:
+        return False
+    return True
 
 
 TASK = Single(
@@ -15,8 +21,10 @@ TASK = Single(
     field="question",
     how="with the box [x0, y0, x1, y1] from 0 to 1, like <answer>[0.10, 0.20, 0.30, 0.40]</answer>",
     measure="IoU",
-    read=_read,
+    read=parse_box,
     show=lambda box: "[" + ", ".join(f"{value:.2f}" for value in box) + "]",
     nearness=box_iou,
     typical=lambda boxes: [sum(sides) / len(boxes) for sides in zip(*boxes, strict=True)],
+    fits=_is_box,
+    expected="a box [x0, y0, x1, y1] with 0 <= x0 < x1 <= 1, and y alike",
 ).task()

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from vcr1_fast.rewards import strict, temporal_iou
-from vcr1_fast.tasks.base import Metrics, Task, ask, mean_metrics
+from vcr1_fast.tasks.base import Metrics, Task, mean_metrics
+from vcr1_fast.tasks.record import Record, check_prompt, check_span, check_video
 from vcr1_fast.tasks.spans import constant_spans
-
-if TYPE_CHECKING:
-    from vcr1_fast.data.records import Record
+from vcr1_fast.tasks.wording import ask
 
 Span = tuple[float, float]
 
 
-def prompt(record: Record, think: bool) -> str:
-    """`record.prompt["event"]`: the event, as a sentence or a clause."""
-    event = record.prompt["event"].strip().rstrip(".")
-    return ask(
-        f"When in the video does this happen: {event}?",
-        think,
-        "with start and end in seconds, like <answer>3.5 to 8.0</answer>",
-    )
+FIELDS = {"event": lambda record: record.prompt["event"].strip().rstrip(".")}
+
+
+def check(record: Record) -> None:
+    """A video; `prompt["event"]`, a sentence or a clause; `answer` [start, end] in seconds."""
+    check_video(record)
+    check_prompt(record, "event")
+    check_span("answer", record.answer)
 
 
 def target(record: Record) -> str:
@@ -62,11 +60,18 @@ def blind(train: Sequence[Record], test: Sequence[Record]) -> dict[str, Metrics]
 
 TASK = Task(
     name="temporal_grounding",
-    prompt=prompt,
+    check=check,
+    wording=ask(
+        "When in the video does this happen: {event}?",
+        "with start and end in seconds, like <answer>3.5 to 8.0</answer>",
+    ),
+    fields=FIELDS,
+    needs=(("event",),),
     target=target,
     parse=parse,
     rewards={"format": format_reward, "iou": iou_reward},
     metrics=metrics,
     primary="mIoU",
     blind=blind,
+    spans=lambda record: [record.answer],
 )

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from vcr1_fast.rewards import box_iou, strict
-from vcr1_fast.tasks.base import Metrics, Task, ask, mean_metrics
-
-if TYPE_CHECKING:
-    from vcr1_fast.data.records import Record
+from vcr1_fast.tasks.base import Metrics, Task, mean_metrics
+from vcr1_fast.tasks.record import (
+    FieldError,
+    Record,
+    check_boxes,
+    check_prompt,
+    check_video,
+    describe,
+    is_number,
+)
+from vcr1_fast.tasks.wording import ask
 
 Box = tuple[float, float, float, float]
 Boxes = tuple[Box, ...]
@@ -22,15 +28,29 @@ def _text(box: Sequence[float]) -> str:
     return "[" + ", ".join(f"{value:.2f}" for value in box) + "]"
 
 
-def prompt(record: Record, think: bool) -> str:
-    """`record.prompt["object"]`: what to follow; its first box is the first of the answer's."""
-    first = _text(record.answer[0])
-    return ask(
-        f"Follow this object: {record.prompt['object'].strip()}, at first in {first}.",
-        think,
-        f"with its {len(record.answer)} boxes [x0, y0, x1, y1] from 0 to 1 at equal time steps, "
-        "like <answer>[[0.10, 0.20, 0.30, 0.40], ...]</answer>",
-    )
+FIELDS = {
+    "object": lambda record: record.prompt["object"].strip(),
+    "box": lambda record: _text(record.answer[0]),
+    "box_list": lambda record: str(list(record.answer[0])),  # all decimals, as VideoChat-R1
+    "count": lambda record: str(len(record.answer)),
+}
+
+
+def check(record: Record) -> None:
+    """A video; `prompt["object"]`, what to follow; `answer` its boxes, the first being the one
+    given; `metadata["times"]`, where given, one time in seconds for each."""
+    check_video(record)
+    check_prompt(record, "object")
+    check_boxes("answer", record.answer)
+    if len(record.answer) < 2:
+        raise FieldError("answer", "expected at least 2 boxes, the first being the given one")
+    times = record.metadata.get("times")
+    if times is not None and not (
+        isinstance(times, list | tuple)
+        and len(times) == len(record.answer)
+        and all(is_number(time) and time >= 0 for time in times)
+    ):
+        raise FieldError("metadata.times", f"expected one time a box, got {describe(times)}")
 
 
 def target(record: Record) -> str:
@@ -106,7 +126,14 @@ def _mean_offset(records: Sequence[Record], step: int, axis: int) -> float:
 
 TASK = Task(
     name="tracking",
-    prompt=prompt,
+    check=check,
+    wording=ask(
+        "Follow this object: {object}, at first in {box}.",
+        "with its {count} boxes [x0, y0, x1, y1] from 0 to 1 at equal time steps, "
+        "like <answer>[[0.10, 0.20, 0.30, 0.40], ...]</answer>",
+    ),
+    fields=FIELDS,
+    needs=(("object",), ("box", "box_list")),
     target=target,
     parse=parse,
     rewards={"format": format_reward, "iou": iou_reward},

@@ -65,9 +65,13 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: str | Path, *, rank: int = 0) -> dict[str, Any]:
-    """The state saved in a checkpoint, on the CPU; this process's random states are set as well."""
+    """The state saved in a checkpoint, on the CPU; this process's random states are set as well.
+
+    Its tensors are views of the file: the processes of a machine share one copy, read as each is
+    put in its place, where every process with one of its own would fill the memory of a node.
+    """
     path = Path(path)
-    state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+    state = torch.load(path / "state.pt", map_location="cpu", weights_only=True, mmap=True)
     own = path / f"random-{rank}.pt"
     if own.exists():
         set_random_state(torch.load(own, map_location="cpu", weights_only=True))

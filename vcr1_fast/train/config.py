@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from vcr1_fast.data.sampling import FrameConfig
+from vcr1_fast.model.attention import Backend
+from vcr1_fast.model.sampling import Decoding
 from vcr1_fast.ops.grpo_config import GRPOLossConfig
 from vcr1_fast.train.build import ConfigError
 
@@ -54,6 +56,8 @@ class ModelConfig:
     vision_cache_mb: int = 1024
     """What a frozen tower made of the clips, held in main memory over epochs, in MiB."""
     gradient_checkpointing: bool = False
+    attention: Backend = "auto"
+    """How a group's completions attend to the prompt they share, see `model/attention.py`."""
     mrope: Literal["trained", "installed"] = "trained"
     """Positions as the checkpoints were trained with, or as the installed transformers has them."""
 
@@ -73,11 +77,13 @@ class DataConfig:
     train: str
     """Records, JSONL."""
     media_root: str | None = None
-    """Folder that `video` paths are relative to; default: the records file's own folder."""
+    """Folder that media paths are relative to; default: the records file's own folder."""
     tasks: tuple[str, ...] | None = None
     """Train on these tasks only; default: all tasks in the file."""
     think: bool = False
     """Ask for reasoning before the answer."""
+    prompts: str | None = None
+    """File of other wordings (YAML or JSON), by task; default: the tasks' own."""
     system: str | None = None
     frames: FrameConfig = field(default_factory=FrameConfig)
     decoder: Literal["decord", "pyav"] = "decord"
@@ -109,6 +115,9 @@ class RolloutConfig:
     """Texts that end a completion, besides the end-of-turn token."""
     batch_prompts: int = 8
     """Prompts decoded together, each with its whole group."""
+    decoding: Decoding = "auto"
+    """How the decoding loop runs: by CUDA graphs on a GPU; "static" is the same without recording,
+    "dynamic" issues each operator. The completions are the same."""
     gap_mean_limit: float | None = 0.2
     """Mean |rollout log-prob - training log-prob| of a step above which the run stops; null: any.
     """

@@ -23,11 +23,11 @@ MAX_CACHED_IN_A_ROW = 256
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """A record ready for the model; `duration`: seconds of the clip it shows."""
+    """A record ready for the model; `duration`: seconds of the clip it shows, None for an image."""
 
     record: Record
     prompt: Prompt
-    duration: float
+    duration: float | None
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ class PromptSource:
             prompt = self.processor.prompt(text, [clip], system=self.config.system)
         except (ValueError, KeyError) as error:
             self._bad.add(record.id)
-            self.quarantine.add(record.id, record.video, str(error))
+            self.quarantine.add(record.id, record.media, str(error))
             return None
         return Sample(record, prompt, clip.duration)
 
@@ -236,16 +236,17 @@ def training_records(config: DataConfig, quarantine: Quarantine) -> list[Record]
 def clip_key(record: Record) -> Hashable:
     """What two records share when they show the same frames."""
     timed = record.id if TASKS[record.task].times else None
-    return record.video, record.start, record.end, timed
+    return record.media, record.start, record.end, timed
 
 
 def clip_request(record: Record, config: DataConfig) -> ClipRequest:
     """The frames that a record's task wants to see."""
     times = TASKS[record.task].times
     return ClipRequest(
-        path=record.video,
+        path=record.media,
         config=config.frames,
         start=record.start,
         end=record.end,
         times=None if times is None else partial(times, record),
+        is_image=record.image is not None,
     )

@@ -74,6 +74,7 @@ def sample_completions(
         top_k=settings.top_k,
         max_new_tokens=settings.max_new_tokens,
         stop=settings.stop,
+        decoding=settings.decoding,
     )
     seed = (run.config.run.seed * 1_000_003 + step) * run.ranks + run.rank
     generator = torch.Generator().manual_seed(seed % 2**63)

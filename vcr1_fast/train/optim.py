@@ -1,7 +1,8 @@
 """AdamW on float32 weights, its schedule, and gradients over processes."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,10 +11,13 @@ from vcr1_fast.train.config import OptimConfig
 
 
 class MasterAdamW:
-    """AdamW whose weights and moments are float32.
+    """AdamW whose weights, moments and gradients are float32.
 
     Of a half-precision parameter a float32 copy is stepped and rounded back: steps of 1e-6 are far
-    below the spacing of bfloat16 numbers and would be lost one by one. Others are stepped in place.
+    below the spacing of bfloat16 numbers and would be lost one by one. So would a micro-batch's
+    gradient in a sum of many, to the last of its 8 bits: the backward pass's gradient of such a
+    parameter is added to its copy's as soon as it is whole, and dropped. Others are stepped in
+    place.
     """
 
     def __init__(self, parameters: Iterable[Tensor], config: OptimConfig) -> None:
@@ -24,6 +28,8 @@ class MasterAdamW:
             p if p.dtype == torch.float32 else p.detach().float().requires_grad_()
             for p in self.parameters
         ]
+        for parameter, master in self._halves():
+            parameter.register_post_accumulate_grad_hook(partial(_hand_over, master=master))
         self.adamw = torch.optim.AdamW(
             self.masters,
             lr=config.lr,
@@ -33,30 +39,35 @@ class MasterAdamW:
         )
 
     def step(self, lr: float) -> None:
-        """One update from the parameters' gradients, which are then dropped."""
+        """One update from the masters' gradients, which are then dropped."""
         for group in self.adamw.param_groups:
             group["lr"] = lr
-        for parameter, master in zip(self.parameters, self.masters, strict=True):
-            if master is not parameter and parameter.grad is not None:
-                master.grad = parameter.grad.float()
         self.adamw.step()
         with torch.no_grad():
-            for parameter, master in zip(self.parameters, self.masters, strict=True):
-                if master is not parameter:
-                    parameter.copy_(master)
+            for parameter, master in self._halves():
+                parameter.copy_(master)
         self.zero_grad()
 
     def zero_grad(self) -> None:
+        """Drop all gradients, a backward pass's that broke off too."""
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             parameter.grad = master.grad = None
 
     def pending_bytes(self) -> int:
         """What gradients and the first update have yet to allocate."""
-        gradients = sum(p.numel() * p.element_size() for p in self.parameters if p.grad is None)
+        gradients = sum(4 * master.numel() for master in self.masters if master.grad is None)
+        # One at a time is there in half precision, until it has been handed over.
+        gradients += max((p.nbytes for p, _ in self._halves()), default=0)
         if self.adamw.state:
             return gradients
         moments = sum(8 * p.numel() for p in self.parameters)
         return gradients + moments
+
+    def _halves(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Half-precision parameters with their masters."""
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            if master is not parameter:
+                yield parameter, master
 
     def state_dict(self) -> dict:
         masters = [
@@ -71,6 +82,15 @@ class MasterAdamW:
             for master, saved in zip(self.masters, state["masters"], strict=True):
                 if saved is not None:
                     master.copy_(saved)
+
+
+def _hand_over(parameter: Tensor, master: Tensor) -> None:
+    """Add a backward pass's gradient of `parameter` to that of its `master`."""
+    if master.grad is None:
+        master.grad = parameter.grad.float()
+    else:
+        master.grad.add_(parameter.grad)
+    parameter.grad = None
 
 
 def learning_rate(step: int, config: OptimConfig) -> float:
@@ -109,8 +129,8 @@ def clipped_step(optimizer: MasterAdamW, lr: float, config: OptimConfig) -> floa
     A norm that is not finite means that no update was made, the gradients being dropped; without
     `skip_nonfinite` it is a ValueError.
     """
-    sum_gradients(optimizer.parameters)
-    norm = float(torch.nn.utils.clip_grad_norm_(optimizer.parameters, config.max_grad_norm))
+    sum_gradients(optimizer.masters)
+    norm = float(torch.nn.utils.clip_grad_norm_(optimizer.masters, config.max_grad_norm))
     if math.isfinite(norm):
         optimizer.step(lr)
     elif config.skip_nonfinite:

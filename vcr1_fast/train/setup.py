@@ -16,11 +16,14 @@ from accelerate.utils import DistributedType, gather_object, set_seed
 from torch import nn
 
 from vcr1_fast.data.quarantine import Quarantine
+from vcr1_fast.model.attention import prepare_attention
 from vcr1_fast.model.checkpoint import load, save
 from vcr1_fast.model.forward import prompt_features
 from vcr1_fast.model.processor import Processor
 from vcr1_fast.model.vision import freeze_vision
 from vcr1_fast.model.wrapping import checkpoint_activations, unwrap
+from vcr1_fast.tasks import TASKS
+from vcr1_fast.tasks.wording import prompts_from
 from vcr1_fast.train.build import dump_config
 from vcr1_fast.train.checkpoint import (
     checkpoints,
@@ -182,6 +185,7 @@ def open_run(config: TrainConfig, *, reference: bool) -> Iterator[Run]:
         done = state["step"]
         del state  # several times the size of the model
     with ExitStack() as stack:
+        stack.enter_context(prompts_from(config.data.prompts, TASKS, think=config.data.think))
         log = stack.enter_context(
             RunLog(
                 output,
@@ -243,6 +247,7 @@ def prepare_model(config: TrainConfig, device: torch.device) -> tuple[nn.Module,
         max_pixels=frames.max_pixels,
         total_pixels=frames.total_pixels,
     )
+    prepare_attention(model, settings.attention)
     if settings.lora_rank:
         model = add_adapters(model, settings)
     if settings.freeze_vision:

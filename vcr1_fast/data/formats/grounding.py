@@ -1,0 +1,93 @@
+"""What VideoChat-R1 ships (its folder Annotations/): times, evidence, tracks, quality.
+
+| format | file | task |
+|---|---|---|
+| charades, activitynet | {video: {duration, timestamps, sentences}} | temporal_grounding |
+| nextgqa | [{id, video, question, options, duration, glue, type, answer}] | grounded_qa |
+| got10k | [{path, object, gt}], `path` a folder of JPEG frames | tracking |
+| quality, vidtab | [{video, instruction, answer}], labels in the instruction | classification |
+
+Ends past the duration stay, since the rewards clip them. One repair: evidence of NExT-GQA that
+begins a frame or so before the video (-0.1 s) begins at 0.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from vcr1_fast.data.formats.files import Format, Row, listing, mapping
+
+
+def _timestamps(video: str, entry: Any, media_root: Path) -> Iterator[Row]:
+    pairs = zip(entry["timestamps"], entry["sentences"], strict=True)
+    for number, (span, sentence) in enumerate(pairs):
+        yield {
+            "id": f"{video}-{number}",
+            "task": "temporal_grounding",
+            "video": f"{video}.mp4",
+            "prompt": {"event": sentence.strip().rstrip(".").lower()},
+            "answer": span,
+            "metadata": {"duration": entry["duration"]},
+        }
+
+
+_LETTERED = re.compile(r"\(([A-Z])\) ?(.*)", re.DOTALL)
+
+
+def _nextgqa(place: str, entry: Any, media_root: Path) -> Iterator[Row]:
+    matches = [_LETTERED.fullmatch(option) for option in entry["options"]]
+    if [match and match[1] for match in matches] != list("ABCDEFGH"[: len(matches)]):
+        raise ValueError(f"options {entry['options']}")
+    yield {
+        "id": entry["id"],
+        "task": "grounded_qa",
+        "video": entry["video"],
+        "prompt": {"question": entry["question"].strip()},
+        "options": [match[2] for match in matches],
+        "answer": {
+            "answer": entry["answer"].strip("()"),
+            "glue": [
+                [max(start, 0.0) if start > -0.5 else start, end] for start, end in entry["glue"]
+            ],
+        },
+        "metadata": {"duration": entry["duration"], "type": entry["type"]},
+    }
+
+
+def _got10k(place: str, entry: Any, media_root: Path) -> Iterator[Row]:
+    *_, split, folder = Path(entry["path"]).parts
+    yield {
+        "id": folder,
+        "task": "tracking",
+        "video": f"{split}/{folder}",
+        "prompt": {"object": entry["object"]},
+        "answer": entry["gt"],
+    }
+
+
+_CHOICE = re.compile(r"(.*\S)\s*Choice one answer from \[(.*)\]\.?\s*", re.DOTALL)
+
+
+def _quality(place: str, entry: Any, media_root: Path) -> Iterator[Row]:
+    match = _CHOICE.fullmatch(entry["instruction"])
+    if match is None:
+        raise ValueError(f"no list of labels in {entry['instruction']!r}")
+    yield {
+        "id": Path(entry["video"]).stem,
+        "task": "classification",
+        "video": entry["video"],
+        "prompt": {"question": match[1]},
+        "options": [label.strip(" '\"") for label in match[2].split(",")],
+        "answer": entry["answer"].strip(),
+    }
+
+
+FORMATS = {
+    "charades": Format(mapping, _timestamps),
+    "activitynet": Format(mapping, _timestamps),
+    "nextgqa": Format(listing, _nextgqa),
+    "got10k": Format(listing, _got10k),
+    "quality": Format(listing, _quality),
+    "vidtab": Format(listing, _quality),
+}

@@ -1,0 +1,141 @@
+"""How a checkpoint wants its images and clips: sizes and normalisation, read from its files."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from vcr1_fast.data.sampling import smart_resize
+from vcr1_fast.model.files import CheckpointError, read_json
+from vcr1_fast.ops.video_patches import CLIP_MEAN, CLIP_STD, MERGE, PATCH, TEMPORAL_PATCH
+
+VIDEO_FILE, BOTH_FILE, IMAGE_FILE = (
+    "video_preprocessor_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+)
+# transformers reads the settings of clips and images from the first of these that has them.
+_SETTINGS_FILES = {
+    "video_processor": (VIDEO_FILE, BOTH_FILE, IMAGE_FILE),
+    "image_processor": (BOTH_FILE, IMAGE_FILE),
+}
+_RESAMPLE = {2: "bilinear", 3: "bicubic"}
+
+
+@dataclass(frozen=True)
+class ImageProcessorConfig:
+    """How an image becomes patches.
+
+    The defaults are those of transformers' Qwen2VLImageProcessor; a checkpoint brings its own.
+    `dtype` is that of the patches; the model casts them to its own anyway.
+    """
+
+    min_pixels: int = 56 * 56
+    max_pixels: int = 1280 * 28 * 28
+    resample: str = "bicubic"
+    rounding: str = "u8"
+    mean: tuple[float, float, float] = CLIP_MEAN
+    std: tuple[float, float, float] = CLIP_STD
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        if not 0 < self.min_pixels <= self.max_pixels:
+            raise ValueError(
+                "expected 0 < min_pixels <= max_pixels, "
+                f"got {self.min_pixels} and {self.max_pixels}"
+            )
+
+    def size(self, frames: int, height: int, width: int) -> tuple[int, int]:
+        """(height, width) in pixels that frames of this size are resized to."""
+        return smart_resize(height, width, min_pixels=self.min_pixels, max_pixels=self.max_pixels)
+
+    def as_json(self) -> dict:
+        """As in a checkpoint's settings file."""
+        kind = "video" if isinstance(self, VideoProcessorConfig) else "image"
+        return {
+            f"{kind}_processor_type": f"Qwen2VL{kind.title()}Processor",
+            "processor_class": "Qwen2_5_VLProcessor",
+            "min_pixels": self.min_pixels,
+            "max_pixels": self.max_pixels,
+            "patch_size": PATCH,
+            "temporal_patch_size": TEMPORAL_PATCH,
+            "merge_size": MERGE,
+            "resample": {name: number for number, name in _RESAMPLE.items()}[self.resample],
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+        }
+
+
+@dataclass(frozen=True)
+class VideoProcessorConfig(ImageProcessorConfig):
+    """How frames become patches. Pixels are counted per frame; `total_pixels` is a clip's budget.
+
+    The defaults are those of transformers' Qwen2VLVideoProcessor; a checkpoint brings its own.
+    """
+
+    min_pixels: int = 128 * 28 * 28
+    max_pixels: int = 768 * 28 * 28
+    total_pixels: int | None = None
+
+    def size(self, frames: int, height: int, width: int) -> tuple[int, int]:
+        return smart_resize(
+            height,
+            width,
+            min_pixels=self.min_pixels,
+            max_pixels=self.max_pixels,
+            total_pixels=self.total_pixels,
+            num_frames=frames,
+        )
+
+
+C = TypeVar("C", bound=ImageProcessorConfig)
+
+
+def read_sources(directory: Path) -> dict[str, dict]:
+    """The settings files that a checkpoint directory has, by name."""
+    names = (VIDEO_FILE, BOTH_FILE, IMAGE_FILE)
+    return {name: read_json(directory / name) for name in names if (directory / name).exists()}
+
+
+def parse_settings(directory: Path, sources: dict[str, dict], kind: type[C]) -> C:
+    """Those of images or of clips, by `kind`, from the files that `read_sources` found.
+
+    CheckpointError names the file without them, or with a value that is not supported.
+    """
+    section = "video_processor" if kind is VideoProcessorConfig else "image_processor"
+    for name in _SETTINGS_FILES[section]:
+        settings = sources.get(name, {})
+        if name == BOTH_FILE:
+            settings = settings.get(section, {})
+        if settings:
+            return _parse(directory / name, settings, kind)
+    what = section.partition("_")[0]
+    raise CheckpointError(directory / IMAGE_FILE, f"missing (no {what} settings)")
+
+
+def _parse(path: Path, settings: dict, kind: type[C]) -> C:
+    expected = {"patch_size": PATCH, "temporal_patch_size": TEMPORAL_PATCH, "merge_size": MERGE}
+    for key, value in expected.items():
+        if settings.get(key, value) != value:
+            raise CheckpointError(path, f"{key} {settings[key]} is not supported, only {value}")
+    default = kind()
+    size = settings.get("size") or {}
+    resample = settings.get("resample", 3)
+    if resample not in _RESAMPLE:
+        raise CheckpointError(path, f"resample {resample} is not one of {sorted(_RESAMPLE)}")
+
+    def pixels(name: str, edge: str, otherwise: int) -> int:
+        value = settings.get(name)
+        return value if value is not None else size.get(edge, size.get(name, otherwise))
+
+    try:
+        return kind(
+            min_pixels=pixels("min_pixels", "shortest_edge", default.min_pixels),
+            max_pixels=pixels("max_pixels", "longest_edge", default.max_pixels),
+            resample=_RESAMPLE[resample],
+            mean=tuple(settings.get("image_mean", default.mean)),
+            std=tuple(settings.get("image_std", default.std)),
+        )
+    except ValueError as error:
+        raise CheckpointError(path, str(error)) from error
