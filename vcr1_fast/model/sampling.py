@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+
 Decoding = Literal["auto", "dynamic", "static", "graphs"]
 
 
