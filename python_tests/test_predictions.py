@@ -14,7 +14,7 @@ from vcr1_fast.evaluate.completions import Completion, given_completions
 from vcr1_fast.evaluate.config import EvalConfig, EvalRun
 from vcr1_fast.evaluate.published import benchmarks, published_beside
 from vcr1_fast.evaluate.run import evaluate, evaluate_predictions
-from vcr1_fast.evaluate.score import Bootstrap, Scored, means_and_intervals, with_f1
+from vcr1_fast.evaluate.score import Bootstrap, Scored, means_and_intervals, score, with_f1
 from vcr1_fast.report.table import markdown_table, summary_tables
 from vcr1_fast.tasks import TASKS
 
@@ -194,6 +194,26 @@ def test_f1_is_of_the_means_and_its_interval_of_resampled_means():
     low, high = intervals["F1"]
     assert 0.45 < low < high <= 0.5
     assert np.subtract(*intervals["precision"][::-1]) > 0.15
+
+
+def test_all_predictions_of_a_task_are_measured_at_once_and_keep_their_order():
+    answered = [
+        (item, Completion(item.id, TEXTS[item.id])) for item in RECORDS[::2] + RECORDS[1::2]
+    ]
+    calls = []
+
+    def measure(task, predictions, records):
+        calls.append((task.name, [record.id for record in records]))
+        return [{"length": float(len(str(prediction)))} for prediction in predictions]
+
+    scored = score(answered, measure)
+    assert calls == [
+        ("temporal_grounding", ["t1", "t3", "t2"]),
+        ("tracking", ["k2", "k1"]),
+        ("grounded_qa", ["g2", "g1", "g3"]),
+    ]
+    assert [item.record.id for item in scored] == [record.id for record, _ in answered]
+    assert all(item.metrics["length"] == len(str(item.prediction)) for item in scored)
 
 
 def test_a_record_that_failed_is_asked_again_when_told_to(tmp_path, monkeypatch):

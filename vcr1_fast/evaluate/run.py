@@ -188,15 +188,16 @@ def score_all(
     bad_rows: Sequence[QuarantineItem] = (),
 ) -> Evaluation:
     """Score completions (parallel to `records`); one with an error is quarantined instead."""
-    scored = []
+    answered = []
     quarantined = list(bad_rows)
     for record, completion in zip(records, completions, strict=True):
         if completion.id != record.id:
             raise ValueError(f"completion of {completion.id!r} at the place of {record.id!r}")
         if completion.error is None:
-            scored.append(score(record, completion))
+            answered.append((record, completion))
         else:
             quarantined.append(QuarantineItem(record.id, record.media, completion.error))
+    scored = score(answered)
     tasks = summarise(
         scored,
         train_records=train_records,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 from vcr1_fast.data.records import Record
 from vcr1_fast.evaluate.completions import Completion, Pass
 from vcr1_fast.evaluate.intervals import bootstrap_means, percentile_interval
-from vcr1_fast.tasks import TASKS, mean_metrics
+from vcr1_fast.tasks import TASKS, Metrics, Task, mean_metrics
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,32 @@ class Scored:
         }
 
 
-def score(record: Record, completion: Completion) -> Scored:
-    """Parse and score one completion by its task. An unparsable one scores as the task's
-    `metrics(None, record)` says (zero), and is counted apart in the summary."""
-    task = TASKS[record.task]
-    prediction = task.parse(completion.text, record)
-    return Scored(record, completion, prediction, task.metrics(prediction, record))
+Measure = Callable[[Task, Sequence[Any], Sequence[Record]], list[Metrics]]
+"""Scores of a task's predictions: all of an evaluation at once, for a judge to be asked once."""
+
+
+def own_metrics(task: Task, predictions: Sequence[Any], records: Sequence[Record]) -> list[Metrics]:
+    """What the task says of each."""
+    return [task.metrics(p, record) for p, record in zip(predictions, records, strict=True)]
+
+
+def score(
+    answered: Sequence[tuple[Record, Completion]], measure: Measure = own_metrics
+) -> list[Scored]:
+    """Parse and score completions by their tasks, in order. One that cannot be parsed scores as the
+    task says for None (zero), and is counted apart in the summary."""
+    by_task: dict[str, list[int]] = defaultdict(list)
+    for index, (record, _) in enumerate(answered):
+        by_task[record.task].append(index)
+    scored: dict[int, Scored] = {}
+    for name, indices in by_task.items():
+        task, pairs = TASKS[name], [answered[index] for index in indices]
+        records = [record for record, _ in pairs]
+        predictions = [task.parse(completion.text, record) for record, completion in pairs]
+        measured = measure(task, predictions, records)
+        for index, prediction, metrics in zip(indices, predictions, measured, strict=True):
+            scored[index] = Scored(*answered[index], prediction, metrics)
+    return [scored[index] for index in range(len(answered))]
 
 
 @dataclass(frozen=True)

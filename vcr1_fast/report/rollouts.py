@@ -137,7 +137,7 @@ def write_predictions_html(
                 {
                     "task": line["task"],
                     "id": line["id"],
-                    "prompt": " ".join([*record.prompt.values(), *record.options]),
+                    "prompt": TASKS[line["task"]].prompt(record, False),
                     "target": line["answer"],
                     "completion": line["completion"],
                     "rewards": line["metrics"],
