@@ -34,6 +34,11 @@ def test_synth_sft_train_eval(tmp_path, inputs, capsys):
         assert model == str(output / "model")
         assert len((output / "metrics.jsonl").read_text().splitlines()) == 1
         assert f"path: {arguments[1]}" in (output / "config.yaml").read_text()
+    assert cli.main(["report", str(output)]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert str(output / "curves" / "reward.png") in told and told[-1].endswith("rollouts.html")
+    page = (output / "rollouts.html").read_text()
+    assert page.count("<img") >= 4 and "no frames" not in page
     settings = [
         "eval.max_new_tokens=4",
         "eval.device=cpu",
@@ -47,6 +52,7 @@ def test_synth_sft_train_eval(tmp_path, inputs, capsys):
     arguments = ["--model", model, "--data", test, "--output", str(output)]
     assert cli.main(["eval", *arguments, *settings]) == 0
     assert "temporal_grounding" in capsys.readouterr().out
+    assert "data:image/jpeg" in (output / "predictions.html").read_text()
     assert "tasks" in json.loads((output / "summary.json").read_text())
 
 
@@ -73,6 +79,8 @@ def test_a_saved_config_runs_again(inputs, tmp_path, capsys):
         (["train", "--config", "."], "Is a directory"),
         (["eval", "--model", "m"], "vcr1 eval: records: missing"),
         (["data", "synth", "out", "train=-1"], "train must not be negative"),
+        (["report", "."], "holds no training run"),
+        (["chat"], "vcr1 chat: model: missing"),
     ],
 )
 def test_mistakes_are_told_in_one_line(arguments, told, capsys, tmp_path, monkeypatch):
@@ -123,5 +131,5 @@ def test_help_names_the_commands():
         [sys.executable, "-m", "vcr1_fast.cli", "--help"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0
-    for name in ("data", "sft", "train", "eval", "demo", "doctor"):
+    for name in ("data", "sft", "train", "eval", "chat", "report", "bench", "demo", "doctor"):
         assert name in done.stdout

@@ -11,11 +11,12 @@ import pytest
 
 from vcr1_fast.data.records import Record, write_records
 from vcr1_fast.evaluate import run as run_module
+from vcr1_fast.evaluate.command import launched, main_eval
 from vcr1_fast.evaluate.completions import Completion, load_completions, shard_path
 from vcr1_fast.evaluate.config import EvalConfig, EvalRun
 from vcr1_fast.evaluate.identity import fingerprint
 from vcr1_fast.evaluate.intervals import bootstrap_interval
-from vcr1_fast.evaluate.run import answer_shard, cut_batches, evaluate, main_eval
+from vcr1_fast.evaluate.run import answer_shard, cut_batches, evaluate
 
 
 def grounding(name, span=(2.0, 6.0), video=None):
@@ -161,7 +162,8 @@ def test_the_summary_interval_resamples_videos_not_questions():
     texts = {record.id: spans[i // 10 % 2 == 0] for i, record in enumerate(records)}  # 12 videos
     (task,) = evaluate(None, None, records, answer=answers(texts)).tasks
     assert task.metrics["mIoU"] == pytest.approx(0.5)
-    half = (task.interval[1] - task.interval[0]) / 2
+    low, high = task.intervals["mIoU"]
+    half = (high - low) / 2
     assert half == pytest.approx(1.96 * 0.5 / math.sqrt(12), rel=0.15)
 
 
@@ -334,6 +336,26 @@ def test_main_eval_prints_scores_floor_and_quarantine(folder, capsys):
     out = capsys.readouterr().out
     assert "no look" in out and "mIoU" in out and "multiple_choice" in out
     assert "quarantined q7: v1.mp4: cannot be decoded" in out
+
+
+def test_processes_of_a_launcher_are_shards(folder, monkeypatch, capsys):
+    run = EvalRun(
+        model=str(folder.path / "model"),
+        records=str(folder.path / "test.jsonl"),
+        output=str(folder.path / "launched"),
+        eval=EvalConfig(batch_size=4, pictured=0),
+    )
+    folder("one")
+    for rank in ("1", "0"):
+        for name, value in {"WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank}.items():
+            monkeypatch.setenv(name, value)
+        assert main_eval(run) == 0
+    told = capsys.readouterr()
+    assert "shard 1 of 2 is done" in told.out and "evaluate, shard 0 of 2: 12/12" in told.err
+    assert results(folder.path / "launched") == results(folder.path / "one")
+    own = EvalConfig(shard_index=1, shard_count=3)
+    assert launched(own, {"WORLD_SIZE": "2", "RANK": "0"}) == own
+    assert launched(EvalConfig(), {}) == EvalConfig()
 
 
 def test_an_evaluation_that_scores_nothing_fails(folder, capsys):

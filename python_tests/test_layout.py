@@ -15,7 +15,7 @@ LAYERS = (
     {"ops", "rewards"},
     {"data", "model", "tasks"},
     {"evaluate", "report", "train"},
-    {"cli", "demo", "doctor", "integrations"},
+    {"bench", "cli", "demo", "doctor", "integrations"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

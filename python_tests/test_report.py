@@ -21,6 +21,7 @@ from vcr1_fast.report.curves import (
 )
 from vcr1_fast.report.jsonl import read_jsonl
 from vcr1_fast.report.rollouts import write_rollouts_html
+from vcr1_fast.report.scores import draw_task, write_scores
 from vcr1_fast.report.table import Table, evaluation_table, markdown_table, print_table
 
 
@@ -118,12 +119,13 @@ def test_spread_keeps_order_and_gap_and_moves_nothing_that_has_room():
 
 
 SUMMARY = {
+    "level": 0.95,
     "tasks": {
         "temporal_grounding": {
             "primary": "mIoU",
             "n": 40,
             "metrics": {"R@0.5": 0.25, "mIoU": 0.41234},
-            "interval": [0.3, 0.52],
+            "intervals": {"mIoU": [0.3, 0.52], "R@0.5": [0.1, 0.4]},
             "parse_failure_rate": 0.05,
             "unfinished": 2,
             "floor": {"mIoU": 0.3333},
@@ -141,6 +143,32 @@ def test_evaluation_table_puts_the_primary_metric_first_with_interval_and_floor(
     assert first["n"] == "40" and first["unparsed"] == "5.0 %" and first["cut off"] == "2"
     assert second["metric"] == "R@0.5" and second["no look"] == "\N{EN DASH}"
     assert "1 quarantined" in table.title
+
+
+def test_the_picture_of_scores_has_every_number_at_its_place(tmp_path):
+    split = {"models": {"old": {"mIoU": 0.2}, "new": {"mIoU": 0.6, "R@0.5": 0.7}}}
+    task = {**SUMMARY["tasks"]["temporal_grounding"], "floor_strategy": "whole video"}
+    axes = Figure().add_subplot()
+    draw_task(axes, "temporal_grounding", task, split)
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["mIoU", "R@0.5"]
+    points = [np.column_stack(line.get_data()).tolist() for line in axes.get_lines()]
+    assert [[0.3, 0], [0.52, 0]] in points and [[0.1, 1], [0.4, 1]] in points  # intervals
+    assert [[0.41234, 0], [0.25, 1]] in points
+    assert [[0.3333, 0]] in points  # the floor is known of one metric
+    assert [[0.2, 0]] in points and points.count([[0.6, 0], [0.7, 1]]) == 2
+    names = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert "no look: whole video" in names and "published: new" in names
+    summary = {"level": 0.9, "tasks": {"temporal_grounding": task}, "published": {}}
+    path = write_scores(summary, tmp_path / "scores.png")
+    assert path.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="no scored task"):
+        write_scores({"tasks": {}, "published": {}}, path)
+
+
+def test_a_title_longer_than_its_table_stays_one_line():
+    out = io.StringIO()
+    print_table(Table(["a"], [["1"]], title="a long title of a narrow table"), file=out)
+    assert out.getvalue().splitlines()[0].strip() == "a long title of a narrow table"
 
 
 def test_a_piped_table_is_whole_lines_without_colour_codes():

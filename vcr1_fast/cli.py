@@ -37,11 +37,34 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("eval", help="answer and score records", allow_abbrev=False)
     command.add_argument("--config", help="YAML file of settings")
     command.add_argument("--model", help="checkpoint folder or hub name (model)")
+    command.add_argument("--predictions", help="completions to score, no model (predictions)")
     command.add_argument("--data", help="records, JSONL (records)")
     command.add_argument("--prompts", help="other wordings, YAML or JSON (eval.prompts)")
     command.add_argument("--output", help="folder of the results (output)")
     _add_overrides(command)
     command.set_defaults(run=run_eval)
+
+    command = commands.add_parser("chat", help="ask about a video or images", allow_abbrev=False)
+    command.add_argument("--model", help="checkpoint folder or hub name (model)")
+    command.add_argument("--video", help="file or folder of frames (video)")
+    command.add_argument("--image", action="append", help="image file, repeatable (image)")
+    command.add_argument(
+        "--question", action="append", help="asked instead of the lines of the standard input"
+    )
+    _add_overrides(command)
+    command.set_defaults(run=run_chat)
+
+    command = commands.add_parser("report", help="curves and rollouts of a training run")
+    command.add_argument("folder", help="of the run (run.output)")
+    command.add_argument("--data", help="records trained on (default: as the run was told)")
+    command.set_defaults(run=run_report)
+
+    command = commands.add_parser("bench", help="time the operations beside their peers")
+    command.add_argument("names", nargs="*", help="which, or all; default: list them")
+    command.add_argument("--device", choices=("cpu", "cuda"))
+    command.add_argument("--threads", type=int, help="CPU threads")
+    command.add_argument("--seconds", type=float, help="time for each row")
+    command.set_defaults(run=run_bench)
 
     data = commands.add_parser("data", help="make and check data", allow_abbrev=False)
     kinds = data.add_subparsers(dest="kind", required=True, metavar="kind")
@@ -128,17 +151,40 @@ def run_training(options: argparse.Namespace) -> int:
 
 
 def run_eval(options: argparse.Namespace) -> int:
+    from vcr1_fast.evaluate.command import main_eval
     from vcr1_fast.evaluate.config import EvalRun
-    from vcr1_fast.evaluate.run import main_eval
     from vcr1_fast.train.build import load_config
 
     names = {
         "model": options.model,
+        "predictions": options.predictions,
         "records": options.data,
         "eval.prompts": options.prompts,
         "output": options.output,
     }
     return main_eval(load_config(EvalRun, options.config, _overrides(names, options)))
+
+
+def run_chat(options: argparse.Namespace) -> int:
+    from vcr1_fast.evaluate.chat import ChatConfig, main_chat
+    from vcr1_fast.train.build import load_config
+
+    names = {name: getattr(options, name) for name in ("model", "video", "image", "question")}
+    return main_chat(load_config(ChatConfig, None, _overrides(names, options)))
+
+
+def run_report(options: argparse.Namespace) -> int:
+    from vcr1_fast.report.run import main_report
+
+    return main_report(options.folder, options.data)
+
+
+def run_bench(options: argparse.Namespace) -> int:
+    from vcr1_fast.bench import main_bench
+
+    given = {name: getattr(options, name) for name in ("device", "threads", "seconds")}
+    named = ([f"--{name}", str(value)] for name, value in given.items() if value is not None)
+    return main_bench(options.names, [argument for pair in named for argument in pair])
 
 
 def run_synth(options: argparse.Namespace) -> int:

@@ -11,6 +11,25 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+
+from vcr1_fast.report.jsonl import read_jsonl
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One look at the clip: what the model said, and what the look cost."""
+
+    text: str
+    spans: tuple[tuple[float, float], ...]
+    """Seconds of the clip that were shown more densely than the rest."""
+    frames: int
+    prompt_tokens: int
+    tokens: int
+    """Generated."""
+    finished: bool
+    seconds: float
+    """An equal share of the time its batch took, waiting for clips included."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +45,14 @@ class Completion:
     finished: bool = True
     """False: cut at max_new_tokens before the end-of-sequence token."""
     error: str | None = None
+    passes: tuple[Pass, ...] = ()
+    """Every look at the clip, the last one being `text`; () where no model was asked."""
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> Completion:
+        """Of one decoded line; TypeError for other fields than these."""
+        looks = ({**look, "spans": tuple(map(tuple, look["spans"]))} for look in row["passes"])
+        return cls(**{**row, "passes": tuple(Pass(**look) for look in looks)})
 
 
 def shard_path(out_dir: str | Path, index: int, count: int) -> Path:
@@ -57,8 +84,8 @@ def load_completions(path: str | Path, *, repair: bool = False) -> dict[str, Com
     completions = {}
     for number, line in enumerate(whole.split(b"\n")[:-1], start=1):
         try:
-            completion = Completion(**json.loads(line))
-        except (ValueError, TypeError) as error:
+            completion = Completion.from_json(json.loads(line))
+        except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path}:{number}: not a completion: {error}") from None
         completions[completion.id] = completion
     return completions
@@ -78,6 +105,35 @@ def merge_shards(
     if any(record_id not in answered for record_id in record_ids):
         return None
     return [answered[record_id] for record_id in record_ids]
+
+
+def given_completions(
+    path: str | Path, record_ids: Sequence[str], *, others: bool = False
+) -> list[Completion]:
+    """The completions of a file made elsewhere, in the order of `record_ids`.
+
+    Each line is an object with `id` and `completion` (or `text`), and optionally `tokens` and
+    `finished`; other fields are not read, so that predictions.jsonl can be scored again. ValueError
+    for a record without a completion, which would otherwise leave the denominator, for one with
+    two, and (unless `others`) for an id that no record has.
+    """
+    found: dict[str, Completion] = {}
+    for number, row in enumerate(read_jsonl(path), start=1):
+        name, text = row.get("id"), row.get("completion", row.get("text"))
+        if not isinstance(name, str) or not isinstance(text, str):
+            raise ValueError(f"{path}: row {number} lacks a text `id` or `completion`: {row!r:.80}")
+        if name in found:
+            raise ValueError(f"{path}: row {number} answers {name!r} again")
+        tokens, finished = row.get("tokens", 0), row.get("finished", True)
+        found[name] = Completion(name, text, tokens=int(tokens), finished=bool(finished))
+    known = set(record_ids)
+    lacking = [name for name in record_ids if name not in found]
+    strange = [name for name in found if name not in known]
+    if lacking:
+        raise ValueError(f"{path}: {len(lacking)} records have no completion, first {lacking[0]!r}")
+    if strange and not others:
+        raise ValueError(f"{path}: {len(strange)} ids are of no record, first {strange[0]!r}")
+    return [found[name] for name in record_ids]
 
 
 def write_text_atomic(path: str | Path, text: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -10,13 +12,75 @@ import torch
 from vcr1_fast.data.records import Record
 from vcr1_fast.data.requests import clip_request
 from vcr1_fast.data.video import Clip, ClipReader, VideoError
-from vcr1_fast.evaluate.completions import Completion
-from vcr1_fast.evaluate.config import EvalConfig
+from vcr1_fast.evaluate.completions import Completion, Pass
+from vcr1_fast.evaluate.config import EvalConfig, PerceptionConfig
+from vcr1_fast.evaluate.perception import (
+    LETTERED,
+    Span,
+    Zoom,
+    evidence_prompt,
+    in_real_time,
+    key_spans,
+    read_evidence,
+    same_spans,
+    zoom,
+)
 from vcr1_fast.model.processor import Processor, Prompt
 from vcr1_fast.model.rollout import rollout
 from vcr1_fast.model.sampling import SamplingConfig
 from vcr1_fast.tasks import TASKS
 from vcr1_fast.tasks.wording import prompts_from
+
+
+@dataclass
+class Look:
+    """A record while it is answered: the clip as it is shown now, and every pass so far."""
+
+    record: Record
+    clip: Clip
+    plain_times: list[float]
+    """Seconds of the frames that the frame rule takes."""
+    played: Zoom
+    spans: tuple[Span, ...] = ()
+    """Evidence that is shown more densely now."""
+    settled: bool = False
+    """Another look would show the same again."""
+    passes: list[Pass] = field(default_factory=list)
+    vision: torch.Tensor | None = None
+    """What the vision tower made of the clip as it is shown now."""
+    error: str | None = None
+
+    @classmethod
+    def first(cls, record: Record, clip: Clip) -> Look:
+        # An image has no length, hence nothing to look at more closely.
+        plain = zoom((), clip.duration or 1.0, 1.0)
+        return cls(record, clip, clip.times.tolist(), plain, settled=clip.duration is None)
+
+    def aim(self, perception: PerceptionConfig) -> bool:
+        """Choose what to show next from the last completion; False where that is the same again.
+
+        Evidence that is absent, unreadable or wholly outside the clip leaves the aim as it is.
+        """
+        found = read_evidence(self.passes[-1].text, self.record)
+        duration = self.clip.duration
+        shown = key_spans(found, duration, perception.max_spans)
+        spans = tuple(self.played.real_spans(shown))
+        # Borders nearer than half the distance between frames take the same frames, or almost.
+        tolerance = 0.5 / self.clip.fps
+        self.settled = not spans or same_spans(spans, self.spans, tolerance)
+        if not self.settled:
+            self.spans = spans
+            self.played = zoom(spans, duration, perception.density)
+        return not self.settled
+
+    def completion(self) -> Completion:
+        if self.error is not None:
+            return Completion(self.record.id, error=self.error)
+        last = self.passes[-1]
+        text = in_real_time(last.text, self.played) if self.spans else last.text
+        return Completion(
+            self.record.id, text, last.tokens, last.finished, passes=tuple(self.passes)
+        )
 
 
 def greedy_answers(
@@ -26,8 +90,10 @@ def greedy_answers(
 
     Clips are read ahead by worker processes while the model decodes. A record that cannot be shown
     (its clip or its prompt is bad) becomes a completion with an error; the rest of its batch is
-    answered without it.
+    answered without it. With `config.perception` lettered questions are looked at several times,
+    all records of a batch together.
     """
+    perception = config.perception
     processor = processor.with_frames(config.frames, media_first=config.media_first)
     sampling = SamplingConfig(temperature=0.0, max_new_tokens=config.max_new_tokens)
 
@@ -36,47 +102,96 @@ def greedy_answers(
         with (
             prompts_from(config.prompts, TASKS, think=config.think),
             ClipReader(
-                backend=config.decoder, timeout=config.decode_timeout, workers=config.decode_workers
+                backend=config.decoder,
+                timeout=config.decode_timeout,
+                workers=config.decode_workers,
+                fit=processor.fit(),
             ) as reader,
         ):
             clips = reader.read(requests)
             for batch in batches:
-                yield answer_batch([(record, next(clips)) for record in batch])
+                yield answer_batch(batch, clips, reader)
 
-    def answer_batch(samples: list[tuple[Record, Clip | VideoError]]) -> list[Completion]:
-        prompts, errors = {}, {}
-        for record, clip in samples:
-            try:
-                prompts[record.id] = prompt(record, clip)
-            except (ValueError, KeyError) as error:
-                errors[record.id] = str(error)
-        answered = {}
-        if prompts:
-            result = rollout(
-                model,
-                processor,
-                list(prompts.values()),
-                1,
-                sampling,
-                torch.Generator(),  # greedy, but the global generator would be drawn from
-                convention=config.mrope,
-            )
-            for index, record_id in enumerate(prompts):
-                answered[record_id] = Completion(
-                    record_id,
-                    text=result.texts[index][0],
-                    tokens=len(result.tokens[index][0]),
-                    finished=bool(result.finished[index][0]),
-                )
+    def answer_batch(
+        batch: Sequence[Record], clips: Iterator[Clip | VideoError], reader: ClipReader
+    ) -> list[Completion]:
+        began = time.perf_counter()
+        looks, errors = [], {}
+        for record in batch:
+            clip = next(clips)
+            if isinstance(clip, VideoError):
+                errors[record.id] = str(clip)
+            else:
+                looks.append(Look.first(record, clip))
+        for _ in range(perception.passes - 1):
+            again = [look for look in looks if look.record.task in LETTERED and not look.settled]
+            again = [look for look in again if look.error is None]
+            ask(again, evidence_prompt, began)
+            began = time.perf_counter()
+            aimed = [look for look in again if look.error is None and look.aim(perception)]
+            show(aimed, reader)
+        ask([look for look in looks if look.error is None], task_prompt, began)
+        done = {look.record.id: look.completion() for look in looks}
         return [
-            answered.get(record.id) or Completion(record.id, error=errors[record.id])
-            for record, _ in samples
+            done.get(record.id) or Completion(record.id, error=errors[record.id])
+            for record in batch
         ]
 
-    def prompt(record: Record, clip: Clip | VideoError) -> Prompt:
-        if isinstance(clip, VideoError):
-            raise clip
-        text = TASKS[record.task].prompt(record, config.think)
-        return processor.prompt(text, [clip], system=config.system)
+    def show(looks: Sequence[Look], reader: ClipReader) -> None:
+        """Read the frames that each look is aimed at."""
+        requests = [
+            replace(
+                clip_request(look.record, config.frames),
+                times=look.played.real_times(look.plain_times),
+            )
+            for look in looks
+        ]
+        for look, clip in zip(looks, reader.read(requests), strict=True):
+            if isinstance(clip, VideoError):
+                look.error = str(clip)
+            else:
+                look.clip, look.vision = replace(clip, fps=look.clip.fps), None
+
+    def ask(looks: Sequence[Look], text: Callable[[Record, bool], str], began: float) -> None:
+        """Put one question about each look's clip, all in one batch, and keep what is answered."""
+        prompts: list[tuple[Look, Prompt]] = []
+        for look in looks:
+            try:
+                question = text(look.record, config.think)
+                prompt = processor.prompt(question, [look.clip], system=config.system)
+                prompts.append((look, prompt))
+            except (ValueError, KeyError) as error:
+                look.error = str(error)
+        if not prompts:
+            return
+        result = rollout(
+            model,
+            processor,
+            [prompt for _, prompt in prompts],
+            1,
+            sampling,
+            torch.Generator(),  # greedy, but the global generator would be drawn from
+            convention=config.mrope,
+            vision=[look.vision for look, _ in prompts],
+        )
+        share = (time.perf_counter() - began) / len(prompts)
+        for index, (look, prompt) in enumerate(prompts):
+            look.vision = result.vision[index] if perception.passes > 1 else None
+            look.passes.append(
+                Pass(
+                    text=result.texts[index][0],
+                    spans=look.spans,
+                    frames=len(look.clip.frames),
+                    prompt_tokens=len(prompt),
+                    tokens=len(result.tokens[index][0]),
+                    finished=bool(result.finished[index][0]),
+                    seconds=round(share, 4),
+                )
+            )
 
     return answer
+
+
+def task_prompt(record: Record, think: bool) -> str:
+    """The task's own question."""
+    return TASKS[record.task].prompt(record, think)

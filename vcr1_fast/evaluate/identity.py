@@ -23,6 +23,7 @@ _IDENTITY = (
     "max_new_tokens",
     "mrope",
     "batch_size",
+    "perception",
     "decoder",
     "dtype",
 )
@@ -32,6 +33,9 @@ _FILES = (
     "predictions.jsonl",
     "quarantine.jsonl",
     "summary.json",
+    "tables.md",
+    "scores.png",
+    "predictions.html",
     "run.json",
 )
 
@@ -52,6 +56,19 @@ def run_identity(
         "records_sha256": hashlib.sha256(Path(records_path).read_bytes()).hexdigest(),
         "prompts": _prompts(config),
         **{name: settings[name] for name in _IDENTITY},
+    }
+
+
+def given_identity(
+    predictions_path: str | Path, records_path: str | Path, config: EvalConfig
+) -> dict[str, Any]:
+    """What scores of a file of completions depend on: its contents, and the records'."""
+    return {
+        "predictions": str(predictions_path),
+        "predictions_sha256": hashlib.sha256(Path(predictions_path).read_bytes()).hexdigest(),
+        "records": str(records_path),
+        "records_sha256": hashlib.sha256(Path(records_path).read_bytes()).hexdigest(),
+        "tasks": config.tasks,
     }
 
 

@@ -7,11 +7,8 @@ shard finds all batches answered writes the merged files.
 
 from __future__ import annotations
 
-import json
-import platform
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +18,17 @@ from vcr1_fast.data.records import Record, load_records
 from vcr1_fast.evaluate.completions import (
     Completion,
     append_completions,
-    json_line,
+    given_completions,
     load_completions,
     merge_shards,
     shard_path,
-    write_text_atomic,
 )
-from vcr1_fast.evaluate.config import EvalConfig, EvalRun
-from vcr1_fast.evaluate.identity import claim_folder, run_identity
-from vcr1_fast.evaluate.score import Scored, TaskSummary, score, summarise
-from vcr1_fast.report.table import evaluation_table, print_table
+from vcr1_fast.evaluate.config import EvalConfig
+from vcr1_fast.evaluate.cost import PassCost, pass_costs
+from vcr1_fast.evaluate.identity import claim_folder, given_identity, run_identity
+from vcr1_fast.evaluate.published import Published, published_beside
+from vcr1_fast.evaluate.results import write_results
+from vcr1_fast.evaluate.score import Bootstrap, Scored, TaskSummary, score, summarise
 
 Answer = Callable[[Sequence[Sequence[Record]]], Iterator[list[Completion]]]
 """Batches of records in, one list of completions a batch out, in order."""
@@ -43,12 +41,22 @@ class Evaluation:
     predictions: list[Scored]
     tasks: list[TaskSummary]
     quarantined: list[QuarantineItem]
+    cost: list[PassCost] = field(default_factory=list)
+    published: dict[str, Published] = field(default_factory=dict)
+    """By task, where the records are a published split."""
+    notes: list[str] = field(default_factory=list)
+    level: float = 0.95
+    """Coverage of the intervals."""
 
     def summary(self) -> dict[str, Any]:
-        """JSON form, without anything that depends on the machine."""
+        """JSON form; but for the seconds in `cost` nothing in it depends on the machine."""
         return {
+            "level": self.level,
             "tasks": {summary.task: asdict(summary) for summary in self.tasks},
             "quarantined": [asdict(item) for item in self.quarantined],
+            "cost": [asdict(cost) for cost in self.cost],
+            "published": {task: split.as_json() for task, split in self.published.items()},
+            "notes": self.notes,
         }
 
 
@@ -88,17 +96,7 @@ def evaluate_checkpoint(
     evaluation (another checkpoint, records file or setting), naming the difference.
     """
     config = config or EvalConfig()
-    bad_rows = Quarantine(None)
-    records = load_records(
-        records_path,
-        media_root=config.media_root,
-        tasks=config.tasks,
-        on_error="quarantine",
-        quarantine=bad_rows,
-    )
-    train_records = None
-    if config.train_records is not None:
-        train_records = load_records(config.train_records, tasks=config.tasks)
+    records, train_records, bad_rows = _load(records_path, config)
     identity = run_identity(model_path, records_path, config)
     claim_folder(out_dir, identity, restart=config.restart)
 
@@ -107,28 +105,34 @@ def evaluate_checkpoint(
     if completions is None:
         return None
     evaluation = score_all(
-        records, completions, config, train_records=train_records, bad_rows=bad_rows.items
+        records, completions, config, train_records=train_records, bad_rows=bad_rows
     )
     write_results(out_dir, evaluation, identity)
     return evaluation
 
 
-def main_eval(run: EvalRun) -> int:
-    """Body of `vcr1 eval`: evaluate, print the table and what was quarantined. Exit status: 1
-    when nothing could be scored."""
-    evaluation = evaluate_checkpoint(run.model, run.records, run.output, run.eval)
-    if evaluation is None:
-        index, count = run.eval.shard_index, run.eval.shard_count
-        print(f"shard {index} of {count} is done; the last one to finish writes {run.output}")
-        return 0
-    print_table(evaluation_table(evaluation.summary()))
-    for item in evaluation.quarantined:
-        print(f"quarantined {item.record_id or item.source}: {item.reason}")
-    print(f"wrote {Path(run.output) / 'predictions.jsonl'} and summary.json")
-    if not evaluation.predictions:
-        print("no sample could be scored")
-        return 1
-    return 0
+def evaluate_predictions(
+    predictions_path: str | Path,
+    records_path: str | Path,
+    out_dir: str | Path,
+    config: EvalConfig | None = None,
+) -> Evaluation:
+    """Score a file of completions made elsewhere (see `given_completions`) on a records file, and
+    write the same result files. No model and no video is read. ValueError as there, and as in
+    `evaluate_checkpoint`."""
+    config = config or EvalConfig()
+    records, train_records, bad_rows = _load(records_path, config)
+    ids = [record.id for record in records]
+    refused = any(item.record_id for item in bad_rows)
+    others = config.tasks is not None or refused
+    completions = given_completions(predictions_path, ids, others=others)
+    identity = given_identity(predictions_path, records_path, config)
+    claim_folder(out_dir, identity, restart=config.restart)
+    evaluation = score_all(
+        records, completions, config, train_records=train_records, bad_rows=bad_rows
+    )
+    write_results(out_dir, evaluation, identity)
+    return evaluation
 
 
 def load_answers(model_path: str | Path, config: EvalConfig) -> Answer:
@@ -161,10 +165,14 @@ def answer_shard(
     path = shard_path(out_dir, config.shard_index, config.shard_count)
     done = load_completions(path, repair=True)
     mine = cut_batches(records, config.batch_size)[config.shard_index :: config.shard_count]
+    if config.retry_failed:
+        done = {name: completion for name, completion in done.items() if completion.error is None}
     # A batch of which one record is missing is answered whole again: see the module docstring.
     pending = [batch for batch in mine if any(record.id not in done for record in batch)]
     if pending:
-        with Progress(sum(map(len, pending)), "evaluate") as progress:
+        shard = f", shard {config.shard_index} of {config.shard_count}"
+        label = f"evaluate{shard if config.shard_count > 1 else ''}"
+        with Progress(sum(map(len, pending)), label) as progress:
             for completions in answer(pending):
                 append_completions(path, completions)
                 progress.advance(len(completions))
@@ -180,42 +188,44 @@ def score_all(
     bad_rows: Sequence[QuarantineItem] = (),
 ) -> Evaluation:
     """Score completions (parallel to `records`); one with an error is quarantined instead."""
-    scored = []
+    answered = []
     quarantined = list(bad_rows)
     for record, completion in zip(records, completions, strict=True):
         if completion.id != record.id:
             raise ValueError(f"completion of {completion.id!r} at the place of {record.id!r}")
         if completion.error is None:
-            scored.append(score(record, completion))
+            answered.append((record, completion))
         else:
             quarantined.append(QuarantineItem(record.id, record.media, completion.error))
+    scored = score(answered)
     tasks = summarise(
         scored,
         train_records=train_records,
-        level=config.level,
-        resamples=config.resamples,
-        seed=config.seed,
+        bootstrap=Bootstrap(config.level, config.resamples, config.seed),
+        breakdown=config.breakdown,
     )
-    return Evaluation(scored, tasks, quarantined)
+    published, notes = published_beside(records, config.benchmark)
+    costs = pass_costs(completions)
+    return Evaluation(scored, tasks, quarantined, costs, published, notes, config.level)
 
 
-def write_results(out_dir: str | Path, evaluation: Evaluation, identity: dict[str, Any]) -> None:
-    """Write predictions.jsonl, quarantine.jsonl and summary.json, each atomically."""
-    out = Path(out_dir)
-    lines = (json_line(item.as_line()) for item in evaluation.predictions)
-    write_text_atomic(out / "predictions.jsonl", "".join(lines))
-    write_text_atomic(
-        out / "quarantine.jsonl",
-        "".join(json_line(asdict(item)) for item in evaluation.quarantined),
+def _load(
+    records_path: str | Path, config: EvalConfig
+) -> tuple[list[Record], list[Record] | None, list[QuarantineItem]]:
+    """Records to evaluate, records that floors are fitted on, and rows that cannot be used."""
+    bad_rows = Quarantine(None)
+    records = load_records(
+        records_path,
+        media_root=config.media_root,
+        tasks=config.tasks,
+        on_error="quarantine",
+        quarantine=bad_rows,
     )
-    packages = {name: version(name) for name in ("torch", "transformers", "numpy")}
-    summary = {
-        **evaluation.summary(),
-        "run": identity,
-        "versions": {"python": platform.python_version(), **packages},
-    }
-    text = json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False)
-    write_text_atomic(out / "summary.json", text + "\n")
+    train_records = None
+    if config.train_records is not None:
+        train_records = load_records(config.train_records, tasks=config.tasks)
+    published_beside(records, config.benchmark)  # a wrong name is told now, not after hours
+    return records, train_records, bad_rows.items
 
 
 def _model_answers(model: Any, processor: Any, config: EvalConfig) -> Answer:

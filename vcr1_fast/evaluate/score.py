@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any
 
 import numpy as np
 
 from vcr1_fast.data.records import Record
-from vcr1_fast.evaluate.completions import Completion
-from vcr1_fast.evaluate.intervals import bootstrap_interval
-from vcr1_fast.tasks import TASKS, mean_metrics
+from vcr1_fast.evaluate.completions import Completion, Pass
+from vcr1_fast.evaluate.intervals import bootstrap_means, percentile_interval
+from vcr1_fast.tasks import TASKS, Metrics, Task, mean_metrics
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class Scored:
         return self.prediction is not None
 
     def as_line(self) -> dict[str, Any]:
-        """The predictions file's JSON object."""
+        """The predictions file's JSON object, without anything that depends on the machine."""
+        looks = self.completion.passes
         return {
             "id": self.record.id,
             "task": self.record.task,
@@ -40,15 +41,46 @@ class Scored:
             "prediction": _plain(self.prediction),
             "answer": _plain(self.record.answer),
             "metrics": self.metrics,
+            **({"passes": [_untimed(look) for look in looks]} if len(looks) > 1 else {}),
         }
 
 
-def score(record: Record, completion: Completion) -> Scored:
-    """Parse and score one completion by its task. An unparsable one scores as the task's
-    `metrics(None, record)` says (zero), and is counted apart in the summary."""
-    task = TASKS[record.task]
-    prediction = task.parse(completion.text, record)
-    return Scored(record, completion, prediction, task.metrics(prediction, record))
+Measure = Callable[[Task, Sequence[Any], Sequence[Record]], list[Metrics]]
+"""Scores of a task's predictions: all of an evaluation at once, for a judge to be asked once."""
+
+
+def own_metrics(task: Task, predictions: Sequence[Any], records: Sequence[Record]) -> list[Metrics]:
+    """What the task says of each."""
+    return [task.metrics(p, record) for p, record in zip(predictions, records, strict=True)]
+
+
+def score(
+    answered: Sequence[tuple[Record, Completion]], measure: Measure = own_metrics
+) -> list[Scored]:
+    """Parse and score completions by their tasks, in order. One that cannot be parsed scores as the
+    task says for None (zero), and is counted apart in the summary."""
+    by_task: dict[str, list[int]] = defaultdict(list)
+    for index, (record, _) in enumerate(answered):
+        by_task[record.task].append(index)
+    scored: dict[int, Scored] = {}
+    for name, indices in by_task.items():
+        task, pairs = TASKS[name], [answered[index] for index in indices]
+        records = [record for record, _ in pairs]
+        predictions = [task.parse(completion.text, record) for record, completion in pairs]
+        measured = measure(task, predictions, records)
+        for index, prediction, metrics in zip(indices, predictions, measured, strict=True):
+            scored[index] = Scored(*answered[index], prediction, metrics)
+    return [scored[index] for index in range(len(answered))]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Scores of the records of one kind, e.g. of one type of question."""
+
+    n: int
+    metrics: dict[str, float]
+    interval: tuple[float, float]
+    """Of the primary metric."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +91,8 @@ class TaskSummary:
     n: int
     primary: str
     metrics: dict[str, float]
-    interval: tuple[float, float]
-    """Bootstrap interval of the primary metric, resampled by video."""
+    intervals: dict[str, tuple[float, float]]
+    """Bootstrap interval of each metric, resampled by video."""
     parse_failures: int
     parse_failure_rate: float
     unfinished: int
@@ -71,19 +103,30 @@ class TaskSummary:
     floor_strategy: str
     floor_fitted_on: str
     """"train", or "evaluated" where no training records were given: then it can only be higher."""
+    breakdown: dict[str, dict[str, Part]]
+    """Metadata field -> its value -> scores of those records."""
+
+
+@dataclass(frozen=True)
+class Bootstrap:
+    """How intervals are made: coverage, number of resamples, seed."""
+
+    level: float = 0.95
+    resamples: int = 2000
+    seed: int = 0
 
 
 def summarise(
     scored: Sequence[Scored],
     *,
     train_records: Sequence[Record] | None = None,
-    level: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
+    bootstrap: Bootstrap = Bootstrap(),
+    breakdown: Sequence[str] = (),
 ) -> list[TaskSummary]:
     """Summaries in the order in which tasks first appear.
 
     The no-look floor of a task is fitted on its `train_records`, else on the evaluated records.
+    `breakdown` names metadata fields; those that no record of a task has are left out.
     """
     by_task: dict[str, list[Scored]] = defaultdict(list)
     for item in scored:
@@ -98,29 +141,78 @@ def summarise(
         fitted_on = train_by_task[name] or records
         floor_strategy, floor = task.floor(fitted_on, records)
         failures = sum(not item.parsed for item in items)
+        metrics, intervals = means_and_intervals(items, bootstrap)
         summaries.append(
             TaskSummary(
                 task=name,
                 n=len(items),
                 primary=task.primary,
-                metrics=mean_metrics(item.metrics for item in items),
-                interval=bootstrap_interval(
-                    [item.metrics[task.primary] for item in items],
-                    groups=[record.media for record in records],
-                    level=level,
-                    resamples=resamples,
-                    seed=seed,
-                ),
+                metrics=metrics,
+                intervals=intervals,
                 parse_failures=failures,
                 parse_failure_rate=failures / len(items),
                 unfinished=sum(not item.completion.finished for item in items),
                 mean_tokens=float(np.mean([item.completion.tokens for item in items])),
-                floor=floor,
+                floor=with_f1(floor),
                 floor_strategy=floor_strategy,
                 floor_fitted_on="train" if train_by_task[name] else "evaluated",
+                breakdown={
+                    field: parts
+                    for field in breakdown
+                    if (parts := _parts(items, field, task.primary, bootstrap))
+                },
             )
         )
     return summaries
+
+
+def means_and_intervals(
+    items: Sequence[Scored], bootstrap: Bootstrap
+) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+    """Mean of each metric, and its interval; questions about one video are resampled together."""
+    names = list(items[0].metrics)
+    means = with_f1(mean_metrics(item.metrics for item in items))
+    drawn = bootstrap_means(
+        np.array([[item.metrics[name] for name in names] for item in items]),
+        groups=[item.record.media for item in items],
+        resamples=bootstrap.resamples,
+        seed=bootstrap.seed,
+    )
+    columns = with_f1(dict(zip(names, drawn.T, strict=True)))
+    intervals = {name: percentile_interval(columns[name], bootstrap.level) for name in columns}
+    return means, intervals
+
+
+def with_f1(means: dict[str, Any]) -> dict[str, Any]:
+    """With F1 as the harmonic mean of mean precision and mean recall, where both are there: F1 of a
+    split is not the mean of its samples' (DREAM-1k, arXiv 2407.00634). 0 where both are 0."""
+    if not {"precision", "recall"} <= set(means):
+        return means
+    precision, recall = (np.asarray(means[name], np.float64) for name in ("precision", "recall"))
+    whole = precision + recall
+    f1 = np.divide(2 * precision * recall, whole, out=np.zeros_like(whole), where=whole > 0)
+    return {**means, "F1": f1 if f1.ndim else float(f1)}
+
+
+def _parts(
+    items: Sequence[Scored], field: str, primary: str, bootstrap: Bootstrap
+) -> dict[str, Part]:
+    """Scores by the value of a metadata field, sorted; {} where no record has it."""
+    groups: dict[str, list[Scored]] = defaultdict(list)
+    for item in items:
+        if (value := item.record.metadata.get(field)) is not None:
+            groups[str(value)].append(item)
+    parts = {}
+    for value, group in sorted(groups.items()):
+        metrics, intervals = means_and_intervals(group, bootstrap)
+        parts[value] = Part(len(group), metrics, intervals[primary])
+    return parts
+
+
+def _untimed(look: Pass) -> dict[str, Any]:
+    row = asdict(look)
+    del row["seconds"]
+    return row
 
 
 def _plain(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""rollouts.jsonl -> one self-contained HTML page.
+"""rollouts.jsonl, or an evaluation's predictions -> one self-contained HTML page.
 
 Model text is untrusted: it is escaped, and the page's content policy allows no script but its own
 and no network at all.
@@ -13,9 +13,19 @@ import json
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from vcr1_fast.report import pictures
 from vcr1_fast.report.jsonl import read_jsonl
+from vcr1_fast.report.pictures import MAX_BYTES, Pictures
+from vcr1_fast.tasks import TASKS
+
+if TYPE_CHECKING:
+    from vcr1_fast.data.records import Record
+    from vcr1_fast.data.video import ClipReader
+
+PREDICTIONS_SHOWN = len(pictures.COLOURS)
+"""Completions of a prompt whose boxes and spans are drawn, the best rewarded first."""
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --ink: #0072b2; }
@@ -31,6 +41,8 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .2rem 0;
 table { border-collapse: collapse; width: 100%; margin-top: .5rem; }
 th, td { text-align: left; vertical-align: top; padding: .25rem .6rem .25rem 0;
   border-top: 1px solid var(--line); }
+.wide { overflow-x: auto; }
+td pre { min-width: 26em; }
 td.n, th.n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 .target { color: var(--ink); }
 [hidden] { display: none; }
@@ -42,9 +54,10 @@ function show() {
   const { task, from, to, text } = form.elements, words = text.value.toLowerCase();
   let count = 0;
   for (const card of cards) {
-    const step = +card.dataset.step;
+    const step = +card.dataset.step;  // of an evaluation there are none, and no fields for them
     const fits = (!task.value || card.dataset.task === task.value)
-      && (from.value === '' || step >= +from.value) && (to.value === '' || step <= +to.value)
+      && (!from || from.value === '' || step >= +from.value)
+      && (!to || to.value === '' || step <= +to.value)
       && (!words || card.textContent.toLowerCase().includes(words));
     card.hidden = !fits;
     count += fits;
@@ -58,13 +71,22 @@ show();
 
 
 def write_rollouts_html(
-    rollouts_path: str | Path, out_path: str | Path, *, max_prompts: int = 1000
+    rollouts_path: str | Path,
+    out_path: str | Path,
+    *,
+    max_prompts: int = 1000,
+    records: Mapping[str, Record] | None = None,
+    reader: ClipReader | None = None,
+    max_bytes: int = MAX_BYTES,
 ) -> Path:
     """Write the page; returns its path.
 
     Each line of the file is one completion: step, task, id, prompt, target, completion, rewards
     (name -> number), and optionally advantage. Consecutive lines of one step and id form a group.
     Of more than `max_prompts` groups, that many evenly spaced ones are shown, the last included.
+    With `records` (by id) a group is shown with frames of its clip and the boxes and spans that its
+    completions predict beside the annotated ones, until the frames take `max_bytes`; `reader` reads
+    the clips (default: in this process).
     """
     if max_prompts < 1:
         raise ValueError(f"max_prompts must be at least 1, got {max_prompts}")
@@ -74,32 +96,110 @@ def write_rollouts_html(
         if missing:
             raise ValueError(f"{rollouts_path}: a rollout has no {missing[0]!r}: {str(row)[:80]}")
     groups = [list(group) for _, group in groupby(rows, key=lambda row: (row["step"], row["id"]))]
-    kept = groups
-    if len(groups) > max_prompts:
-        last = len(groups) - 1
-        kept = [groups[last - i * len(groups) // max_prompts] for i in range(max_prompts)][::-1]
+    kept = [ranked(group) for group in _spaced(groups, max_prompts)]
     note = f"{len(kept)} of {len(groups)} prompts, {len(rows)} completions in the file"
-    page = _page(Path(rollouts_path).name, note, kept)
+    drawn = [""] * len(kept)
+    if records is not None:
+        shown = [records.get(group[0]["id"]) for group in kept]
+        known = [record for record in shown if record is not None]
+        frames = Pictures(known, reader, max_bytes=max_bytes)
+        drawn = [
+            "" if record is None else frames.next(record, _parsed(record, group))
+            for record, group in zip(shown, kept, strict=True)
+        ]
+    page = _page("Rollouts", Path(rollouts_path).name, note, kept, drawn)
     Path(out_path).write_text(page, encoding="utf-8")
     return Path(out_path)
 
 
-def _page(title: str, note: str, groups: Sequence[Sequence[Mapping[str, Any]]]) -> str:
+def write_predictions_html(
+    lines: Sequence[Mapping[str, Any]],
+    records: Mapping[str, Record],
+    out_path: str | Path,
+    *,
+    max_examples: int = 40,
+    reader: ClipReader | None = None,
+    max_bytes: int = MAX_BYTES,
+) -> Path:
+    """Write the page of an evaluation: `lines` as in predictions.jsonl, their `records` by id.
+
+    Of more than `max_examples`, that many evenly spaced ones are shown. Frames, boxes and spans as
+    in `write_rollouts_html`; of several looks at a clip also where each was aimed.
+    """
+    kept = _spaced(lines, max_examples)
+    frames = Pictures([records[line["id"]] for line in kept], reader, max_bytes=max_bytes)
+    groups, drawn = [], []
+    for line in kept:
+        record, looks = records[line["id"]], enumerate(line.get("passes", ()), start=1)
+        aims = {f"look {number} aims": look["spans"] for number, look in looks if look["spans"]}
+        groups.append(
+            [
+                {
+                    "task": line["task"],
+                    "id": line["id"],
+                    "prompt": TASKS[line["task"]].prompt(record, False),
+                    "target": line["answer"],
+                    "completion": line["completion"],
+                    "rewards": line["metrics"],
+                }
+            ]
+        )
+        drawn.append(frames.next(record, {"predicted": line["prediction"]}, aims))
+    note = f"{len(kept)} of {len(lines)} answers"
+    page = _page("Predictions", Path(out_path).name, note, groups, drawn)
+    Path(out_path).write_text(page, encoding="utf-8")
+    return Path(out_path)
+
+
+def ranked(group: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Completions of a prompt, best total reward first."""
+    return sorted(group, key=lambda row: -sum(row.get("rewards", {}).values()))
+
+
+def _spaced(items: Sequence[Any], count: int) -> list[Any]:
+    """At most `count` items at even distances, the last included."""
+    if len(items) <= count:
+        return list(items)
+    last = len(items) - 1
+    return [items[last - i * len(items) // count] for i in range(count)][::-1]
+
+
+def _parsed(record: Record, group: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    parse = TASKS[record.task].parse
+    return {
+        f"{number}": parse(row["completion"], record)
+        for number, row in enumerate(group[:PREDICTIONS_SHOWN], start=1)
+    }
+
+
+def _page(
+    heading: str,
+    title: str,
+    note: str,
+    groups: Sequence[Sequence[Mapping[str, Any]]],
+    drawn: Sequence[str],
+) -> str:
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    policy = (
+        "default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
+        f"script-src 'sha256-{digest}'"
+    )
     tasks = sorted({str(group[0]["task"]) for group in groups})
     options = "".join(f"<option>{_text(task)}</option>" for task in tasks)
-    cards = "\n".join(_card(group) for group in groups)
+    cards = "\n".join(map(_card, groups, drawn))
+    steps = """<label>steps <input name="from" type="number" style="width:6em"></label>
+<label>to <input name="to" type="number" style="width:6em"></label>"""
+    if not any("step" in group[0] for group in groups):
+        steps = ""
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="viewport" content="width=device-width">
-<title>{_text(title)}</title><style>{STYLE}</style></head><body>
-<h1>Rollouts</h1><p>{_text(title)}: {_text(note)}.</p>
+<title>{_text(title)}</title><style>{STYLE}{pictures.STYLE}</style></head><body>
+<h1>{heading}</h1><p>{_text(title)}: {_text(note)}.</p>
 <form>
 <label>task <select name="task"><option value="">all</option>{options}</select></label>
-<label>steps <input name="from" type="number" style="width:6em"></label>
-<label>to <input name="to" type="number" style="width:6em"></label>
+{steps}
 <label>text <input name="text" type="search"></label><output></output>
 </form>
 {cards}
@@ -107,26 +207,30 @@ def _page(title: str, note: str, groups: Sequence[Sequence[Mapping[str, Any]]]) 
 """
 
 
-def _card(group: Sequence[Mapping[str, Any]]) -> str:
-    """One prompt with its completions, best total reward first."""
+def _card(group: Sequence[Mapping[str, Any]], drawn: str) -> str:
+    """One prompt with what it shows and its completions."""
     head = group[0]
     names = list(dict.fromkeys(name for row in group for name in row.get("rewards", {})))
-    ranked = sorted(group, key=lambda row: -sum(row.get("rewards", {}).values()))
     advantage = any("advantage" in row for row in group)
     columns = [*names, *(["advantage"] if advantage else [])]
     heads = "".join(f'<th class="n">{_text(name)}</th>' for name in columns)
     lines = []
-    for row in ranked:
+    for number, row in enumerate(group, start=1):
         values = [row.get("rewards", {}).get(name) for name in names]
         values += [row.get("advantage")] if advantage else []
         cells = "".join(f'<td class="n">{_number(value)}</td>' for value in values)
-        lines.append(f"<tr><td><pre>{_text(row['completion'])}</pre></td>{cells}</tr>")
+        lines.append(
+            f'<tr><td class="n">{number}</td><td><pre>{_text(row["completion"])}</pre></td>'
+            f"{cells}</tr>"
+        )
+    place = f"step {_text(head['step'])}, " if "step" in head else ""
     return (
-        f'<section data-step="{_text(head["step"])}" data-task="{_text(head["task"])}">'
-        f"<h2>step {_text(head['step'])}, {_text(head['task'])}, {_text(head['id'])}</h2>"
+        f'<section data-step="{_text(head.get("step", ""))}" data-task="{_text(head["task"])}">'
+        f"<h2>{place}{_text(head['task'])}, {_text(head['id'])}</h2>"
         f"<pre>{_text(head.get('prompt', ''))}</pre>"
-        f'<pre class="target">target: {_text(head.get("target", ""))}</pre>'
-        f"<table><tr><th>completion</th>{heads}</tr>{''.join(lines)}</table></section>"
+        f'<pre class="target">target: {_text(head.get("target", ""))}</pre>{drawn}'
+        f'<div class="wide"><table><tr><th class="n"></th><th>completion</th>{heads}</tr>'
+        f"{''.join(lines)}</table></div></section>"
     )
 
 

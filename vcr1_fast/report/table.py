@@ -38,7 +38,9 @@ def print_table(table: Table, file: TextIO | None = None) -> None:
     console = Console(file=file, highlight=False)
     if not console.is_terminal:
         console = Console(file=file, highlight=False, width=10_000, color_system=None)
-    view = RichTable(box=box.SIMPLE_HEAD, title=table.title, title_justify="left", pad_edge=False)
+    if table.title:
+        console.print(Text(table.title))  # rich would fold a table's title to the table's width
+    view = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
     for index, column in enumerate(table.columns):
         justify = "left" if index in table.left else "right"
         view.add_column(column, justify=justify, no_wrap=True)
@@ -65,34 +67,100 @@ def markdown_table(table: Table) -> str:
     return "\n".join(lines)
 
 
+def summary_tables(summary: Mapping[str, Any]) -> list[Table]:
+    """Every table of what `vcr1 eval` writes to summary.json: scores, scores by kind, published
+    numbers beside ours, and the cost of each look at the clips."""
+    tables = [evaluation_table(summary)] if summary["tasks"] else []
+    level = percent(summary["level"])
+    for name, task in summary["tasks"].items():
+        tables += [breakdown_table(name, task, field, level) for field in task["breakdown"]]
+    for name, split in summary["published"].items():
+        if name in summary["tasks"]:
+            tables.append(published_table(summary["tasks"][name], split))
+    return [*tables, cost_table(summary["cost"])] if summary["cost"] else tables
+
+
 def evaluation_table(summary: Mapping[str, Any]) -> Table:
-    """One row a metric: score, interval (primary metric only), floor, and the task's failures.
+    """One row a metric: score, interval, floor; with the first, the primary, the task's failures.
 
     `summary` is what `vcr1 eval` writes to summary.json.
     """
     rows = []
     for name, task in summary["tasks"].items():
-        primary = task["primary"]
-        metrics = [primary, *(metric for metric in task["metrics"] if metric != primary)]
-        for metric in metrics:
-            first = metric == primary
-            low, high = task["interval"]
+        for metric in _metrics(task):
+            first = metric == task["primary"]
             rows.append(
                 [
                     name if first else "",
                     metric,
                     number(task["metrics"][metric]),
-                    f"{number(low)} to {number(high)}" if first else "",
+                    _interval(task["intervals"].get(metric)),
                     number(task["floor"].get(metric)),
                     str(task["n"]) if first else "",
                     f"{100 * task['parse_failure_rate']:.1f} %" if first else "",
                     str(task["unfinished"]) if first else "",
                 ]
             )
-    columns = ["task", "metric", "score", "95 %", "no look", "n", "unparsed", "cut off"]
+    level = percent(summary["level"])
+    columns = ["task", "metric", "score", level, "no look", "n", "unparsed", "cut off"]
     quarantined = len(summary["quarantined"])
     title = f"{quarantined} quarantined, in no score" if quarantined else None
     return Table(columns, rows, title=title, left=frozenset({0, 1}))
+
+
+def breakdown_table(name: str, task: Mapping[str, Any], field: str, level: str) -> Table:
+    """One row a value of the metadata field `field`: the primary metric with its interval, whose
+    coverage is `level`, then the others."""
+    primary, *others = _metrics(task)
+    rows = [
+        [
+            value,
+            str(part["n"]),
+            number(part["metrics"][primary]),
+            _interval(part["interval"]),
+            *(number(part["metrics"][metric]) for metric in others),
+        ]
+        for value, part in task["breakdown"][field].items()
+    ]
+    return Table([field, "n", primary, level, *others], rows, title=f"{name} by {field}")
+
+
+def published_table(task: Mapping[str, Any], split: Mapping[str, Any]) -> Table:
+    """Ours, the floor and every published model, by the metrics that any of them reports."""
+    found = {metric for scores in split["models"].values() for metric in scores}
+    metrics = [metric for metric in _metrics(task) if metric in found]
+    lines = {"this run": task["metrics"], "no look": task["floor"], **split["models"]}
+    rows = [
+        [model, *(number(scores.get(metric)) for metric in metrics)]
+        for model, scores in lines.items()
+    ]
+    note = f"; {split['note']}" if split["note"] else ""
+    return Table(["model", *metrics], rows, title=f"{split['name']}: {split['source']}{note}")
+
+
+def cost_table(costs: Sequence[Mapping[str, Any]]) -> Table:
+    """One row a look at the clips: means over the records that had it."""
+    rows = [
+        [
+            "all" if cost["number"] == 0 else str(cost["number"]),
+            str(cost["records"]),
+            *(f"{cost[name]:.1f}" for name in ("frames", "prompt_tokens", "tokens")),
+            f"{cost['seconds']:.2f}",
+        ]
+        for cost in costs
+    ]
+    columns = ["look", "records", "frames", "prompt tokens", "tokens", "seconds"]
+    return Table(columns, rows, title="cost, mean of a record")
+
+
+def _metrics(task: Mapping[str, Any]) -> list[str]:
+    """Names of a task's metrics, the primary one first."""
+    primary = task["primary"]
+    return [primary, *(metric for metric in task["metrics"] if metric != primary)]
+
+
+def _interval(bounds: Sequence[float] | None) -> str:
+    return number(None) if bounds is None else f"{number(bounds[0])} to {number(bounds[1])}"
 
 
 def stages_table(runs: Sequence[Mapping[str, Any]]) -> Table:
@@ -114,6 +182,10 @@ def stages_table(runs: Sequence[Mapping[str, Any]]) -> Table:
         rows.append([name, metric, str(task["n"]), *cells, _mean_and_range(gains, sign="+")])
     columns = ["task", "metric", "n", "no look", *stages, "gain"]
     return Table(columns, rows, left=frozenset({0, 1}))
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:g} %"
 
 
 def number(value: float | None, digits: int = 3) -> str:

@@ -1,0 +1,83 @@
+"""`vcr1 eval`: answer and score, or score what was answered elsewhere, and show it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from vcr1_fast.data.video import ClipReader
+from vcr1_fast.evaluate.config import EvalConfig, EvalRun
+from vcr1_fast.evaluate.run import Evaluation, evaluate_checkpoint, evaluate_predictions
+from vcr1_fast.report.rollouts import write_predictions_html
+from vcr1_fast.report.scores import write_scores
+from vcr1_fast.report.table import print_table, summary_tables
+
+
+def main_eval(run: EvalRun) -> int:
+    """Evaluate, print the tables and what was quarantined, draw. Exit status: 1 when nothing could
+    be scored."""
+    run = replace(run, eval=launched(run.eval, os.environ))
+    if run.predictions is not None:
+        evaluation = evaluate_predictions(run.predictions, run.records, run.output, run.eval)
+    else:
+        evaluation = evaluate_checkpoint(run.model, run.records, run.output, run.eval)
+    if evaluation is None:
+        index, count = run.eval.shard_index, run.eval.shard_count
+        print(f"shard {index} of {count} is done; the last one to finish writes {run.output}")
+        return 0
+    for table in summary_tables(evaluation.summary()):
+        print_table(table)
+    for note in evaluation.notes:
+        print(note)
+    for item in evaluation.quarantined:
+        print(f"quarantined {item.record_id or item.source}: {item.reason}")
+    if run.model is not None and any(item.record_id for item in evaluation.quarantined):
+        print("eval.retry_failed=true asks again about those whose clip or prompt failed")
+    if not evaluation.predictions:
+        print("no sample could be scored")
+        return 1
+    print(f"wrote {', '.join(map(str, draw(evaluation, run)))}")
+    return 0
+
+
+def launched(config: EvalConfig, environment: Mapping[str, str]) -> EvalConfig:
+    """The same settings for one process of several that torchrun or accelerate started: its rank is
+    its shard, and its GPU is its own. Shards that are configured stay as they are."""
+    count = int(environment.get("WORLD_SIZE", "1"))
+    if count == 1 or config.shard_count > 1:
+        return config
+    device = config.device
+    if device == "auto" and torch.cuda.is_available():
+        device = f"cuda:{environment['LOCAL_RANK']}"
+    index = int(environment["RANK"])
+    return replace(config, shard_index=index, shard_count=count, device=device)
+
+
+def draw(evaluation: Evaluation, run: EvalRun) -> list[Path]:
+    """Pictures of a finished evaluation beside its other files; the paths of all."""
+    out = Path(run.output)
+    paths = [out / name for name in ("predictions.jsonl", "summary.json", "tables.md")]
+    try:
+        paths.append(write_scores(evaluation.summary(), out / "scores.png"))
+    except ImportError as error:
+        print(f"no scores.png: {error}; pip install 'vcr1_fast[report]' brings what draws it")
+        return paths
+    if run.eval.pictured:
+        rows = [item.as_line() for item in evaluation.predictions]
+        records = {item.record.id: item.record for item in evaluation.predictions}
+        path = out / "predictions.html"
+        with ClipReader(
+            backend=run.eval.decoder,
+            timeout=run.eval.decode_timeout,
+            workers=run.eval.decode_workers,
+        ) as reader:
+            paths.append(
+                write_predictions_html(
+                    rows, records, path, max_examples=run.eval.pictured, reader=reader
+                )
+            )
+    return paths
