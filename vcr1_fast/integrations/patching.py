@@ -1,0 +1,273 @@
+"""Replacing functions of an installed package: reversibly, and only where their contract is known.
+
+A package is described by a `Patch`: the releases it was checked on, and named parts, each a list of
+`Swap`s. Nothing is imported or changed until the patch is called.
+
+    patch_trl = Patch("trl", ("1.15", "1.16"), {"logprobs": [Swap(...), ...], "loss": [...]})
+
+    patch_trl()              # all parts, until patch_trl.undo()
+    patch_trl("logprobs")    # this part; a part that is in place already is left as it is
+    with patch_trl():        # undoes at the end what this call put in place, and nothing else
+        ...
+
+Python modules copy a function's name when they say `from module import function`, so replacing it
+in its own module is not enough: a swap finds every module of the package that holds the original
+object, by identity, and the undo finds every one that holds the replacement, those that were
+imported in between included.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import re
+import sys
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from types import ModuleType
+from typing import Any
+
+ABSENT: Any = type("Absent", (), {"__repr__": lambda self: "ABSENT"})()
+
+
+class UnknownContract(RuntimeError):
+    """The installed package is not one that a patch was checked on; nothing was changed."""
+
+
+@dataclass(frozen=True)
+class Swap:
+    """`name` of `owner` becomes `build(original)`.
+
+    Attributes:
+        owner: "package.module", or "package.module:Name" for a class or a mapping in it.
+        name: attribute of a module or class, or key of a mapping.
+        build: takes the original and returns what stands in its place.
+        parameters: names that the original (of a class with `forward`, that method) must take, in
+            their order; None asks for nothing.
+        digests: `source_digest`s that the original may have; empty asks for nothing. For originals
+            whose body, not only whose signature, is what the replacement relies on.
+        new: the name is not there before (an entry to register); `build` then gets `ABSENT`.
+    """
+
+    owner: str
+    name: str
+    build: Callable[[Any], Any]
+    parameters: tuple[str, ...] | None = None
+    digests: tuple[str, ...] = ()
+    new: bool = False
+
+    @property
+    def target(self) -> str:
+        """What is replaced, in words: "trl.trainer.utils.selective_log_softmax"."""
+        return f"{self.owner.replace(':', '.')}.{self.name}"
+
+
+@dataclass(frozen=True)
+class _Done:
+    """A swap, found and built. `held` is what the owner itself holds, ABSENT if it inherits."""
+
+    swap: Swap
+    owner: Any
+    original: Any
+    held: Any
+    replacement: Any
+
+
+class Patch:
+    """What is replaced in one package, and whether it is.
+
+    Args:
+        distribution: name the package was installed under, as pip knows it.
+        releases: those it was checked on: "1.16" admits 1.16.0, 1.16.1, …; a name that is not plain
+            numbers ("0.10.0.dev0") admits itself alone.
+        parts: name -> swaps.
+        package: name it is imported under, if another.
+    """
+
+    def __init__(
+        self,
+        distribution: str,
+        releases: Sequence[str],
+        parts: Mapping[str, Sequence[Swap]],
+        *,
+        package: str | None = None,
+    ) -> None:
+        self.distribution = distribution
+        self.releases = tuple(releases)
+        self.parts = {name: tuple(swaps) for name, swaps in parts.items()}
+        self.package = package or distribution
+        self._done: dict[str, list[_Done]] = {}
+
+    def __call__(self, *parts: str) -> Applied:
+        """Put `parts` (all, if none is named) in place; those that are, stay.
+
+        Returns a handle that a `with` block undoes. ValueError for a part that does not exist,
+        UnknownContract if the installed package is not what this patch was checked on; either way
+        nothing has changed.
+        """
+        wanted = [part for part in self._named(parts) if part not in self._done]
+        if wanted:
+            self.check_version()
+        found = {part: [_find(swap) for swap in self.parts[part]] for part in wanted}
+        for part, swaps in found.items():
+            for done in swaps:
+                _set(done.owner, done.swap.name, done.replacement)
+                self._rebind(done, done.original, done.replacement)
+            self._done[part] = swaps
+        return Applied(self, tuple(wanted))
+
+    def undo(self, *parts: str) -> None:
+        """Bring the original objects of `parts` (all, if none is named) back; a part that is not in
+        place is passed over. RuntimeError, and nothing done, if somebody has put another object
+        over a replacement since: that one has to go first."""
+        undone = [part for part in self._named(parts) if part in self._done]
+        for part in undone:
+            for done in self._done[part]:
+                current = _own(done.owner, done.swap.name)
+                if current is not done.replacement:
+                    raise RuntimeError(
+                        f"{done.swap.target} is {current!r}, no longer what this patch put there: "
+                        "undo the later change first"
+                    )
+        for part in reversed(undone):
+            for done in reversed(self._done.pop(part)):
+                _set(done.owner, done.swap.name, done.held)
+                self._rebind(done, done.replacement, done.original)
+
+    @property
+    def applied(self) -> tuple[str, ...]:
+        """Parts in place now."""
+        return tuple(part for part in self.parts if part in self._done)
+
+    @property
+    def targets(self) -> dict[str, tuple[str, ...]]:
+        """Part -> what it replaces, in words."""
+        return {part: tuple(s.target for s in swaps) for part, swaps in self.parts.items()}
+
+    @property
+    def version(self) -> str | None:
+        """The installed version, None without one. Imports nothing."""
+        try:
+            return metadata.version(self.distribution)
+        except metadata.PackageNotFoundError:
+            return None
+
+    def check_version(self) -> None:
+        """UnknownContract unless a checked release is installed. Imports nothing."""
+        version, known = self.version, ", ".join(self.releases)
+        if version is None:
+            raise UnknownContract(f"{self.distribution} is not installed (checked: {known})")
+        if version not in self.releases and not any(_of(version, r) for r in self.releases):
+            raise UnknownContract(
+                f"{self.distribution} {version} is installed; this patch was checked on {known} "
+                "and does not guess what another release does"
+            )
+
+    def check(self, *parts: str) -> None:
+        """UnknownContract if calling the patch would refuse. Imports the package, changes
+        nothing."""
+        self.check_version()
+        for part in self._named(parts):
+            if part not in self._done:
+                for swap in self.parts[part]:
+                    _find(swap)
+
+    def _named(self, parts: Sequence[str]) -> Sequence[str]:
+        unknown = sorted(set(parts) - set(self.parts))
+        if unknown:
+            raise ValueError(
+                f"unknown parts {unknown} of the {self.distribution} patch: expected some of "
+                f"{sorted(self.parts)}"
+            )
+        return parts or tuple(self.parts)
+
+    def _rebind(self, done: _Done, old: Any, new: Any) -> None:
+        """`new` wherever a module of the package holds `old`, under whatever name."""
+        if done.swap.new or not isinstance(done.owner, ModuleType):
+            return
+        for name, module in list(sys.modules.items()):
+            if module is None or name.partition(".")[0] != self.package:
+                continue
+            for key, value in list(vars(module).items()):
+                if value is old:
+                    setattr(module, key, new)
+
+
+class Applied:
+    """What one call of a `Patch` put in place; a `with` block undoes it at its end."""
+
+    def __init__(self, patch: Patch, parts: tuple[str, ...]) -> None:
+        self.patch = patch
+        self.parts = parts
+
+    def __enter__(self) -> Applied:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        if self.parts:
+            self.patch.undo(*self.parts)
+
+
+def source_digest(function: Any) -> str:
+    """16 hexadecimal digits that change when a line of the function's source does, its indentation
+    and blank lines aside."""
+    lines = (line.strip() for line in inspect.getsource(function).splitlines())
+    return hashlib.sha256("\n".join(filter(None, lines)).encode()).hexdigest()[:16]
+
+
+def _of(version: str, release: str) -> bool:
+    """Whether `version`, a final one, belongs to `release`."""
+    numbers = re.fullmatch(r"(\d+(?:\.\d+)*)(?:\+\S*)?", version)
+    return numbers is not None and f"{numbers[1]}.".startswith(f"{release}.")
+
+
+def _find(swap: Swap) -> _Done:
+    """The swap with its replacement built; UnknownContract if it does not find what it expects."""
+    module, _, attribute = swap.owner.partition(":")
+    try:
+        owner = importlib.import_module(module)
+    except ImportError as error:
+        raise UnknownContract(f"{swap.target}: {module} does not import: {error}") from error
+    if attribute:
+        owner = getattr(owner, attribute, ABSENT)
+    original = ABSENT if owner is ABSENT else _get(owner, swap.name)
+    if swap.new and original is not ABSENT:
+        raise UnknownContract(f"{swap.target} is there already: {original!r}")
+    if owner is ABSENT or (original is ABSENT and not swap.new):
+        raise UnknownContract(f"{swap.target} is not there")
+    if swap.parameters is not None:
+        taken = tuple(inspect.signature(getattr(original, "forward", original)).parameters)
+        if taken != swap.parameters:
+            raise UnknownContract(f"{swap.target} takes {taken}, expected {swap.parameters}")
+    if swap.digests and source_digest(original) not in swap.digests:
+        raise UnknownContract(
+            f"{swap.target} has another body ({source_digest(original)}) than the checked ones "
+            f"({', '.join(swap.digests)})"
+        )
+    return _Done(swap, owner, original, _own(owner, swap.name), swap.build(original))
+
+
+def _get(owner: Any, name: str) -> Any:
+    if isinstance(owner, MutableMapping):
+        return owner.get(name, ABSENT)
+    return getattr(owner, name, ABSENT)
+
+
+def _own(owner: Any, name: str) -> Any:
+    """What `owner` itself holds under `name`, as it holds it (a staticmethod as such)."""
+    return (owner if isinstance(owner, MutableMapping) else vars(owner)).get(name, ABSENT)
+
+
+def _set(owner: Any, name: str, value: Any) -> None:
+    """`value` under `name`; ABSENT takes the name away."""
+    if isinstance(owner, MutableMapping):
+        if value is ABSENT:
+            del owner[name]
+        else:
+            owner[name] = value
+    elif value is ABSENT:
+        delattr(owner, name)
+    else:
+        setattr(owner, name, value)
