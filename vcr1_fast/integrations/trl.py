@@ -12,8 +12,9 @@ head      the class behind TRL's fused LM head (GRPO, RLOO, DPO and others), by 
           go, as they do on its GPUs. TRL 1.15's own class runs on a GPU alone; ours on both.
 logprobs  `selective_log_softmax`, `selective_log_softmax_and_entropy` and `entropy_from_logits`,
           wherever a module of TRL has imported them, by `gather_logprobs`. Results have TRL's
-          dtypes: the logits' own, but float32 where TRL would run its GPU kernel. They are computed
-          in float32 and rounded once. A logit of -inf adds nothing to an entropy (TRL: nan).
+          dtypes: the logits' own, but float32 where TRL would run its GPU kernel. A logit of -inf
+          adds nothing to an entropy (TRL: nan). Left to TRL: bfloat16 and float16 on a CPU, where
+          its tests ask for the very bits of torch's steps, each rounded (ours: rounded once).
 loss      `GRPOTrainer._compute_loss` by `grpo_loss`, for its eight loss types: `trl_loss.py`.
 
 Under ZeRO-3 the head's weight is gathered for the backward pass too, as TRL does it; FSDP2 and PEFT
@@ -42,6 +43,11 @@ _ALL_OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 def _is_ours(tensor: Tensor) -> bool:
     return tensor.device.type in ("cpu", "cuda") and not isinstance(tensor, DTensor)
+
+
+def _are_ours(logits: Tensor) -> bool:
+    half_on_cpu = logits.device.type == "cpu" and logits.element_size() == 2
+    return _is_ours(logits) and not half_on_cpu
 
 
 def fused_head(original: Any) -> Any:
@@ -159,7 +165,7 @@ def selective_log_softmax(original: Callable[..., Tensor]) -> Callable[..., Tens
     ) -> Tensor:
         """logits (..., V), index (...) or (..., K) -> log-probs of the index' shape; 0 where
         row_mask, of that shape, is 0."""
-        if not _is_ours(logits):
+        if not _are_ours(logits):
             return original(logits, index, temperature, row_mask)
         several = index.ndim == logits.ndim
         logps = gather_logprobs(
@@ -190,7 +196,7 @@ def selective_log_softmax_and_entropy(
     ) -> tuple[Tensor, Tensor]:
         """logits (..., V), index (...) -> (log-probs (...), entropy (...)) of logits / temperature;
         0 where row_mask (...) is 0."""
-        if not _is_ours(logits) or index.ndim == logits.ndim:
+        if not _are_ours(logits) or index.ndim == logits.ndim:
             return original(logits, index, entropy_requires_grad, temperature, row_mask)
         found = gather_logprobs(
             logits,
@@ -211,7 +217,7 @@ def entropy_from_logits(original: Callable[..., Tensor]) -> Callable[..., Tensor
     def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
         """logits (..., V) -> entropy (...) in nats. Rows are never copied, whatever the size of
         the chunks."""
-        if not _is_ours(logits):
+        if not _are_ours(logits):
             return original(logits, chunk_size)
         anything = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
         dtype = _out_dtype(logits, None, None)
