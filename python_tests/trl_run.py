@@ -68,7 +68,9 @@ def make_trainer(folder: Path, output: Path, *, cls=None, peft_config=None, **se
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.generation_config.eos_token_id = list(range(1, 13))  # completions of all lengths
-    rows = [{"prompt": " ".join(f"w{(7 * i + j) % 95}" for j in range(3 + i % 3))} for i in range(8)]
+    rows = [
+        {"prompt": " ".join(f"w{(7 * i + j) % 95}" for j in range(3 + i % 3))} for i in range(8)
+    ]
     args = trl.GRPOConfig(
         **{
             "output_dir": str(output),

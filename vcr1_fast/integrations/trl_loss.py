@@ -125,9 +125,7 @@ def compute_loss(trainer: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
     return loss
 
 
-def loss_config(
-    trainer: Any, num_items: Tensor, mode: str, accumulation: float
-) -> GRPOLossConfig:
+def loss_config(trainer: Any, num_items: Tensor, mode: str, accumulation: float) -> GRPOLossConfig:
     """The trainer's settings as ours. What is summed over tokens is divided by the accumulation
     window's tokens, all else by the caller."""
     args, loss_type = trainer.args, trainer.loss_type

@@ -1,0 +1,86 @@
+"""Our records as a data set of TRL's, and our tasks' rewards as its reward functions."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from datasets import Dataset
+
+from vcr1_fast.data.records import Record, load_records, parse_record
+from vcr1_fast.tasks import TASKS
+
+RewardFunction = Callable[..., list[float | None]]
+
+
+def video_dataset(
+    records: str | os.PathLike[str] | Iterable[Record], *, think: bool = False
+) -> Dataset:
+    """Records, or the JSONL file that holds them, with a column each for the prompt (a user turn),
+    the video's path, `start` and `end` in seconds, and the record (JSON) for `task_rewards`.
+
+    `think`: whether the prompts ask for reasoning first. RecordError for a bad row, ValueError for
+    none at all.
+    """
+    if isinstance(records, str | os.PathLike):
+        records = load_records(records)
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": TASKS[one.task].prompt(one, think)}],
+            "video": os.path.abspath(one.video),
+            "start": one.start,
+            "end": one.end,
+            "record": json.dumps({**dataclasses.asdict(one), "video": os.path.abspath(one.video)}),
+            "think": think,
+        }
+        for one in records
+    ]
+    if not rows:
+        raise ValueError("no records")
+    return Dataset.from_list(rows)
+
+
+def read_record(text: str) -> Record:
+    """The record of a row of `video_dataset`."""
+    return parse_record(json.loads(text))
+
+
+def task_rewards(*data: Dataset | str) -> list[RewardFunction]:
+    """One reward function for each reward of each task, to be given to a trainer together.
+
+    `data`: names of tasks, or data sets of `video_dataset`, which stand for the tasks in them. A
+    function says None of another task's samples, so TRL adds up what each sample's task gives.
+    ValueError for an unknown task.
+    """
+    names: dict[str, None] = {}
+    for one in data:
+        found = [one] if isinstance(one, str) else [json.loads(r)["task"] for r in one["record"]]
+        names |= dict.fromkeys(found)
+    unknown = sorted(set(names) - set(TASKS))
+    if unknown:
+        raise ValueError(f"unknown tasks {unknown}: expected some of {sorted(TASKS)}")
+    return [_reward(task, name) for task in names for name in TASKS[task].rewards]
+
+
+def _reward(task: str, name: str) -> RewardFunction:
+    reward = TASKS[task].rewards[name]
+
+    def score(
+        completions: list[Any],
+        record: list[str],
+        duration: list[float],
+        think: list[bool],
+        **_: Any,
+    ) -> list[float | None]:
+        return [
+            reward(turns[0]["content"], one, seconds, think=asked) if one.task == task else None
+            for turns, one, seconds, asked in zip(
+                completions, map(read_record, record), duration, think, strict=True
+            )
+        ]
+
+    score.__name__ = f"{task}/{name}"
+    return score
