@@ -18,7 +18,7 @@ from trl_run import G, even_share, logged, make_trainer, trl, write_model
 
 from vcr1_fast.integrations import patching
 from vcr1_fast.integrations.patching import UnknownContract
-from vcr1_fast.integrations.trl import _is_ours, patch_trl
+from vcr1_fast.integrations.trl import _is_ours, _out_dtype, patch_trl
 from vcr1_fast.integrations.trl_loss import compute_loss
 from vcr1_fast.ops.grpo_config import LOSS_TYPES
 
@@ -58,6 +58,7 @@ RUNS = {
         "steps_per_generation": 4,
         "entropy_coef": 0.01,
         "top_entropy_quantile": 0.5,
+        "gradient_checkpointing": True,
     },
     "delta": {
         "loss_type": "bnpo",
@@ -66,7 +67,6 @@ RUNS = {
         "use_bias_correction_kl": True,
         "mask_truncated_completions": True,
     },
-    "checkpointing": {"gradient_checkpointing": True},
 }
 
 
@@ -167,7 +167,8 @@ def test_the_head_computes_what_its_arguments_say(softcap, scale):
         torch.testing.assert_close(mine, other)
     tensors = (hidden, weight, bias)
     mine = torch.autograd.grad((logps * 2 + entropy).sum(), tensors)
-    for g, e in zip(mine, torch.autograd.grad((expected[0] * 2 + expected[1]).sum(), tensors)):
+    theirs = torch.autograd.grad((expected[0] * 2 + expected[1]).sum(), tensors)
+    for g, e in zip(mine, theirs, strict=True):
         torch.testing.assert_close(g, e)
 
 
@@ -312,6 +313,13 @@ def test_a_temperature_of_zero_is_refused_as_by_trl():
     logits, index = torch.zeros(1, 2, 3), torch.zeros(1, 2, dtype=torch.int64)
     with patch_trl(), pytest.raises(ValueError, match="positive"):
         utils.selective_log_softmax(logits, index, temperature=0.0)
+
+
+def test_on_a_gpu_results_are_float32_as_trls_are(monkeypatch):
+    logits = torch.zeros(1, 2, 3, dtype=torch.bfloat16)
+    assert _out_dtype(logits, None, None) == torch.bfloat16
+    monkeypatch.setattr(utils, "_supports_trl_loss_kernel", lambda *_: True)
+    assert _out_dtype(logits, None, None) == torch.float32
 
 
 def test_where_our_kernels_do_not_run():

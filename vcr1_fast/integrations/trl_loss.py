@@ -5,8 +5,8 @@ trainer whose subclass overrides one of the methods in `HOOKS`, or that brings i
 without the sampler's log-probs they come from; devices without our kernels.
 
 Two differences. Metrics are reduced over the processes together and waited for once, not one by
-one. With `off_policy_mask_threshold` after an update, a token that the sampler gave no log-prob (nan)
-counts with its drift since the rollout, where TRL counts 0.
+one. With `off_policy_mask_threshold` after an update, a token that the sampler gave no log-prob
+(nan) counts with its drift since the rollout, where TRL counts 0.
 """
 
 from __future__ import annotations

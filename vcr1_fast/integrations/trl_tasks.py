@@ -6,11 +6,14 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 from datasets import Dataset
 
 from vcr1_fast.data.records import Record, load_records, parse_record
+from vcr1_fast.data.sampling import FrameConfig
+from vcr1_fast.data.video import ClipRequest
 from vcr1_fast.tasks import TASKS
 
 RewardFunction = Callable[..., list[float | None]]
@@ -84,3 +87,30 @@ def _reward(task: str, name: str) -> RewardFunction:
 
     score.__name__ = f"{task}/{name}"
     return score
+
+
+def clip_request(row: dict[str, Any], frames: FrameConfig) -> ClipRequest:
+    """The frames that a row's task wants to see."""
+    record = read_record(row["record"]) if row.get("record") else None
+    times = None if record is None else TASKS[record.task].times
+    return ClipRequest(
+        path=row["video"],
+        config=frames,
+        start=row.get("start"),
+        end=row.get("end"),
+        times=None if times is None else partial(times, record),
+    )
+
+
+def prompt_texts(messages: Any) -> tuple[str, str | None]:
+    """(user's text, system's or None) of a conversational prompt; ValueError for another one."""
+    found = {m["role"]: m["content"] for m in messages} if isinstance(messages, list) else {}
+    ordered = [m["role"] for m in messages] if found else []
+    if ordered not in (["user"], ["system", "user"]) or not all(
+        isinstance(text, str) for text in found.values()
+    ):
+        raise ValueError(
+            "prompt must be a user turn of text, with or without a system turn before it (the clip "
+            f"follows the text), got {messages!r}"
+        )
+    return found["user"], found.get("system")

@@ -28,9 +28,8 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -39,9 +38,14 @@ from trl.models.utils import _ForwardRedirection
 from trl.trainer.utils import split_tensor_dict
 
 from vcr1_fast.data.sampling import FrameConfig
-from vcr1_fast.data.video import Clip, ClipReader, ClipRequest
+from vcr1_fast.data.video import Clip, ClipReader
 from vcr1_fast.integrations.trl import patch_trl
-from vcr1_fast.integrations.trl_tasks import read_record, task_rewards, video_dataset
+from vcr1_fast.integrations.trl_tasks import (
+    clip_request,
+    prompt_texts,
+    task_rewards,
+    video_dataset,
+)
 from vcr1_fast.model.checkpoint import load
 from vcr1_fast.model.forward import completion_hidden, lm_head
 from vcr1_fast.model.packing import Group
@@ -51,7 +55,6 @@ from vcr1_fast.model.rollout import SamplingConfig, rollout
 from vcr1_fast.model.vision import freeze_vision, prepare_vision
 from vcr1_fast.model.wrapping import unwrap
 from vcr1_fast.ops import linear_logprobs
-from vcr1_fast.tasks import TASKS
 
 __all__ = ["VideoGRPOConfig", "VideoGRPOTrainer", "task_rewards", "video_dataset"]
 
@@ -81,7 +84,7 @@ class VideoGRPOConfig(GRPOConfig):
         mrope: convention of the positions, "trained" or "installed"; see `model/positions.py`.
     """
 
-    _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "frame_kwargs"]
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*GRPOConfig._VALID_DICT_FIELDS, "frame_kwargs"]
 
     frame_kwargs: dict[str, Any] | str | None = field(default=None)
     decode_workers: int = field(default=2)
@@ -109,7 +112,8 @@ class VideoGRPOTrainer(GRPOTrainer):
 
     ValueError for settings of TRL's that do not work here (vLLM, tools, min_p, …), for parameters
     that are sharded over processes (FSDP, ZeRO-3), and while training for a clip that cannot be
-    read: TRL's batches have a fixed size, so it cannot be left out.
+    read: TRL's batches have a fixed size, so it cannot be left out. `vcr1 data check` finds such
+    clips beforehand.
     """
 
     def __init__(
@@ -185,12 +189,12 @@ class VideoGRPOTrainer(GRPOTrainer):
         """The prompts of a batch, and for each of its rows which one it is. Rows of a group follow
         each other."""
         runs = [(row, len(list(rows))) for row, rows in itertools.groupby(inputs)]
-        clips = self._reader.read(_request(row, self.frames) for row, _ in runs)
+        clips = self._reader.read(clip_request(row, self.frames) for row, _ in runs)
         shown = []
         for (row, _), clip in zip(runs, clips, strict=True):
             if not isinstance(clip, Clip):
                 raise clip
-            text, system = _texts(row["prompt"])
+            text, system = prompt_texts(row["prompt"])
             prompt = self.processor.prompt(text, [clip], system=system)
             shown.append(_Shown(prompt, clip.duration))
         return shown, [i for i, (_, count) in enumerate(runs) for _ in range(count)]
@@ -303,29 +307,3 @@ def _check(args: VideoGRPOConfig, arguments: dict[str, Any]) -> None:
         raise ValueError(f"mrope must be one of {CONVENTIONS}, got {args.mrope!r}")
     if wrong:
         raise ValueError(f"VideoGRPOTrainer does not take {', '.join(wrong)}")
-
-
-def _request(row: dict[str, Any], frames: FrameConfig) -> ClipRequest:
-    record = read_record(row["record"]) if row.get("record") else None
-    times = None if record is None else TASKS[record.task].times
-    return ClipRequest(
-        path=row["video"],
-        config=frames,
-        start=row.get("start"),
-        end=row.get("end"),
-        times=None if times is None else partial(times, record),
-    )
-
-
-def _texts(messages: Any) -> tuple[str, str | None]:
-    """(user's text, system's or None) of a conversational prompt."""
-    found = {m["role"]: m["content"] for m in messages} if isinstance(messages, list) else {}
-    ordered = [m["role"] for m in messages] if found else []
-    if ordered not in (["user"], ["system", "user"]) or not all(
-        isinstance(text, str) for text in found.values()
-    ):
-        raise ValueError(
-            "prompt must be a user turn of text, with or without a system turn before it (the clip "
-            f"follows the text), got {messages!r}"
-        )
-    return found["user"], found.get("system")
