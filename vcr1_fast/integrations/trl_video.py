@@ -93,7 +93,7 @@ class VideoGRPOConfig(GRPOConfig):
 
 
 @dataclass(eq=False)
-class _Shown:
+class Shown:
     """A prompt of a generation batch: `vision` (video tokens, H) of a frozen tower, once known."""
 
     prompt: Prompt
@@ -158,7 +158,7 @@ class VideoGRPOTrainer(GRPOTrainer):
         if self.ref_model is not None:
             prepare_vision(unwrap(self.ref_model))
         self._reader = ClipReader(workers=args.decode_workers)
-        self._shown: dict[bool, list[_Shown]] = {True: [], False: []}  # by whether it is training
+        self._shown: dict[bool, list[Shown]] = {True: [], False: []}  # by whether it is training
         self._rows: list[int] = []  # which of them each row of the batch at work shows
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -185,7 +185,7 @@ class VideoGRPOTrainer(GRPOTrainer):
         output["shown"] = torch.tensor(self._rows)
         return output
 
-    def _show(self, inputs: list[dict[str, Any]]) -> tuple[list[_Shown], list[int]]:
+    def _show(self, inputs: list[dict[str, Any]]) -> tuple[list[Shown], list[int]]:
         """The prompts of a batch, and for each of its rows which one it is. Rows of a group follow
         each other."""
         runs = [(row, len(list(rows))) for row, rows in itertools.groupby(inputs)]
@@ -196,7 +196,7 @@ class VideoGRPOTrainer(GRPOTrainer):
                 raise clip
             text, system = prompt_texts(row["prompt"])
             prompt = self.processor.prompt(text, [clip], system=system)
-            shown.append(_Shown(prompt, clip.duration))
+            shown.append(Shown(prompt, clip.duration))
         return shown, [i for i, (_, count) in enumerate(runs) for _ in range(count)]
 
     def _tokenize_prompts(self, prompts: list) -> tuple[list[list[int]], None, dict]:
