@@ -43,7 +43,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM 
 from trl.trainer import utils  # noqa: E402
 
 from vcr1_fast.integrations.trl import patch_trl  # noqa: E402
-from vcr1_fast.integrations.trl_video import Shown, VideoGRPOConfig, VideoGRPOTrainer  # noqa: E402
+from vcr1_fast.integrations.trl_video.trainer import Shown, VideoGRPOConfig, VideoGRPOTrainer  # noqa: E402
 from vcr1_fast.model.checkpoint import load  # noqa: E402
 from vcr1_fast.model.packing import prompt_positions  # noqa: E402
 from vcr1_fast.model.positions import SpecialIds  # noqa: E402

@@ -1,5 +1,7 @@
 """Video GRPO inside TRL: the same losses and gradients as our own step and as the plain form."""
 
+import subprocess
+import sys
 from types import MethodType
 
 import pytest
@@ -11,14 +13,15 @@ from trl_run import Norms, trl
 
 from vcr1_fast.data.records import load_records
 from vcr1_fast.data.video import VideoError
+from vcr1_fast.integrations import trl_video
 from vcr1_fast.integrations.trl import patch_trl
-from vcr1_fast.integrations.trl_tasks import read_record
 from vcr1_fast.integrations.trl_video import (
     VideoGRPOConfig,
     VideoGRPOTrainer,
     task_rewards,
     video_dataset,
 )
+from vcr1_fast.integrations.trl_video.data import read_record
 from vcr1_fast.model.checkpoint import load
 from vcr1_fast.model.packing import Group
 from vcr1_fast.ops import GRPOLossConfig
@@ -284,3 +287,31 @@ def test_a_loaded_model_comes_with_its_processor(inputs, tmp_path):
         VideoGRPOTrainer(model, spread, args, data)
     trainer = VideoGRPOTrainer(model, spread, args, data, processor=processor)
     assert trainer.model is model and isinstance(trainer, trl.GRPOTrainer)
+
+
+def test_importing_the_package_imports_no_trl():
+    code = "import sys, vcr1_fast.integrations.trl_video as v; print('trl' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "False", done.stderr
+    with pytest.raises(AttributeError, match="no attribute 'Trainer'"):
+        trl_video.Trainer  # noqa: B018
+
+
+def test_pictures_beside_clips(inputs, tmp_path):
+    from PIL import Image
+
+    Image.new("RGB", (56, 56), "red").save(tmp_path / "red.png")
+    turn = [{"role": "user", "content": "What is it?"}]
+    clip = video_dataset(inputs[1])[0]["video"]
+    rows = [
+        {"prompt": turn, "image": str(tmp_path / "red.png"), "video": None},
+        {"prompt": turn, "image": None, "video": clip},
+    ]
+    trainer = make_trainer(inputs, tmp_path, data=Dataset.from_list(rows), max_steps=1)
+    norms, _ = run(trainer)
+    assert norms[0] > 0
+    grids = [one.prompt.image_grid_thw for one in trainer._shown[True]]
+    assert sorted(len(grid) for grid in grids) == [0, 1]
+    neither = Dataset.from_list([{"prompt": turn, "video": None}] * 2)
+    with pytest.raises(ValueError, match="a row needs a video or an image"):
+        make_trainer(inputs, tmp_path, data=neither).train()

@@ -16,6 +16,7 @@ from vcr1_fast.data.sampling import FrameConfig
 from vcr1_fast.data.video import ClipRequest
 from vcr1_fast.tasks import TASKS
 
+COLUMNS = ("prompt", "video", "image", "start", "end", "record", "think")
 RewardFunction = Callable[..., list[float | None]]
 
 
@@ -23,7 +24,8 @@ def video_dataset(
     records: str | os.PathLike[str] | Iterable[Record], *, think: bool = False
 ) -> Dataset:
     """Records, or the JSONL file that holds them, with a column each for the prompt (a user turn),
-    the video's path, `start` and `end` in seconds, and the record (JSON) for `task_rewards`.
+    the path of the video or image, `start` and `end` in seconds, and the record (JSON) for
+    `task_rewards`.
 
     `think`: whether the prompts ask for reasoning first. RecordError for a bad row, ValueError for
     none at all.
@@ -33,10 +35,10 @@ def video_dataset(
     rows = [
         {
             "prompt": [{"role": "user", "content": TASKS[one.task].prompt(one, think)}],
-            "video": os.path.abspath(one.video),
+            **{name: path and os.path.abspath(path) for name, path in _media(one).items()},
             "start": one.start,
             "end": one.end,
-            "record": json.dumps({**dataclasses.asdict(one), "video": os.path.abspath(one.video)}),
+            "record": _written(one),
             "think": think,
         }
         for one in records
@@ -44,6 +46,16 @@ def video_dataset(
     if not rows:
         raise ValueError("no records")
     return Dataset.from_list(rows)
+
+
+def _media(record: Record) -> dict[str, str | None]:
+    return {"video": record.video, "image": record.image}
+
+
+def _written(record: Record) -> str:
+    row = {k: v for k, v in dataclasses.asdict(record).items() if v is not None}
+    row |= {name: os.path.abspath(path) for name, path in _media(record).items() if path}
+    return json.dumps(row)
 
 
 def read_record(text: str) -> Record:
@@ -91,14 +103,18 @@ def _reward(task: str, name: str) -> RewardFunction:
 
 def clip_request(row: dict[str, Any], frames: FrameConfig) -> ClipRequest:
     """The frames that a row's task wants to see."""
+    video, image = row.get("video"), row.get("image")
+    if (video is None) == (image is None):
+        raise ValueError(f"a row needs a video or an image, got {video!r} and {image!r}")
     record = read_record(row["record"]) if row.get("record") else None
     times = None if record is None else TASKS[record.task].times
     return ClipRequest(
-        path=row["video"],
+        path=video or image,
         config=frames,
         start=row.get("start"),
         end=row.get("end"),
         times=None if times is None else partial(times, record),
+        is_image=video is None,
     )
 
 

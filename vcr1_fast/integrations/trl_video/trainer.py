@@ -1,26 +1,4 @@
-"""GRPO on video for users of TRL, whose own `GRPOTrainer` takes text and images.
-
-    from vcr1_fast.integrations.trl_video import (
-        VideoGRPOConfig, VideoGRPOTrainer, task_rewards, video_dataset)
-
-    data = video_dataset("train.jsonl")
-    trainer = VideoGRPOTrainer(
-        "Qwen/Qwen2.5-VL-3B-Instruct", task_rewards(data), VideoGRPOConfig("out"), data)
-    trainer.train()
-
-A data set of one's own needs two columns, `prompt` (a user turn of text, a system turn before it if
-need be) and `video` (a path), and may have `start` and `end` (seconds); what else it holds goes to
-the reward functions, as everywhere in TRL, and so does `duration` (seconds of the part shown).
-
-What is TRL's stays TRL's: arguments, reward functions, advantages, losses, logging, checkpoints,
-PEFT, DDP. What is ours: clips are decoded and cut into patches once for a group; the vision tower
-and the prompt are run once for its G completions, in the rollout and in the forward pass of policy
-and reference, with the losses and gradients of the plain form (`model/forward.py`).
-
-Groups stay together: a generation batch is split in its order, not shuffled row by row. A prompt is
-shared by those of its completions that are in one micro-batch, so `per_device_train_batch_size`
-should be a multiple of `num_generations`.
-"""
+"""The trainer: TRL's, with our prompts, rollout and forward pass in the places of its own."""
 
 from __future__ import annotations
 
@@ -40,12 +18,7 @@ from trl.trainer.utils import split_tensor_dict
 from vcr1_fast.data.sampling import FrameConfig
 from vcr1_fast.data.video import Clip, ClipReader
 from vcr1_fast.integrations.trl import patch_trl
-from vcr1_fast.integrations.trl_tasks import (
-    clip_request,
-    prompt_texts,
-    task_rewards,
-    video_dataset,
-)
+from vcr1_fast.integrations.trl_video.data import COLUMNS, clip_request, prompt_texts
 from vcr1_fast.model.checkpoint import load
 from vcr1_fast.model.forward import completion_hidden, lm_head
 from vcr1_fast.model.packing import Group
@@ -55,8 +28,6 @@ from vcr1_fast.model.rollout import SamplingConfig, rollout
 from vcr1_fast.model.vision import freeze_vision, prepare_vision
 from vcr1_fast.model.wrapping import unwrap
 from vcr1_fast.ops import linear_logprobs
-
-__all__ = ["VideoGRPOConfig", "VideoGRPOTrainer", "task_rewards", "video_dataset"]
 
 # Settings of TRL's that have no meaning here, with the value they must keep.
 _UNSUPPORTED = {
@@ -163,7 +134,7 @@ class VideoGRPOTrainer(GRPOTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
-            self._signature_columns = ["prompt", "video", "start", "end", "record", "think"]
+            self._signature_columns = list(COLUMNS)
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         if not self.model.training:
@@ -177,11 +148,11 @@ class VideoGRPOTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         shown, self._rows = self._show(inputs)
         self._shown[self.model.training] = shown
-        timed = [
-            {**row, "duration": shown[i].duration}
+        rows = [  # a column named "image" would have TRL show pictures in its own way
+            {**{k: v for k, v in row.items() if k != "image"}, "duration": shown[i].duration}
             for row, i in zip(inputs, self._rows, strict=True)
         ]
-        output = super()._generate_and_score_completions(timed)
+        output = super()._generate_and_score_completions(rows)
         output["shown"] = torch.tensor(self._rows)
         return output
 
