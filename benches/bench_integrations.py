@@ -51,9 +51,9 @@ from vcr1_fast.model.tiny import TinyConfig, write_tiny  # noqa: E402
 
 # prompt tokens, completion tokens, completions, vocabulary, width, under bfloat16 autocast
 TEXT = (
-    (32, 32, 8, 151_936, 256, False),
-    (1, 32, 8, 151_936, 256, False),
-    (32, 32, 8, 151_936, 256, True),
+    (32, 32, 4, 151_936, 256, False),
+    (1, 32, 4, 151_936, 256, False),
+    (32, 32, 4, 151_936, 256, True),
     (32, 128, 32, 512, 64, False),
 )
 # model, prompt tokens, completion tokens, completions
@@ -153,9 +153,11 @@ def put(objects: list[tuple[Any, str, Any]]):
             setattr(owner, name, value)
 
 
-def bare_products(model: nn.Module, labels: int, once: Callable[[], object]) -> Callable[[], None]:
+def bare_products(
+    model: nn.Module, labels: int, once: Callable[[], object], dtype: torch.dtype = torch.float32
+) -> Callable[[], None]:
     """A callable that multiplies what the linear layers of `once` multiply and what the head does
-    over `labels` tokens, forward and backward."""
+    over `labels` tokens, forward and backward, in `dtype`."""
     head = model.get_output_embeddings()
     sizes: list[tuple[int, nn.Linear]] = [(labels, head)]
     hooks = [
@@ -170,9 +172,10 @@ def bare_products(model: nn.Module, labels: int, once: Callable[[], object]) -> 
         hook.remove()
     work = []
     for rows, module in sizes:
-        x = torch.randn(rows, module.in_features, device=module.weight.device)
-        out = torch.empty(rows, module.out_features, device=module.weight.device)
-        work.append((x, module.weight.detach(), out, torch.empty_like(module.weight)))
+        weight = module.weight.detach().to(dtype)
+        x = torch.randn(rows, module.in_features, device=weight.device, dtype=dtype)
+        out = torch.empty(rows, module.out_features, device=weight.device, dtype=dtype)
+        work.append((x, weight, out, torch.empty_like(weight)))
 
     def multiply() -> None:
         for x, weight, out, gradient in work:
@@ -223,7 +226,8 @@ def bench_text(bench: Bench, case: tuple) -> None:
     patched()
     name = f"P={prompt} C={length} G={count} V={vocab} H={width}"
     assert_same(name, model, theirs, 5e-2 if autocast else 1e-4)
-    limit = bare_products(model, count * length, step)
+    dtype = torch.bfloat16 if autocast else torch.float32
+    limit = bare_products(model, count * length, step, dtype)
     bench.run(
         "TRL GRPO step, text",
         name,
