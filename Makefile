@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 CSRC := CMakeLists.txt $(shell find csrc -type f)
-PIP_INSTALL = $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP = $(PY) -m pip install --quiet --disable-pip-version-check
+PIP_INSTALL = $(PIP) -c constraints.txt
 # Triton kernels run on the CPU only in a process that never compiles them.
 TRITON_TESTS := $(addprefix python_tests/test_, gather_logprobs.py grpo_loss.py \
   logits_grpo_loss.py)
@@ -26,16 +27,23 @@ $(VENV)/.oracle: $(VENV)/bin/python constraints.txt
 	$(PIP_INSTALL) --no-deps --upgrade --target $(VENV)/oracle torchvision
 	touch $@
 
+# The release before the installed one, for which TRL's users still want the patch.
+$(VENV)/.trl-previous: $(VENV)/bin/python
+	$(PIP) --no-deps --upgrade --target $(VENV)/trl-previous trl==1.15.0
+	touch $@
+
 build: $(VENV)/.built  ## Install the package, editable, into .venv.
 
 demo: $(VENV)/.built  ## Make clips, warm-start, train by GRPO, evaluate; writes runs/demo.
 	$(PY) -m vcr1_fast.cli demo $(ARGS)
 
-test: $(VENV)/.built $(VENV)/.oracle  ## Every test that this machine can run.
+test: $(VENV)/.built $(VENV)/.oracle $(VENV)/.trl-previous  ## Every test that this machine can run.
 	VCR1_TORCHVISION=$(abspath $(VENV)/oracle) $(PY) -m pytest $(ARGS)
 	TRITON_INTERPRET=1 $(PY) -m pytest -q -k triton $(TRITON_TESTS)
 	PYTHONPATH=$(VENV)/oracle $(PY) -m pytest -q -k 'torchvision or transformers' \
 	  python_tests/test_iou.py python_tests/test_video_patches.py
+	PYTHONPATH=$(VENV)/trl-previous TRITON_INTERPRET=1 $(PY) -m pytest -q \
+	  -k 'not a_patched_run or dapo' python_tests/test_trl_patch.py
 
 # Native code under AddressSanitizer and UBSan, in a build of its own that VCR1_NATIVE names. The
 # runtimes come first because Python itself lacks them, and libstdc++ with them, or exceptions are

@@ -34,7 +34,9 @@ def make_batch(token_advantages):
     return batch
 
 
-def trl_loss(trainer, batch, config, correction):
+def trl_loss(trainer, batch, config, correction, compute_loss=None):
+    """(loss, its gradients in logps and entropy, what is logged) by `compute_loss`, TRL's own
+    unless another one is given."""
     logps, entropy = (batch[n].clone().requires_grad_() for n in ("logps", "entropy"))
     stub = SimpleNamespace(
         accelerator=SimpleNamespace(
@@ -57,6 +59,9 @@ def trl_loss(trainer, batch, config, correction):
         off_policy_mask_threshold=config.off_policy_threshold,
         use_vllm=correction is not None,
         vllm_importance_sampling_correction=correction is not None,
+        vllm_importance_sampling_mode=config.rollout_correction,
+        vllm_importance_sampling_clip_min=config.rollout_min,
+        vllm_importance_sampling_clip_max=config.rollout_max,
         current_gradient_accumulation_steps=ACCUMULATION,
         _entropy_bonus_enabled=config.entropy_coef != 0,
         use_adaptive_entropy=False,
@@ -84,9 +89,9 @@ def trl_loss(trainer, batch, config, correction):
     if correction is not None:
         inputs["importance_sampling_ratio"] = correction
         inputs["sampling_per_token_logps"] = batch["rollout"]
-    loss = trainer._compute_loss(stub, None, inputs)
+    loss = (compute_loss or trainer._compute_loss)(stub, None, inputs)
     loss.backward()
-    return loss.detach(), logps.grad, entropy.grad
+    return loss.detach(), logps.grad, entropy.grad, dict(stub._metrics["train"])
 
 
 def correction_of(batch, config):

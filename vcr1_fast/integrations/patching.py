@@ -48,7 +48,10 @@ class Swap:
             their order; None asks for nothing.
         digests: `source_digest`s that the original may have; empty asks for nothing. For originals
             whose body, not only whose signature, is what the replacement relies on.
+        relies_on: further attributes of the owner whose sources the digests cover, in this order.
         new: the name is not there before (an entry to register); `build` then gets `ABSENT`.
+        copies: replace it also where other modules of the package hold it.
+        releases: where only some of the patch's releases have it; empty is all of them.
     """
 
     owner: str
@@ -56,7 +59,10 @@ class Swap:
     build: Callable[[Any], Any]
     parameters: tuple[str, ...] | None = None
     digests: tuple[str, ...] = ()
+    relies_on: tuple[str, ...] = ()
     new: bool = False
+    copies: bool = True
+    releases: tuple[str, ...] = ()
 
     @property
     def target(self) -> str:
@@ -110,7 +116,7 @@ class Patch:
         wanted = [part for part in self._named(parts) if part not in self._done]
         if wanted:
             self.check_version()
-        found = {part: [_find(swap) for swap in self.parts[part]] for part in wanted}
+        found = {part: [_find(swap) for swap in self._swaps(part)] for part in wanted}
         for part, swaps in found.items():
             for done in swaps:
                 _set(done.owner, done.swap.name, done.replacement)
@@ -159,7 +165,7 @@ class Patch:
         version, known = self.version, ", ".join(self.releases)
         if version is None:
             raise UnknownContract(f"{self.distribution} is not installed (checked: {known})")
-        if version not in self.releases and not any(_of(version, r) for r in self.releases):
+        if not any(_of(version, release) for release in self.releases):
             raise UnknownContract(
                 f"{self.distribution} {version} is installed; this patch was checked on {known} "
                 "and does not guess what another release does"
@@ -171,8 +177,17 @@ class Patch:
         self.check_version()
         for part in self._named(parts):
             if part not in self._done:
-                for swap in self.parts[part]:
+                for swap in self._swaps(part):
                     _find(swap)
+
+    def _swaps(self, part: str) -> list[Swap]:
+        """Those of the part that the installed release asks for."""
+        version = self.version or ""
+        return [
+            swap
+            for swap in self.parts[part]
+            if not swap.releases or any(_of(version, release) for release in swap.releases)
+        ]
 
     def _named(self, parts: Sequence[str]) -> Sequence[str]:
         unknown = sorted(set(parts) - set(self.parts))
@@ -185,7 +200,7 @@ class Patch:
 
     def _rebind(self, done: _Done, old: Any, new: Any) -> None:
         """`new` wherever a module of the package holds `old`, under whatever name."""
-        if done.swap.new or not isinstance(done.owner, ModuleType):
+        if done.swap.new or not done.swap.copies or not isinstance(done.owner, ModuleType):
             return
         for name, module in list(sys.modules.items()):
             if module is None or name.partition(".")[0] != self.package:
@@ -210,17 +225,19 @@ class Applied:
             self.patch.undo(*self.parts)
 
 
-def source_digest(function: Any) -> str:
-    """16 hexadecimal digits that change when a line of the function's source does, its indentation
+def source_digest(*functions: Any) -> str:
+    """16 hexadecimal digits that change when a line of the functions' sources does, indentation
     and blank lines aside."""
-    lines = (line.strip() for line in inspect.getsource(function).splitlines())
+    lines = (line.strip() for f in functions for line in inspect.getsource(f).splitlines())
     return hashlib.sha256("\n".join(filter(None, lines)).encode()).hexdigest()[:16]
 
 
 def _of(version: str, release: str) -> bool:
-    """Whether `version`, a final one, belongs to `release`."""
+    """Whether `version` is `release`, or a final one that belongs to it."""
     numbers = re.fullmatch(r"(\d+(?:\.\d+)*)(?:\+\S*)?", version)
-    return numbers is not None and f"{numbers[1]}.".startswith(f"{release}.")
+    return version == release or (
+        numbers is not None and f"{numbers[1]}.".startswith(f"{release}.")
+    )
 
 
 def _find(swap: Swap) -> _Done:
@@ -241,11 +258,13 @@ def _find(swap: Swap) -> _Done:
         taken = tuple(inspect.signature(getattr(original, "forward", original)).parameters)
         if taken != swap.parameters:
             raise UnknownContract(f"{swap.target} takes {taken}, expected {swap.parameters}")
-    if swap.digests and source_digest(original) not in swap.digests:
-        raise UnknownContract(
-            f"{swap.target} has another body ({source_digest(original)}) than the checked ones "
-            f"({', '.join(swap.digests)})"
-        )
+    if swap.digests:
+        found = source_digest(original, *(getattr(owner, name) for name in swap.relies_on))
+        if found not in swap.digests:
+            raise UnknownContract(
+                f"{swap.target} has another body ({found}) than the checked ones "
+                f"({', '.join(swap.digests)})"
+            )
     return _Done(swap, owner, original, _own(owner, swap.name), swap.build(original))
 
 

@@ -63,7 +63,23 @@ def attention(
 
     `spans`: the sequence is a pack of groups. `shared_prefix`: one new token a completion, see
     `decode.py`. Neither: transformers' own SDPA. Returns (B, N, H, D).
+
+    Under autocast queries and keys come in float32, which is what the rotation computes in: they
+    take the values' dtype, that of the products.
     """
+    kind = value.device.type
+    if torch.is_autocast_enabled(kind) and (spans is not None or shared_prefix is not None):
+        query, key = query.to(value.dtype), key.to(value.dtype)
+        with torch.autocast(kind, enabled=False):
+            return attention(
+                module,
+                query,
+                key,
+                value,
+                scaling=scaling,
+                spans=spans,
+                shared_prefix=shared_prefix,
+            )
     if spans is not None:
         backend = _BACKENDS[resolve_backend(module.vcr1_backend, query.device)]
         is_last = module.layer_idx == module.config.num_hidden_layers - 1

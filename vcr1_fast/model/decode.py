@@ -41,6 +41,7 @@ class SharedPrefix:
         self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
         """Called by the model's attention: keep (rows, heads, tokens, D), return all of the row."""
+        keys = keys.to(values.dtype)  # under autocast rotating them has made them float32
         if self.bias is None:
             # Laid out by head once, instead of in every product with them.
             self.prefix.append((keys.contiguous(), values.contiguous()))

@@ -122,7 +122,7 @@ for _backend in BACKENDS:
     backward_op.register(_backend, _backward)
 
 
-class _LinearLogprobs(torch.autograd.Function):
+class LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, mask, row_temperature, options):
         temperature, softcap, entropy, chunk_rows = options
@@ -188,7 +188,7 @@ def linear_logprobs(
     row_temperature, scalar = row_temperatures(temperature, lead, hidden.device)
     valid = row_mask(mask, lead)
     count = lead.numel()
-    logps, row_entropy, lse = _LinearLogprobs.apply(
+    logps, row_entropy, lse = LinearLogprobs.apply(
         hidden.reshape(count, hidden.shape[-1]),
         weight,
         bias,

@@ -1,0 +1,132 @@
+"""Our records as a data set of TRL's, and our tasks' rewards as its reward functions."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+from datasets import Dataset
+
+from vcr1_fast.data.records import Record, load_records, parse_record
+from vcr1_fast.data.sampling import FrameConfig
+from vcr1_fast.data.video import ClipRequest
+from vcr1_fast.tasks import TASKS
+
+COLUMNS = ("prompt", "video", "image", "start", "end", "record", "think")
+RewardFunction = Callable[..., list[float | None]]
+
+
+def video_dataset(
+    records: str | os.PathLike[str] | Iterable[Record], *, think: bool = False
+) -> Dataset:
+    """Records, or the JSONL file that holds them, with a column each for the prompt (a user turn),
+    the path of the video or image, `start` and `end` in seconds, and the record (JSON) for
+    `task_rewards`.
+
+    `think`: whether the prompts ask for reasoning first. RecordError for a bad row, ValueError for
+    none at all.
+    """
+    if isinstance(records, str | os.PathLike):
+        records = load_records(records)
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": TASKS[one.task].prompt(one, think)}],
+            **{name: path and os.path.abspath(path) for name, path in _media(one).items()},
+            "start": one.start,
+            "end": one.end,
+            "record": _written(one),
+            "think": think,
+        }
+        for one in records
+    ]
+    if not rows:
+        raise ValueError("no records")
+    return Dataset.from_list(rows)
+
+
+def _media(record: Record) -> dict[str, str | None]:
+    return {"video": record.video, "image": record.image}
+
+
+def _written(record: Record) -> str:
+    row = {k: v for k, v in dataclasses.asdict(record).items() if v is not None}
+    row |= {name: os.path.abspath(path) for name, path in _media(record).items() if path}
+    return json.dumps(row)
+
+
+def read_record(text: str) -> Record:
+    """The record of a row of `video_dataset`."""
+    return parse_record(json.loads(text))
+
+
+def task_rewards(*data: Dataset | str) -> list[RewardFunction]:
+    """One reward function for each reward of each task, to be given to a trainer together.
+
+    `data`: names of tasks, or data sets of `video_dataset`, which stand for the tasks in them. A
+    function says None of another task's samples, so TRL adds up what each sample's task gives.
+    ValueError for an unknown task.
+    """
+    names: dict[str, None] = {}
+    for one in data:
+        found = [one] if isinstance(one, str) else [json.loads(r)["task"] for r in one["record"]]
+        names |= dict.fromkeys(found)
+    unknown = sorted(set(names) - set(TASKS))
+    if unknown:
+        raise ValueError(f"unknown tasks {unknown}: expected some of {sorted(TASKS)}")
+    return [_reward(task, name) for task in names for name in TASKS[task].rewards]
+
+
+def _reward(task: str, name: str) -> RewardFunction:
+    reward = TASKS[task].rewards[name]
+
+    def score(
+        completions: list[Any],
+        record: list[str],
+        duration: list[float],
+        think: list[bool],
+        **_: Any,
+    ) -> list[float | None]:
+        return [
+            reward(turns[0]["content"], one, seconds, think=asked) if one.task == task else None
+            for turns, one, seconds, asked in zip(
+                completions, map(read_record, record), duration, think, strict=True
+            )
+        ]
+
+    score.__name__ = f"{task}/{name}"
+    return score
+
+
+def clip_request(row: dict[str, Any], frames: FrameConfig) -> ClipRequest:
+    """The frames that a row's task wants to see."""
+    video, image = row.get("video"), row.get("image")
+    if (video is None) == (image is None):
+        raise ValueError(f"a row needs a video or an image, got {video!r} and {image!r}")
+    record = read_record(row["record"]) if row.get("record") else None
+    times = None if record is None else TASKS[record.task].times
+    return ClipRequest(
+        path=video or image,
+        config=frames,
+        start=row.get("start"),
+        end=row.get("end"),
+        times=None if times is None else partial(times, record),
+        is_image=video is None,
+    )
+
+
+def prompt_texts(messages: Any) -> tuple[str, str | None]:
+    """(user's text, system's or None) of a conversational prompt; ValueError for another one."""
+    found = {m["role"]: m["content"] for m in messages} if isinstance(messages, list) else {}
+    ordered = [m["role"] for m in messages] if found else []
+    if ordered not in (["user"], ["system", "user"]) or not all(
+        isinstance(text, str) for text in found.values()
+    ):
+        raise ValueError(
+            "prompt must be a user turn of text, with or without a system turn before it (the clip "
+            f"follows the text), got {messages!r}"
+        )
+    return found["user"], found.get("system")
