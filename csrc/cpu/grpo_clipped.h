@@ -12,6 +12,9 @@
 #include "../kernels.h"
 #include "simd_mask.h"
 
+// Else the sums of a step would go through memory.
+#define VCR1_INLINE inline __attribute__((always_inline))
+
 namespace vcr1::cpu::VCR1_ISA {
 namespace {
 
@@ -28,16 +31,20 @@ inline bool fits_clipped(const GrpoLossArgs& a) {
          (k.level == grpo::kToken || !a.token_advantages);
 }
 
-// e^x for every x: exp() ends at 88.
-inline Vec exp_any(Vec x) {
-  const Vec out = exp(x);
-  if (__builtin_expect(!any(less(splat(88.0f), x)), 1)) return out;
-  float from[Vec::kWidth], to[Vec::kWidth];
-  store(from, x);
-  store(to, out);
-  for (int i = 0; i < Vec::kWidth; ++i)
-    if (from[i] > 88.0f) to[i] = std::exp(from[i]);
-  return load(to);
+// exp() for every x; `ends`: there is none beyond 88.
+template <int n>
+inline void exp_each(const Vec (&x)[n], bool ends, Vec (&out)[n]) {
+  exp(x, out);
+  if (ends) return;
+  for (int k = 0; k < n; ++k) {
+    if (!any(less(splat(88.0f), x[k]))) continue;
+    float from[Vec::kWidth], to[Vec::kWidth];
+    store(from, x[k]);
+    store(to, out[k]);
+    for (int i = 0; i < Vec::kWidth; ++i)
+      if (from[i] > 88.0f) to[i] = std::exp(from[i]);
+    out[k] = load(to);
+  }
 }
 
 // Tensors from a completion's token on; null as in GrpoLossArgs.
@@ -52,7 +59,7 @@ struct ClippedSums {
   Vec policy, ratio, moved, kl, entropy, below, above, over, lowest, highest;
 };
 
-template <bool kTokenRatio, bool kCispo>
+template <bool kCispo, bool kRef>
 class Clipped {
  public:
   // c: what is known before its tokens are read; its entropy gets the gradient `bonus`.
@@ -62,7 +69,7 @@ class Clipped {
   }
 
   void run(int64_t begin, int64_t end, double* sums) {
-    if (!kTokenRatio) {
+    if (a_.kinds.level != grpo::kToken) {
       const Vec limit = number(a_.values.log_ratio_clamp);
       double total = 0.0;
       blocks(begin, end, [&](const ClippedTokens& t, int64_t first, int64_t last) {
@@ -134,69 +141,114 @@ class Clipped {
     if (all.grad_entropy != nullptr) std::copy_n(copies[6], rest, all.grad_entropy + whole);
   }
 
-  ClippedSums block(const ClippedTokens& t, int64_t first, int64_t last) const {
+  // What does not change within a completion.
+  struct Constants {
+    Vec limit, delta, low, high, kl_limit, kl_bound, weight, kl_weight, bonus, ratio, advantage;
+    bool by_token, cuts, ends, has_delta, has_bound;
+  };
+
+  Constants constants(const ClippedTokens& t) const {
     const grpo::Values& v = a_.values;
+    return {number(v.log_ratio_clamp),
+            number(v.delta),
+            number(v.ratio_low),
+            number(v.ratio_high),
+            number(v.kl_input_clamp),
+            number(v.kl_output_clamp),
+            number(weight_),
+            splat(static_cast<float>(weight_) * static_cast<float>(v.beta)),
+            number(bonus_),
+            splat(ratio_),
+            splat(advantage_),
+            a_.kinds.level == grpo::kToken,
+            t.old != nullptr && a_.kinds.level != grpo::kSequenceToken,
+            v.log_ratio_clamp <= 88.0 && v.kl_input_clamp <= 88.0,
+            std::isfinite(v.delta),
+            std::isfinite(v.kl_output_clamp)};
+  }
+
+  // The derivative of min(min(r, delta) a, clip(r) a) in r; half of each where both are equal.
+  static Vec slope(Vec ratio, Vec a, Vec free, Vec cut, const Constants& c) {
+    const Vec d_free = keep(less_equal(ratio, c.delta), a);
+    const Vec d_cut = keep(both(less_equal(c.low, ratio), less_equal(ratio, c.high)), a);
+    const Vec tie = mul(splat(0.5f), add(d_free, d_cut));
+    return select(less(free, cut), d_free, select(less(cut, free), d_cut, tie));
+  }
+
+  ClippedSums block(const ClippedTokens& t, int64_t first, int64_t last) const {
+    const Vec zero = splat(0.0f), inf = splat(std::numeric_limits<float>::infinity());
+    ClippedSums s{zero, zero, zero, zero, zero, zero, zero, zero, inf, sub(zero, inf)};
+    const Constants c = constants(t);
+    int64_t i = first;
+    for (; i + 2 * Vec::kWidth <= last; i += 2 * Vec::kWidth) step<2>(t, c, i, s);
+    if (i < last) step<1>(t, c, i, s);
+    return s;
+  }
+
+  // n vectors of tokens.
+  template <int n>
+  static VCR1_INLINE void step(const ClippedTokens& t, const Constants& c, int64_t first,
+                               ClippedSums& s) {
     const Vec zero = splat(0.0f), one = splat(1.0f);
-    const Vec limit = number(v.log_ratio_clamp), delta = number(v.delta);
-    const Vec low = number(v.ratio_low), high = number(v.ratio_high);
-    const Vec kl_limit = number(v.kl_input_clamp), kl_bound = number(v.kl_output_clamp);
-    const Vec weight = number(weight_), bonus = number(bonus_);
-    const Vec kl_weight = splat(static_cast<float>(weight_) * static_cast<float>(v.beta));
-    const Vec own_ratio = splat(ratio_), own_advantage = splat(advantage_);
-    const bool has_delta = std::isfinite(v.delta);
-    const bool cuts = t.old != nullptr && a_.kinds.level != grpo::kSequenceToken;
-    ClippedSums s{zero, zero, zero, zero, zero, zero, zero, zero, zero, zero};
-    s.lowest = splat(std::numeric_limits<float>::infinity());
-    s.highest = sub(zero, s.lowest);
-    for (int64_t i = first; i < last; i += Vec::kWidth) {
-      const Mask counts = Clipped::counts(t, i);
-      Vec logp;
-      const Vec raw = log_ratio(t, i, counts, logp), x = clamp(limit, raw);
-      const Vec token_ratio = exp_any(x), ratio = kTokenRatio ? token_ratio : own_ratio;
-      const Vec a = keep(counts, t.advantages != nullptr ? load(t.advantages + i) : own_advantage);
-
-      // The policy term and the gradient of it, as clipped_policy() and weighted_policy().
-      Vec value, grad;
-      if (kCispo) {
-        grad = mul(clamp(low, high, ratio), a);
-        value = mul(grad, logp);
-        grad = mul(weight, grad);
-      } else {
-        const Vec free = mul(min(delta, ratio), a), cut = mul(clamp(low, high, ratio), a);
-        const Vec d_free = keep(less_equal(ratio, delta), a);
-        const Vec d_cut = keep(both(less_equal(low, ratio), less_equal(ratio, high)), a);
-        const Vec tie = mul(splat(0.5f), add(d_free, d_cut));
-        const Vec d_ratio = select(less(free, cut), d_free, select(less(cut, free), d_cut, tie));
-        value = min(free, cut);
-        grad = mul(mul(weight, d_ratio), ratio);
-        if (cuts) grad = keep(less_equal(abs(raw), limit), grad);
-      }
-      s.policy = add_where(counts, s.policy, value);
-
-      if (t.ref != nullptr) {
-        const Vec apart = sub(keep(counts, load(t.ref + i)), logp), d = clamp(kl_limit, apart);
-        const Vec e = exp_any(d), k3 = sub(sub(e, d), one);
-        const Mask inside = both(less_equal(abs(apart), kl_limit), less_equal(abs(k3), kl_bound));
-        grad = fma(kl_weight, keep(inside, sub(e, one)), grad);
-        s.kl = add(s.kl, clamp(kl_bound, k3));
-      }
-      store(t.grad + i, keep(counts, sub(zero, grad)));
-
-      s.ratio = add_where(counts, s.ratio, ratio);
-      s.moved = add(s.moved, sub(sub(token_ratio, one), x));
-      s.lowest = select(counts, min(ratio, s.lowest), s.lowest);
-      s.highest = select(counts, max(ratio, s.highest), s.highest);
-      // The advantage is 0 outside the mask.
-      const Mask bad = less(a, zero), good = less(zero, a);
-      s.below = add_where(both(less(ratio, low), bad), s.below, one);
-      s.above = add_where(both(less(high, ratio), good), s.above, one);
-      if (has_delta) s.over = add_where(both(less(delta, ratio), bad), s.over, one);
-      if (t.entropy != nullptr) {
-        s.entropy = add(s.entropy, keep(counts, load(t.entropy + i)));
-        if (t.grad_entropy != nullptr) store(t.grad_entropy + i, keep(counts, bonus));
+    constexpr int kExponents = kRef ? 2 * n : n;
+    Mask counts[n];
+    Vec logp[n], raw[n], apart[n], exponents[kExponents], powers[kExponents];
+    for (int k = 0; k < n; ++k) {
+      const int64_t i = first + k * Vec::kWidth;
+      counts[k] = Clipped::counts(t, i);
+      raw[k] = log_ratio(t, i, counts[k], logp[k]);
+      exponents[k] = clamp(c.limit, raw[k]);
+      if constexpr (kRef) {
+        apart[k] = sub(keep(counts[k], load(t.ref + i)), logp[k]);
+        exponents[n + k] = clamp(c.kl_limit, apart[k]);
       }
     }
-    return s;
+    exp_each(exponents, c.ends, powers);
+    for (int k = 0; k < n; ++k) {
+      const int64_t i = first + k * Vec::kWidth;
+      const Vec x = exponents[k], ratio = c.by_token ? powers[k] : c.ratio;
+      const Vec a = keep(counts[k], t.advantages != nullptr ? load(t.advantages + i) : c.advantage);
+
+      // The policy term and its gradient, both negated: weighted_policy() and clipped_policy().
+      Vec value, grad;
+      if (kCispo) {
+        const Vec phi = mul(clamp(c.low, c.high, ratio), a);
+        value = mul(phi, logp[k]);
+        grad = mul(c.weight, phi);
+      } else {
+        const Vec free = mul(min(c.delta, ratio), a), cut = mul(clamp(c.low, c.high, ratio), a);
+        value = min(free, cut);
+        // Where both are equal the ratio is inside the range, and r times the slope is r A.
+        grad = keep(less_equal(free, cut), free);
+        if (c.has_delta) grad = mul(slope(ratio, a, free, cut, c), ratio);
+        grad = mul(c.weight, grad);
+        if (c.cuts) grad = keep(equal(x, raw[k]), grad);
+      }
+      s.policy = add_where(counts[k], s.policy, value);
+
+      if constexpr (kRef) {
+        const Vec d = exponents[n + k], e = powers[n + k], k3 = sub(sub(e, d), one);
+        Mask inside = equal(d, apart[k]);
+        if (c.has_bound) inside = both(inside, less_equal(abs(k3), c.kl_bound));
+        grad = fma(c.kl_weight, keep(inside, sub(e, one)), grad);
+        s.kl = add(s.kl, c.has_bound ? clamp(c.kl_bound, k3) : k3);
+      }
+      store(t.grad + i, keep(counts[k], sub(zero, grad)));
+
+      s.ratio = add_where(counts[k], s.ratio, ratio);
+      s.moved = add(s.moved, sub(sub(powers[k], one), x));
+      s.lowest = select(counts[k], min(ratio, s.lowest), s.lowest);
+      s.highest = select(counts[k], max(ratio, s.highest), s.highest);
+      // The advantage is 0 outside the mask.
+      const Mask bad = less(a, zero), good = less(zero, a);
+      s.below = add_where(both(less(ratio, c.low), bad), s.below, one);
+      s.above = add_where(both(less(c.high, ratio), good), s.above, one);
+      if (c.has_delta) s.over = add_where(both(less(c.delta, ratio), bad), s.over, one);
+      if (t.entropy != nullptr) {
+        s.entropy = add(s.entropy, keep(counts[k], load(t.entropy + i)));
+        if (t.grad_entropy != nullptr) store(t.grad_entropy + i, keep(counts[k], c.bonus));
+      }
+    }
   }
 
   void add_up(const ClippedSums& s, double* out) const {

@@ -157,15 +157,16 @@ class Kernel : Terms<T> {
 
   void in_registers(int64_t b, int64_t begin, int64_t end, const Sums& c) const {
     const double bonus = entropy_scale(c);
-    if (k_.level == kToken) {
-      if (k_.loss == kCispo)
-        Clipped<true, true>(a_, b, c, bonus).run(begin, end, c.sums);
-      else
+    const bool cispo = k_.loss == kCispo;
+    if (a_.ref_logps == nullptr) {
+      if (cispo)
         Clipped<true, false>(a_, b, c, bonus).run(begin, end, c.sums);
-    } else if (k_.loss == kCispo) {
-      Clipped<false, true>(a_, b, c, bonus).run(begin, end, c.sums);
+      else
+        Clipped<false, false>(a_, b, c, bonus).run(begin, end, c.sums);
+    } else if (cispo) {
+      Clipped<true, true>(a_, b, c, bonus).run(begin, end, c.sums);
     } else {
-      Clipped<false, false>(a_, b, c, bonus).run(begin, end, c.sums);
+      Clipped<false, true>(a_, b, c, bonus).run(begin, end, c.sums);
     }
   }
 
