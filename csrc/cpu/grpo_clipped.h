@@ -12,9 +12,6 @@
 #include "../kernels.h"
 #include "simd_mask.h"
 
-// Else the sums of a step would go through memory.
-#define VCR1_INLINE inline __attribute__((always_inline))
-
 namespace vcr1::cpu::VCR1_ISA {
 namespace {
 
@@ -185,10 +182,10 @@ class Clipped {
     return s;
   }
 
-  // n vectors of tokens.
+  // n vectors of tokens. Inlined, or the sums would go through memory.
   template <int n>
-  static VCR1_INLINE void step(const ClippedTokens& t, const Constants& c, int64_t first,
-                               ClippedSums& s) {
+  __attribute__((always_inline)) static inline void step(const ClippedTokens& t, const Constants& c,
+                                                         int64_t first, ClippedSums& s) {
     const Vec zero = splat(0.0f), one = splat(1.0f);
     constexpr int kExponents = kRef ? 2 * n : n;
     Mask counts[n];

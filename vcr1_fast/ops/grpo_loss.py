@@ -10,7 +10,6 @@ from torch import Tensor
 
 from vcr1_fast.ops.backend import Op, from_triton, native
 from vcr1_fast.ops.grpo_config import (
-    LOSS_TYPES,
     VALUES,
     GRPOLossConfig,
     LossParameters,
@@ -103,9 +102,10 @@ class _GRPOLoss(torch.autograd.Function):
             return None, None, None
         grad_logps, grad_entropy = ctx.saved_tensors
         need_logps, need_entropy, _ = ctx.needs_input_grad
+        need_entropy = need_entropy and ctx.entropy_counts
         return (
             times_upstream(grad_logps, grad_loss) if need_logps else None,
-            times_upstream(grad_entropy, grad_loss) if need_entropy and ctx.entropy_counts else None,
+            times_upstream(grad_entropy, grad_loss) if need_entropy else None,
             None,
         )
 
