@@ -203,7 +203,7 @@ def test_bits_repeat_and_kept_graphs(backend):
     assert torch.equal(two, 2 * kept)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, *TRITON])
 def test_opcheck(backend):
     batch = moved(make_batch(torch.float32), backend)
     p = parameters(GRPOLossConfig(beta=0.1, entropy_coef=0.1))
@@ -219,7 +219,7 @@ def test_opcheck(backend):
 
 # Dynamo itself makes an instance of autograd.Function, which torch warns about.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, *TRITON])
 def test_compiles_whole(backend):
     batch = moved(make_batch(torch.float32), backend)
     batch["logits"] = batch["logits"].nan_to_num(0)

@@ -138,7 +138,8 @@ class Clipped {
     if (all.grad_entropy != nullptr) std::copy_n(copies[6], rest, all.grad_entropy + whole);
   }
 
-  // What does not change within a completion.
+  // What does not change within a completion. ends: exponents do, at 88; has_bound: an estimator of
+  // the KL may be beyond its bound, or no number.
   struct Constants {
     Vec limit, delta, low, high, kl_limit, kl_bound, weight, kl_weight, bonus, ratio, advantage;
     bool by_token, cuts, ends, has_delta, has_bound;
@@ -146,6 +147,7 @@ class Clipped {
 
   Constants constants(const ClippedTokens& t) const {
     const grpo::Values& v = a_.values;
+    const bool ends = v.log_ratio_clamp <= 88.0 && v.kl_input_clamp <= 88.0;
     return {number(v.log_ratio_clamp),
             number(v.delta),
             number(v.ratio_low),
@@ -159,9 +161,9 @@ class Clipped {
             splat(advantage_),
             a_.kinds.level == grpo::kToken,
             t.old != nullptr && a_.kinds.level != grpo::kSequenceToken,
-            v.log_ratio_clamp <= 88.0 && v.kl_input_clamp <= 88.0,
+            ends,
             std::isfinite(v.delta),
-            std::isfinite(v.kl_output_clamp)};
+            std::isfinite(v.kl_output_clamp) || !ends};
   }
 
   // The derivative of min(min(r, delta) a, clip(r) a) in r; half of each where both are equal.
@@ -215,11 +217,10 @@ class Clipped {
       } else {
         const Vec free = mul(min(c.delta, ratio), a), cut = mul(clamp(c.low, c.high, ratio), a);
         value = min(free, cut);
-        // Where both are equal the ratio is inside the range, and r times the slope is r A.
-        grad = keep(less_equal(free, cut), free);
-        if (c.has_delta) grad = mul(slope(ratio, a, free, cut, c), ratio);
-        grad = mul(c.weight, grad);
-        if (c.cuts) grad = keep(equal(x, raw[k]), grad);
+        // Where both are equal the ratio is inside the range.
+        grad = c.has_delta ? slope(ratio, a, free, cut, c) : keep(less_equal(free, cut), a);
+        grad = mul(mul(c.weight, grad), ratio);
+        if (c.cuts) grad = keep(equal_or_nan(x, raw[k]), grad);
       }
       s.policy = add_where(counts[k], s.policy, value);
 

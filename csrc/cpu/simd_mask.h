@@ -19,6 +19,7 @@ inline Mask load_mask(const bool* p) {
 inline Mask less(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }
 inline Mask less_equal(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LE_OQ)}; }
 inline Mask equal(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ)}; }
+inline Mask equal_or_nan(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_UQ)}; }
 inline Mask both(Mask a, Mask b) { return {static_cast<__mmask16>(a.m & b.m)}; }
 inline bool any(Mask a) { return a.m != 0; }
 inline Vec keep(Mask m, Vec x) { return {_mm512_maskz_mov_ps(m.m, x.v)}; }
@@ -43,6 +44,7 @@ inline Mask load_mask(const bool* p) {
 inline Mask less(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)}; }
 inline Mask less_equal(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LE_OQ)}; }
 inline Mask equal(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ)}; }
+inline Mask equal_or_nan(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_EQ_UQ)}; }
 inline Mask both(Mask a, Mask b) { return {_mm256_and_ps(a.m, b.m)}; }
 inline bool any(Mask a) { return _mm256_movemask_ps(a.m) != 0; }
 inline Vec keep(Mask m, Vec x) { return {_mm256_and_ps(m.m, x.v)}; }
@@ -65,6 +67,9 @@ inline Mask load_mask(const bool* p) {
 inline Mask less(Vec a, Vec b) { return {(Vec::Bits)(a.v < b.v)}; }
 inline Mask less_equal(Vec a, Vec b) { return {(Vec::Bits)(a.v <= b.v)}; }
 inline Mask equal(Vec a, Vec b) { return {(Vec::Bits)(a.v == b.v)}; }
+inline Mask equal_or_nan(Vec a, Vec b) {
+  return {~((Vec::Bits)(a.v < b.v) | (Vec::Bits)(b.v < a.v))};
+}
 inline Mask both(Mask a, Mask b) { return {a.m & b.m}; }
 inline bool any(Mask a) { return (a.m[0] | a.m[1] | a.m[2] | a.m[3]) != 0; }
 inline Vec keep(Mask m, Vec x) { return {(Vec::Lanes)(m.m & (Vec::Bits)x.v)}; }
