@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +15,13 @@ N, H, V = 13, 16, 97
 # Interpreted, in the process that runs it, Triton takes part where that costs little.
 TRITON = [name for name in ("triton",) if name in gather_op.backends("cpu")]
 EACH = pytest.mark.parametrize("backend_name", ["reference", "cpu", *TRITON], indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def quiet_numpy():
+    """Interpreted kernels are numpy, which warns of the infinities that GPUs compute with."""
+    with np.errstate(all="ignore"):
+        yield
 
 
 @pytest.fixture(params=["reference", "cpu"])

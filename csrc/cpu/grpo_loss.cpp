@@ -12,6 +12,7 @@
 #include "../kernels.h"
 #include "grpo_clipped.h"
 #include "grpo_terms.h"
+#include "pages.h"
 #include "parallel.h"
 
 namespace vcr1::cpu::VCR1_ISA {
@@ -31,7 +32,10 @@ class Kernel : Terms<T> {
       totals_[i] = total(i);
     set_batch_weight();
     const int64_t tokens = clipped ? 1 << 16 : 1 << 14;
+    const T* const grad = static_cast<const T*>(a_.grad_logps);
+    const bool fresh = a_.tokens > 1 << 18 && untouched(grad + a_.tokens / 2);
     parallel_for(a_.sequences, grain(tokens), num_threads, [&](int64_t begin, int64_t end) {
+      if (fresh) populate_gradient(begin, end);
       Block<T> block;
       for (int64_t b = begin; b < end; ++b) completion(b, clipped, block);
     });
@@ -46,6 +50,15 @@ class Kernel : Terms<T> {
   // waking a thread for it.
   int64_t grain(int64_t tokens) const {
     return std::max<int64_t>(1, tokens * a_.sequences / std::max<int64_t>(1, a_.tokens));
+  }
+
+  // Page by page the system's work would take as long as ours.
+  void populate_gradient(int64_t begin, int64_t end) const {
+    int64_t first, last, unused;
+    range(begin, first, unused);
+    range(end - 1, unused, last);
+    T* const grad = static_cast<T*>(a_.grad_logps);
+    populate(grad + first, (last - first) * sizeof(T));
   }
 
   double* sums(int64_t b) const { return a_.scratch + b * kScratch; }
