@@ -144,8 +144,8 @@ def grpo_loss(
         cu_seqlens: (B + 1,) int32 or int64, increasing offsets of packed completions.
 
     Returns:
-        The loss, 0-d, and a dict of 0-d tensors without gradient. "Mean" is over the tokens of
-        this call:
+        The loss, 0-d, and a dict of 0-d tensors without gradient, which are made when the dict is
+        looked at. "Mean" is over the tokens of this call:
         num_tokens, num_sequences (completions with a token);
         policy_loss: the policy term's part of the loss;
         ratio_mean, ratio_min, ratio_max: of r at the chosen level;
