@@ -7,7 +7,7 @@ PIP = $(PY) -m pip install --quiet --disable-pip-version-check
 PIP_INSTALL = $(PIP) -c constraints.txt
 # Triton kernels run on the CPU only in a process that never compiles them.
 TRITON_TESTS := $(addprefix python_tests/test_, gather_logprobs.py grpo_loss.py \
-  logits_grpo_loss.py)
+  linear_grpo_loss.py linear_logprobs.py logits_grpo_loss.py)
 CLANG_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: build demo test sanitize lint format bench gpu-check inplace clean
@@ -51,7 +51,7 @@ test: $(VENV)/.built $(VENV)/.oracle $(VENV)/.trl-previous  ## Every test that t
 # a sanitizer writes before it ends the process, on the terminal.
 SANITIZERS = $(foreach lib,libasan.so libubsan.so libstdc++.so.6,$(shell $(CXX) -print-file-name=$(lib)))
 OP_TESTS := $(patsubst %,python_tests/test_%.py,native backend gather_logprobs group_advantages \
-  grpo_loss iou linear_grpo_loss linear_logprobs logits_grpo_loss properties resample_tiles \
+  grpo_clipped grpo_loss iou linear_grpo_loss linear_logprobs logits_grpo_loss properties resample_tiles \
   resize_frames video_patches)
 sanitize: $(VENV)/.built  ## The ops' CPU tests on a build that traps memory errors and undefined behaviour.
 	CXX=$(CXX) cmake -S . -B build/sanitize -DCMAKE_BUILD_TYPE=None -DVCR1_CUDA=OFF -DVCR1_SANITIZE=ON \

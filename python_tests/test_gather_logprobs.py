@@ -290,6 +290,19 @@ def test_no_distribution_gives_nan(variant, bad, place, dtype):
         assert ours(logits, labels).logps[0].isnan()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_of_nothing_has_lse_minus_infinity_and_no_more(variant, dtype):
+    logits, labels = make(3, 257, dtype)
+    logits[1] = -torch.inf
+    leaf = logits.requires_grad_()
+    out = ours(leaf, labels)
+    truth = reference(logits.detach().double(), labels, entropy=True)
+    torch.testing.assert_close(out.lse.double(), truth.lse, rtol=2e-6, atol=2e-6)
+    assert out.lse[1] == -torch.inf and out.logps[1].isnan() and out.entropy[1].isnan()
+    out.logps.sum().backward()
+    assert leaf.grad[1].isnan().all() and leaf.grad[0::2].isfinite().all()
+
+
 def test_repeated_labels_share_an_element(variant):
     logits, _ = make(1, 50, torch.float32)
     leaf = logits.clone().requires_grad_()

@@ -11,6 +11,9 @@ import torch
 from grpo_oracle import loop_loss
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vcr1_fast import ops
 from vcr1_fast.ops import GRPOLossConfig, grpo_loss
@@ -660,6 +663,37 @@ def test_opcheck(backend):
     for config in (GRPOLossConfig(beta=0.1, entropy_coef=0.1), GRPOLossConfig(level="sequence")):
         with ops.use(backend):
             torch.library.opcheck(torch.ops.vcr1_fast.grpo_loss.default, op_arguments(config))
+
+
+class _Seen(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_whoever_watches_torch_sees_the_op(backend):
+    """A call goes past the dispatcher only where nobody would notice."""
+    name = "vcr1_fast.grpo_loss.default"
+    arguments = op_arguments(GRPOLossConfig())[:4]
+    with ops.use(backend):
+        expected = grpo_loss(*arguments)[0]
+        with _Seen() as seen:
+            assert torch.equal(grpo_loss(*arguments)[0], expected)
+        assert name in seen.names
+        graph = make_fx(lambda *given: grpo_loss(*given)[0])(*arguments)
+        assert name in {str(node.target) for node in graph.graph.nodes}
+        with torch.profiler.profile() as profiler:
+            grpo_loss(*arguments)
+        assert "vcr1_fast::grpo_loss" in {event.key for event in profiler.key_averages()}
+        with FakeTensorMode() as mode:
+            fake = [mode.from_tensor(x) for x in arguments]
+        loss, metrics = grpo_loss(*fake)  # outside the mode, the tensors alone say it
+        assert isinstance(loss, FakeTensor) and isinstance(metrics["ratio_mean"], FakeTensor)
 
 
 # Dynamo itself makes an instance of autograd.Function, which torch warns about.

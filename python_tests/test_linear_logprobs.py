@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -9,6 +10,18 @@ from vcr1_fast.ops.linear_logprobs import backward_op, forward_op, reference
 
 DTYPES = [torch.float32, torch.bfloat16]
 N, H, V = 13, 16, 97
+
+
+# Interpreted, in the process that runs it, Triton takes part where that costs little.
+TRITON = [name for name in ("triton",) if name in gather_op.backends("cpu")]
+EACH = pytest.mark.parametrize("backend_name", ["reference", "cpu", *TRITON], indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def quiet_numpy():
+    """Interpreted kernels are numpy, which warns of the infinities that GPUs compute with."""
+    with np.errstate(all="ignore"):
+        yield
 
 
 @pytest.fixture(params=["reference", "cpu"])
@@ -248,7 +261,8 @@ def test_half_precision_keeps_small_gradients(backend_name, chunk_rows):
         assert (got - exact).norm() < 3e-3 * exact.norm()
 
 
-def test_opcheck():
+@EACH
+def test_opcheck(backend_name):
     hidden, weight, bias, labels = make(k=2)
     mask, temperatures = torch.arange(N) % 2 == 0, torch.linspace(0.5, 2, N)
     args = (hidden, weight, bias, labels, mask, temperatures, 1.0, 5.0, True, 4)
@@ -262,7 +276,8 @@ def test_opcheck():
 
 # torch's tracer makes a Function object while it looks at one, and warns about it.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-def test_compiles_whole():
+@EACH
+def test_compiles_whole(backend_name):
     hidden, weight, bias, labels = make()
     mask = labels > 9
 

@@ -32,6 +32,13 @@ COUPLED = ("vespo", "sequence", "off_policy")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+@pytest.fixture(autouse=True)
+def quiet_numpy():
+    """Interpreted kernels are numpy, which warns of the infinities that GPUs compute with."""
+    with np.errstate(all="ignore"):
+        yield
+
+
 def make_batch(dtype=torch.float64, lengths=LENGTHS):
     generator = torch.Generator().manual_seed(0)
     rows, columns = len(lengths), max(lengths) + 2
@@ -135,8 +142,7 @@ def test_matches_the_loop(name, backend):
 def test_error_in_each_dtype(name, dtype, backend):
     batch, config = make_batch(dtype), CONFIGS[name]
     expected = oracle(batch, config)
-    # Interpreted kernels are numpy, which warns of the infinities that GPUs compute with.
-    with ops.use(backend), np.errstate(all="ignore"):
+    with ops.use(backend):
         here = moved(batch, backend)
         results = [call(here, config, inplace=inplace) for inplace in (False, True)]
     assert torch.equal(results[0][1], results[1][1])
@@ -203,7 +209,7 @@ def test_bits_repeat_and_kept_graphs(backend):
     assert torch.equal(two, 2 * kept)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, *TRITON])
 def test_opcheck(backend):
     batch = moved(make_batch(torch.float32), backend)
     p = parameters(GRPOLossConfig(beta=0.1, entropy_coef=0.1))
@@ -219,7 +225,7 @@ def test_opcheck(backend):
 
 # Dynamo itself makes an instance of autograd.Function, which torch warns about.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, *TRITON])
 def test_compiles_whole(backend):
     batch = moved(make_batch(torch.float32), backend)
     batch["logits"] = batch["logits"].nan_to_num(0)

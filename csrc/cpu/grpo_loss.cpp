@@ -5,10 +5,14 @@
 // they are added in order at the end, so that results do not depend on the number of threads.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
+#include <type_traits>
 
 #include "../kernels.h"
+#include "grpo_clipped.h"
 #include "grpo_terms.h"
+#include "pages.h"
 #include "parallel.h"
 
 namespace vcr1::cpu::VCR1_ISA {
@@ -20,19 +24,20 @@ class Kernel : Terms<T> {
   using Terms<T>::Terms;
 
   void run(int num_threads) {
-    // A piece of work takes several times as long as waking a thread for it.
-    constexpr int64_t kTokens = 1 << 15;
-    const int64_t grain =
-        std::max<int64_t>(1, kTokens * a_.sequences / std::max<int64_t>(1, a_.tokens));
-    parallel_for(a_.sequences, grain, num_threads, [&](int64_t begin, int64_t end) {
+    const bool clipped = fits_clipped(a_);
+    parallel_for(a_.sequences, grain(1 << 20), num_threads, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) count(b);
     });
     for (const int i : {int{kNumTokens}, int{kNumSequences}, int{kEntropyWeight}})
       totals_[i] = total(i);
     set_batch_weight();
-    parallel_for(a_.sequences, grain, num_threads, [&](int64_t begin, int64_t end) {
+    const int64_t tokens = clipped ? 1 << 16 : 1 << 14;
+    const T* const grad = static_cast<const T*>(a_.grad_logps);
+    const bool fresh = a_.tokens > 1 << 18 && untouched(grad + a_.tokens / 2);
+    parallel_for(a_.sequences, grain(tokens), num_threads, [&](int64_t begin, int64_t end) {
+      if (fresh) populate_gradient(begin, end);
       Block<T> block;
-      for (int64_t b = begin; b < end; ++b) completion(b, block);
+      for (int64_t b = begin; b < end; ++b) completion(b, clipped, block);
     });
     finish();
   }
@@ -40,6 +45,21 @@ class Kernel : Terms<T> {
  private:
   using Terms<T>::a_, Terms<T>::k_, Terms<T>::v_, Terms<T>::take, Terms<T>::load_tokens;
   using Terms<T>::ratios, Terms<T>::rollout, Terms<T>::factors, Terms<T>::policy, Terms<T>::kl;
+
+  // Completions of about `tokens` tokens: a piece of work that takes several times as long as
+  // waking a thread for it.
+  int64_t grain(int64_t tokens) const {
+    return std::max<int64_t>(1, tokens * a_.sequences / std::max<int64_t>(1, a_.tokens));
+  }
+
+  // Page by page the system's work would take as long as ours.
+  void populate_gradient(int64_t begin, int64_t end) const {
+    int64_t first, last, unused;
+    range(begin, first, unused);
+    range(end - 1, unused, last);
+    T* const grad = static_cast<T*>(a_.grad_logps);
+    populate(grad + first, (last - first) * sizeof(T));
+  }
 
   double* sums(int64_t b) const { return a_.scratch + b * kScratch; }
 
@@ -51,6 +71,17 @@ class Kernel : Terms<T> {
     end = std::clamp<int64_t>(a_.offsets[b + 1], begin, a_.tokens);
   }
 
+  static int64_t count_true(const bool* x, int64_t n) {
+    int64_t out = 0, i = 0;
+    for (; i + 8 <= n; i += 8) {
+      uint64_t eight;
+      std::memcpy(&eight, x + i, 8);
+      out += eight * 0x0101010101010101u >> 56;  // the sum of its bytes
+    }
+    for (; i < n; ++i) out += x[i];
+    return out;
+  }
+
   void count(int64_t b) const {
     double* const out = sums(b);
     std::fill(out, out + kScratch, 0.0);
@@ -60,10 +91,7 @@ class Kernel : Terms<T> {
     range(b, begin, end);
     const T* const weights = static_cast<const T*>(a_.token_weights);
     int64_t tokens = end - begin;
-    if (a_.mask != nullptr) {
-      tokens = 0;
-      for (int64_t i = begin; i < end; ++i) tokens += a_.mask[i];
-    }
+    if (a_.mask != nullptr) tokens = count_true(a_.mask + begin, tokens);
     if (weights != nullptr)
       for (int64_t i = begin; i < end; ++i)
         if (a_.mask == nullptr || a_.mask[i]) out[kEntropyWeight] += weights[i];
@@ -100,7 +128,7 @@ class Kernel : Terms<T> {
     }
   }
 
-  void completion(int64_t b, Block<T>& t) const {
+  void completion(int64_t b, bool clipped, Block<T>& t) const {
     int64_t begin, end;
     range(b, begin, end);
     Sums c{};
@@ -115,6 +143,9 @@ class Kernel : Terms<T> {
       std::fill(grad + begin, grad + end, T{0});
       if (grad_entropy != nullptr) std::fill(grad_entropy + begin, grad_entropy + end, T{0});
       return;
+    }
+    if constexpr (std::is_same_v<T, float>) {
+      if (clipped) return in_registers(b, begin, end, c);
     }
     if (shares_statistics(a_)) statistics(b, begin, end, t, c);
     blocks(b, begin, end, t, [&](int64_t first, int valid, int n) {
@@ -135,6 +166,26 @@ class Kernel : Terms<T> {
         out[j] += t.counts[j] != 0 ? own : T{0};
       }
     });
+  }
+
+  void in_registers(int64_t b, int64_t begin, int64_t end, const Sums& c) const {
+    const double bonus = entropy_scale(c);
+    const bool cispo = k_.loss == kCispo;
+    if (a_.ref_logps == nullptr) {
+      if (cispo)
+        Clipped<true, false>(a_, b, c, bonus).run(begin, end, c.sums);
+      else
+        Clipped<false, false>(a_, b, c, bonus).run(begin, end, c.sums);
+    } else if (cispo) {
+      Clipped<true, true>(a_, b, c, bonus).run(begin, end, c.sums);
+    } else {
+      Clipped<false, true>(a_, b, c, bonus).run(begin, end, c.sums);
+    }
+  }
+
+  // The gradient of a token's entropy, but for its weight.
+  double entropy_scale(const Sums& c) const {
+    return -v_.entropy_coef * (k_.entropy_token_mean ? entropy_weight_ : c.weight);
   }
 
   // Sums over the completion, before any token can be weighed.
@@ -196,8 +247,7 @@ class Kernel : Terms<T> {
     take(a_.entropy, first, t.counts, valid, n, values);
     c.sums[kEntropyMean] += sum(values, n);
     if (a_.grad_entropy == nullptr) return;
-    const double each = k_.entropy_token_mean ? entropy_weight_ : c.weight;
-    const T scale = static_cast<T>(-v_.entropy_coef * each);
+    const T scale = static_cast<T>(entropy_scale(c));
     T* const grad = t.scratch;
     std::copy(t.counts, t.counts + n, grad);
     if (a_.token_weights != nullptr) take(a_.token_weights, first, t.counts, valid, n, grad);

@@ -308,23 +308,31 @@ inline void store_partial(T* p, Vec x, int n) {
   for (int i = 0; i < n; ++i) p[i] = lanes[i];
 }
 
-// e^x to within 1 ulp for x <= 88; exactly 0 below kExpLow, NaN for NaN.
+// e^x to within 1 ulp for x <= 88; exactly 0 below kExpLow, NaN for NaN. Of n vectors in step, so
+// that the multiplications of one fill the waits of another.
 constexpr float kExpLow = -86.5f;
-inline Vec exp(Vec x) {
+template <int n>
+inline void exp(const Vec (&x)[n], Vec (&out)[n]) {
   // x = n ln 2 + r with |r| <= ln 2 / 2. Adding 1.5 * 2^23 rounds to the nearest whole number; ln 2
   // in two parts keeps r exact. The polynomial is the minimax one of e^r, relative error 1.9e-9.
+  constexpr float kTerms[] = {
+      0x1.6ab96ep-10f, 0x1.126d1ep-7f, 0x1.55589ap-5f, 0x1.55540ap-3f, 0x1.fffffap-2f, 1.0f, 1.0f};
   const Vec magic = splat(0x1.8p23f);
-  const Vec t = fma(x, splat(0x1.715476p+0f), magic);
-  const Vec n = sub(t, magic);
-  Vec r = fma(n, splat(-0x1.62e4p-1f), x);
-  r = fma(n, splat(-0x1.7f7d1cp-20f), r);
-  Vec p = fma(splat(0x1.6ab96ep-10f), r, splat(0x1.126d1ep-7f));
-  p = fma(p, r, splat(0x1.55589ap-5f));
-  p = fma(p, r, splat(0x1.55540ap-3f));
-  p = fma(p, r, splat(0x1.fffffap-2f));
-  p = fma(p, r, splat(1.0f));
-  p = fma(p, r, splat(1.0f));
-  return scale_or_zero(p, n, t, x, splat(kExpLow));
+  Vec t[n], whole[n], r[n];
+  for (int k = 0; k < n; ++k) t[k] = fma(x[k], splat(0x1.715476p+0f), magic);
+  for (int k = 0; k < n; ++k) whole[k] = sub(t[k], magic);
+  for (int k = 0; k < n; ++k) r[k] = fma(whole[k], splat(-0x1.62e4p-1f), x[k]);
+  for (int k = 0; k < n; ++k) r[k] = fma(whole[k], splat(-0x1.7f7d1cp-20f), r[k]);
+  for (int k = 0; k < n; ++k) out[k] = splat(kTerms[0]);
+  for (int j = 1; j < 7; ++j)
+    for (int k = 0; k < n; ++k) out[k] = fma(out[k], r[k], splat(kTerms[j]));
+  for (int k = 0; k < n; ++k) out[k] = scale_or_zero(out[k], whole[k], t[k], x[k], splat(kExpLow));
+}
+inline Vec exp(Vec x) {
+  const Vec from[] = {x};
+  Vec out[1];
+  exp(from, out);
+  return out[0];
 }
 
 #if !defined(__AVX512F__)

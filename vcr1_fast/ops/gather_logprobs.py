@@ -12,7 +12,8 @@ and for upstream gradients g_k (logps), h (entropy) and l (lse)
 
 The entropy term is written so that it stays finite where p_j = 0: p_j (log p_j + entropy) would be
 0 * -inf there. Everything is taken relative to m, because logits may share a large offset.
-Logits at -inf have p = 0; a row of only -inf, or with +inf or NaN, gives NaN.
+Logits at -inf have p = 0; a row of only -inf, or with +inf or NaN, gives NaN, but for the lse of
+only -inf, which is -inf.
 """
 
 from __future__ import annotations

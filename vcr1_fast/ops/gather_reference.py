@@ -15,7 +15,12 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 class LogProbs(NamedTuple):
     """`logps` has the shape of the labels, `entropy` (None unless asked for) and `lse` that of the
-    logits without the vocabulary."""
+    logits without the vocabulary.
+
+    A row of nothing but -inf is no distribution: its lse is -inf, the sum of no terms, on every
+    backend, and all else of it, gradients included, is NaN. With +inf or NaN in a row lse is NaN
+    too (of +inf the reference in plain torch says +inf).
+    """
 
     logps: Tensor
     entropy: Tensor | None
@@ -107,7 +112,9 @@ def reference_forward(logits, labels, mask, row_temperature, temperature, entrop
     index = labels if mask is None else labels.masked_fill(~mask[..., None], 0)
     logps = d.gather(-1, index) - log_sum
     mean_d = ((d - log_sum).exp() * d.masked_fill(d == -torch.inf, 0)).sum(-1, keepdim=True)
-    out = (logps, log_sum - mean_d, top / t + log_sum, torch.cat([top, log_sum, mean_d], -1))
+    # Of nothing but -inf, where the shifted logits are NaN, -inf.
+    lse = torch.where(top == -torch.inf, top, top / t + log_sum)
+    out = (logps, log_sum - mean_d, lse, torch.cat([top, log_sum, mean_d], -1))
     if mask is not None:
         out = tuple(x.masked_fill(~mask[..., None], 0) for x in out)
     logps, row_entropy, lse, stats = out

@@ -5,22 +5,21 @@ returns the loss together with its derivatives in logps and entropy, so the back
 multiplication by the incoming gradient; metrics stay on the device, nothing waits for it.
 """
 
-from itertools import product
-
 import torch
 from torch import Tensor
 
 from vcr1_fast.ops.backend import Op, from_triton, native
 from vcr1_fast.ops.grpo_config import (
-    LOSS_TYPES,
     VALUES,
     GRPOLossConfig,
     LossParameters,
     denominator,
     parameters,
 )
+from vcr1_fast.ops.grpo_metrics import name_metrics
 from vcr1_fast.ops.grpo_reference import METRICS, reference
 from vcr1_fast.ops.grpo_terms import LossInputs
+from vcr1_fast.ops.upstream import once_differentiable, times_upstream
 
 _SCHEMA = (
     "(Tensor logps, Tensor? old_logps, Tensor advantages, Tensor? mask, Tensor? ref_logps, "
@@ -83,23 +82,12 @@ grpo_loss_op.register("triton", from_triton("grpo_loss", "grpo_loss"))
 
 
 class _GRPOLoss(torch.autograd.Function):
+    # Constants come in one tuple: each argument of a Function costs in both passes.
     @staticmethod
-    def forward(ctx, logps, entropy, old_logps, advantages, mask, *rest):
-        ref_logps, rollout_logps, token_weights, cu_seqlens, weights, count, kinds, values = rest
-        loss, grad_logps, grad_entropy, metrics = grpo_loss_op(
-            logps,
-            old_logps,
-            advantages,
-            mask,
-            ref_logps,
-            entropy,
-            rollout_logps,
-            token_weights,
-            cu_seqlens,
-            weights,
-            count,
-            kinds,
-            values,
+    def forward(ctx, logps, entropy, constants):
+        old_logps, advantages, mask, ref_logps, *rest = constants
+        loss, grad_logps, grad_entropy, metrics = grpo_loss_op.direct(
+            logps, old_logps, advantages, mask, ref_logps, entropy, *rest
         )
         ctx.save_for_backward(grad_logps, grad_entropy)
         ctx.entropy_counts = grad_entropy.shape == logps.shape and entropy is not None
@@ -108,17 +96,17 @@ class _GRPOLoss(torch.autograd.Function):
         return loss, metrics
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, grad_loss, _grad_metrics):
-        nothing = (None,) * 11
         if grad_loss is None:
-            return None, None, *nothing
+            return None, None, None
         grad_logps, grad_entropy = ctx.saved_tensors
-        need_logps, need_entropy = ctx.needs_input_grad[:2]
+        need_logps, need_entropy, _ = ctx.needs_input_grad
+        need_entropy = need_entropy and ctx.entropy_counts
         return (
-            grad_loss * grad_logps if need_logps else None,
-            grad_loss * grad_entropy if need_entropy and ctx.entropy_counts else None,
-            *nothing,
+            times_upstream(grad_logps, grad_loss) if need_logps else None,
+            times_upstream(grad_entropy, grad_loss) if need_entropy else None,
+            None,
         )
 
 
@@ -156,8 +144,8 @@ def grpo_loss(
         cu_seqlens: (B + 1,) int32 or int64, increasing offsets of packed completions.
 
     Returns:
-        The loss, 0-d, and a dict of 0-d tensors without gradient. "Mean" is over the tokens of
-        this call:
+        The loss, 0-d, and a dict of 0-d tensors without gradient, which are made when the dict is
+        looked at. "Mean" is over the tokens of this call:
         num_tokens, num_sequences (completions with a token);
         policy_loss: the policy term's part of the loss;
         ratio_mean, ratio_min, ratio_max: of r at the chosen level;
@@ -187,64 +175,22 @@ def grpo_loss(
     if config.entropy_coef and entropy is None:
         raise ValueError(f"entropy_coef = {config.entropy_coef} needs entropy")
     dtype = torch.float64 if logps.dtype == torch.float64 else torch.float32
-    logps, entropy, old_logps, ref_logps, rollout_logps, token_weights = (
-        tensor if tensor is None else tensor.to(dtype)
-        for tensor in (logps, entropy, old_logps, ref_logps, rollout_logps, token_weights)
-    )
     encoded = parameters(config)
-    loss, metrics = _GRPOLoss.apply(
-        logps,
-        entropy,
-        old_logps,
-        advantages.to(dtype),
+    constants = (
+        _as(dtype, old_logps),
+        _as(dtype, advantages),
         mask,
-        ref_logps,
-        rollout_logps,
-        token_weights,
+        _as(dtype, ref_logps),
+        _as(dtype, rollout_logps),
+        _as(dtype, token_weights),
         cu_seqlens,
         None,
         denominator(config),
         encoded.kinds,
         encoded.values,
     )
+    loss, metrics = _GRPOLoss.apply(_as(dtype, logps), _as(dtype, entropy), constants)
     return loss, name_metrics(metrics, config, tokens)
-
-
-def name_metrics(
-    metrics: Tensor, config: GRPOLossConfig, tokens: dict[str, Tensor | None]
-) -> dict[str, Tensor]:
-    """The op's vector as a dict of those that mean something for this call."""
-    key = (
-        config.loss_type,
-        tokens["ref_logps"] is not None,
-        tokens["entropy"] is not None,
-        tokens["rollout_logps"] is not None,
-        config.delta is not None,
-        config.off_policy_threshold is not None,
-    )
-    values = metrics.unbind()
-    return {name: values[index] for name, index in _NAMED[key]}
-
-
-def _meaningful(
-    loss_type: str, ref: bool, entropy: bool, rollout: bool, delta: bool, threshold: bool
-) -> tuple[tuple[str, int], ...]:
-    """Names and indices of the metrics that say something with these inputs and options."""
-    meaningful = {
-        "kl": ref,
-        "entropy": entropy,
-        "clip_delta": delta,
-        "vespo_phi": loss_type == "vespo",
-        "off_policy_kept": threshold,
-        **dict.fromkeys(
-            ("clip_low", "clip_high", "clip_region"), loss_type not in ("sapo", "vespo")
-        ),
-        **{name: rollout for name in METRICS if name.startswith("rollout_")},
-    }
-    return tuple((name, i) for i, name in enumerate(METRICS) if meaningful.get(name, True))
-
-
-_NAMED = {key: _meaningful(*key) for key in product(LOSS_TYPES, *[(False, True)] * 5)}
 
 
 def check_inputs(
@@ -278,6 +224,11 @@ def check_inputs(
         raise ValueError(f"beta = {config.beta} needs ref_logps")
     if config.rollout_correction and tokens["rollout_logps"] is None:
         raise ValueError(f"rollout_correction {config.rollout_correction!r} needs rollout_logps")
+
+
+def _as(dtype: torch.dtype, tensor: Tensor | None) -> Tensor | None:
+    # Asking first: a conversion to the same dtype costs ten times as long.
+    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _of(tensor: Tensor) -> tuple[int, ...]:

@@ -20,7 +20,8 @@ from torch import Tensor
 from vcr1_fast.ops.backend import BACKENDS, Op
 from vcr1_fast.ops.gather_logprobs import row_temperatures
 from vcr1_fast.ops.grpo_config import GRPOLossConfig, LossParameters, denominator, parameters
-from vcr1_fast.ops.grpo_loss import check_inputs, grpo_loss_op, name_metrics
+from vcr1_fast.ops.grpo_loss import check_inputs, grpo_loss_op
+from vcr1_fast.ops.grpo_metrics import name_metrics
 from vcr1_fast.ops.grpo_reference import METRICS
 from vcr1_fast.ops.grpo_terms import Completions, LossInputs
 from vcr1_fast.ops.grpo_tokens import as_tokens, couples_tokens, take

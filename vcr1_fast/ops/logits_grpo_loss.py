@@ -25,7 +25,8 @@ from vcr1_fast.ops.gather_logprobs import (
 )
 from vcr1_fast.ops.gather_logprobs import reference as gather_reference
 from vcr1_fast.ops.grpo_config import GRPOLossConfig, denominator, parameters
-from vcr1_fast.ops.grpo_loss import check_inputs, grpo_loss, name_metrics
+from vcr1_fast.ops.grpo_loss import check_inputs, grpo_loss
+from vcr1_fast.ops.grpo_metrics import name_metrics
 from vcr1_fast.ops.grpo_reference import METRICS
 from vcr1_fast.ops.logits_one_pass import arrange, fits_one_pass, one_pass
 from vcr1_fast.ops.upstream import times_upstream

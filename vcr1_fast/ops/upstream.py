@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,3 +20,14 @@ def times_upstream(gradient: Tensor, upstream: Tensor) -> Tensor:
     if upstream.device.type == "cpu" and upstream.item() == 1:
         return gradient
     return gradient.mul_(upstream)
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """torch's decorator of this name, but free where no graph of the backward pass is made: in
+    every pass without create_graph."""
+    guarded = torch.autograd.function.once_differentiable(backward)
+
+    def run(ctx: Any, *grads: Tensor | None) -> Any:
+        return (guarded if torch.is_grad_enabled() else backward)(ctx, *grads)
+
+    return run

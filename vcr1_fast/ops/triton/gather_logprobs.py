@@ -117,7 +117,8 @@ def _forward_kernel(
     total = tl.sum(weight, 0)
     log_sum = tl.where(total == 0.0, float("nan"), tl.log(total))
     mean_d = tl.sum(weighted, 0) / total
-    tl.store(out.lse + row, tl.where(live, top * scale + log_sum, 0.0))
+    lse = tl.where(total == 0.0, float("-inf"), top * scale + log_sum)
+    tl.store(out.lse + row, tl.where(live, lse, 0.0))
     if out.entropy is not None:
         tl.store(out.entropy + row, tl.where(live, log_sum - mean_d, 0.0))
     tl.store(out.stats + row * 3, tl.where(live, top, 0.0))

@@ -18,15 +18,8 @@ from torch import Tensor
 from vcr1_fast.ops.grpo_config import LossParameters
 from vcr1_fast.ops.grpo_reference import METRICS, reference
 from vcr1_fast.ops.grpo_terms import LossInputs, check_offsets
-from vcr1_fast.ops.triton.grpo_terms import (
-    CEILING,
-    FLOOR,
-    clamp,
-    encode,
-    kl_term,
-    policy_term,
-    token_correction,
-)
+from vcr1_fast.ops.triton.grpo_terms import clamp, encode
+from vcr1_fast.ops.triton.grpo_tokens import counts_of, statistics, token_terms
 
 _LAUNCH = {"BLOCK": 512, "num_warps": 4, "enable_fp_fusion": True}
 _FINISH = {"BLOCK": 4096, "ROWS": 64, "num_warps": 4, "enable_fp_fusion": True}
@@ -70,163 +63,6 @@ class _Outputs(NamedTuple):
 
 
 @triton.jit
-def _load_tokens(inputs, values, place, counts):
-    """(logp, before, log-ratio, whether it was not cut, gap); 0 where the token does not count."""
-    logp = tl.load(inputs.logps + place, mask=counts, other=0.0)
-    before = logp
-    if inputs.old_logps is not None:
-        before = tl.load(inputs.old_logps + place, mask=counts, other=0.0)
-    gap = tl.full(place.shape, 0.0, tl.float32)
-    if inputs.rollout_logps is not None:
-        gap = before - tl.load(inputs.rollout_logps + place, mask=counts, other=0.0)
-        gap = tl.where(gap == gap, gap, 0.0)  # nan: the sampler gave no log-prob
-    raw = logp - before
-    limit = values.log_ratio_clamp
-    return logp, before, clamp(raw, -limit, limit), tl.abs(raw) <= limit, gap
-
-
-@triton.jit
-def _counts(inputs, place, end):
-    counts = place < end
-    if inputs.mask is not None:
-        counts = counts & (tl.load(inputs.mask + place, mask=counts, other=0) != 0)
-    return counts
-
-
-@triton.jit
-def _statistics(inputs, values, begin, end, OPTIONS: tl.constexpr, BLOCK: tl.constexpr):
-    """What the tokens of a completion share: (tokens, entropy weight, mean log-ratio, rollout
-    correction, dropped by it, off policy, phi for A >= 0, phi for A < 0)."""
-    tokens, entropy_weight = tl.full([], 0.0, tl.float32), tl.full([], 0.0, tl.float32)
-    log_ratio, bounded = tl.full([], 0.0, tl.float32), tl.full([], 0.0, tl.float32)
-    gaps, drift = tl.full([], 0.0, tl.float32), tl.full([], 0.0, tl.float32)
-    log_weight = tl.full([], 0.0, tl.float32)
-    for start in range(begin, end, BLOCK):
-        place = start + tl.arange(0, BLOCK)
-        counts = _counts(inputs, place, end)
-        tokens += tl.sum(counts.to(tl.float32), 0)
-        if inputs.token_weights is not None:
-            each = tl.load(inputs.token_weights + place, mask=counts, other=0.0)
-            entropy_weight += tl.sum(each, 0)
-        logp, before, x, _uncut, gap = _load_tokens(inputs, values, place, counts)
-        log_ratio += tl.sum(x, 0)
-        gaps += tl.sum(gap, 0)
-        if OPTIONS.off_policy:
-            drift += tl.sum(before - gap - logp, 0)
-        if OPTIONS.loss_type == "vespo":
-            bounded += tl.sum(clamp(x, -20.0, 20.0), 0)
-            if OPTIONS.rollout_scope == "token":
-                weight = token_correction(gap, values, OPTIONS)[0]
-                each = clamp(tl.log(weight), FLOOR, CEILING)
-                log_weight += tl.sum(tl.where(counts, each, 0.0), 0)
-            if OPTIONS.rollout_scope == "sequence" and OPTIONS.rollout_action == "icepop":
-                log_weight += tl.sum(clamp(gap, FLOOR, CEILING), 0)
-    if inputs.token_weights is None:
-        entropy_weight = tokens
-
-    some = tl.maximum(tokens, 1.0)
-    correction, dropped = tl.full([], 1.0, tl.float32), tl.full([], 0.0, tl.float32)
-    if OPTIONS.rollout_scope == "sequence":
-        if OPTIONS.rollout_action == "icepop":
-            gaps = gaps / some
-        tested = tl.exp(gaps)
-        outside = (tested < values.rollout_min) | (tested > values.rollout_max)
-        dropped = outside.to(tl.float32)
-        if OPTIONS.rollout_action == "truncate":
-            correction = clamp(tested, values.rollout_min, values.rollout_max)
-        else:
-            correction = tl.where(outside, 0.0, tested)
-        if OPTIONS.rollout_action == "icepop":
-            log_weight = tl.where(outside, FLOOR * tokens, log_weight)
-        else:
-            log_weight = clamp(tl.log(correction), FLOOR, CEILING)
-    phi_pos, phi_neg = tl.full([], 1.0, tl.float32), tl.full([], 1.0, tl.float32)
-    if OPTIONS.loss_type == "vespo":
-        log_w = clamp(bounded + log_weight, FLOOR, CEILING)
-        rise, lam_pos = tl.exp(log_w), tl.maximum(values.vespo_lambda_pos, 1e-4)
-        lam_neg = tl.maximum(values.vespo_lambda_neg, 1e-4)
-        phi_pos = tl.exp(lam_pos + values.vespo_k_pos * log_w - lam_pos * rise)
-        phi_neg = tl.exp(lam_neg + values.vespo_k_neg * log_w - lam_neg * rise)
-    off_policy = (drift / some > values.off_policy_threshold).to(tl.float32)
-    mean = log_ratio / some
-    return tokens, entropy_weight, mean, correction, dropped, off_policy, phi_pos, phi_neg
-
-
-@triton.jit
-def _ratios(mean, x, counts, OPTIONS: tl.constexpr):
-    """(r, e^x) of a block of tokens."""
-    per_token = tl.exp(x)
-    if OPTIONS.level == "token":
-        return per_token, per_token
-    else:
-        return tl.where(counts, tl.exp(mean), 1.0), per_token
-
-
-@triton.jit
-def _corrections(gap, counts, shared, values, OPTIONS: tl.constexpr):
-    """(weight of a block of tokens, 1 where the rollout correction changed it)."""
-    correction, dropped = shared[3], shared[4]
-    if OPTIONS.rollout_scope == "none":
-        return tl.full(gap.shape, 1.0, tl.float32), tl.full(gap.shape, 0.0, tl.float32)
-    elif OPTIONS.rollout_scope == "token":
-        weight, clipped = token_correction(gap, values, OPTIONS)
-        return weight, clipped.to(tl.float32)
-    elif OPTIONS.rollout_action == "icepop":
-        return tl.where(dropped > 0.0, 0.0, tl.exp(gap)), tl.where(counts, dropped, 0.0)
-    else:
-        return tl.where(counts, correction, 1.0), tl.where(counts, dropped, 0.0)
-
-
-@triton.jit
-def _terms(inputs, values, b, place, counts, shared, OPTIONS: tl.constexpr):
-    """Of a block of tokens: what the gradient and the metrics are made of."""
-    mean, off_policy, phi_pos, phi_neg = shared[2], shared[5], shared[6], shared[7]
-    logp, _before, x, uncut, gap = _load_tokens(inputs, values, place, counts)
-    ratio, per_token = _ratios(mean, x, counts, OPTIONS)
-    if OPTIONS.token_advantages:
-        advantage = tl.load(inputs.advantages + place, mask=counts, other=0.0)
-    else:
-        advantage = tl.where(counts, tl.load(inputs.advantages + b), 0.0)
-    correction, clipped = _corrections(gap, counts, shared, values, OPTIONS)
-    kept = tl.where(advantage < 0.0, 1.0 - off_policy, 1.0)
-    factor = kept
-    if OPTIONS.loss_type != "vespo":
-        factor = factor * correction
-    if inputs.token_weights is not None:
-        factor = factor * tl.load(inputs.token_weights + place, mask=counts, other=0.0)
-    policy, d_ratio, d_logp, phi = policy_term(
-        ratio, logp, advantage, phi_pos, phi_neg, values, OPTIONS
-    )
-    policy = factor * policy
-    loss, through, direct = policy, factor * d_ratio, factor * d_logp
-    kl = tl.full(place.shape, 0.0, tl.float32)
-    if inputs.ref_logps is not None:
-        raw = tl.load(inputs.ref_logps + place, mask=counts, other=0.0) - logp
-        kl, d_kl = kl_term(raw, values, OPTIONS)
-        kl_weight = values.beta
-        if OPTIONS.rollout_after_kl:
-            kl_weight = kl_weight * correction
-        if OPTIONS.kl_bias_correction:
-            through += kl_weight * kl
-            kl_weight = kl_weight * ratio
-        loss += kl_weight * kl
-        direct += kl_weight * d_kl
-    through_s = through * ratio  # the derivative in s = log r
-    gradient = (direct, through_s, uncut.to(tl.float32))
-    return (
-        loss,
-        policy,
-        gradient,
-        (advantage, ratio, per_token, x, kl, phi, kept),
-        (
-            gap,
-            correction,
-            clipped,
-        ),
-    )
-
-
-@triton.jit
 def _range(inputs, grads, b, columns, tokens, BLOCK: tl.constexpr):
     """(first, last + 1) token of a completion. Where packed, the first and the last completion also
     write the zeros of the tokens that are in no segment."""
@@ -264,7 +100,7 @@ def _completion_kernel(
     else:
         grads = (out.grad_logps, out.grad_entropy)
         begin, end = _range(inputs, grads, b, columns, tokens, BLOCK)
-    shared = _statistics(inputs, values, begin, end, OPTIONS, BLOCK)
+    shared = statistics(inputs, values, begin, end, OPTIONS, BLOCK)
     counted, entropy_weight = shared[0], shared[1]
     some = tl.maximum(counted, 1.0)
     share = tl.full([], 1.0, tl.float32)  # of a token in the loss, but for the counts of the call
@@ -281,9 +117,9 @@ def _completion_kernel(
     widest, d_mean = tl.full([], 0.0, tl.float32), tl.full([], 0.0, tl.float32)
     for start in range(begin, end, BLOCK):
         place = start + tl.arange(0, BLOCK)
-        counts = _counts(inputs, place, end)
+        counts = counts_of(inputs, place, end)
         one = counts.to(tl.float32)
-        loss, policy, gradient, terms, rollout = _terms(
+        loss, policy, gradient, terms, rollout = token_terms(
             inputs, values, b, place, counts, shared, OPTIONS
         )
         direct, through_s, uncut = gradient
@@ -343,8 +179,8 @@ def _completion_kernel(
         # Each token moves the mean log-ratio by 1 / n.
         for start in range(begin, end, BLOCK):
             place = start + tl.arange(0, BLOCK)
-            counts = _counts(inputs, place, end)
-            gradient = _terms(inputs, values, b, place, counts, shared, OPTIONS)[2]
+            counts = counts_of(inputs, place, end)
+            gradient = token_terms(inputs, values, b, place, counts, shared, OPTIONS)[2]
             direct, uncut = gradient[0], gradient[2]
             grad = tl.where(counts, share * (direct + d_mean / some * uncut), 0.0)
             tl.store(out.grad_logps + place, grad, mask=place < end)
