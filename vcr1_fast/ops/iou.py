@@ -35,14 +35,13 @@ KINDS = ("iou", "giou", "diou", "ciou")
 CONVENTIONS = ("zero", "torchvision")
 
 
-def _planes(x: Tensor, kind: str, exact: bool) -> Tensor:
-    """(..., k) to contiguous (k, n): one array a coordinate; for CIoU the angle is one more."""
+def _rows(x: Tensor, kind: str, exact: bool) -> Tensor:
+    """(..., k) to (n, k); for CIoU the angle is one more column."""
     x = x.reshape(-1, x.shape[-1])
-    if kind == "ciou":
-        wh = x[:, 2:] - x[:, :2]
-        column = angle(wh if exact else wh.clamp(min=0), exact)[:, None]
-        x = torch.cat([x, column], dim=1)
-    return x.t().contiguous()
+    if kind != "ciou":
+        return x
+    wh = x[:, 2:] - x[:, :2]
+    return torch.cat([x, angle(wh if exact else wh.clamp(min=0), exact)[:, None]], dim=1)
 
 
 def _box_cpu(a: Tensor, b: Tensor, kind: str, pairwise: bool, convention: str) -> Tensor:
@@ -50,8 +49,10 @@ def _box_cpu(a: Tensor, b: Tensor, kind: str, pairwise: bool, convention: str) -
     exact = convention == "torchvision"
     if out.numel() == 0:
         return out
-    planes = _planes(a, kind, exact), _planes(b, kind, exact)
-    native.box_iou(*planes, out, kind, pairwise, exact, torch.get_num_threads())
+    rows = (_rows(x, kind, exact) for x in (a, b))
+    # Of all pairs the kernel takes planes, one array a coordinate.
+    sides = [(x.t() if pairwise else x).contiguous() for x in rows]
+    native.box_iou(*sides, out, kind, pairwise, exact, torch.get_num_threads())
     return out
 
 
@@ -249,7 +250,8 @@ def track_iou(pred: Tensor, target: Tensor, lengths: Tensor | None = None) -> Te
         raise ValueError(
             f"lengths must be int64 ({batch},), got {lengths.dtype} {tuple(lengths.shape)}"
         )
-    lengths = lengths.clamp(0, steps)
+    else:
+        lengths = lengths.clamp(0, steps)
     if _needs_gradient(pred, target):
         return track_iou_reference(pred, target, lengths)
     return _track(pred, target, lengths)
