@@ -145,7 +145,8 @@ void bind_iou(py::module_& m) {
         VCR1_CHECK(a.on_cpu() && b.on_cpu() && out.on_cpu(), "a, b, out: expected CPU tensors");
         const vcr1::IouKind of = vcr1::iou_kind(kind);
         const auto shape_a = a.shape<2>("a"), shape_b = b.shape<2>("b");
-        const int boxes = pairwise ? 1 : 0;  // the dimension that counts them
+        const int boxes =
+            pairwise || of == vcr1::IouKind::kCiou ? 1 : 0;  // the dimension that counts them
         const int64_t expected = of == vcr1::IouKind::kSpan   ? 2
                                  : of == vcr1::IouKind::kCiou ? 5
                                                               : 4;
@@ -160,7 +161,7 @@ void bind_iou(py::module_& m) {
       },
       py::arg("a"), py::arg("b"), py::arg("out"), py::arg("kind"), py::arg("pairwise"),
       py::arg("torchvision"), py::arg("num_threads"),
-      "Planes (4, N) and (4, M) to out, or where not pairwise rows (N, 4).");
+      "Planes (4, N) and (4, M) to out, or rows (N, 4) of pairs to compare once.");
   m.def(
       "track_iou",
       [](const Tensor& pred, const Tensor& target, const Tensor& lengths, const Tensor& out,

@@ -26,9 +26,7 @@ inline Box<T> load(const T* planes, int64_t n, int64_t i) {
 template <IouKind kKind, typename T>
 inline Box<T> load_row(const T* rows, int64_t i) {
   if constexpr (kKind == IouKind::kSpan) return {rows[2 * i], T(0), rows[2 * i + 1], T(1), T(0)};
-  constexpr int64_t kStride = kKind == IouKind::kCiou ? 5 : 4;
-  const T* const row = rows + kStride * i;
-  return {row[0], row[1], row[2], row[3], kKind == IouKind::kCiou ? row[kStride - 1] : T(0)};
+  return {rows[4 * i], rows[4 * i + 1], rows[4 * i + 2], rows[4 * i + 3], T(0)};
 }
 
 template <IouKind kKind, bool kExact, typename T>
@@ -44,7 +42,11 @@ inline void run(const BoxIouArgs& args, int num_threads) {
   const int64_t n = args.n, m = args.m;
   if (!args.pairwise)
     return parallel_for(n, 16384, num_threads, [=](int64_t begin, int64_t end) {
-      run_rows<kKind, kExact>(a, b, out, begin, end);
+      if constexpr (kKind == IouKind::kCiou)
+        for (int64_t i = begin; i < end; ++i)
+          out[i] = overlap<kKind, kExact>(load<T, kKind>(a, n, i), load<T, kKind>(b, n, i));
+      else
+        run_rows<kKind, kExact>(a, b, out, begin, end);
     });
   parallel_for(n, 4096 / (m + 1) + 1, num_threads, [=](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {

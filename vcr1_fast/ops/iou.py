@@ -35,13 +35,13 @@ KINDS = ("iou", "giou", "diou", "ciou")
 CONVENTIONS = ("zero", "torchvision")
 
 
-def _rows(x: Tensor, kind: str, exact: bool) -> Tensor:
-    """(..., k) to (n, k); for CIoU the angle is one more column."""
-    x = x.reshape(-1, x.shape[-1])
-    if kind != "ciou":
-        return x
-    wh = x[:, 2:] - x[:, :2]
-    return torch.cat([x, angle(wh if exact else wh.clamp(min=0), exact)[:, None]], dim=1)
+def _planes(x: Tensor, kind: str, exact: bool) -> Tensor:
+    """(n, k) to contiguous (k, n): one array a coordinate; for CIoU the angle is one more."""
+    if kind == "ciou":
+        wh = x[:, 2:] - x[:, :2]
+        column = angle(wh if exact else wh.clamp(min=0), exact)[:, None]
+        x = torch.cat([x, column], dim=1)
+    return x.t().contiguous()
 
 
 def _box_cpu(a: Tensor, b: Tensor, kind: str, pairwise: bool, convention: str) -> Tensor:
@@ -49,9 +49,11 @@ def _box_cpu(a: Tensor, b: Tensor, kind: str, pairwise: bool, convention: str) -
     exact = convention == "torchvision"
     if out.numel() == 0:
         return out
-    rows = (_rows(x, kind, exact) for x in (a, b))
-    # Of all pairs the kernel takes planes, one array a coordinate.
-    sides = [(x.t() if pairwise else x).contiguous() for x in rows]
+    sides = [x.reshape(-1, x.shape[-1]) for x in (a, b)]
+    if pairwise or kind == "ciou":
+        sides = [_planes(x, kind, exact) for x in sides]
+    else:
+        sides = [x.contiguous() for x in sides]
     native.box_iou(*sides, out, kind, pairwise, exact, torch.get_num_threads())
     return out
 
