@@ -412,7 +412,8 @@ def test_opcheck_and_compile(backend):
     lengths = torch.tensor([3, 1], device=a.device)
     tracks = a.view(2, 3, 4), b.view(2, 3, 4)
     op = torch.ops.vcr1_fast
-    torch.library.opcheck(op.box_iou.default, (a, b, "giou", True, "zero"))
+    for kind, pairwise in zip(KINDS, itertools.cycle((True, False))):
+        torch.library.opcheck(op.box_iou.default, (a, b, kind, pairwise, "torchvision"))
     torch.library.opcheck(op.temporal_iou.default, (a[:, ::2], b[:, ::2], False))
     torch.library.opcheck(op.track_iou.default, (*tracks, lengths))
     torch.library.opcheck(
@@ -426,6 +427,21 @@ def test_opcheck_and_compile(backend):
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(a, b, *tracks), step(a, b, *tracks))
+
+
+def test_the_gradient_compiles_whole():  # of plain torch, whatever the backend
+    a, b = (random_boxes(6, seed) for seed in (17, 18))
+
+    def loss(x):
+        boxes = sum(ops.box_iou(x, b, kind=kind, pairwise=True).sum() for kind in KINDS)
+        tracks = ops.track_iou(x.view(2, 3, 4), b.view(2, 3, 4)).sum()
+        return boxes + tracks + ops.temporal_iou(x[:, ::2], b[:, ::2]).sum()
+
+    eager, compiled = a.clone().requires_grad_(), a.clone().requires_grad_()
+    loss(eager).backward()
+    torch.compile(loss, fullgraph=True, backend="aot_eager")(compiled).backward()
+    assert eager.grad.abs().sum() > 0
+    torch.testing.assert_close(compiled.grad, eager.grad)
 
 
 def test_errors_name_the_values(backend):
