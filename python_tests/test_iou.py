@@ -406,6 +406,21 @@ def test_offsets_that_are_none_give_nan_on_a_gpu():
     assert ops.interval_set_iou(spans, bad, spans, good).isnan().tolist() == [False, True, True]
 
 
+@pytest.mark.parametrize(
+    "shape", [(700, 3), (130, 8), (2, 1024), (3, 1500), (2, 2100), (4, 0)], ids=str
+)
+def test_tracks_of_any_length(shape, backend):
+    pred, target = (random_boxes(math.prod(shape), s).float().view(*shape, 4) for s in (21, 22))
+    lengths = torch.arange(shape[0]) * 37 % (shape[1] + 1)
+    lengths[-1] = shape[1]
+    each = box_iou_reference(pred.double(), target.double(), "iou", False, "zero")
+    exact = [float(each[i, :n].mean()) if n else 0.0 for i, n in enumerate(lengths.tolist())]
+    got = ops.track_iou(*(x.to(device_of(backend)) for x in (pred, target, lengths)))
+    torch.testing.assert_close(
+        got.double().cpu(), torch.tensor(exact).double(), rtol=1e-6, atol=1e-7
+    )
+
+
 def test_opcheck_and_compile(backend):
     a, b = (random_boxes(6, seed).to(device_of(backend)) for seed in (17, 18))
     offsets = torch.tensor([0, 2, 6], device=a.device)
