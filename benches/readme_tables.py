@@ -76,7 +76,7 @@ def _share(row: Mapping[str, Any]) -> str:
 
 def ops_markdown(contents: Sequence[Mapping[str, Any]]) -> str:
     """One row an op and machine: its longest case beside the fastest other, the geometric mean
-    and the range of that ratio over all cases; below it the machines and what could not be timed."""
+    and the range of that ratio over all cases; below it the machines and what was not timed."""
     rows = []
     benches = [content for content in contents if "rows" in content]  # a demo has none
     for content in benches:
