@@ -14,6 +14,7 @@ import argparse
 import difflib
 import json
 import re
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -74,8 +75,8 @@ def _share(row: Mapping[str, Any]) -> str:
 
 
 def ops_markdown(contents: Sequence[Mapping[str, Any]]) -> str:
-    """One row an op and machine: its longest case beside the fastest other, and the range of that
-    ratio over all cases; below it the machines and what could not be timed."""
+    """One row an op and machine: its longest case beside the fastest other, the geometric mean
+    and the range of that ratio over all cases; below it the machines and what was not timed."""
     rows = []
     benches = [content for content in contents if "rows" in content]  # a demo has none
     for content in benches:
@@ -92,7 +93,8 @@ def ops_markdown(contents: Sequence[Mapping[str, Any]]) -> str:
             ratios = [row["baseline_ms"] / row["ours_ms"] for row in fastest.values()]
             ratio = f"{shown['baseline_ms'] / shown['ours_ms']:.1f}x"
             if len(ratios) > 1:
-                ratio += f" ({min(ratios):.1f} to {max(ratios):.1f})"
+                mean = statistics.geometric_mean(ratios)
+                ratio += f" (mean {mean:.1f}, {min(ratios):.1f} to {max(ratios):.1f})"
             memory = " / ".join(f"{shown[key]:.0f}" for key in _MEMORY if key in shown)
             rows.append(
                 [

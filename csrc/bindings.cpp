@@ -15,6 +15,9 @@
 namespace py = pybind11;
 using vcr1::Tensor;
 
+// bindings_memory.cpp
+void bind_memory(py::module_& m);
+
 // bindings_video.cpp
 void bind_iou(py::module_& m);
 void bind_resize(py::module_& m);
@@ -347,6 +350,7 @@ void bind_logits_grpo_loss(py::module_& m) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of vcr1_fast.";
   bind_runtime(m);
+  bind_memory(m);
   bind_gather_logprobs(m);
   bind_iou(m);
   bind_grpo_loss(m);

@@ -6,8 +6,7 @@
 #include <map>
 #include <string>
 
-#include "kernels.h"
-#include "tensor.h"
+#include "bindings_shared.h"
 
 namespace py = pybind11;
 using vcr1::Tensor;
@@ -44,19 +43,9 @@ class CudaResizePlan {
 
   vcr1::cuda::ResizeArgs args(const Tensor& frames) const {
     vcr1::cuda::ResizeArgs out = args_;
-    const auto [n, height, width, channels] = frames.shape<4>("frames");
     VCR1_CHECK(frames.on_cuda() && Tensor::borrow(first_[0]).same_device(frames),
                "frames and tables: expected one CUDA device");
-    VCR1_CHECK(n > 0, "frames: there are none");
-    VCR1_CHECK(height == args_.vertical.n_in && width == args_.horizontal.n_in && channels == 3,
-               "frames: expected ", args_.vertical.n_in, " x ", args_.horizontal.n_in, " x 3, got ",
-               height, " x ", width, " x ", channels);
-    out.frames = frames.data<uint8_t>("frames");
-    out.n_frames = n;
-    out.frame_stride = frames.stride(0);
-    out.row_stride = frames.stride(1);
-    out.column_stride = frames.stride(2);
-    out.channel_stride = frames.stride(3);
+    vcr1::set_frames(out, frames);
     return out;
   }
 
@@ -109,20 +98,8 @@ class CudaResizePlan {
 void resize_frames(const Tensor& frames, const Tensor& out, const CudaResizePlan& plan) {
   vcr1::cuda::ResizeFramesArgs args{};
   args.resize = plan.args(frames);
-  const auto [n, height, width, channels] = out.shape<4>("out");
-  VCR1_CHECK(out.same_device(frames) && n == args.resize.n_frames &&
-                 height == args.resize.vertical.n_out && width == args.resize.horizontal.n_out &&
-                 channels == 3,
-             "out: expected memory beside the frames of ", args.resize.n_frames, " x ",
-             args.resize.vertical.n_out, " x ", args.resize.horizontal.n_out, " x 3, got ", n,
-             " x ", height, " x ", width, " x ", channels);
-  args.out = args.resize.method == ResizeMethod::kFloat
-                 ? static_cast<void*>(out.data<float>("out"))
-                 : static_cast<void*>(out.data<uint8_t>("out"));
-  args.out_frame_stride = out.stride(0);
-  args.out_row_stride = out.stride(1);
-  args.out_column_stride = out.stride(2);
-  args.out_channel_stride = out.stride(3);
+  VCR1_CHECK(out.same_device(frames), "out: expected memory beside the frames");
+  vcr1::set_resized(args, out, args.resize.method == ResizeMethod::kFloat);
   const vcr1::DeviceGuard guard("resize_frames", frames.device_index());
   vcr1::cuda::resize_frames(args, frames.stream());
 }
@@ -131,19 +108,8 @@ void video_patches(const Tensor& frames, const Tensor& out, const CudaResizePlan
                    std::array<float, 3> offset, std::array<float, 3> scale) {
   vcr1::cuda::VideoPatchesArgs args{};
   args.resize = plan.args(frames);
-  const int height = args.resize.vertical.n_out, width = args.resize.horizontal.n_out;
-  VCR1_CHECK(height % 28 == 0 && width % 28 == 0, "size: expected multiples of 28, got ", height,
-             " x ", width);
-  const int64_t n = (args.resize.n_frames + 1) / 2 * (height / 14) * (width / 14);
-  const auto [rows, values] = out.shape<2>("out");
-  VCR1_CHECK(out.same_device(frames) && rows == n && values == 1176 && out.is_contiguous(),
-             "out: expected contiguous memory beside the frames of ", n, " x 1176, got ", rows,
-             " x ", values);
-  args.out = out.raw();
-  args.out_dtype = out.dtype();
-  VCR1_CHECK(args.out_dtype == vcr1::DType::kFloat32 || args.out_dtype == vcr1::DType::kBFloat16 ||
-                 args.out_dtype == vcr1::DType::kFloat16,
-             "out: expected float32, bfloat16 or float16, got ", vcr1::name_of(args.out_dtype));
+  VCR1_CHECK(out.same_device(frames), "out: expected memory beside the frames");
+  vcr1::set_patches(args, out);
   for (int c = 0; c < 3; ++c) {
     args.offset[c] = offset[c];
     args.scale[c] = scale[c];
@@ -155,84 +121,39 @@ void video_patches(const Tensor& frames, const Tensor& out, const CudaResizePlan
 // Spans (n, 2) or boxes (n, 4), and the memory for their results.
 void box_iou(const Tensor& a, const Tensor& b, const Tensor& out, const std::string& kind,
              bool pairwise, bool torchvision) {
-  using vcr1::IouKind;
-  const std::map<std::string, IouKind> kinds = {{"span", IouKind::kSpan},
-                                                {"iou", IouKind::kIou},
-                                                {"giou", IouKind::kGiou},
-                                                {"diou", IouKind::kDiou},
-                                                {"ciou", IouKind::kCiou}};
-  const auto found = kinds.find(kind);
-  VCR1_CHECK(found != kinds.end(), "kind: unknown ", kind);
+  const vcr1::IouKind of = vcr1::iou_kind(kind);
   const auto [n, width] = a.shape<2>("a");
   const auto [m, width_b] = b.shape<2>("b");
-  const int64_t expected = found->second == IouKind::kSpan ? 2 : 4;
+  const int64_t expected = of == vcr1::IouKind::kSpan ? 2 : 4;
   VCR1_CHECK(width == expected && width_b == expected, "a and b: expected ", expected,
              " columns, got ", width, " and ", width_b);
-  VCR1_CHECK(pairwise || n == m, "a and b: expected as many boxes, got ", n, " and ", m);
-  VCR1_CHECK(n > 0 && m > 0 && out.numel() == (pairwise ? n * m : n), "out: got ", out.numel(),
-             " elements for ", n, " and ", m, " boxes");
+  VCR1_CHECK(n > 0 && m > 0, "a and b: expected boxes, got ", n, " and ", m);
   VCR1_CHECK(a.on_cuda() && b.same_device(a) && out.same_device(a),
              "a, b, out: expected one CUDA device");
-  vcr1::BoxIouArgs args{
-      a.dtype(), found->second, pairwise, torchvision, nullptr, nullptr, nullptr, n, m};
-  if (args.dtype == vcr1::DType::kFloat64) {
-    args.a = a.dense<double>("a");
-    args.b = b.dense<double>("b");
-    args.out = out.dense<double>("out");
-  } else {
-    args.a = a.dense<float>("a");
-    args.b = b.dense<float>("b");
-    args.out = out.dense<float>("out");
-  }
+  auto args = vcr1::box_iou_args(a, b, out, n, m, pairwise);
+  args.kind = of;
+  args.torchvision = torchvision;
   const vcr1::DeviceGuard guard("box_iou", a.device_index());
   vcr1::cuda::box_iou(args, a.stream());
 }
 
 void track_iou(const Tensor& pred, const Tensor& target, const Tensor& lengths, const Tensor& out) {
-  const auto [batch, steps, four] = pred.shape<3>("pred");
-  VCR1_CHECK(four == 4 && target.numel() == pred.numel() && lengths.numel() == batch &&
-                 out.numel() == batch && batch > 0,
-             "pred: expected (B, L, 4), got ", batch, " x ", steps, " x ", four,
-             " beside a target of ", target.numel(), " values");
   VCR1_CHECK(pred.on_cuda() && target.same_device(pred) && lengths.same_device(pred) &&
                  out.same_device(pred),
              "pred, target, lengths, out: expected one CUDA device");
-  vcr1::TrackIouArgs args{};
-  args.dtype = pred.dtype();
-  args.lengths = lengths.dense<int64_t>("lengths");
-  args.batch = batch;
-  args.steps = steps;
-  if (args.dtype == vcr1::DType::kFloat64) {
-    args.pred = pred.dense<double>("pred");
-    args.target = target.dense<double>("target");
-    args.out = out.dense<double>("out");
-  } else {
-    args.pred = pred.dense<float>("pred");
-    args.target = target.dense<float>("target");
-    args.out = out.dense<float>("out");
-  }
+  const auto args = vcr1::track_iou_args(pred, target, lengths, out);
+  VCR1_CHECK(args.batch > 0, "pred: there are no tracks");
   const vcr1::DeviceGuard guard("track_iou", pred.device_index());
   vcr1::cuda::track_iou(args, pred.stream());
 }
 
 void interval_set_iou(const Tensor& pred, const Tensor& pred_offsets, const Tensor& target,
                       const Tensor& target_offsets, double empty, const Tensor& out) {
-  vcr1::IntervalSetIouArgs args{};
-  args.n = out.numel();
-  VCR1_CHECK(
-      args.n > 0 && pred_offsets.numel() == args.n + 1 && target_offsets.numel() == args.n + 1,
-      "offsets: expected ", args.n + 1, " values, got ", pred_offsets.numel(), " and ",
-      target_offsets.numel());
   for (const Tensor* tensor : {&pred_offsets, &target, &target_offsets, &out})
     VCR1_CHECK(pred.on_cuda() && tensor->same_device(pred), "expected one CUDA device");
-  args.pred = pred.dense<double>("pred");
-  args.target = target.dense<double>("target");
-  args.pred_offsets = pred_offsets.dense<int64_t>("pred_offsets");
-  args.target_offsets = target_offsets.dense<int64_t>("target_offsets");
-  args.out = out.dense<double>("out");
-  args.empty = empty;
-  args.p = pred.numel() / 2;
-  args.q = target.numel() / 2;
+  const auto args =
+      vcr1::interval_set_iou_args(pred, pred_offsets, target, target_offsets, empty, out);
+  VCR1_CHECK(args.n > 0, "out: there are no sets");
   const vcr1::DeviceGuard guard("interval_set_iou", pred.device_index());
   vcr1::cuda::interval_set_iou(args, pred.stream());
 }

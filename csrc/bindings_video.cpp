@@ -7,9 +7,8 @@
 #include <string>
 #include <vector>
 
+#include "bindings_shared.h"
 #include "cpu/resize_gather_tables.h"
-#include "kernels.h"
-#include "tensor.h"
 
 namespace py = pybind11;
 using vcr1::Tensor;
@@ -44,21 +43,11 @@ class ResizePlan {
 
   vcr1::cpu::ResizeArgs args(const Tensor& frames, const Tensor& scratch, int num_threads) const {
     vcr1::cpu::ResizeArgs out = args_;
-    const auto [n, height, width, channels] = frames.shape<4>("frames");
     VCR1_CHECK(frames.on_cpu() && scratch.on_cpu(), "frames and scratch: expected CPU tensors");
-    VCR1_CHECK(n > 0, "frames: there are none");
-    VCR1_CHECK(height == args_.vertical.n_in && width == args_.horizontal.n_in && channels == 3,
-               "frames: expected ", args_.vertical.n_in, " x ", args_.horizontal.n_in, " x 3, got ",
-               height, " x ", width, " x ", channels);
+    vcr1::set_frames(out, frames);
     VCR1_CHECK(num_threads > 0, "num_threads: expected at least 1, got ", num_threads);
     VCR1_CHECK(scratch.numel() >= num_threads * scratch_bytes(), "scratch: expected ",
                num_threads * scratch_bytes(), " bytes, got ", scratch.numel());
-    out.frames = frames.data<uint8_t>("frames");
-    out.n_frames = n;
-    out.frame_stride = frames.stride(0);
-    out.row_stride = frames.stride(1);
-    out.column_stride = frames.stride(2);
-    out.channel_stride = frames.stride(3);
     out.scratch = scratch.dense<uint8_t>("scratch");
     return out;
   }
@@ -118,20 +107,8 @@ void bind_resize(py::module_& m) {
          int num_threads) {
         vcr1::cpu::ResizeFramesArgs args{};
         args.resize = plan.args(frames, scratch, num_threads);
-        const auto [n, height, width, channels] = out.shape<4>("out");
-        VCR1_CHECK(out.on_cpu() && n == args.resize.n_frames &&
-                       height == args.resize.vertical.n_out &&
-                       width == args.resize.horizontal.n_out && channels == 3,
-                   "out: expected CPU memory of ", args.resize.n_frames, " x ",
-                   args.resize.vertical.n_out, " x ", args.resize.horizontal.n_out, " x 3, got ", n,
-                   " x ", height, " x ", width, " x ", channels);
-        args.out = args.resize.mode == vcr1::cpu::ResizeMode::kFloat
-                       ? static_cast<void*>(out.data<float>("out"))
-                       : static_cast<void*>(out.data<uint8_t>("out"));
-        args.out_frame_stride = out.stride(0);
-        args.out_row_stride = out.stride(1);
-        args.out_column_stride = out.stride(2);
-        args.out_channel_stride = out.stride(3);
+        VCR1_CHECK(out.on_cpu(), "out: expected a CPU tensor");
+        vcr1::set_resized(args, out, args.resize.mode == vcr1::cpu::ResizeMode::kFloat);
         py::gil_scoped_release release;
         vcr1::cpu::resize_frames(args, num_threads);
       },
@@ -143,20 +120,8 @@ void bind_resize(py::module_& m) {
          const Tensor& scratch, int num_threads) {
         vcr1::cpu::VideoPatchesArgs args{};
         args.resize = plan.args(frames, scratch, num_threads);
-        const int64_t height = args.resize.vertical.n_out, width = args.resize.horizontal.n_out;
-        VCR1_CHECK(height % 28 == 0 && width % 28 == 0, "size: expected multiples of 28, got ",
-                   height, " x ", width);
-        const int64_t n = (args.resize.n_frames + 1) / 2 * (height / 14) * (width / 14);
-        const auto [rows, values] = out.shape<2>("out");
-        VCR1_CHECK(out.on_cpu() && rows == n && values == 1176 && out.is_contiguous(),
-                   "out: expected contiguous CPU memory of ", n, " x 1176, got ", rows, " x ",
-                   values);
-        args.out = out.raw();
-        args.out_dtype = out.dtype();
-        VCR1_CHECK(
-            args.out_dtype == vcr1::DType::kFloat32 || args.out_dtype == vcr1::DType::kBFloat16 ||
-                args.out_dtype == vcr1::DType::kFloat16,
-            "out: expected float32, bfloat16 or float16, got ", vcr1::name_of(args.out_dtype));
+        VCR1_CHECK(out.on_cpu(), "out: expected a CPU tensor");
+        vcr1::set_patches(args, out);
         VCR1_CHECK(scale.on_cpu(), "scale: expected a CPU tensor");
         VCR1_CHECK(scale.numel() == 6, "scale: expected (2, 3), got ", scale.numel(), " values");
         const float* values_of = scale.dense<float>("scale");
@@ -177,66 +142,36 @@ void bind_iou(py::module_& m) {
       "box_iou",
       [](const Tensor& a, const Tensor& b, const Tensor& out, const std::string& kind,
          bool pairwise, bool torchvision, int num_threads) {
-        using vcr1::IouKind;
-        const std::map<std::string, IouKind> kinds = {{"span", IouKind::kSpan},
-                                                      {"iou", IouKind::kIou},
-                                                      {"giou", IouKind::kGiou},
-                                                      {"diou", IouKind::kDiou},
-                                                      {"ciou", IouKind::kCiou}};
-        const auto found = kinds.find(kind);
-        VCR1_CHECK(found != kinds.end(), "kind: unknown ", kind);
-        const auto [planes, n] = a.shape<2>("a");
-        const auto [planes_b, m] = b.shape<2>("b");
-        const int64_t expected = kind == "span" ? 2 : kind == "ciou" ? 5 : 4;
-        VCR1_CHECK(planes == expected && planes_b == expected, "a and b: expected ", expected,
-                   " planes, got ", planes, " and ", planes_b);
-        VCR1_CHECK(pairwise || n == m, "a and b: expected as many boxes, got ", n, " and ", m);
-        VCR1_CHECK(out.numel() == (pairwise ? n * m : n), "out: got ", out.numel(), " elements");
-        vcr1::BoxIouArgs args{
-            a.dtype(), found->second, pairwise, torchvision, nullptr, nullptr, nullptr, n, m};
-        if (args.dtype == vcr1::DType::kFloat64) {
-          args.a = a.dense<double>("a");
-          args.b = b.dense<double>("b");
-          args.out = out.dense<double>("out");
-        } else {
-          args.a = a.dense<float>("a");
-          args.b = b.dense<float>("b");
-          args.out = out.dense<float>("out");
-        }
         VCR1_CHECK(a.on_cpu() && b.on_cpu() && out.on_cpu(), "a, b, out: expected CPU tensors");
+        const vcr1::IouKind of = vcr1::iou_kind(kind);
+        const auto shape_a = a.shape<2>("a"), shape_b = b.shape<2>("b");
+        const int boxes =
+            pairwise || of == vcr1::IouKind::kCiou ? 1 : 0;  // the dimension that counts them
+        const int64_t expected = of == vcr1::IouKind::kSpan   ? 2
+                                 : of == vcr1::IouKind::kCiou ? 5
+                                                              : 4;
+        VCR1_CHECK(shape_a[1 - boxes] == expected && shape_b[1 - boxes] == expected,
+                   "a and b: expected ", expected, " numbers a box, got ", shape_a[1 - boxes],
+                   " and ", shape_b[1 - boxes]);
+        auto args = vcr1::box_iou_args(a, b, out, shape_a[boxes], shape_b[boxes], pairwise);
+        args.kind = of;
+        args.torchvision = torchvision;
         py::gil_scoped_release release;
         vcr1::cpu::box_iou(args, num_threads);
       },
       py::arg("a"), py::arg("b"), py::arg("out"), py::arg("kind"), py::arg("pairwise"),
-      py::arg("torchvision"), py::arg("num_threads"), "Planes (4, N) and (4, M) to out.");
+      py::arg("torchvision"), py::arg("num_threads"),
+      "Planes (4, N) and (4, M) to out, or rows (N, 4) of pairs to compare once.");
   m.def(
       "track_iou",
       [](const Tensor& pred, const Tensor& target, const Tensor& lengths, const Tensor& out,
          int num_threads) {
-        const auto [batch, steps, four] = pred.shape<3>("pred");
-        VCR1_CHECK(four == 4 && target.numel() == pred.numel() && lengths.numel() == batch &&
-                       out.numel() == batch,
-                   "pred: expected (B, L, 4), got ", batch, " x ", steps, " x ", four,
-                   " beside a target of ", target.numel(), " values");
         VCR1_CHECK(pred.on_cpu() && target.on_cpu() && lengths.on_cpu() && out.on_cpu(),
                    "expected CPU tensors");
-        vcr1::TrackIouArgs args{};
-        args.dtype = pred.dtype();
-        args.lengths = lengths.dense<int64_t>("lengths");
-        args.batch = batch;
-        args.steps = steps;
-        for (int64_t i = 0; i < batch; ++i)
-          VCR1_CHECK(args.lengths[i] >= 0 && args.lengths[i] <= steps, "lengths: expected 0 to ",
-                     steps, ", got ", args.lengths[i], " at ", i);
-        if (args.dtype == vcr1::DType::kFloat64) {
-          args.pred = pred.dense<double>("pred");
-          args.target = target.dense<double>("target");
-          args.out = out.dense<double>("out");
-        } else {
-          args.pred = pred.dense<float>("pred");
-          args.target = target.dense<float>("target");
-          args.out = out.dense<float>("out");
-        }
+        const auto args = vcr1::track_iou_args(pred, target, lengths, out);
+        for (int64_t i = 0; i < args.batch; ++i)
+          VCR1_CHECK(args.lengths[i] >= 0 && args.lengths[i] <= args.steps,
+                     "lengths: expected 0 to ", args.steps, ", got ", args.lengths[i], " at ", i);
         py::gil_scoped_release release;
         vcr1::cpu::track_iou(args, num_threads);
       },
@@ -246,13 +181,11 @@ void bind_iou(py::module_& m) {
       "interval_set_iou",
       [](const Tensor& pred, const Tensor& pred_offsets, const Tensor& target,
          const Tensor& target_offsets, double empty, const Tensor& out, int num_threads) {
-        vcr1::IntervalSetIouArgs args{};
-        args.n = out.numel();
-        VCR1_CHECK(pred_offsets.numel() == args.n + 1 && target_offsets.numel() == args.n + 1,
-                   "offsets: expected ", args.n + 1, " values, got ", pred_offsets.numel(), " and ",
-                   target_offsets.numel());
-        args.pred_offsets = pred_offsets.dense<int64_t>("pred_offsets");
-        args.target_offsets = target_offsets.dense<int64_t>("target_offsets");
+        VCR1_CHECK(pred.on_cpu() && pred_offsets.on_cpu() && target.on_cpu() &&
+                       target_offsets.on_cpu() && out.on_cpu(),
+                   "expected CPU tensors");
+        const auto args =
+            vcr1::interval_set_iou_args(pred, pred_offsets, target, target_offsets, empty, out);
         const auto check = [&](const char* name, const int64_t* offsets, int64_t count) {
           VCR1_CHECK(offsets[0] == 0 && offsets[args.n] == count, name, " must rise from 0 to ",
                      count, ", the number of spans; got ", offsets[0], " to ", offsets[args.n]);
@@ -260,15 +193,8 @@ void bind_iou(py::module_& m) {
             VCR1_CHECK(offsets[i] <= offsets[i + 1], name, " must rise from 0 to ", count,
                        ", the number of spans; got ", offsets[i], " before ", offsets[i + 1]);
         };
-        args.p = pred.numel() / 2;
-        args.q = target.numel() / 2;
         check("pred_offsets", args.pred_offsets, args.p);
         check("target_offsets", args.target_offsets, args.q);
-        VCR1_CHECK(pred.on_cpu() && target.on_cpu() && out.on_cpu(), "expected CPU tensors");
-        args.pred = pred.dense<double>("pred");
-        args.target = target.dense<double>("target");
-        args.out = out.dense<double>("out");
-        args.empty = empty;
         py::gil_scoped_release release;
         vcr1::cpu::interval_set_iou(args, num_threads);
       },

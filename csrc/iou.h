@@ -30,12 +30,13 @@ VCR1_HOST_DEVICE static inline T at_least_zero(T a) {
 }
 
 // a / b; unless exact, 0 where b is not positive and finite. The division always has a safe
-// operand: it may then be taken for all lanes.
-template <bool kExact, typename T>
+// operand: it may then be taken for all lanes. kChecked: a is NaN only where b is; to test it all
+// the same makes GCC split the control flow of the loop over spans.
+template <bool kExact, bool kChecked = false, typename T>
 VCR1_HOST_DEVICE static inline T ratio(T a, T b) {
   if constexpr (kExact) return a / b;
   constexpr T kLargest = static_cast<T>(sizeof(T) == sizeof(float) ? FLT_MAX : DBL_MAX);
-  const bool usable = (b > T(0)) & (b <= kLargest) & (a == a);
+  const bool usable = (b > T(0)) & (b <= kLargest) & (kChecked || a == a);
   const T quotient = a / (usable ? b : T(1));
   return usable ? quotient : T(0);
 }
@@ -50,7 +51,7 @@ VCR1_HOST_DEVICE static inline T overlap(const Box<T>& a, const Box<T>& b) {
   const T shared = at_least_zero(smaller(a.x1, b.x1) - larger(a.x0, b.x0)) *
                    at_least_zero(smaller(a.y1, b.y1) - larger(a.y0, b.y0));
   const T united = width_a * height_a + width_b * height_b - shared;
-  const T iou = ratio<kExact>(shared, united);
+  const T iou = ratio<kExact, true>(shared, united);
   if constexpr (kKind == IouKind::kIou || kKind == IouKind::kSpan) return iou;
 
   T x0 = smaller(a.x0, b.x0), y0 = smaller(a.y0, b.y0);

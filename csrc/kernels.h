@@ -256,8 +256,8 @@ struct BoxIouArgs {
   IouKind kind;
   bool pairwise;     // out (n, m), else out (n,) with n == m
   bool torchvision;  // its conventions for empty boxes
-  // CPU: planes (2, n) of spans, (4, n) of boxes, (5, n) for kCiou: atan(w / h) last. CUDA: (n, 2)
-  // or (n, 4).
+  // Spans (n, 2) or boxes (n, 4). CPU: (n, 5) for kCiou, atan(w / h) last, and where pairwise,
+  // planes: (2, n), (4, n) or (5, n).
   const void *a, *b;
   void* out;
   int64_t n, m;

@@ -10,7 +10,12 @@ from hypothesis import strategies as st
 
 from vcr1_fast import ops
 from vcr1_fast.ops import group_advantages
-from vcr1_fast.ops.group_advantages import ESTIMATORS, SCALES, group_advantages_op
+from vcr1_fast.ops.group_advantages import (
+    DEFAULT_SCALE,
+    ESTIMATORS,
+    SCALES,
+    group_advantages_op,
+)
 
 BACKENDS = group_advantages_op.backends("cpu")
 
@@ -225,18 +230,27 @@ def test_properties(rewards, estimator, shift, data):
     torch.testing.assert_close(permuted, base[order], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_opcheck_and_compile(backend):
-    rewards = torch.rand(8)
+def test_opcheck_and_compile(backend, estimator):
+    rewards, lengths = torch.rand(8), torch.arange(1, 9)
+    index = torch.tensor([0, 1, 1, 0, 2, 2, 0, 2])
+
+    def step(r):
+        by_size = group_advantages(r, 4, estimator=estimator, lengths=lengths)
+        return by_size + group_advantages(
+            r, group_index=index, estimator=estimator, lengths=lengths
+        )
+
     with ops.use(backend):
-        torch.library.opcheck(
-            torch.ops.vcr1_fast.group_advantages.default,
-            (rewards, None, None, None, 4, ["grpo", "group", "error", "zero"], 1e-4),
-        )
-        compiled = torch.compile(
-            lambda r: group_advantages(r, 4) * 2, fullgraph=True, backend="aot_eager"
-        )
-        torch.testing.assert_close(compiled(rewards), group_advantages(rewards, 4) * 2)
+        options = [estimator, DEFAULT_SCALE[estimator], "error", "zero"]
+        for groups, size in ((None, 4), (index, 0)):
+            torch.library.opcheck(
+                torch.ops.vcr1_fast.group_advantages.default,
+                (rewards, groups, None, lengths, size, options, 1e-4),
+            )
+        compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(rewards), step(rewards))
 
 
 @pytest.mark.parametrize(

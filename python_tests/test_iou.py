@@ -406,13 +406,29 @@ def test_offsets_that_are_none_give_nan_on_a_gpu():
     assert ops.interval_set_iou(spans, bad, spans, good).isnan().tolist() == [False, True, True]
 
 
+@pytest.mark.parametrize(
+    "shape", [(700, 3), (130, 8), (2, 1024), (3, 1500), (2, 2100), (4, 0)], ids=str
+)
+def test_tracks_of_any_length(shape, backend):
+    pred, target = (random_boxes(math.prod(shape), s).float().view(*shape, 4) for s in (21, 22))
+    lengths = torch.arange(shape[0]) * 37 % (shape[1] + 1)
+    lengths[-1] = shape[1]
+    each = box_iou_reference(pred.double(), target.double(), "iou", False, "zero")
+    exact = [float(each[i, :n].mean()) if n else 0.0 for i, n in enumerate(lengths.tolist())]
+    got = ops.track_iou(*(x.to(device_of(backend)) for x in (pred, target, lengths)))
+    torch.testing.assert_close(
+        got.double().cpu(), torch.tensor(exact).double(), rtol=1e-6, atol=1e-7
+    )
+
+
 def test_opcheck_and_compile(backend):
     a, b = (random_boxes(6, seed).to(device_of(backend)) for seed in (17, 18))
     offsets = torch.tensor([0, 2, 6], device=a.device)
     lengths = torch.tensor([3, 1], device=a.device)
     tracks = a.view(2, 3, 4), b.view(2, 3, 4)
     op = torch.ops.vcr1_fast
-    torch.library.opcheck(op.box_iou.default, (a, b, "giou", True, "zero"))
+    for kind, pairwise in zip(KINDS, itertools.cycle((True, False))):
+        torch.library.opcheck(op.box_iou.default, (a, b, kind, pairwise, "torchvision"))
     torch.library.opcheck(op.temporal_iou.default, (a[:, ::2], b[:, ::2], False))
     torch.library.opcheck(op.track_iou.default, (*tracks, lengths))
     torch.library.opcheck(
@@ -426,6 +442,21 @@ def test_opcheck_and_compile(backend):
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(a, b, *tracks), step(a, b, *tracks))
+
+
+def test_the_gradient_compiles_whole():  # of plain torch, whatever the backend
+    a, b = (random_boxes(6, seed) for seed in (17, 18))
+
+    def loss(x):
+        boxes = sum(ops.box_iou(x, b, kind=kind, pairwise=True).sum() for kind in KINDS)
+        tracks = ops.track_iou(x.view(2, 3, 4), b.view(2, 3, 4)).sum()
+        return boxes + tracks + ops.temporal_iou(x[:, ::2], b[:, ::2]).sum()
+
+    eager, compiled = a.clone().requires_grad_(), a.clone().requires_grad_()
+    loss(eager).backward()
+    torch.compile(loss, fullgraph=True, backend="aot_eager")(compiled).backward()
+    assert eager.grad.abs().sum() > 0
+    torch.testing.assert_close(compiled.grad, eager.grad)
 
 
 def test_errors_name_the_values(backend):

@@ -12,7 +12,7 @@ from PIL import Image
 
 from vcr1_fast import ops
 from vcr1_fast.ops import backend as backend_module
-from vcr1_fast.ops.resample import taps
+from vcr1_fast.ops.resample import ROUNDING, taps
 from vcr1_fast.ops.resize_frames import _op, resized_dtype
 from vcr1_fast.ops.resize_frames import reference as reference_op
 
@@ -404,15 +404,16 @@ def test_memory_order_does_not_matter(backend, rounding, name):
         assert torch.equal(result, expected)
 
 
-def test_opcheck_and_compile(backend):
+@pytest.mark.parametrize("rounding", ROUNDING)
+def test_opcheck_and_compile(rounding, backend):
     frames = noise((2, 30, 50)).to(device_of(backend))
-    out = torch.empty(2, 20, 41, 3, dtype=torch.uint8, device=frames.device)
+    out = torch.empty(2, 20, 41, 3, dtype=resized_dtype(rounding), device=frames.device)
     torch.library.opcheck(
-        torch.ops.vcr1_fast.resize_frames.default, (frames, out, "bicubic", True, "u8")
+        torch.ops.vcr1_fast.resize_frames.default, (frames, out, "bicubic", True, rounding)
     )
 
     def step(x):
-        return ops.resize_frames(x, (20, 41)).float() + 1
+        return ops.resize_frames(x, (20, 41), rounding=rounding).float() + 1
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(frames), step(frames))

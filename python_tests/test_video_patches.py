@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torchvision_shim import require_torchvision
 
 from vcr1_fast import ops
+from vcr1_fast.ops.resample import ROUNDING
 from vcr1_fast.ops.video_patches import CLIP_MEAN, CLIP_STD, _op
 from vcr1_fast.ops.video_patches import reference as reference_op
 
@@ -246,14 +247,15 @@ def test_cpu_and_cuda_give_the_same_bits(shape, size, rounding):
         assert torch.equal(result, again)
 
 
-def test_opcheck_and_compile(backend):
+@pytest.mark.parametrize("rounding", ROUNDING)
+def test_opcheck_and_compile(rounding, backend):
     frames = noise((3, 30, 50)).to(device_of(backend))
     out = torch.empty(2 * 4 * 6, 1176, device=frames.device)
-    arguments = (frames, out, [56, 84], "bicubic", "u8", list(CLIP_MEAN), list(CLIP_STD))
+    arguments = (frames, out, [56, 84], "bicubic", rounding, list(CLIP_MEAN), list(CLIP_STD))
     torch.library.opcheck(torch.ops.vcr1_fast.video_patches.default, arguments)
 
     def step(x):
-        patches, grid = ops.video_patches(x, (56, 84))
+        patches, grid = ops.video_patches(x, (56, 84), rounding=rounding)
         return patches * 2, grid
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")

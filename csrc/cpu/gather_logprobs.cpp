@@ -23,7 +23,7 @@ constexpr float kLow = -256.0f;
 // one place does: processors do not fetch ahead beyond a page. A tile is what is summed in fp32, at
 // most 128 numbers a lane; a step is one or two cache lines of one stream.
 constexpr int kStreams = 8;
-constexpr int kStep = 32;
+constexpr int kStep = 4 * Vec::kWidth;
 constexpr int kTile = 256 * Vec::kWidth;
 constexpr int kLine = 64;              // bytes
 constexpr int kAhead = 1024;           // bytes: how far ahead of the loads to prefetch
@@ -46,9 +46,9 @@ void for_tiles(int64_t vocab, Fn&& fn) {
 }
 
 template <typename T>
-void prefetch_step(const T* p) {
+void prefetch_step(const T* p, int64_t ahead = kAhead) {
   for (int i = 0; i < kStep * static_cast<int>(sizeof(T)); i += kLine)
-    prefetch(reinterpret_cast<const char*>(p) + kAhead + i);
+    prefetch(reinterpret_cast<const char*>(p) + ahead + i);
 }
 
 struct Sums {
@@ -57,40 +57,86 @@ struct Sums {
   double weighted_y = 0.0;  // sum of y 2^y
 };
 
+// kStep elements, in the order that load_pair() gives, and what is left of a tile, filled up.
+constexpr int kVecs = kStep / Vec::kWidth;
+using Step = Vec[kVecs];
+
+template <typename T>
+VCR1_INLINE void load_step(const T* p, Step& out) {
+  for (int u = 0; u < kVecs; u += 2) {
+    const Pair both = load_pair(p + u * Vec::kWidth);
+    out[u] = both.a;
+    out[u + 1] = both.b;
+  }
+}
+
 template <bool kEntropy>
 struct Lanes {
-  Vec max = splat(-kInf), weight = splat(0.0f), weighted_y = splat(0.0f);
-  void take(Vec x, Vec shift, Vec scale, const Exp2& exp2) {
-    max = cpu::VCR1_ISA::max(x, max);
-    const Vec y = mul(sub(x, shift), scale);
-    const Vec e = exp2(y);
-    weight = add(weight, e);
-    if (kEntropy) weighted_y = fma(e, cpu::VCR1_ISA::max(splat(kLow), y), weighted_y);
+  Vec max[2], weight[2], weighted_y[2];
+  Lanes() {
+    for (int i = 0; i < 2; ++i) {
+      max[i] = splat(-kInf);
+      weight[i] = weighted_y[i] = splat(0.0f);
+    }
+  }
+  template <int N>
+  VCR1_INLINE void take(const Vec (&x)[N], Vec shift, Vec scale, const Exp2& exp2) {
+    Vec y[N], e[N];
+    for (int i = 0; i < N; ++i) max[i % 2] = cpu::VCR1_ISA::max(x[i], max[i % 2]);
+    for (int i = 0; i < N; ++i) y[i] = sub(x[i], shift);
+    for (int i = 0; i < N; ++i) y[i] = mul(y[i], scale);
+    exp2(y, e);
+    for (int i = 0; i < N; ++i) weight[i % 2] = add(weight[i % 2], e[i]);
+    if (!kEntropy) return;
+    for (int i = 0; i < N; ++i)
+      weighted_y[i % 2] = fma(e[i], cpu::VCR1_ISA::max(splat(kLow), y[i]), weighted_y[i % 2]);
   }
 };
 
-template <int kN, bool kEntropy, typename T>
-Sums tile_sums(const T* x, int64_t gap, int n, float shift_by, float scale_by) {
+template <int kN, typename T>
+float tile_max(const T* x, int64_t gap, int n) {
   constexpr int w = Vec::kWidth;
-  const Vec shift = splat(shift_by), scale = splat(scale_by);
-  const Exp2 exp2(1.0f);
-  Lanes<kEntropy> a, b;
+  Vec a = splat(-kInf), b = a;
   int i = 0;
   for (; i + kStep <= n; i += kStep)
     for (int s = 0; s < kN; ++s) {
       const T* const p = x + s * gap + i;
       prefetch_step(p);
-      for (int u = 0; u < kStep; u += 2 * w) {
-        const Pair both = load_pair(p + u);
-        a.take(both.a, shift, scale, exp2);
-        b.take(both.b, shift, scale, exp2);
+      Step v;
+      load_step(p, v);
+      for (int u = 0; u < kVecs; u += 2) {
+        a = max(v[u], a);
+        b = max(v[u + 1], b);
       }
     }
-  for (; i < n; i += w) a.take(load_partial(x + i, std::min(w, n - i), -kInf), shift, scale, exp2);
+  for (; i < n; i += w) a = max(load_partial(x + i, n - i, -kInf), a);
+  return reduce_max(max(a, b));
+}
+
+// ahead: bytes from a load to what to prefetch with it.
+template <int kN, bool kEntropy, typename T>
+Sums tile_sums(const T* x, int64_t gap, int n, float shift_by, float scale_by, int64_t ahead) {
+  constexpr int w = Vec::kWidth;
+  const Vec shift = splat(shift_by), scale = splat(scale_by);
+  const Exp2 exp2(1.0f);
+  Lanes<kEntropy> lanes;
+  int i = 0;
+  for (; i + kStep <= n; i += kStep)
+    for (int s = 0; s < kN; ++s) {
+      const T* const p = x + s * gap + i;
+      prefetch_step(p, ahead);
+      Step v;
+      load_step(p, v);
+      lanes.take(v, shift, scale, exp2);
+    }
+  for (; i < n; i += w) {
+    const Vec rest[1] = {load_partial(x + i, n - i, -kInf)};
+    lanes.take(rest, shift, scale, exp2);
+  }
   Sums out;
-  out.max = reduce_max(max(a.max, b.max));
-  out.weight = reduce_add(add(a.weight, b.weight));
-  if (kEntropy) out.weighted_y = reduce_add(add(a.weighted_y, b.weighted_y));
+  out.max = reduce_max(max(lanes.max[0], lanes.max[1]));
+  out.weight = reduce_add(add(lanes.weight[0], lanes.weight[1]));
+  if (kEntropy) out.weighted_y = reduce_add(add(lanes.weighted_y[0], lanes.weighted_y[1]));
   return out;
 }
 
@@ -107,19 +153,24 @@ void raise_max(float max, float scale, Sums& sums) {
 }
 
 // One read from memory: each tile is summed relative to the maximum before it, and again, from the
-// first-level cache, where it holds a larger one, as only a few do unless the row is sorted.
+// first-level cache, where it holds a larger one, as only a few do unless the row is sorted. The
+// first one's maximum is found alone, and while it is then summed, what follows is prefetched a
+// whole tile ahead: the next row, where rows are short.
 template <bool kEntropy, typename T>
 Sums row_sums(const T* x, int64_t vocab, float scale) {
   Sums sums;
   for_tiles<T>(vocab, [&](auto streams, int64_t begin, int64_t gap, int n) {
-    const auto tile = [&](float shift) {
-      return tile_sums<streams, kEntropy>(x + begin, gap, n, shift, scale);
+    const auto tile = [&](float shift, int64_t ahead) {
+      return tile_sums<streams, kEntropy>(x + begin, gap, n, shift, scale, ahead);
     };
+    const bool first = sums.max == -kInf;
+    if (first) sums.max = tile_max<streams>(x + begin, gap, n);
     // Before the first finite logit: -inf less -inf would be NaN.
-    Sums added = tile(sums.max == -kInf ? 0.0f : sums.max);
+    Sums added =
+        tile(sums.max == -kInf ? 0.0f : sums.max, first ? n * int64_t{sizeof(T)} : int64_t{kAhead});
     if (added.max > sums.max) {
       raise_max(added.max, scale, sums);
-      added = tile(sums.max);
+      added = tile(sums.max, kAhead);
     }
     sums.weight += added.weight;  // of -inf alone: 0, or NaN, which max() drops
     sums.weighted_y += added.weighted_y;
@@ -179,12 +230,16 @@ class Gradient {
         scale_(splat(row.scale)),
         constant_(splat(row.constant)),
         slope_(splat(row.slope)) {}
-  Vec operator()(Vec x) const {
-    const Vec y = mul(sub(x, shift_), scale_);
-    const Vec e = exp2_(y);
-    return kEntropy ? mul(e, fma(slope_, max(splat(kLow), y), constant_)) : e;
+  template <int N>
+  VCR1_INLINE void operator()(const Vec (&x)[N], Vec (&out)[N]) const {
+    Vec y[N];
+    for (int i = 0; i < N; ++i) y[i] = sub(x[i], shift_);
+    for (int i = 0; i < N; ++i) y[i] = mul(y[i], scale_);
+    exp2_(y, out);
+    if (!kEntropy) return;
+    for (int i = 0; i < N; ++i) y[i] = fma(slope_, max(splat(kLow), y[i]), constant_);
+    for (int i = 0; i < N; ++i) out[i] = mul(out[i], y[i]);
   }
-  Pair operator()(Pair x) const { return {(*this)(x.a), (*this)(x.b)}; }
 
  private:
   Exp2 exp2_;
@@ -194,7 +249,6 @@ class Gradient {
 template <int kN, bool kEntropy, bool kStream, typename T>
 void write_tile(const RowGradient& row, const T* x, T* out, int64_t gap, int n) {
   constexpr int w = Vec::kWidth;
-  constexpr int pairs = kStep / (2 * w);
   const Gradient<kEntropy> gradient(row);
   int i = 0;
   for (; i + kStep <= n; i += kStep)
@@ -202,14 +256,20 @@ void write_tile(const RowGradient& row, const T* x, T* out, int64_t gap, int n) 
       const int64_t at = s * gap + i;
       prefetch_step(x + at);
       // All loads before the first store: in place a load would wait for the store beside it.
-      Pair g[pairs];
-      for (int u = 0; u < pairs; ++u) g[u] = gradient(load_pair(x + at + u * 2 * w));
-      for (int u = 0; u < pairs; ++u)
-        kStream ? stream_pair(out + at + u * 2 * w, g[u]) : store_pair(out + at + u * 2 * w, g[u]);
+      Step v, g;
+      load_step(x + at, v);
+      gradient(v, g);
+      for (int u = 0; u < kVecs; u += 2) {
+        T* const to = out + at + u * w;
+        const Pair both{g[u], g[u + 1]};
+        kStream ? stream_pair(to, both) : store_pair(to, both);
+      }
     }
   for (; i < n; i += w) {
-    const int rest = std::min(w, n - i);
-    store_partial(out + i, gradient(load_partial(x + i, rest, -kInf)), rest);
+    const Vec rest[1] = {load_partial(x + i, n - i, -kInf)};
+    Vec g[1];
+    gradient(rest, g);
+    store_partial(out + i, g[0], n - i);
   }
 }
 

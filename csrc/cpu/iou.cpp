@@ -1,7 +1,8 @@
 // IoU of boxes and spans (a span is a box of height one), of tracks and of sets of spans.
 //
-// Boxes come as planes (x0[], y0[], x1[], y1[], and for CIoU atan(w / h)[]), so that the loop over
-// pairs is straight-line code which the compiler turns into vectors.
+// Boxes of all pairs come as planes (x0[], y0[], x1[], y1[], and for CIoU atan(w / h)[]), so that
+// the loop over pairs is straight-line code which the compiler turns into vectors; those compared
+// once come as they are, because the transposition would cost more than what follows.
 #include "../iou.h"
 
 #include <algorithm>
@@ -22,18 +23,31 @@ inline Box<T> load(const T* planes, int64_t n, int64_t i) {
             kKind == IouKind::kCiou ? planes[4 * n + i] : T(0)};
 }
 
+template <IouKind kKind, typename T>
+inline Box<T> load_row(const T* rows, int64_t i) {
+  if constexpr (kKind == IouKind::kSpan) return {rows[2 * i], T(0), rows[2 * i + 1], T(1), T(0)};
+  return {rows[4 * i], rows[4 * i + 1], rows[4 * i + 2], rows[4 * i + 3], T(0)};
+}
+
+template <IouKind kKind, bool kExact, typename T>
+inline void run_rows(const T* a, const T* b, T* out, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i)
+    out[i] = overlap<kKind, kExact>(load_row<kKind>(a, i), load_row<kKind>(b, i));
+}
+
 template <IouKind kKind, bool kExact, typename T>
 inline void run(const BoxIouArgs& args, int num_threads) {
   const auto *a = static_cast<const T*>(args.a), *b = static_cast<const T*>(args.b);
   auto* const out = static_cast<T*>(args.out);
   const int64_t n = args.n, m = args.m;
-  if (!args.pairwise) {
-    parallel_for(n, 4096, num_threads, [=](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)
-        out[i] = overlap<kKind, kExact>(load<T, kKind>(a, n, i), load<T, kKind>(b, n, i));
+  if (!args.pairwise)
+    return parallel_for(n, 16384, num_threads, [=](int64_t begin, int64_t end) {
+      if constexpr (kKind == IouKind::kCiou)
+        for (int64_t i = begin; i < end; ++i)
+          out[i] = overlap<kKind, kExact>(load<T, kKind>(a, n, i), load<T, kKind>(b, n, i));
+      else
+        run_rows<kKind, kExact>(a, b, out, begin, end);
     });
-    return;
-  }
   parallel_for(n, 4096 / (m + 1) + 1, num_threads, [=](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const Box<T> box = load<T, kKind>(a, n, i);
@@ -69,20 +83,31 @@ void box_iou(const BoxIouArgs& args, int num_threads) {
   run_kind<float>(args, num_threads);
 }
 
+// The IoUs first, of short tracks several together, so that the divisions come as vectors; then
+// their sums, in the order of the steps.
 template <typename T>
 inline void run_tracks(const TrackIouArgs& args, int num_threads) {
+  constexpr int64_t kBoxes = 1024;
   const auto *pred = static_cast<const T*>(args.pred), *target = static_cast<const T*>(args.target);
-  parallel_for(args.batch, 256, num_threads, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      double sum = 0;
-      for (int64_t k = 0; k < args.lengths[i]; ++k) {
-        const T* p = pred + (i * args.steps + k) * 4;
-        const T* t = target + (i * args.steps + k) * 4;
-        sum += overlap<IouKind::kIou, false>(Box<T>{p[0], p[1], p[2], p[3], T(0)},
-                                             Box<T>{t[0], t[1], t[2], t[3], T(0)});
+  auto* const out = static_cast<T*>(args.out);
+  const int64_t steps = args.steps, piece = steps < kBoxes ? steps : kBoxes;
+  const int64_t together = steps > 0 ? kBoxes / piece : kBoxes;
+  parallel_for(args.batch, 16384 / (steps + 1) + 1, num_threads, [=](int64_t begin, int64_t end) {
+    T iou[kBoxes];
+    for (int64_t i = begin, tracks; i < end; i += tracks) {
+      tracks = std::min(together, end - i);
+      double sums[kBoxes] = {};
+      for (int64_t first = 0; first < steps; first += piece) {
+        const int64_t at = (i * steps + first) * 4, count = std::min(piece, steps - first);
+        run_rows<IouKind::kIou, false>(pred + at, target + at, iou, 0, tracks * count);
+        for (int64_t t = 0; t < tracks; ++t)
+          for (int64_t k = 0; k < std::min(count, args.lengths[i + t] - first); ++k)
+            sums[t] += iou[t * count + k];
       }
-      const double count = args.lengths[i] > 0 ? static_cast<double>(args.lengths[i]) : 1.0;
-      static_cast<T*>(args.out)[i] = static_cast<T>(sum / count);
+      for (int64_t t = 0; t < tracks; ++t) {
+        const int64_t length = args.lengths[i + t];
+        out[i + t] = static_cast<T>(sums[t] / static_cast<double>(length > 0 ? length : 1));
+      }
     }
   });
 }

@@ -47,14 +47,15 @@ class Pool {
         threads_.emplace_back([this, index = threads_.size()] { serve(index); });
       job_ = &job;
       wanted_ = helpers;
-      running_ = helpers;
       ++generation_;
     }
     wake_.notify_all();
     job.run();
+    // Nothing is left to hand out: a helper that has not come yet, because its processor was busy
+    // or asleep, is not waited for.
     std::unique_lock<std::mutex> lock(mutex_);
-    done_.wait(lock, [this] { return running_ == 0; });
     job_ = nullptr;
+    done_.wait(lock, [this] { return running_ == 0; });
     return true;
   }
 
@@ -71,8 +72,9 @@ class Pool {
     for (;;) {
       wake_.wait(lock, [&] { return generation_ != seen; });
       seen = generation_;
-      if (static_cast<int>(index) >= wanted_) continue;
       Job* const job = job_;
+      if (job == nullptr || static_cast<int>(index) >= wanted_) continue;
+      ++running_;
       lock.unlock();
       job->run();
       lock.lock();

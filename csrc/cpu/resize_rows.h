@@ -5,6 +5,8 @@
 // direction.
 #pragma once
 
+#include <atomic>
+
 #include "parallel.h"
 #include "resize_walk.h"
 
@@ -141,15 +143,20 @@ inline void resize_rows(const ResizeArgs& args, FrameState& state, int64_t begin
   }
 }
 
-// Deals groups * units units of work to the threads in equal runs: fn(scratch, group, begin, end)
-// for each run's part of a group.
+// Deals groups * units units of work to the threads: fn(scratch, group, begin, end) for each run's
+// part of a group. Several runs a thread, taken as they come, because one may start late; of whole
+// groups where there are enough of them, because rows are made anew where a run begins inside one.
 template <typename Fn>
 inline void share(const ResizeArgs& args, int64_t groups, int64_t units, int num_threads, Fn&& fn) {
   const int64_t total = groups * units, workers = least(num_threads, total);
-  parallel_for(workers, 1, static_cast<int>(workers), [&](int64_t first, int64_t last) {
-    for (int64_t worker = first; worker < last; ++worker) {
-      const int64_t stop = total * (worker + 1) / workers;
-      for (int64_t at = total * worker / workers; at < stop;) {
+  const int64_t runs = workers == 1 ? 1 : least(4 * workers, total);
+  const int64_t step = groups >= runs ? units : 1;
+  const auto start_of = [&](int64_t run) { return total / step * run / runs * step; };
+  std::atomic<int64_t> next{0};
+  parallel_for(workers, 1, static_cast<int>(workers), [&](int64_t worker, int64_t) {
+    for (int64_t run; (run = next.fetch_add(1, std::memory_order_relaxed)) < runs;) {
+      const int64_t stop = start_of(run + 1);
+      for (int64_t at = start_of(run); at < stop;) {
         const int64_t begin = at % units, end = least(units, begin + stop - at);
         fn(args.scratch + worker * args.layout.total, at / units, begin, end);
         at += end - begin;

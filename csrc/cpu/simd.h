@@ -12,6 +12,9 @@
 #include <immintrin.h>
 #endif
 
+// For functions of arrays of vectors, which a call would pass through memory.
+#define VCR1_INLINE __attribute__((always_inline)) inline
+
 namespace vcr1::cpu::VCR1_ISA {
 
 #if defined(__AVX512F__)
@@ -293,9 +296,10 @@ inline float as_float(Half x) {
   return out[0];
 }
 
-// The first n < kWidth elements, the others `fill`.
+// The first n elements, the others `fill`. n may be beyond kWidth: then all are there.
 template <typename T>
 inline Vec load_partial(const T* p, int n, float fill) {
+  if (n >= Vec::kWidth) return load(p);
   T lanes[Vec::kWidth];
   store(lanes, splat(fill));
   for (int i = 0; i < n; ++i) lanes[i] = p[i];
@@ -303,6 +307,7 @@ inline Vec load_partial(const T* p, int n, float fill) {
 }
 template <typename T>
 inline void store_partial(T* p, Vec x, int n) {
+  if (n >= Vec::kWidth) return store(p, x);
   T lanes[Vec::kWidth];
   store(lanes, x);
   for (int i = 0; i < n; ++i) p[i] = lanes[i];
@@ -358,11 +363,18 @@ class Exp2 {
   explicit Exp2(float factor) : constant_(splat(factor)) {
     for (int i = 0; i < 6; ++i) c_[i] = splat(kExp2[i] * factor);
   }
-  Vec operator()(Vec y) const {
-    const Split s = split(y);
-    Vec p = c_[5];
-    for (int i = 4; i >= 0; --i) p = fma(p, s.f, c_[i]);
-    return scale_or_zero(fma(p, s.f, constant_), s.n, s.t, y, splat(kExp2Low));
+  // Step by step for all N: a chain of ten operations at a time would fill the scheduler with
+  // waiting ones before enough chains are in flight.
+  template <int N>
+  VCR1_INLINE void operator()(const Vec (&y)[N], Vec (&out)[N]) const {
+    Split s[N];
+    Vec p[N];
+    for (int i = 0; i < N; ++i) s[i] = split(y[i]);
+    for (int i = 0; i < N; ++i) p[i] = c_[5];
+    for (int c = 4; c >= 0; --c)
+      for (int i = 0; i < N; ++i) p[i] = fma(p[i], s[i].f, c_[c]);
+    for (int i = 0; i < N; ++i) p[i] = fma(p[i], s[i].f, constant_);
+    for (int i = 0; i < N; ++i) out[i] = scale_or_zero(p[i], s[i].n, s[i].t, y[i], splat(kExp2Low));
   }
 
  private:

@@ -1,4 +1,5 @@
 // Resized rows, normalised and cast, to the patch rows of Qwen2-VL and Qwen2.5-VL.
+#include "pages.h"
 #include "resize_rows.h"
 
 namespace vcr1::cpu::VCR1_ISA {
@@ -131,8 +132,13 @@ class Normalise<uint8_t, Float16> : public ByteTable<Float16> {
 #endif
 
 // Copies past the cache: nothing here reads the patches again, and a plain store would first fetch
-// the lines that it then overwrites. Followed by a fence before another thread may read them.
-inline void stream_out(const void* from, int64_t bytes, void* to) {
+// the lines that it then overwrites. Followed by a fence before another thread may read them. Lines
+// of a page just made are in the cache already.
+inline void copy_out(const void* from, int64_t bytes, void* to, bool fresh) {
+  if (fresh) {
+    std::memcpy(to, from, bytes);
+    return;
+  }
   const char* source = static_cast<const char*>(from);
   char* target = static_cast<char*>(to);
 #if defined(__AVX2__)
@@ -167,6 +173,10 @@ inline void run(const VideoPatchesArgs& args, int num_threads) {
   const ResizeArgs& resize = args.resize;
   const int64_t rows = resize.vertical.n_out / kPatch, columns = resize.horizontal.n_out / kPatch;
   const int64_t pad = resize.layout.width;
+  const int64_t super_row = columns * kMerge * kPatchValues;  // two rows of patches
+  Out* const every = static_cast<Out*>(args.out);
+  const int64_t super_rows = (resize.n_frames + 1) / 2 * rows / kMerge;
+  const bool fresh = untouched(every + super_rows / 2 * super_row);
   const Normalise<In, Out> normalise(args);
 
   const auto patch_row = [&](uint8_t* scratch, FrameState* frames, int64_t times, int64_t r,
@@ -186,7 +196,7 @@ inline void run(const VideoPatchesArgs& args, int num_threads) {
     for (int64_t w = 0; w < columns; w += kMerge) {
       for (int64_t i = 0; i < 3 * kMerge; ++i)
         normalise(staged + (3 * w + i) * kSegment, values + i * kSegment, i % 3);
-      stream_out(values, kMerge * kPatchValues * sizeof(Out), out + w * kMerge * kPatchValues);
+      copy_out(values, kMerge * kPatchValues * sizeof(Out), out + w * kMerge * kPatchValues, fresh);
     }
   };
   share(resize, (resize.n_frames + 1) / 2, rows, num_threads,
@@ -198,10 +208,9 @@ inline void run(const VideoPatchesArgs& args, int num_threads) {
             frames[time] =
                 start_frame(resize, pair * kTemporal + time, scratch, static_cast<int>(time));
           for (int64_t r = begin; r < end; ++r) {
-            const int64_t super_row = (pair * rows + r) / kMerge;
-            const int64_t patch = (super_row * columns + r % kMerge) * kMerge;
-            patch_row(scratch, frames, times, r,
-                      static_cast<Out*>(args.out) + patch * kPatchValues);
+            Out* const out = every + (pair * rows + r) / kMerge * super_row;
+            if (fresh && (r == begin || r % kMerge == 0)) populate(out, super_row * sizeof(Out));
+            patch_row(scratch, frames, times, r, out + r % kMerge * kMerge * kPatchValues);
           }
           stream_fence();
         });

@@ -21,7 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vcr1_fast.ops import backend
+from vcr1_fast.ops import backend, host_memory
 from vcr1_fast.ops.gather_reference import (
     KERNEL_DTYPES,
     LogProbs,
@@ -63,7 +63,10 @@ def _native_backward(logits, *args):
         return reference_backward(logits, *args)
     if logits.stride(-1) != 1:
         logits = logits.contiguous()
-    grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    if logits.device.type == "cpu":
+        grad = host_memory.empty(logits.shape, logits.dtype)
+    else:
+        grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
     backend.native.gather_logprobs_backward(logits, *args, grad, torch.get_num_threads())
     return grad
 

@@ -36,8 +36,7 @@ CONVENTIONS = ("zero", "torchvision")
 
 
 def _planes(x: Tensor, kind: str, exact: bool) -> Tensor:
-    """(..., k) to contiguous (k, n): one array a coordinate; for CIoU the angle is one more."""
-    x = x.reshape(-1, x.shape[-1])
+    """(n, k) to contiguous (k, n): one array a coordinate; for CIoU the angle is one more."""
     if kind == "ciou":
         wh = x[:, 2:] - x[:, :2]
         column = angle(wh if exact else wh.clamp(min=0), exact)[:, None]
@@ -50,8 +49,12 @@ def _box_cpu(a: Tensor, b: Tensor, kind: str, pairwise: bool, convention: str) -
     exact = convention == "torchvision"
     if out.numel() == 0:
         return out
-    planes = _planes(a, kind, exact), _planes(b, kind, exact)
-    native.box_iou(*planes, out, kind, pairwise, exact, torch.get_num_threads())
+    sides = [x.reshape(-1, x.shape[-1]) for x in (a, b)]
+    if pairwise or kind == "ciou":
+        sides = [_planes(x, kind, exact) for x in sides]
+    else:
+        sides = [x.contiguous() for x in sides]
+    native.box_iou(*sides, out, kind, pairwise, exact, torch.get_num_threads())
     return out
 
 
@@ -249,7 +252,8 @@ def track_iou(pred: Tensor, target: Tensor, lengths: Tensor | None = None) -> Te
         raise ValueError(
             f"lengths must be int64 ({batch},), got {lengths.dtype} {tuple(lengths.shape)}"
         )
-    lengths = lengths.clamp(0, steps)
+    else:
+        lengths = lengths.clamp(0, steps)
     if _needs_gradient(pred, target):
         return track_iou_reference(pred, target, lengths)
     return _track(pred, target, lengths)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from vcr1_fast.ops.backend import Op, native
+from vcr1_fast.ops.host_memory import empty
 from vcr1_fast.ops.resample import RESAMPLE, ROUNDING, native_plan
 from vcr1_fast.ops.resample_tiles import cuda_plan
 from vcr1_fast.ops.resize_frames import (
@@ -139,7 +140,8 @@ def video_patches(
         transformers' processor gives on CPU, to the bit, rounded once to `dtype`.
     dtype: float32, bfloat16 or float16.
     mean, std: of the three channels, in units of 0..1.
-    out: where to write: contiguous (N, 1176) of `dtype`.
+    out: where to write: contiguous (N, 1176) of `dtype`. Without it, large results on the CPU take
+        the memory of earlier ones that are gone (see `host_memory`).
 
     Returns patches (N, 1176) and grid_thw, int64 (3,) on the CPU: (ceil(T / 2), height / 14,
     width / 14), whose product is N.
@@ -156,7 +158,8 @@ def video_patches(
     grid = (-(-frames.shape[0] // TEMPORAL_PATCH), height // PATCH, width // PATCH)
     shape = (grid[0] * grid[1] * grid[2], PATCH_VALUES)
     if out is None:
-        out = torch.empty(shape, dtype=dtype, device=frames.device)
+        on_cpu = frames.device.type == "cpu"
+        out = empty(shape, dtype) if on_cpu else frames.new_empty(shape, dtype=dtype)
     else:
         check_out(out, shape, dtype, frames.device)
         if not out.is_contiguous():
