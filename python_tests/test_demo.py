@@ -9,6 +9,7 @@ from vcr1_fast.data.records import load_records, write_records
 from vcr1_fast.data.scenes import SceneConfig, questions, sample_scene
 from vcr1_fast.data.synth import TASKS, SynthConfig, write_dataset
 from vcr1_fast.demo.blur import BlurConfig, blur_records
+from vcr1_fast.demo.reasoning import direction, with_reasoning
 from vcr1_fast.demo.run import main_demo
 from vcr1_fast.demo.settings import QUICK, WARM_START
 
@@ -58,6 +59,48 @@ def test_letters_are_drawn_at_the_given_rate(records):
     assert right[1.0] == pytest.approx(0.25, abs=0.04)
 
 
+def test_captions_lose_events_and_labels_turn_at_the_given_rates(records):
+    config = BlurConfig(wrong_letter=0.4, missed_event=0.25)
+    caption = next(r for r in records if r.task == "caption")
+    label = next(r for r in records if r.task == "classification")
+    captions = [r.answer for r in blur_records([caption] * 2000, 0, config)]
+    moves, *comings = caption.answer
+    assert np.mean([answer[0] == moves for answer in captions]) == pytest.approx(0.7, abs=0.04)
+    kept = np.mean([len(answer) - 1 for answer in captions]) / len(comings)
+    assert kept == pytest.approx(0.75, abs=0.04)
+    labels = [r.answer for r in blur_records([label] * 2000, 0, config)]
+    right = 0.6 + 0.4 / len(label.options)
+    assert np.mean([answer == label.answer for answer in labels]) == pytest.approx(right, abs=0.04)
+    assert set(labels) == set(label.options)
+
+
+def test_reasoning_says_what_the_blurred_answer_says(records):
+    said = {}
+    for record in with_reasoning(blur_records(records, 0, BlurConfig())):
+        said[record.task] = record, record.metadata["reasoning"]
+    assert set(said) == set(TASKS)
+    record, text = said["temporal_grounding"]
+    start, end = record.answer
+    assert text == f"It is there at <timestep>{start:.1f} to {end:.1f}</timestep>."
+    record, text = said["grounded_qa"]
+    (start, end), letter = record.answer["glue"][0], record.answer["answer"]
+    way = record.options["ABCD".index(letter)]
+    assert text == f"At <timestep>{start:.1f} to {end:.1f}</timestep> it moves {way}."
+    record, text = said["multiple_choice"]
+    assert text == f"It moves {record.options['ABCD'.index(record.answer)]}."
+    record, text = said["classification"]
+    assert text == f"The shape that moves is {record.answer}."
+    record, text = said["caption"]
+    assert text == f"There are {len(record.answer)} events."
+
+
+def test_direction_is_that_of_the_longer_way():
+    assert direction([[0.0, 0.0, 0.2, 0.2], [0.5, 0.1, 0.7, 0.3]]) == "right"
+    assert direction([[0.5, 0.1, 0.7, 0.3], [0.0, 0.0, 0.2, 0.2]]) == "left"
+    assert direction([[0.1, 0.5, 0.3, 0.7], [0.2, 0.1, 0.4, 0.3]]) == "up"
+    assert direction([[0.1, 0.1, 0.3, 0.3], [0.2, 0.5, 0.4, 0.7]]) == "down"
+
+
 def test_questions_agree_with_what_is_drawn():
     rng = np.random.default_rng(0)
     for _ in range(20):
@@ -66,7 +109,16 @@ def test_questions_agree_with_what_is_drawn():
             if question["task"] == "temporal_grounding":
                 start, end = question["answer"]
                 assert 0 <= start < end <= scene.duration
+            if question["task"] == "classification":
+                assert question["answer"] == scene.things[0].color
+                assert question["answer"] in question["options"]
+            if question["task"] == "caption":
+                moves, *comings = question["answer"]
+                assert moves == f"{scene.things[0].color} {scene.direction}wards."
+                order = sorted(scene.things[1:], key=lambda thing: thing.start)
+                assert comings == [f"{thing.color} comes." for thing in order]
             if question["task"] == "tracking":
+                assert direction(question["answer"]) == scene.direction
                 x = [(box[0] + box[2]) / 2 for box in question["answer"]]
                 y = [(box[1] + box[3]) / 2 for box in question["answer"]]
                 along = {"left": -x[-1] + x[0], "right": x[-1] - x[0]}

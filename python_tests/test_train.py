@@ -29,7 +29,7 @@ from vcr1_fast.train.dataset import ByteCache, Sampler
 from vcr1_fast.train.log import RunLog
 from vcr1_fast.train.loop import train
 from vcr1_fast.train.optim import MasterAdamW, clipped_step, learning_rate
-from vcr1_fast.train.sft import sft
+from vcr1_fast.train.sft import right_answer, sft
 from vcr1_fast.train.step import (
     PolicyGroup,
     Scored,
@@ -181,6 +181,26 @@ def test_sft_loss_is_the_mean_over_completion_tokens(inputs, tmp_path):
     row = read(tmp_path / "b" / "metrics.jsonl")[0]
     assert row["num_tokens"] == count
     assert row["loss"] == pytest.approx(total / count, rel=1e-4)
+
+
+def test_sft_with_reasoning_trains_on_the_records_own(inputs, tmp_path):
+    model, path = inputs
+    record = load_records(path)[0]
+    with pytest.raises(ValueError, match=rf"{record.id}.*metadata\.reasoning, got None"):
+        right_answer(record, think=True)
+    metadata = {**record.metadata, "reasoning": "It is plain to see."}
+    record = dataclasses.replace(record, metadata=metadata)
+    wanted = "<think>It is plain to see.</think>" + loop.TASKS[record.task].target(record)
+    assert right_answer(record, think=True) == wanted
+    assert loop.TASKS[record.task].rewards["format"](wanted, record, think=True) == 1.0
+    rows = tmp_path / "rows.jsonl"
+    write_records(rows, [record])
+    one_step = ("optim.steps=1", "optim.prompts_per_step=1", "data.think=true")
+    config = configure(model, rows, tmp_path / "run", *one_step)
+    sft(config)
+    with setup.open_run(config, reference=False) as run:
+        count = len(run.processor.completion(wanted))
+    assert read(tmp_path / "run" / "metrics.jsonl")[0]["num_tokens"] == count
 
 
 @pytest.mark.parametrize("sign", [1, -1])

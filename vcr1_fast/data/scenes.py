@@ -228,6 +228,24 @@ def questions(scene: Scene, rng: np.random.Generator) -> list[dict[str, Any]]:
             "answer": letter,
         }
     )
+    asked.append(
+        {
+            "task": "classification",
+            "prompt": {"question": "Which colour has the shape that moves?"},
+            "options": sorted(thing.color for thing in scene.things),
+            "answer": mover.color,
+        }
+    )
+    # Two words of substance each, so that half an event told is an event missed.
+    events = [f"{mover.color} {scene.direction}wards."]
+    events += [f"{thing.color} comes." for thing in sorted(visitors, key=lambda one: one.start)]
+    asked.append(
+        {
+            "task": "caption",
+            "prompt": {"instruction": "What happens in the video?"},
+            "answer": events,
+        }
+    )
     return asked
 
 

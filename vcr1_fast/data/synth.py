@@ -29,7 +29,14 @@ from vcr1_fast.data.scenes import (
 from vcr1_fast.data.workers import WorkerPool
 
 SPLITS = ("train", "val", "test")  # a split's place here is part of its seed: append only
-TASKS = ("temporal_grounding", "tracking", "grounded_qa", "multiple_choice")
+TASKS = (
+    "temporal_grounding",
+    "tracking",
+    "grounded_qa",
+    "multiple_choice",
+    "classification",
+    "caption",
+)
 
 
 @dataclass(frozen=True)

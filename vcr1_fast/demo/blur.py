@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vcr1_fast.data.records import Record
+from vcr1_fast.data.scenes import DIRECTIONS
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,9 @@ class BlurConfig:
     grid: float = 0.05
     """Coordinates are rounded to multiples of this."""
     wrong_letter: float = 0.4
-    """How often a letter is drawn at random."""
+    """How often a letter, a label or the direction in a caption is drawn at random."""
+    missed_event: float = 0.4
+    """How often a caption leaves out a visitor."""
 
 
 def blur_records(records: Iterable[Record], seed: int, config: BlurConfig) -> list[Record]:
@@ -52,6 +55,13 @@ def _blurred(record: Record, rng: np.random.Generator, config: BlurConfig) -> ob
     if record.task == "grounded_qa":
         spans = [_span(span, record, rng, config) for span in record.answer["glue"]]
         return {"answer": _letter(record.answer["answer"], record, rng, config), "glue": spans}
+    if record.task == "classification":
+        return _drawn(record.answer, record.options, rng, config)
+    if record.task == "caption":
+        moves, *comings = record.answer
+        color, way = moves.removesuffix("wards.").split()
+        moves = f"{color} {_drawn(way, list(DIRECTIONS), rng, config)}wards."
+        return [moves, *(event for event in comings if rng.random() >= config.missed_event)]
     raise ValueError(f"no blur for answers of task {record.task!r}")
 
 
@@ -75,6 +85,10 @@ def _box(
 
 
 def _letter(right: str, record: Record, rng: np.random.Generator, config: BlurConfig) -> str:
+    return _drawn(right, "ABCD"[: len(record.options)], rng, config)
+
+
+def _drawn(right: str, among: Sequence[str], rng: np.random.Generator, config: BlurConfig) -> str:
     if rng.random() >= config.wrong_letter:
         return right
-    return "ABCDEFGH"[int(rng.integers(len(record.options)))]
+    return among[int(rng.integers(len(among)))]

@@ -20,6 +20,7 @@ import vcr1_fast
 from vcr1_fast.data.records import load_records, write_records
 from vcr1_fast.data.synth import write_dataset
 from vcr1_fast.demo.blur import blur_records
+from vcr1_fast.demo.reasoning import with_reasoning
 from vcr1_fast.demo.settings import FRAMES, WARM_START, DemoConfig
 from vcr1_fast.evaluate.config import EvalConfig
 from vcr1_fast.evaluate.run import evaluate_checkpoint
@@ -66,9 +67,8 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     with _timed("clips", seconds):
         splits = write_dataset(out / "data", dataclasses.replace(config.clips, seed=config.seed))
         blurred = splits["train"].with_name("blurred.jsonl")
-        write_records(
-            blurred, blur_records(load_records(splits["train"]), config.seed, config.blur)
-        )
+        vague = blur_records(load_records(splits["train"]), config.seed, config.blur)
+        write_records(blurred, with_reasoning(vague))
     with _timed("sft", seconds):
         sft(_sft(config, blurred))
     stages = {}
@@ -141,7 +141,7 @@ def _model(path: Path) -> ModelConfig:
 
 
 def _data(records: Path) -> DataConfig:
-    return DataConfig(train=str(records), frames=FRAMES)
+    return DataConfig(train=str(records), frames=FRAMES, think=True)
 
 
 def _run(config: DemoConfig, stage: str) -> RunConfig:
@@ -151,6 +151,7 @@ def _run(config: DemoConfig, stage: str) -> RunConfig:
 def _evaluate(stage: Path, splits: dict[str, Path], config: DemoConfig) -> dict[str, Any]:
     settings = EvalConfig(
         frames=FRAMES,
+        think=True,
         train_records=str(splits["train"]),
         max_new_tokens=config.max_new_tokens,
         batch_size=32,

@@ -85,7 +85,7 @@ class WarmStartConfig:
     seed: int = 1
     clips: int = 2500
     tracking: int = 3
-    steps: int = 4000
+    steps: int = 6000
     prompts: int = 48
     lr: float = 2e-3
     warmup_steps: int = 100

@@ -12,11 +12,12 @@ from pathlib import Path
 
 from vcr1_fast.data.records import Record, load_records, write_records
 from vcr1_fast.data.synth import SynthConfig, write_dataset
+from vcr1_fast.demo.reasoning import with_reasoning
 from vcr1_fast.demo.settings import FRAMES, MODEL, WARM_START, WarmStartConfig
 from vcr1_fast.model.tiny import write_tiny
 from vcr1_fast.tasks import TASKS
 from vcr1_fast.train.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
-from vcr1_fast.train.sft import sft
+from vcr1_fast.train.sft import right_answer, sft
 
 
 def make_warm_start(work: Path, config: WarmStartConfig | None = None) -> Path:
@@ -27,12 +28,13 @@ def make_warm_start(work: Path, config: WarmStartConfig | None = None) -> Path:
     # A tracking answer has ten times the tokens of the others: a part of them weighs as much.
     chosen = [r for i, r in enumerate(exact) if r.task != "tracking" or i % config.tracking == 0]
     records = work / "data" / "train" / "chosen.jsonl"
+    chosen = with_reasoning(chosen)
     write_records(records, chosen)
     write_tiny(work / "random", texts=_texts(chosen), seed=config.seed, config=MODEL)
     trained = sft(
         TrainConfig(
             model=ModelConfig(path=str(work / "random"), dtype="float32", freeze_vision=False),
-            data=DataConfig(train=str(records), frames=FRAMES, cache_mb=4096),
+            data=DataConfig(train=str(records), frames=FRAMES, think=True, cache_mb=4096),
             run=RunConfig(output=str(work / "sft"), seed=config.seed, save_every=200),
             optim=OptimConfig(
                 steps=config.steps,
@@ -53,7 +55,7 @@ def make_warm_start(work: Path, config: WarmStartConfig | None = None) -> Path:
 
 def _texts(records: list[Record]) -> list[str]:
     """What the tokenizer is to know: prompts and answers, and every number an answer can hold."""
-    texts = [TASKS[r.task].prompt(r, False) + TASKS[r.task].target(r) for r in records]
+    texts = [TASKS[r.task].prompt(r, True) + right_answer(r, think=True) for r in records]
     seconds = [f"{i / 2:.1f}" for i in range(41)]
     coordinates = [f"{i / 100:.2f}" for i in range(101)]
     return [*texts, " ".join(seconds), " ".join(coordinates)]

@@ -1,7 +1,6 @@
 """Supervised fine-tuning on right answers; the loss is that of completion tokens alone."""
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,13 +15,25 @@ from vcr1_fast.train.setup import Run, open_run
 from vcr1_fast.train.step import completion_logps, longest_first
 
 
-def right_answer(record: Record) -> str:
-    """The completion that answers a record rightly, without reasoning."""
-    return TASKS[record.task].target(record)
+def right_answer(record: Record, think: bool = False) -> str:
+    """The completion that answers a record rightly; with `think` after the record's own reasoning.
+
+    ValueError where `metadata.reasoning` is needed and is not a text: tags around nothing would
+    teach the model not to reason.
+    """
+    answer = TASKS[record.task].target(record)
+    if not think:
+        return answer
+    reasoning = record.metadata.get("reasoning")
+    if not isinstance(reasoning, str) or not reasoning.strip():
+        raise ValueError(
+            f"record {record.id!r}: data.think fine-tunes on metadata.reasoning, got {reasoning!r}"
+        )
+    return f"<think>{reasoning.strip()}</think>{answer}"
 
 
-def sft(config: TrainConfig, target: Callable[[Record], str] = right_answer) -> Path:
-    """Run or resume fine-tuning on `target(record)`; the folder of the trained model.
+def sft(config: TrainConfig) -> Path:
+    """Run or resume fine-tuning on the right answers; the folder of the trained model.
 
     The sections `rollout`, `advantage` and `loss` of the configuration play no part, nor do
     `optim.inner_epochs` and `optim.inner_steps`. Errors as `train`.
@@ -35,7 +46,11 @@ def sft(config: TrainConfig, target: Callable[[Record], str] = right_answer) -> 
                 frozen = run.vision_is_frozen
                 vision = run.clip_features(samples) if frozen else [None] * len(samples)
                 groups = [
-                    Group(one.prompt, [run.processor.completion(target(one.record))], features)
+                    Group(
+                        one.prompt,
+                        [run.processor.completion(right_answer(one.record, config.data.think))],
+                        features,
+                    )
                     for one, features in zip(samples, vision, strict=True)
                 ]
                 metrics = update(run, groups, learning_rate(step, config.optim))
