@@ -4,8 +4,8 @@
     python benches/readme_tables.py --check    exit 1 when the README differs from them
 
 A table stands between `<!-- table:NAME -->` and `<!-- /table -->`. NAME is "demo", made from
-demo_*.json (one file a seed); "ops", a summary of all benches; or the stem of a file that
-benches/harness.py wrote.
+demo_*.json (one file a seed); "integrations", the steps of other trainers with our ops in them;
+"ops", a summary of all other benches; or the stem of a file that benches/harness.py wrote.
 """
 
 from __future__ import annotations
@@ -30,8 +30,13 @@ def build(name: str, results: Path) -> str:
     """Markdown of the table NAME. Raises ValueError for a name without results."""
     if name == "demo":
         return demo_markdown(_load(name, results, "demo_*.json"))
+    if name == "integrations":
+        return steps_markdown(_load(name, results, "integrations_*.json"))
     if name == "ops":
-        return ops_markdown(_load(name, results, "*.json"))
+        contents = _load(name, results, "*.json")
+        # A demo has no rows.
+        benches = [content for content in contents if "rows" in content]
+        return ops_markdown([b for b in benches if b["header"]["stem"] != "integrations"])
     return bench_markdown(_load(name, results, f"{name}.json")[0])
 
 
@@ -78,8 +83,7 @@ def ops_markdown(contents: Sequence[Mapping[str, Any]]) -> str:
     """One row an op and machine: its longest case beside the fastest other, the geometric mean
     and the range of that ratio over all cases; below it the machines and what was not timed."""
     rows = []
-    benches = [content for content in contents if "rows" in content]  # a demo has none
-    for content in benches:
+    for content in contents:
         cases: dict[str, dict[tuple[str, str], Mapping[str, Any]]] = {}
         for row in content["rows"]:
             if "skipped" not in row:
@@ -112,8 +116,30 @@ def ops_markdown(contents: Sequence[Mapping[str, Any]]) -> str:
     columns = ["op", "device", "case", "fastest other", "ms", "ours, ms"]
     columns += ["speed-up (all cases)", "of limit", "extra MiB, other / ours"]
     table = markdown_table(Table(columns, rows, left=frozenset({0, 1, 2, 3})))
-    notes = [*_machines(benches), *_not_timed(benches)]
+    notes = [*_machines(contents), *_not_timed(contents)]
     return f"{table}\n\n" + "\n".join(f"- {note}" for note in notes)
+
+
+def steps_markdown(contents: Sequence[Mapping[str, Any]]) -> str:
+    """One row a step: as the trainer runs it, and with our ops."""
+    columns = ["step", "case", "without", "ms", "with ours, ms", "speed-up"]
+    columns += ["extra MiB, without / with"]
+    rows = [
+        [
+            row["op"],
+            f"{row['shape']} {row['dtype']}",
+            row["baseline"],
+            f"{row['baseline_ms']:.0f}",
+            f"{row['ours_ms']:.0f}",
+            f"{row['speedup']:.1f}x",
+            " / ".join(f"{row[key]:.0f}" for key in _MEMORY if key in row),
+        ]
+        for content in contents
+        for row in content["rows"]
+        if "skipped" not in row
+    ]
+    table = markdown_table(Table(columns, rows, left=frozenset({0, 1, 2})))
+    return f"{table}\n\n" + "\n".join(_machines(contents))
 
 
 def _machines(contents: Sequence[Mapping[str, Any]]) -> list[str]:

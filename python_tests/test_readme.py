@@ -159,6 +159,19 @@ def test_the_ops_table_compares_with_the_fastest_other_of_each_case(tmp_path):
     ]
 
 
+def test_steps_of_other_trainers_have_a_table_of_their_own(tmp_path):
+    bench_file(tmp_path)
+    content = json.loads((tmp_path / "iou_chip.json").read_text())
+    ops = tables.build("ops", tmp_path)
+    content["header"]["stem"] = "integrations"
+    (tmp_path / "integrations_chip.json").write_text(json.dumps(content))
+    assert tables.build("ops", tmp_path) == ops
+    lines = tables.build("integrations", tmp_path).splitlines()
+    assert cells(lines[2]) == ["iou", "8 float32", "eager", "18", "2", "9.0x", ""]
+    assert cells(lines[5]) == ["giou", "8 float32", "eager", "6", "2", "3.0x", "90 / 3"]
+    assert len(lines) == 2 + 4 + 2 and lines[-1].startswith("Chip, 2 threads; torch 2.13")
+
+
 def test_a_bench_table_has_every_row(tmp_path):
     bench_file(tmp_path)
     lines = tables.build("iou_chip", tmp_path).splitlines()
