@@ -55,6 +55,13 @@ def test_captions_are_judged_by_the_replies_a_file_holds(tmp_path):
     # Another judge gives other scores; how it is reached does not matter.
     judge = JudgeConfig(kind="http", model="judge", retries=9, cache=str(tmp_path / "none.jsonl"))
     assert given_identity(said, data, EvalConfig(judge=judge))["judge"] == summary["run"]["judge"]
+    judge = JudgeConfig(kind="local", model="judge", concurrency=3)
+    assert given_identity(said, data, EvalConfig(judge=judge))["judge"] == {
+        "kind": "local",
+        "model": "judge",
+        "max_tokens": 512,
+        "concurrency": 3,
+    }
     with pytest.raises(ValueError, match=r"judge was .*'model': 'judge'.*, now .*'offline'"):
         evaluate_predictions(said, data, out)
 
