@@ -14,7 +14,7 @@ from vcr1_fast import cli
 from vcr1_fast.data.records import load_records
 from vcr1_fast.data.sampling import FrameConfig
 from vcr1_fast.data.video import read_clip
-from vcr1_fast.evaluate.chat import ChatConfig, Conversation, main_chat
+from vcr1_fast.evaluate.chat import ChatConfig, Conversation, main_chat, open_conversation
 from vcr1_fast.model import checkpoint
 from vcr1_fast.model.forward import embed, lm_head, prompt_features
 from vcr1_fast.model.packing import prompt_positions
@@ -146,6 +146,15 @@ def test_images_are_shown_to_the_model(inputs, tmp_path, capsys):
         assert f"{path}: 56 x 84" in told.err
         outputs.append(told.out)
     assert outputs[0] != outputs[1]
+
+
+def test_images_and_videos_have_bounds_of_their_own(inputs):
+    bounds = {"min_pixels": 784, "image_min_pixels": 1568, "image_max_pixels": 6272}
+    frames = FrameConfig(max_pixels=3136, **bounds)
+    config = ChatConfig(str(inputs[0]), frames=frames, dtype="float32", device="cpu")
+    processor = open_conversation(config).processor
+    assert (processor.video.min_pixels, processor.video.max_pixels) == (784, 3136)
+    assert (processor.image.min_pixels, processor.image.max_pixels) == (1568, 6272)
 
 
 def test_sampling_repeats_with_its_seed(inputs, capsys):

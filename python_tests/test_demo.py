@@ -1,17 +1,21 @@
 """The demo's own parts: blurred answers stay valid and imprecise, the warm start ships whole."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 
-from vcr1_fast.data.records import load_records, write_records
-from vcr1_fast.data.scenes import SceneConfig, questions, sample_scene
+from vcr1_fast.data.records import Record, load_records, write_records
+from vcr1_fast.data.scenes import DIRECTIONS, SceneConfig, questions, sample_scene
 from vcr1_fast.data.synth import TASKS, SynthConfig, write_dataset
 from vcr1_fast.demo.blur import BlurConfig, blur_records
 from vcr1_fast.demo.reasoning import direction, with_reasoning
-from vcr1_fast.demo.run import main_demo
+from vcr1_fast.demo.run import grpo_config, main_demo
 from vcr1_fast.demo.settings import QUICK, WARM_START
+from vcr1_fast.rewards.caption import MatchingJudge
+from vcr1_fast.train.dataset import Sample
+from vcr1_fast.train.scoring import own_rewards
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +130,27 @@ def test_questions_agree_with_what_is_drawn():
                 assert along[scene.direction] > 0.3
 
 
+def test_the_caption_reward_does_not_pay_for_telling_everything(tmp_path):
+    record = Record(
+        "c", "caption", "v.mp4", {"instruction": "x"}, ["red leftwards.", "blue comes."]
+    )
+    told = {
+        "right": "red leftwards. blue comes.",  # recall 1, precision 1
+        "all": " ".join(f"red {way}wards." for way in DIRECTIONS) + " blue comes.",  # 1, 2/5
+        "half": "red leftwards.",  # 1/2, 1
+    }
+    answers = [
+        (Sample(record, None, 10.0), f"<think>x</think><answer>{text}</answer>")
+        for text in told.values()
+    ]
+    config = grpo_config(QUICK, tmp_path, tmp_path)
+    totals = [
+        sum(value * config.rewards.weight("caption", name) for name, value in rewards.items())
+        for rewards, _ in own_rewards(answers, config, MatchingJudge())
+    ]
+    assert totals == pytest.approx([1 + 1, 1 + 4 / 7, 1 + 2 / 3])
+
+
 def test_every_stage_of_the_demo_runs_and_a_second_one_replaces_it(tmp_path, capsys):
     assert (WARM_START / "model.safetensors").stat().st_size < 3 * 2**20
     config = dataclasses.replace(
@@ -144,3 +169,15 @@ def test_every_stage_of_the_demo_runs_and_a_second_one_replaces_it(tmp_path, cap
         for name in ("summary.json", "rollouts.html", "grpo/model/model.safetensors"):
             assert (tmp_path / "demo" / name).exists()
         assert list((tmp_path / "demo").glob("*.png"))
+    page = (tmp_path / "demo" / "rollouts.html").read_text()
+    assert 0 < page.count("<section") == page.count('<div class="frames">')
+    rows = map(json.loads, (tmp_path / "demo/grpo/rollouts.jsonl").read_text().splitlines())
+    assert {name for r in rows if r["task"] == "caption" for name in r["rewards"]} == {
+        "format",
+        "recall",
+        "F1",
+    }
+    summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
+    for stage in ("SFT", "GRPO"):
+        caption = summary["stages"][stage]["tasks"]["caption"]
+        assert list(caption["metrics"]) == ["recall", "precision", "F1"]

@@ -25,11 +25,12 @@ class Reader:
     """Gives every record the same four frames of ten seconds; counts what is read."""
 
     def __init__(self):
-        self.read_paths = []
+        self.read_paths, self.rates = [], []
 
     def read(self, requests):
         for request in requests:
             self.read_paths.append(request.path)
+            self.rates.append(request.folder_fps)
             if request.path.endswith("lost.mp4"):
                 yield VideoError(request.path, "no <such> file")
             else:
@@ -60,6 +61,13 @@ def test_which_numbers_are_spans_and_which_are_boxes():
     assert boxes_at(tube, times) == [None, BOX, None, None]  # 2.5 s: of 2 and 3 the first
     assert boxes_at(tube, [3.4, 6.5, 6.6]) == [TRACK[0], BOX, None]
     assert spans_of(tube) == [[2.0, 6.0]]
+
+
+def test_a_folder_of_images_is_shown_at_its_records_rate():
+    reader = Reader()
+    for item in (record("a", metadata={"fps": 3.0}), record("b")):
+        Pictures([item], reader).next(item, {})
+    assert reader.rates == [3.0, None]
 
 
 def test_thumbnails_are_the_frames_made_small():

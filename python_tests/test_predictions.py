@@ -16,6 +16,7 @@ from vcr1_fast.evaluate.published import benchmarks, published_beside
 from vcr1_fast.evaluate.run import evaluate, evaluate_predictions
 from vcr1_fast.evaluate.score import Bootstrap, Scored, means_and_intervals, score, with_f1
 from vcr1_fast.report.table import markdown_table, summary_tables
+from vcr1_fast.rewards.judge import JudgeConfig
 from vcr1_fast.tasks import TASKS
 
 HALF = [0.0, 0.0, 0.5, 0.5]
@@ -162,7 +163,7 @@ def test_a_model_or_a_file_and_folders_do_not_mix(folder):
     assert {task.task: task.metrics for task in again.tasks}["grounded_qa"]["accuracy"] == 1.0
 
 
-def test_a_wrong_benchmark_is_told_before_anything_is_answered(folder, monkeypatch):
+def test_a_wrong_benchmark_or_judge_is_told_before_anything_is_answered(folder, monkeypatch):
     monkeypatch.setattr(run_module, "load_answers", lambda path, config: pytest.fail("answered"))
     paths = (folder, folder / "test.jsonl", folder / "out")
     for name, told in {
@@ -171,6 +172,12 @@ def test_a_wrong_benchmark_is_told_before_anything_is_answered(folder, monkeypat
     }.items():
         with pytest.raises(ValueError, match=told):
             run_module.evaluate_checkpoint(*paths, EvalConfig(benchmark=name))
+    monkeypatch.delenv("NO_KEY", raising=False)
+    config = EvalConfig(judge=JudgeConfig(kind="http", model="m", api_key_env="NO_KEY"))
+    with pytest.raises(ValueError, match="NO_KEY"):
+        run_module.evaluate_checkpoint(*paths, config)
+    with pytest.raises(ValueError, match="NO_KEY"):
+        evaluate(None, None, RECORDS, config, answer=lambda batches: pytest.fail("answered"))
 
 
 def test_f1_is_of_the_means_and_its_interval_of_resampled_means():

@@ -79,7 +79,12 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     with _timed("evaluate", seconds):
         stages["GRPO"] = _evaluate(out / "grpo", splits, config)
     write_curves(out / "grpo" / "metrics.jsonl", out)
-    write_rollouts_html(out / "grpo" / "rollouts.jsonl", out / "rollouts.html")
+    write_rollouts_html(
+        out / "grpo" / "rollouts.jsonl",
+        out / "rollouts.html",
+        max_prompts=200,  # with the frames of them all some 5 MB
+        records={record.id: record for record in load_records(splits["train"])},
+    )
     packages = ("torch", "transformers", "numpy")
     summary = {
         "seed": config.seed,
@@ -124,6 +129,7 @@ def grpo_config(config: DemoConfig, model: Path, records: Path) -> TrainConfig:
             batch_prompts=config.grpo_prompts,
         ),
         loss=config.loss,
+        rewards=config.rewards,
         optim=OptimConfig(
             steps=config.grpo_steps,
             prompts_per_step=config.grpo_prompts,

@@ -10,6 +10,7 @@ from vcr1_fast.data.synth import SynthConfig
 from vcr1_fast.demo.blur import BlurConfig
 from vcr1_fast.model.tiny import TinyConfig
 from vcr1_fast.ops import GRPOLossConfig
+from vcr1_fast.train.reward_config import RewardsConfig
 
 WARM_START = Path(__file__).parent / "warm_start"
 """The shipped checkpoint, made by `vcr1 demo --make-warm-start`."""
@@ -66,6 +67,10 @@ class DemoConfig:
     loss: GRPOLossConfig = field(default_factory=lambda: GRPOLossConfig(loss_type="grpo", beta=0.0))
     """The mean over a completion's tokens first: a tracking answer has ten times the tokens of
     the others and must not weigh ten times as much."""
+    rewards: RewardsConfig = field(
+        default_factory=lambda: RewardsConfig(weights={"caption.recall": 0.0, "caption.F1": 1.0})
+    )
+    """Recall alone would be earned by telling everything that may happen."""
 
 
 QUICK = DemoConfig(

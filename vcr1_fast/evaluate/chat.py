@@ -201,12 +201,7 @@ def open_conversation(config: ChatConfig) -> Conversation:
         print(f"{clip.path}: {told}", file=sys.stderr)
     dtype, device = placement(config.dtype, config.device)
     model, processor = checkpoint.load(config.model, dtype=dtype, device=device)
-    frames = config.frames
-    processor = processor.with_video(
-        min_pixels=frames.min_pixels,
-        max_pixels=frames.max_pixels,
-        total_pixels=frames.total_pixels,
-    )
+    processor = processor.with_frames(config.frames)
     print(f"ready in {time.perf_counter() - began:.1f} s", file=sys.stderr)
     return Conversation(
         model,

@@ -8,6 +8,7 @@ from typing import Literal, get_args, get_type_hints
 import torch
 
 from vcr1_fast.data.sampling import FrameConfig
+from vcr1_fast.rewards.judge import JudgeConfig
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,10 @@ class EvalConfig:
     """"auto": bfloat16 on a GPU, float32 on the CPU."""
     device: str = "auto"
     restart: bool = False
-    """Delete what the output folder holds of another evaluation, rather than refuse to mix them."""
+    """Delete what the output folder holds of another evaluation, rather than refuse to mix them;
+    completions are kept where only the judge is another."""
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    """Who judges captions: scores depend on it, completions do not."""
     benchmark: str | None = None
     """The published split that the records are, to show published numbers beside ours; default: the
     records' `metadata.benchmark`. Names: see published.json."""

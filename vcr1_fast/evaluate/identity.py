@@ -10,6 +10,7 @@ from typing import Any
 
 from vcr1_fast.evaluate.completions import write_text_atomic
 from vcr1_fast.evaluate.config import EvalConfig
+from vcr1_fast.rewards.judge import JudgeConfig
 from vcr1_fast.tasks import TASKS
 from vcr1_fast.tasks.wording import load_prompts, prompts_from
 
@@ -28,8 +29,8 @@ _IDENTITY = (
     "dtype",
 )
 
-_FILES = (
-    "completions.*.jsonl",
+_COMPLETIONS = "completions.*.jsonl"
+_RESULTS = (
     "predictions.jsonl",
     "quarantine.jsonl",
     "summary.json",
@@ -45,7 +46,7 @@ _BLOCK, _BLOCKS = 1 << 20, 64
 def run_identity(
     model_path: str | Path, records_path: str | Path, config: EvalConfig
 ) -> dict[str, Any]:
-    """What completions depend on: contents of the checkpoint and the records, and settings."""
+    """What an evaluation depends on: contents of the checkpoint and the records, and settings."""
     model = Path(model_path)
     files = sorted(file for file in model.glob("*") if file.is_file()) if model.is_dir() else []
     settings = asdict(config) | {"dtype": str(config.placement()[0])}
@@ -55,6 +56,7 @@ def run_identity(
         "records": str(records_path),
         "records_sha256": hashlib.sha256(Path(records_path).read_bytes()).hexdigest(),
         "prompts": _prompts(config),
+        "judge": _judge(config.judge),
         **{name: settings[name] for name in _IDENTITY},
     }
 
@@ -69,6 +71,7 @@ def given_identity(
         "records": str(records_path),
         "records_sha256": hashlib.sha256(Path(records_path).read_bytes()).hexdigest(),
         "tasks": config.tasks,
+        "judge": _judge(config.judge),
     }
 
 
@@ -78,6 +81,17 @@ def _prompts(config: EvalConfig) -> dict[str, Any] | None:
         return None
     with prompts_from(config.prompts, TASKS, think=config.think):
         return {name: asdict(word) for name, word in load_prompts(config.prompts, TASKS).items()}
+
+
+def _judge(config: JudgeConfig) -> dict[str, Any]:
+    """The judge's settings that scores depend on; how it is reached is not among them. A local
+    model's batches are: padding changes rounding."""
+    names = {
+        "offline": ("kind",),
+        "http": ("kind", "model", "max_tokens"),
+        "local": ("kind", "model", "max_tokens", "concurrency"),
+    }
+    return {name: getattr(config, name) for name in names[config.kind]}
 
 
 def fingerprint(path: Path) -> str:
@@ -99,8 +113,8 @@ def fingerprint(path: Path) -> str:
 def claim_folder(out_dir: str | Path, identity: dict[str, Any], *, restart: bool = False) -> None:
     """Create `out_dir` for this evaluation, or check that it already belongs to it.
 
-    With `restart` the files of another evaluation are deleted; else ValueError names the first
-    difference.
+    With `restart` the files of another evaluation are deleted, its completions only where they
+    would be others; else ValueError names the first difference.
     """
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
@@ -116,6 +130,7 @@ def claim_folder(out_dir: str | Path, identity: dict[str, Any], *, restart: bool
                 f"{mine[name]!r}; write to another folder, or set restart to delete that one"
             )
         if different:
-            for stale in (file for pattern in _FILES for file in out.glob(pattern)):
+            files = _RESULTS if different == ["judge"] else (_COMPLETIONS, *_RESULTS)
+            for stale in (file for pattern in files for file in out.glob(pattern)):
                 stale.unlink(missing_ok=True)  # another shard may be doing the same
     write_text_atomic(path, json.dumps(mine, indent=2) + "\n")

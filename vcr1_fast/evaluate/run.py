@@ -29,6 +29,10 @@ from vcr1_fast.evaluate.identity import claim_folder, given_identity, run_identi
 from vcr1_fast.evaluate.published import Published, published_beside
 from vcr1_fast.evaluate.results import write_results
 from vcr1_fast.evaluate.score import Bootstrap, Scored, TaskSummary, score, summarise
+from vcr1_fast.model.judge import open_judge
+from vcr1_fast.rewards.caption import Judge
+from vcr1_fast.rewards.judge import ModelJudge
+from vcr1_fast.tasks import TASKS
 
 Answer = Callable[[Sequence[Sequence[Record]]], Iterator[list[Completion]]]
 """Batches of records in, one list of completions a batch out, in order."""
@@ -75,6 +79,7 @@ def evaluate(
     """
     config = config or EvalConfig()
     _check_ids(records)
+    _check_scoring(records, config)
     if answer is None:
         answer = _model_answers(model, processor, config)
     batches = answer(cut_batches(records, config.batch_size))
@@ -197,7 +202,8 @@ def score_all(
             answered.append((record, completion))
         else:
             quarantined.append(QuarantineItem(record.id, record.media, completion.error))
-    scored = score(answered)
+    judge = open_judge(config.judge, config.placement()[1])
+    scored = score(answered, lambda task, *batch: task.measure(*batch, judge))
     tasks = summarise(
         scored,
         train_records=train_records,
@@ -205,6 +211,7 @@ def score_all(
         breakdown=config.breakdown,
     )
     published, notes = published_beside(records, config.benchmark)
+    notes += _judge_notes(judge, tasks)
     costs = pass_costs(completions)
     return Evaluation(scored, tasks, quarantined, costs, published, notes, config.level)
 
@@ -224,8 +231,23 @@ def _load(
     train_records = None
     if config.train_records is not None:
         train_records = load_records(config.train_records, tasks=config.tasks)
-    published_beside(records, config.benchmark)  # a wrong name is told now, not after hours
+    _check_scoring(records, config)
     return records, train_records, bad_rows.items
+
+
+def _check_scoring(records: Sequence[Record], config: EvalConfig) -> None:
+    """A wrong benchmark, or a judge without its key, is told now and not after hours."""
+    published_beside(records, config.benchmark)
+    open_judge(config.judge)
+
+
+def _judge_notes(judge: Judge, tasks: Sequence[TaskSummary]) -> list[str]:
+    """What to know of scores that a model judged: their floor, which must cost nothing, is not."""
+    judged = [summary.task for summary in tasks if TASKS[summary.task].judged is not None]
+    if not judged or not isinstance(judge, ModelJudge):
+        return []
+    told = f"{', '.join(judged)}: judged by a model, the no-look floor by matching words"
+    return [f"{told}; {judge.unreadable} replies were neither yes nor no and count as no"]
 
 
 def _model_answers(model: Any, processor: Any, config: EvalConfig) -> Answer:

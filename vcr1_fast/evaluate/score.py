@@ -49,13 +49,8 @@ Measure = Callable[[Task, Sequence[Any], Sequence[Record]], list[Metrics]]
 """Scores of a task's predictions: all of an evaluation at once, for a judge to be asked once."""
 
 
-def own_metrics(task: Task, predictions: Sequence[Any], records: Sequence[Record]) -> list[Metrics]:
-    """What the task says of each."""
-    return [task.metrics(p, record) for p, record in zip(predictions, records, strict=True)]
-
-
 def score(
-    answered: Sequence[tuple[Record, Completion]], measure: Measure = own_metrics
+    answered: Sequence[tuple[Record, Completion]], measure: Measure = Task.measure
 ) -> list[Scored]:
     """Parse and score completions by their tasks, in order. One that cannot be parsed scores as the
     task says for None (zero), and is counted apart in the summary."""

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -115,6 +115,17 @@ def write_curves(
     return paths
 
 
+def plain_axes(axes: Axes, title: str, *, grid: Literal["x", "y"]) -> None:
+    """Axes without a frame but for the line below, with faint lines across `grid`."""
+    axes.set_title(title, loc="left", fontsize=10, fontweight="bold", color=INK)
+    axes.tick_params(labelsize=8, length=0, colors=INK)
+    axes.grid(axis=grid, color=FAINT, linewidth=0.6)
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(FAINT)
+
+
 def draw_panel(
     axes: Axes, panel: Panel, series: dict[str, tuple[np.ndarray, np.ndarray]]
 ) -> list[tuple[str, float, str]]:
@@ -122,14 +133,8 @@ def draw_panel(
 
     Returns (label, height of its right end in data units, colour) of each named line.
     """
-    axes.set_title(panel.title, loc="left", fontsize=10, fontweight="bold", color=INK)
+    plain_axes(axes, panel.title, grid="y")
     axes.set_xlabel("step", fontsize=8, color=INK)
-    axes.tick_params(labelsize=8, length=0, colors=INK)
-    axes.grid(axis="y", color=FAINT, linewidth=0.6)
-    axes.set_axisbelow(True)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(FAINT)
     colour = {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(series)}
     ends = []
     if panel.stacked:

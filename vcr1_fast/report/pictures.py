@@ -14,13 +14,12 @@ import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
-from functools import partial
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
+from vcr1_fast.data.requests import clip_request
 from vcr1_fast.data.sampling import FrameConfig
-from vcr1_fast.data.video import Clip, ClipReader, ClipRequest, VideoError
-from vcr1_fast.tasks import TASKS
+from vcr1_fast.data.video import Clip, ClipReader, VideoError
 from vcr1_fast.tasks.spans import duration_of
 
 if TYPE_CHECKING:
@@ -62,7 +61,9 @@ class Pictures:
         max_bytes: int = MAX_BYTES,
     ) -> None:
         reader = reader or ClipReader(workers=0)
-        self._clips: Iterator[Clip | VideoError] = reader.read(map(_request, records))
+        self._clips: Iterator[Clip | VideoError] = reader.read(
+            clip_request(record, FRAMES) for record in records
+        )
         self.left = max_bytes
 
     def next(
@@ -130,18 +131,6 @@ def _by_seconds(boxes: Mapping[Any, Any], times: Sequence[float]) -> list[list[f
         None if second is None or abs(second - time) > 0.5 else list(known[second])
         for second, time in zip(nearest, times, strict=True)
     ]
-
-
-def _request(record: Record) -> ClipRequest:
-    times = TASKS[record.task].times
-    return ClipRequest(
-        record.media,
-        FRAMES,
-        start=record.start,
-        end=record.end,
-        times=None if times is None else partial(times, record),
-        is_image=record.image is not None,
-    )
 
 
 def _frames(clip: Clip, images: Sequence[str], answer: Any, predictions: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vcr1_fast.report.curves import COLOURS, DPI, FAINT, INK
+from vcr1_fast.report.curves import COLOURS, DPI, INK, plain_axes
 from vcr1_fast.report.table import percent
 
 if TYPE_CHECKING:
@@ -65,16 +65,10 @@ def draw_task(
             label = "published models" if model == next(iter(models)) else None
             _marks(axes, rows, scores, "|", OTHERS, label)
         _marks(axes, rows, models[best], "^", BEST, f"published: {best}")
-    axes.set_title(f"{name}, n = {task['n']}", loc="left", fontsize=10, fontweight="bold")
+    plain_axes(axes, f"{name}, n = {task['n']}", grid="x")
     axes.set_yticks(list(rows.values()), metrics, fontsize=8, color=INK)
     axes.set_ylim(len(metrics) - 0.4, -0.6)
     axes.set_xlim(-0.02, 1.02)
-    axes.tick_params(labelsize=8, length=0, colors=INK)
-    axes.grid(axis="x", color=FAINT, linewidth=0.6)
-    axes.set_axisbelow(True)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(FAINT)
     axes.legend(
         loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=7, frameon=False, labelcolor=INK
     )

@@ -9,15 +9,14 @@ from vcr1_fast.rewards.strict import GroundedAnswer
 from vcr1_fast.tasks.base import Metrics, Task, mean_metrics
 from vcr1_fast.tasks.multiple_choice import FIELDS, NEEDS, blind_letters
 from vcr1_fast.tasks.record import (
-    FieldError,
     Record,
+    check_keys,
     check_letter,
     check_prompt,
     check_spans,
     check_video,
-    describe,
 )
-from vcr1_fast.tasks.spans import constant_spans
+from vcr1_fast.tasks.spans import constant_spans, written
 from vcr1_fast.tasks.wording import ask
 
 
@@ -27,16 +26,14 @@ def check(record: Record) -> None:
     check_video(record)
     check_prompt(record, "question")
     answer = record.answer
-    if not isinstance(answer, dict) or set(answer) != {"answer", "glue"}:
-        expected = 'expected {"answer": letter, "glue": spans}'
-        raise FieldError("answer", f"{expected}, got {describe(answer)}")
+    check_keys("answer", answer, {"answer": "letter", "glue": "spans"})
     check_letter("answer.answer", answer["answer"], record.options)
     check_spans("answer.glue", answer["glue"], empty=True)
 
 
 def target(record: Record) -> str:
-    spans = ", ".join(f"({start:.1f}, {end:.1f})" for start, end in record.answer["glue"])
-    return f"<answer>{record.answer['answer']}</answer><glue>[{spans}]</glue>"
+    spans = written(record.answer["glue"])
+    return f"<answer>{record.answer['answer']}</answer><glue>{spans}</glue>"
 
 
 def parse(completion: str, record: Record | None = None) -> GroundedAnswer | None:

@@ -10,12 +10,11 @@ from vcr1_fast.rewards.spatiotemporal import parse_box
 from vcr1_fast.tasks.base import Metrics, Task, mean_metrics, tagged
 from vcr1_fast.tasks.multiple_choice import FIELDS, NEEDS, blind_letters
 from vcr1_fast.tasks.record import (
-    FieldError,
     Record,
     check_box,
+    check_keys,
     check_letter,
     check_prompt,
-    describe,
 )
 from vcr1_fast.tasks.wording import ask
 
@@ -35,9 +34,7 @@ def check(record: Record) -> None:
     y1]}, from 0 to 1."""
     check_prompt(record, "question")
     answer = record.answer
-    if not isinstance(answer, dict) or set(answer) != {"answer", "glue"}:
-        expected = 'expected {"answer": letter, "glue": box}'
-        raise FieldError("answer", f"{expected}, got {describe(answer)}")
+    check_keys("answer", answer, {"answer": "letter", "glue": "box"})
     check_letter("answer.answer", answer["answer"], record.options)
     check_box("answer.glue", answer["glue"])
 

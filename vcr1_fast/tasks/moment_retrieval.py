@@ -11,10 +11,9 @@ from collections.abc import Sequence
 from vcr1_fast.rewards import interval_set_iou, last_block, parse_spans
 from vcr1_fast.tasks.base import Metrics, Task, mean_metrics, tagged
 from vcr1_fast.tasks.record import Record, check_prompt, check_spans, check_video
-from vcr1_fast.tasks.spans import constant_spans
+from vcr1_fast.tasks.spans import Spans, constant_spans, written
+from vcr1_fast.tasks.temporal_grounding import FIELDS, rates
 from vcr1_fast.tasks.wording import ask
-
-Spans = Sequence[Sequence[float]]
 
 
 def check(record: Record) -> None:
@@ -25,8 +24,7 @@ def check(record: Record) -> None:
 
 
 def target(record: Record) -> str:
-    spans = ", ".join(f"({start:.1f}, {end:.1f})" for start, end in record.answer)
-    return f"<answer>[{spans}]</answer>"
+    return f"<answer>{written(record.answer)}</answer>"
 
 
 def parse(completion: str, record: Record | None = None) -> Spans | None:
@@ -50,8 +48,7 @@ def iou_reward(
 
 def metrics(prediction: Spans | None, record: Record) -> Metrics:
     """mIoU of the unions and the recalls at 0.3, 0.5 and 0.7 of it; nothing is clipped."""
-    iou = interval_set_iou(prediction or (), record.answer)
-    return {"mIoU": iou} | {f"R@{level}": float(iou >= level) for level in (0.3, 0.5, 0.7)}
+    return rates(interval_set_iou(prediction or (), record.answer))
 
 
 def blind(train: Sequence[Record], test: Sequence[Record]) -> dict[str, Metrics]:
@@ -69,7 +66,7 @@ TASK = Task(
         "When in the video does this happen, once or several times: {event}?",
         "with every span in seconds, like <answer>[(1.0, 4.5), (7.0, 9.5)]</answer>",
     ),
-    fields={"event": lambda record: record.prompt["event"].strip().rstrip(".")},
+    fields=FIELDS,
     needs=(("event",),),
     target=target,
     parse=parse,

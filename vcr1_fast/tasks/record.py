@@ -5,6 +5,7 @@ there is no `start`), since that is the part the model sees.
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from string import ascii_uppercase
 from typing import Any
@@ -80,6 +81,13 @@ def check_spans(name: str, value: Any, *, empty: bool = False) -> None:
         raise FieldError(name, f"expected a list of spans, got {describe(value)}")
     for index, span in enumerate(value):
         check_span(f"{name}[{index}]", span, empty=empty)
+
+
+def check_keys(name: str, value: Any, keys: Mapping[str, str]) -> None:
+    """FieldError unless `value` is an object of just these keys; key -> what it holds, in words."""
+    if not isinstance(value, dict) or set(value) != set(keys):
+        expected = ", ".join(f'"{key}": {what}' for key, what in keys.items())
+        raise FieldError(name, f"expected {{{expected}}}, got {describe(value)}")
 
 
 def check_letter(name: str, value: Any, options: tuple[str, ...]) -> None:

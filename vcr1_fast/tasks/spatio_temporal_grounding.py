@@ -12,12 +12,14 @@ from vcr1_fast.tasks.record import (
     FieldError,
     Record,
     check_box,
+    check_keys,
     check_prompt,
     check_span,
     check_video,
     describe,
 )
 from vcr1_fast.tasks.spans import constant_spans
+from vcr1_fast.tasks.temporal_grounding import FIELDS
 from vcr1_fast.tasks.wording import ask
 
 
@@ -27,9 +29,7 @@ def check(record: Record) -> None:
     check_video(record)
     check_prompt(record, "event")
     answer = record.answer
-    if not isinstance(answer, dict) or set(answer) != {"time", "boxes"}:
-        expected = 'expected {"time": [start, end], "boxes": {second: box}}'
-        raise FieldError("answer", f"{expected}, got {describe(answer)}")
+    check_keys("answer", answer, {"time": "[start, end]", "boxes": "{second: box}"})
     check_span("answer.time", answer["time"])
     start, end = answer["time"]
     if not isinstance(answer["boxes"], dict) or not answer["boxes"]:
@@ -118,7 +118,7 @@ TASK = Task(
         "with its seconds and its box [x0, y0, x1, y1] from 0 to 1 at each whole second, like "
         '<answer>{{"time": [3.5, 4.8], "boxes": {{"4": [0.10, 0.20, 0.30, 0.40]}}}}</answer>',
     ),
-    fields={"event": lambda record: record.prompt["event"].strip().rstrip(".")},
+    fields=FIELDS,
     needs=(("event",),),
     target=target,
     parse=parse,

@@ -49,7 +49,11 @@ def iou_reward(
 def metrics(prediction: Span | None, record: Record) -> Metrics:
     """mIoU and the recalls at IoU 0.3, 0.5 and 0.7 of one sample; nothing is clipped here, as in
     the published tables."""
-    iou = 0.0 if prediction is None else temporal_iou(prediction, record.answer)
+    return rates(0.0 if prediction is None else temporal_iou(prediction, record.answer))
+
+
+def rates(iou: float) -> Metrics:
+    """The metrics of one sample whose overlap is `iou`."""
     return {"mIoU": iou} | {f"R@{level}": float(iou >= level) for level in (0.3, 0.5, 0.7)}
 
 
