@@ -37,12 +37,14 @@ def bench_demo(bench: Bench, folder: Path) -> None:
         samples = next(iter(run.batches()))
 
         def draw() -> list[loop.Rollout]:
-            return loop.sample_completions(run, samples, 0, Stopwatch())
+            parts = loop.sample_completions(run, samples, 0, Stopwatch())
+            return [one for _, part, _ in parts for one in part]
 
         def groups_of(drawn: list[loop.Rollout]) -> list:
             # No group is silent, so that both sides run all of them.
             count = demo.group_size * len(samples)
-            return loop.make_groups(samples, drawn, torch.linspace(-1, 1, count))
+            advantages = torch.linspace(-1, 1, count)
+            return loop.with_advantages(loop.make_groups(samples, drawn), advantages)
 
         drawn = draw()
         groups = groups_of(drawn)
