@@ -111,6 +111,28 @@ def test_decoding_finds_what_opening_does_not(tmp_path):
     assert [(fault.kind, fault.record) for fault in faults] == [("undecodable video", "bad")]
 
 
+def test_folders_of_frames_are_as_long_as_their_rate_says(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    (tmp_path / "frames").mkdir()
+    for i in range(12):
+        image.new("RGB", (16, 16)).save(tmp_path / f"frames/{i:02d}.png")
+    lines = [  # 12 frames: 4 s at 3 a second, 1.2 s at the rate of folders that tell none
+        {"id": f"r{i}", "video": "frames", "task": "temporal_grounding", "answer": [0.2, end]}
+        | {"prompt": {"event": f"at {fps}"}, "metadata": {"duration": length, "fps": fps}}
+        for i, (fps, length, end) in enumerate(
+            [(3.0, 4.0, 3.9), (6.0, 2.0, 1.9), (None, 1.2, 1.1), (4.0, 6.0, 3.0)]
+        )
+    ]
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    faults = check(path, decode=True).faults
+    assert [(fault.kind, fault.record) for fault in faults] == [("duration mismatch", "r3")]
+    for picture in (tmp_path / "frames").iterdir():
+        picture.unlink()
+    kinds = [fault.kind for fault in check(path).faults]
+    assert kinds.count("unreadable video") == 1
+
+
 def test_tracks_that_begin_with_the_same_box_twice(tmp_path):
     def track(doubled):
         places = [0, 0, 1, 2, 3, 4, 5, 6] if doubled else range(8)

@@ -83,9 +83,10 @@ class ClipRequest:
     folder_fps: float | None = None
 
 
-def probe(path: str, *, backend: str = "decord") -> VideoInfo:
-    """Frames, rate and length of a video without decoding it. VideoError names the file."""
-    with open_source(path, backend) as source:
+def probe(path: str, *, backend: str = "decord", folder_fps: float | None = None) -> VideoInfo:
+    """Frames, rate and length of a video without decoding it; `folder_fps` as in `read_clip`.
+    VideoError names the file."""
+    with open_source(path, backend, folder_fps) as source:
         return VideoInfo(len(source.timestamps), source.fps, _length(source))
 
 

@@ -18,12 +18,14 @@ from vcr1_fast.data.quarantine import Quarantine
 from vcr1_fast.data.records import Record, load_records
 from vcr1_fast.evaluate.faults import (
     Fault,
+    Timed,
     dead_media,
     doubled_boxes,
     malformed,
     overlap,
     repeated,
     time_faults,
+    timed,
 )
 from vcr1_fast.tasks import TASKS
 from vcr1_fast.tasks.base import Metrics
@@ -77,12 +79,12 @@ def check(
     faults = [malformed(item) for item in [*refusals, *bad.items]]
     trained = [] if train is None else load_records(train, media_root=media_root)
     faults += repeated(records) + overlap(records, trained)
-    lengths: dict[str, float] = {}
+    lengths: dict[Timed, float] = {}
     if media or decode:
         dead, lengths = dead_media(records, decode=decode)
         faults += dead
     for record in records:
-        faults += time_faults(record, lengths.get(record.media))
+        faults += time_faults(record, lengths.get(timed(record)))
     by_task: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         by_task[record.task].append(record)

@@ -73,28 +73,41 @@ def overlap(records: Sequence[Record], trained: Sequence[Record]) -> list[Fault]
     ]
 
 
-def dead_media(records: Sequence[Record], *, decode: bool) -> tuple[list[Fault], dict[str, float]]:
+Timed = tuple[str, float | None]
+"""A file, and the rate at which it is read where it is a folder of images."""
+
+
+def timed(record: Record) -> Timed:
+    """What a record's length in seconds depends on."""
+    return record.media, record.metadata.get("fps")
+
+
+def dead_media(
+    records: Sequence[Record], *, decode: bool
+) -> tuple[list[Fault], dict[Timed, float]]:
     """(media that cannot be opened, faults of their first record; seconds of the others).
 
     `decode`: what a record shows is read too, which finds damage behind the beginning.
     """
-    owner: dict[str, Record] = {}
+    owner: dict[Timed, Record] = {}
     for record in records:
-        owner.setdefault(record.media, record)
-    faults, lengths = [], {}
+        owner.setdefault(timed(record), record)
+    faults, lengths, dead = [], {}, set()
     with Progress(len(owner), "open media") as progress:
-        for path, record in owner.items():
+        for (path, fps), record in owner.items():
             try:
                 if record.image is not None:
                     read_image(path)
                 else:
-                    lengths[path] = probe(path).duration
+                    lengths[path, fps] = probe(path, folder_fps=fps).duration
             except VideoError as error:
                 what = "unreadable" if os.path.exists(path) else "missing"
-                faults.append(Fault(f"{what} {_kind(record)}", record.id, str(error)))
+                if path not in dead:
+                    faults.append(Fault(f"{what} {_kind(record)}", record.id, str(error)))
+                dead.add(path)
             progress.advance()
     if decode:
-        shown = {clip_key(record): record for record in records if record.media in lengths}
+        shown = {clip_key(record): record for record in records if timed(record) in lengths}
         requests = (clip_request(record, FrameConfig()) for record in shown.values())
         with Progress(len(shown), "decode videos") as progress, ClipReader() as reader:
             for record, clip in zip(shown.values(), reader.read(requests), strict=True):
