@@ -8,7 +8,7 @@ refcoco (spatial_grounding): REC_refcoco*.json,
 
 Source: Videochat-R1.5/src/open_r1/grpo_tasks.py and src_eval/evaluate_det.py of
 OpenGVLab/VideoChat-R1; the mixture itself was never released. A json_path is taken from the folder
-of the map, a visual_base from the media folder. Boxes in pixels (any value above 1) are divided by
+of the map, a visual_base from the media folder. Boxes in pixels (any value above 1.01) are divided by
 the size of the image, which must be there unless the entry tells its width and height.
 """
 
@@ -27,6 +27,9 @@ TASKS = {
     "detection": "spatial_grounding",
     "mc": "multiple_choice",
 }
+
+_ROUNDING = 0.01
+"""Share of the image by which a side of a box may lie outside."""
 
 
 def _mixture(path: Path) -> Iterator[tuple[str, Any]]:
@@ -81,12 +84,13 @@ def _refcoco(place: str, entry: Any, media_root: Path) -> Iterator[Row]:
 
 
 def normalised(box: list[float], entry: Row, image: Path) -> list[float]:
-    """[x0, y0, x1, y1] from 0 to 1. Pixels are told by a value above 1, and are divided by the
-    entry's width and height, or the image's own; what lies outside by rounding is cut off."""
+    """[x0, y0, x1, y1] from 0 to 1. Pixels are told by a value above 1 by more than rounding, and are
+    divided by the entry's width and height, or the image's own; what lies outside by rounding is
+    cut off."""
     x0, y0, x1, y1 = box
-    if max(box) <= 1:
-        return [x0, y0, x1, y1]
-    if {"width", "height"} <= set(entry):
+    if max(box) <= 1 + _ROUNDING:
+        width, height = 1, 1
+    elif {"width", "height"} <= set(entry):
         width, height = entry["width"], entry["height"]
     else:
         try:
@@ -94,7 +98,7 @@ def normalised(box: list[float], entry: Row, image: Path) -> list[float]:
         except OSError as error:
             raise ValueError(f"its box is in pixels of {image}: {error}") from error
     scaled = [x0 / width, y0 / height, x1 / width, y1 / height]
-    if min(scaled) < -0.01 or max(scaled) > 1.01:
+    if min(scaled) < -_ROUNDING or max(scaled) > 1 + _ROUNDING:
         raise ValueError(f"box {box} leaves the image of {width} x {height}")
     return [round(min(max(side, 0.0), 1.0), 6) for side in scaled]
 

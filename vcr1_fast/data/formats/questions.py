@@ -26,6 +26,7 @@ from string import ascii_uppercase
 from typing import Any
 
 from vcr1_fast.data.formats.files import Format, Row, folder, listing, mapping
+from vcr1_fast.rewards.text import parse_number
 
 _CHARADES, _CLEVRER, _PERCEPTION = (
     "star/Charades_v1_480",
@@ -154,7 +155,9 @@ def _video_r1(place: str, entry: Any, media_root: Path) -> Iterator[Row]:
         raise ValueError(f"solution {entry['solution']!r:.80}")
     answer: Any = solution[1].strip()
     if task in ("numeric", "regression"):
-        answer = float(answer.replace(",", ""))
+        answer = parse_number(answer)
+        if answer is None:
+            raise ValueError(f"solution {entry['solution']!r:.80} is no number")
     if entry["data_type"] not in ("video", "image"):
         raise ValueError(f"data_type {entry['data_type']!r}")
     yield {
@@ -170,7 +173,7 @@ def _video_r1(place: str, entry: Any, media_root: Path) -> Iterator[Row]:
 
 FORMATS = {
     "mvbench": Format(folder, _mvbench, "mvbench"),
-    "perception_test": Format(mapping, _perception_test, "perception_test"),
+    "perception_test": Format(mapping, _perception_test),
     "videomme": Format(listing, _videomme),
     "dream1k": Format(listing, _dream1k, "dream1k"),
     "video_r1": Format(listing, _video_r1),
