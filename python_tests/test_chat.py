@@ -157,6 +157,17 @@ def test_images_and_videos_have_bounds_of_their_own(inputs):
     assert (processor.image.min_pixels, processor.image.max_pixels) == (1568, 6272)
 
 
+def test_a_folder_of_frames_is_read_at_the_rate_that_is_told(inputs, tmp_path, capsys):
+    image = pytest.importorskip("PIL.Image")
+    for i in range(12):
+        image.new("RGB", (56, 56)).save(tmp_path / f"{i:02d}.png")
+    asked = ["chat", "--model", str(inputs[0]), "--video", str(tmp_path), "--question", FIRST]
+    assert cli.main([*asked, *SETTINGS, "folder_fps=3"]) == 0
+    assert "4 frames of 4.0 s" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="folder_fps must be a positive number, got 0"):
+        ChatConfig("m", folder_fps=0)
+
+
 def test_sampling_repeats_with_its_seed(inputs, capsys):
     model, video = inputs
     outputs = []

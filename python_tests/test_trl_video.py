@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from types import MethodType
 
 import pytest
@@ -11,7 +12,9 @@ from test_forward import _plain_log_probs
 from tiny_run import write_inputs
 from trl_run import Norms, trl
 
+from vcr1_fast.data import requests
 from vcr1_fast.data.records import load_records
+from vcr1_fast.data.sampling import FrameConfig
 from vcr1_fast.data.video import VideoError
 from vcr1_fast.integrations import trl_video
 from vcr1_fast.integrations.trl import patch_trl
@@ -21,6 +24,7 @@ from vcr1_fast.integrations.trl_video import (
     task_rewards,
     video_dataset,
 )
+from vcr1_fast.integrations.trl_video import data as data_module
 from vcr1_fast.integrations.trl_video.data import read_record
 from vcr1_fast.model.checkpoint import load
 from vcr1_fast.model.packing import Group
@@ -231,6 +235,15 @@ def test_records_become_rows(inputs):
     data = video_dataset(inputs[1])
     assert [read_record(r) for r in data["record"]] == records
     assert data[0]["prompt"][0]["content"] == TASKS[records[0].task].prompt(records[0], False)
+    frames = FrameConfig(**FRAMES)
+    rated = [replace(one, metadata={**one.metadata, "fps": 3.0}) for one in records]
+    for one, row in zip(rated, video_dataset(rated), strict=True):
+        ours, theirs = requests.clip_request(one, frames), data_module.clip_request(row, frames)
+        assert (theirs.path, theirs.folder_fps) == (ours.path, 3.0)
+        assert (theirs.start, theirs.end, theirs.is_image) == (ours.start, ours.end, ours.is_image)
+        assert (theirs.times and theirs.times(2.0)) == (ours.times and ours.times(2.0))
+        moved = data_module.clip_request({**row, "video": "/moved.mp4", "start": 0.5}, frames)
+        assert (moved.path, moved.start) == ("/moved.mp4", 0.5)
     with pytest.raises(ValueError, match="no records"):
         video_dataset([])
     with pytest.raises(ValueError, match=r"unknown tasks \['chess'\]"):
@@ -287,6 +300,13 @@ def test_a_loaded_model_comes_with_its_processor(inputs, tmp_path):
         VideoGRPOTrainer(model, spread, args, data)
     trainer = VideoGRPOTrainer(model, spread, args, data, processor=processor)
     assert trainer.model is model and isinstance(trainer, trl.GRPOTrainer)
+
+
+def test_pictures_and_clips_have_bounds_of_their_own(inputs, tmp_path):
+    bounds = {"image_min_pixels": 1568, "image_max_pixels": 6272}
+    processor = make_trainer(inputs, tmp_path, frame_kwargs=FRAMES | bounds).processor
+    assert (processor.video.min_pixels, processor.video.max_pixels) == (784, 3136)
+    assert (processor.image.min_pixels, processor.image.max_pixels) == (1568, 6272)
 
 
 def test_importing_the_package_imports_no_trl():

@@ -6,6 +6,7 @@ was said before it.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -41,6 +42,8 @@ class ChatConfig:
     start: float | None = None
     end: float | None = None
     """Part of the video to watch, in seconds."""
+    folder_fps: float | None = None
+    """Frames a second of a folder of images, which does not tell them."""
     frames: FrameConfig = field(default_factory=FrameConfig)
     system: str | None = None
     temperature: float = 0.0
@@ -50,6 +53,10 @@ class ChatConfig:
     mrope: Literal["trained", "installed"] = "trained"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.folder_fps is not None and not 0 < self.folder_fps < math.inf:
+            raise ValueError(f"folder_fps must be a positive number, got {self.folder_fps}")
 
     def sampling(self) -> SamplingConfig:
         return SamplingConfig(self.temperature, self.top_p, max_new_tokens=self.max_new_tokens)
@@ -191,7 +198,15 @@ def open_conversation(config: ChatConfig) -> Conversation:
 
     began, clips = time.perf_counter(), []
     if config.video is not None:
-        clips.append(read_clip(config.video, config.frames, start=config.start, end=config.end))
+        clips.append(
+            read_clip(
+                config.video,
+                config.frames,
+                start=config.start,
+                end=config.end,
+                folder_fps=config.folder_fps,
+            )
+        )
     clips += [read_image(path) for path in config.image]
     for clip in clips:
         height, width = clip.frames.shape[1:3]

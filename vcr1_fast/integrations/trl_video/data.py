@@ -6,11 +6,11 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any
 
 from datasets import Dataset
 
+from vcr1_fast.data import requests
 from vcr1_fast.data.records import Record, load_records, parse_record
 from vcr1_fast.data.sampling import FrameConfig
 from vcr1_fast.data.video import ClipRequest
@@ -106,16 +106,12 @@ def clip_request(row: dict[str, Any], frames: FrameConfig) -> ClipRequest:
     video, image = row.get("video"), row.get("image")
     if (video is None) == (image is None):
         raise ValueError(f"a row needs a video or an image, got {video!r} and {image!r}")
-    record = read_record(row["record"]) if row.get("record") else None
-    times = None if record is None else TASKS[record.task].times
-    return ClipRequest(
-        path=video or image,
-        config=frames,
-        start=row.get("start"),
-        end=row.get("end"),
-        times=None if times is None else partial(times, record),
-        is_image=video is None,
-    )
+    part = {"start": row.get("start"), "end": row.get("end")}
+    if row.get("record"):
+        record = read_record(row["record"])
+        shown = dataclasses.replace(record, video=video, image=image, **part)
+        return requests.clip_request(shown, frames)
+    return ClipRequest(path=video or image, config=frames, is_image=video is None, **part)
 
 
 def prompt_texts(messages: Any) -> tuple[str, str | None]:

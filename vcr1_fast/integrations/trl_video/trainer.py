@@ -108,11 +108,7 @@ class VideoGRPOTrainer(GRPOTrainer):
             raise ValueError("a model that is loaded already needs its processor")
         frames = FrameConfig(**(args.frame_kwargs or {}))
         self.frames = frames
-        self.processor = processor.with_video(
-            min_pixels=frames.min_pixels,
-            max_pixels=frames.max_pixels,
-            total_pixels=frames.total_pixels,
-        )
+        self.processor = processor.with_frames(frames, media_first=processor.media_first)
         prepare_vision(unwrap(model))
         super().__init__(
             model=model,
