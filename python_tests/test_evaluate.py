@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from vcr1_fast.data.records import Record, write_records
 from vcr1_fast.evaluate import run as run_module
@@ -354,8 +355,21 @@ def test_processes_of_a_launcher_are_shards(folder, monkeypatch, capsys):
     assert "shard 1 of 2 is done" in told.out and "evaluate, shard 0 of 2: 12/12" in told.err
     assert results(folder.path / "launched") == results(folder.path / "one")
     own = EvalConfig(shard_index=1, shard_count=3)
-    assert launched(own, {"WORLD_SIZE": "2", "RANK": "0"}) == own
+    assert launched(own, {}) == own
+    with pytest.raises(ValueError, match=r"WORLD_SIZE=2 .* shard_count=3"):
+        launched(own, {"WORLD_SIZE": "2", "RANK": "0"})
     assert launched(EvalConfig(), {}) == EvalConfig()
+
+
+def test_a_process_of_a_launcher_makes_its_gpu_the_current_one(monkeypatch):
+    made = []
+    monkeypatch.setattr(torch.cuda, "set_device", made.append)
+    world = {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1"}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert (launched(EvalConfig(), world).device, made) == ("auto", [])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert launched(EvalConfig(device="cpu"), world).device == "cpu" and made == []
+    assert launched(EvalConfig(), world).device == "cuda:1" and made == ["cuda:1"]
 
 
 def test_an_evaluation_that_scores_nothing_fails(folder, capsys):

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -109,12 +110,34 @@ def test_a_hand_made_file_scores_as_by_hand(folder, capsys):
     told = capsys.readouterr().out
     assert "0.311" in told and "33.3 %" in told
     assert (out / "scores.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(out.glob(".*"))
     assert "| accuracy" in (out / "tables.md").read_text()
     # What it wrote can be scored again, to the same numbers.
     again = evaluate_predictions(
         out / "predictions.jsonl", folder / "test.jsonl", folder / "again", EvalConfig()
     )
     assert json.loads(json.dumps(again.summary()))["tasks"] == summary["tasks"]
+
+
+def test_pictures_of_shards_that_finish_together_are_whole(folder, monkeypatch):
+    from vcr1_fast.evaluate import command
+
+    paths = (str(folder / "test.jsonl"), str(folder / "out"))
+    run = EvalRun(paths[0], paths[1], predictions=str(folder / "said.jsonl"))
+    assert command.main_eval(run) == 0
+    names = ("scores.png", "predictions.html")
+    before = {name: (folder / "out" / name).read_bytes() for name in names}
+    assert b"<title>predictions.html</title>" in before["predictions.html"]
+
+    def torn(summary, path):
+        path.write_bytes(b"half")
+        raise OSError("killed while drawing")
+
+    monkeypatch.setattr(command, "write_scores", torn)
+    with pytest.raises(OSError, match="killed"):
+        command.main_eval(run)
+    assert {name: (folder / "out" / name).read_bytes() for name in names} == before
+    assert not list((folder / "out").glob(".*"))
 
 
 def test_parts_of_a_split_by_metadata(folder):
@@ -139,6 +162,11 @@ def test_parts_of_a_split_by_metadata(folder):
         ([{"id": n, "text": "x"} for n in "abc"], "1 ids are of no record, first 'c'"),
         ([{"id": "a"}], "row 1 lacks a text `id` or `completion`"),
         ([{"id": 1, "text": "x"}], "row 1 lacks"),
+        ([{"id": "a", "text": "x", "tokens": None}], r"said\.jsonl: row 1 needs .* `tokens` None"),
+        ([{"id": "a", "text": "x", "tokens": "12"}], "row 1 needs .* `tokens` '12'"),
+        ([{"id": "a", "text": "x", "tokens": True}], "row 1 needs .* `tokens` True"),
+        ([{"id": "a", "text": "x", "finished": "false"}], "row 1 needs .* `finished` 'false'"),
+        ([{"id": "a", "text": "x", "finished": None}], "row 1 needs .* `finished` None"),
     ],
 )
 def test_files_that_would_change_the_denominator_are_refused(tmp_path, lines, told):
@@ -292,10 +320,29 @@ def test_the_split_is_told_by_setting_or_metadata_and_checked_by_size():
         replace(item, id=f"o{item.id}") for item in split_of(90)
     ]
     assert published_beside(mixed) == ({}, [])
+    shown, reasons = published_beside(split_of(180), "got10k", unanswered={"r7"})
+    assert shown == {} and "1 of 180 records of GOT-10k val are not scored" in reasons[0]
+    none = {item.id for item in split_of(180)}
+    assert published_beside(split_of(180), "got10k", unanswered=none)[0] == {}
     with pytest.raises(ValueError, match="charades_sta is a benchmark of temporal_grounding"):
         published_beside(split_of(180), "charades_sta")
     with pytest.raises(ValueError, match="benchmark must be one of charades_sta"):
         published_beside(split_of(180), "imagenet")
+
+
+def test_published_numbers_do_not_stand_beside_a_part_of_their_split():
+    records = split_of(180)
+
+    def answer(batches, failing):
+        for batch in batches:
+            yield [Completion(r.id, error="torn" if r.id in failing else None) for r in batch]
+
+    for failing in ({}, {"r3"}, {item.id for item in records}):
+        config = EvalConfig(benchmark="got10k", resamples=10)
+        answers = partial(answer, failing=failing)
+        result = evaluate(None, None, records, config, answer=answers)
+        assert set(result.published) == (set() if failing else {"tracking"})
+        assert len(result.notes) == bool(failing)
 
 
 def test_published_numbers_and_floors_are_in_one_table():

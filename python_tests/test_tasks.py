@@ -15,6 +15,7 @@ from vcr1_fast.data.records import Record
 from vcr1_fast.rewards import box_iou
 from vcr1_fast.tasks import TASKS
 from vcr1_fast.tasks.grounded_qa import GroundedAnswer
+from vcr1_fast.tasks.single import most_common
 from vcr1_fast.tasks.spans import constant_spans
 
 BOX = (0.0, 0.0, 0.5, 0.5)
@@ -454,3 +455,18 @@ def test_plain_completions_score_as_released():
         assert iou == pytest.approx(row["iou"], abs=1e-9), row
         compared[name] += 1
     assert all(count > 2 for count in compared.values()), compared
+
+
+def test_the_most_common_answer_is_found_in_one_pass():
+    compared = []
+
+    class Word(str):
+        __hash__ = str.__hash__
+
+        def __eq__(self, other):
+            compared.append(1)
+            return str.__eq__(self, other)
+
+    answers = [Word(f"w{i % 200}") for i in range(401)]
+    assert most_common(answers) == "w0" and len(compared) < 10 * len(answers)
+    assert most_common(["b", "a", "b", "a", "c"]) == "a"

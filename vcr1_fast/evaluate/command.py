@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -46,38 +47,50 @@ def main_eval(run: EvalRun) -> int:
 
 def launched(config: EvalConfig, environment: Mapping[str, str]) -> EvalConfig:
     """The same settings for one process of several that torchrun or accelerate started: its rank is
-    its shard, and its GPU is its own. Shards that are configured stay as they are."""
+    its shard, and its GPU, then the current one, is its own. ValueError where shards are configured
+    too: each process would answer the same one."""
     count = int(environment.get("WORLD_SIZE", "1"))
-    if count == 1 or config.shard_count > 1:
+    if count == 1:
         return config
+    if config.shard_count > 1:
+        raise ValueError(
+            f"WORLD_SIZE={count} processes are shards already, got shard_count={config.shard_count}"
+        )
     device = config.device
     if device == "auto" and torch.cuda.is_available():
         device = f"cuda:{environment['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
     index = int(environment["RANK"])
     return replace(config, shard_index=index, shard_count=count, device=device)
 
 
 def draw(evaluation: Evaluation, run: EvalRun) -> list[Path]:
-    """Pictures of a finished evaluation beside its other files; the paths of all."""
+    """Pictures of a finished evaluation beside its other files; the paths of all. Two shards that
+    finish together both draw: what they write is moved into place whole."""
     out = Path(run.output)
     paths = [out / name for name in ("predictions.jsonl", "summary.json", "tables.md")]
+    with TemporaryDirectory(prefix=".drawn.", dir=out) as own:
+        for drawn in _drawn(evaluation, run, Path(own)):
+            paths.append(out / drawn.name)
+            os.replace(drawn, paths[-1])
+    return paths
+
+
+def _drawn(evaluation: Evaluation, run: EvalRun, folder: Path) -> Iterator[Path]:
     try:
-        paths.append(write_scores(evaluation.summary(), out / "scores.png"))
+        yield write_scores(evaluation.summary(), folder / "scores.png")
     except ImportError as error:
         print(f"no scores.png: {error}; pip install 'vcr1_fast[report]' brings what draws it")
-        return paths
+        return
     if run.eval.pictured:
         rows = [item.as_line() for item in evaluation.predictions]
         records = {item.record.id: item.record for item in evaluation.predictions}
-        path = out / "predictions.html"
+        path = folder / "predictions.html"
         with ClipReader(
             backend=run.eval.decoder,
             timeout=run.eval.decode_timeout,
             workers=run.eval.decode_workers,
         ) as reader:
-            paths.append(
-                write_predictions_html(
-                    rows, records, path, max_examples=run.eval.pictured, reader=reader
-                )
+            yield write_predictions_html(
+                rows, records, path, max_examples=run.eval.pictured, reader=reader
             )
-    return paths

@@ -125,7 +125,10 @@ def given_completions(
         if name in found:
             raise ValueError(f"{path}: row {number} answers {name!r} again")
         tokens, finished = row.get("tokens", 0), row.get("finished", True)
-        found[name] = Completion(name, text, tokens=int(tokens), finished=bool(finished))
+        if type(tokens) is not int or type(finished) is not bool:
+            told = f"`tokens` {tokens!r:.80} and `finished` {finished!r:.80}"
+            raise ValueError(f"{path}: row {number} needs an integer and a boolean, has {told}")
+        found[name] = Completion(name, text, tokens=tokens, finished=finished)
     known = set(record_ids)
     lacking = [name for name in record_ids if name not in found]
     strange = [name for name in found if name not in known]

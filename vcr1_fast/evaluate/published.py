@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -41,13 +41,17 @@ def benchmarks() -> dict[str, Published]:
 
 
 def published_beside(
-    records: Sequence[Record], benchmark: str | None = None
+    records: Sequence[Record],
+    benchmark: str | None = None,
+    *,
+    unanswered: Collection[str] = (),
 ) -> tuple[dict[str, Published], list[str]]:
     """(task -> what is published of these very records, reasons why something is not shown).
 
     The split is `benchmark`, else what the metadata of all records of a task agree on. Numbers of
-    another number of records than are evaluated are not comparable, and left out. ValueError for
-    an unknown `benchmark`, or one of a task that no record has.
+    another number of records than are evaluated are not comparable, and left out; so are those of
+    a task that has ids in `unanswered`, which no score counts. ValueError for an unknown
+    `benchmark`, or one of a task that no record has.
     """
     known, shown, reasons = benchmarks(), {}, []
     by_task: dict[str, list[Record]] = {}
@@ -68,6 +72,13 @@ def published_beside(
             name = named.pop() if len(named) == 1 else None
         split = known.get(name or "")
         if split is None or split.task != task:
+            continue
+        failed = sum(record.id in unanswered for record in group)
+        if failed:
+            reasons.append(
+                f"no published numbers beside {task}: {failed} of {len(group)} records of "
+                f"{split.name} are not scored"
+            )
             continue
         if split.records not in (None, len(group)):
             reasons.append(

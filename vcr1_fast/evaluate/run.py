@@ -210,7 +210,8 @@ def score_all(
         bootstrap=Bootstrap(config.level, config.resamples, config.seed),
         breakdown=config.breakdown,
     )
-    published, notes = published_beside(records, config.benchmark)
+    failed = {completion.id for completion in completions if completion.error is not None}
+    published, notes = published_beside(records, config.benchmark, unanswered=failed)
     notes += _judge_notes(judge, tasks)
     costs = pass_costs(completions)
     return Evaluation(scored, tasks, quarantined, costs, published, notes, config.level)

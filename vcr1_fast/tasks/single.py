@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -95,4 +96,5 @@ class Single:
 
 def most_common(answers: Sequence[Any]) -> Any:
     """The answer that stands most often, of several the one that sorts first."""
-    return min(answers, key=lambda answer: (-answers.count(answer), str(answer)))
+    counts = Counter(answers)
+    return min(answers, key=lambda answer: (-counts[answer], str(answer)))
