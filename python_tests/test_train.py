@@ -15,6 +15,7 @@ import pytest
 import torch
 from tiny_run import configure, write_inputs
 
+from vcr1_fast.data import synth
 from vcr1_fast.data.records import load_records, write_records
 from vcr1_fast.data.video import Clip
 from vcr1_fast.model.checkpoint import load
@@ -120,7 +121,7 @@ def test_metrics_are_kept_apart_by_task(inputs, tmp_path):
     row = read(tmp_path / "run" / "metrics.jsonl")[0]
     rollouts = read(tmp_path / "run" / "rollouts.jsonl")
     tasks = {one["task"] for one in rollouts}
-    assert len(tasks) == 4
+    assert tasks == set(synth.TASKS)
     for task in tasks:
         own = [one for one in rollouts if one["task"] == task]
         assert row[f"length/{task}"] == pytest.approx(np.mean([one["tokens"] for one in own]))
@@ -151,6 +152,12 @@ def test_variants_run(inputs, tmp_path, any_reward, overrides):
     assert timed["tokens_per_second/rollout"] > 0
     # Only the first update of a step is on the sampler's own policy.
     assert (rows[0]["ratio_max"] > 1.0) == (config.optim.inner_epochs > 1)
+
+
+def test_attention_without_a_backward_pass_is_refused(inputs, tmp_path):
+    config = configure(*inputs, tmp_path / "run", "model.attention=flex")
+    with pytest.raises(ValueError, match=r"model\.attention=flex .* on CUDA alone.* on cpu"):
+        setup.prepare_model(config, torch.device("cpu"))
 
 
 def test_sft_lowers_the_loss(inputs, tmp_path):

@@ -246,8 +246,14 @@ def open_run(config: TrainConfig, *, reference: bool) -> Iterator[Run]:
 
 
 def prepare_model(config: TrainConfig, device: torch.device) -> tuple[nn.Module, Processor]:
-    """The model to train, with adapters where they are asked for, and its processor."""
+    """The model to train, with adapters where they are asked for, and its processor. ValueError for
+    attention without a backward pass on `device`."""
     settings, frames = config.model, config.data.frames
+    if settings.attention == "flex" and device.type != "cuda":
+        raise ValueError(
+            f"model.attention=flex has a backward pass on CUDA alone, training is on {device}: "
+            "leave it at auto"
+        )
     model, processor = load(settings.path, dtype=settings.dtype, device=device)
     processor = processor.with_frames(frames, media_first=config.data.media_first)
     prepare_attention(model, settings.attention)
