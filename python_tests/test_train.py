@@ -678,6 +678,44 @@ def test_micro_batches_of_half_precision_weights_add_up(dtype):
     assert weight.grad is None and gradient is not optimizer.masters[0].grad
 
 
+def test_a_second_optimizer_takes_over_half_precision_weights():
+    weight = torch.ones(4, dtype=torch.bfloat16, requires_grad=True)
+    first = MasterAdamW([weight], OptimConfig())
+    first.close()
+    second = MasterAdamW([weight], OptimConfig())
+    weight.sum().backward()
+    assert first.masters[0].grad is None
+    assert torch.equal(second.masters[0].grad, torch.ones(4))
+    second.close()
+    weight.sum().backward()
+    assert torch.equal(weight.grad, torch.ones(4, dtype=torch.bfloat16))
+
+
+def test_a_run_lets_go_of_the_gradients(inputs, tmp_path):
+    config = configure(*inputs, tmp_path / "run", "model.dtype=bfloat16")
+    with setup.open_run(config, reference=False) as run:
+        pass
+    weight = run.optimizer.parameters[0]
+    weight.sum().backward()
+    assert weight.grad is not None and run.optimizer.masters[0].grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_loaded_optimizer_keeps_nothing_of_what_it_was_given(dtype):
+    weights = [torch.ones(4, dtype=dtype, requires_grad=True) for _ in range(2)]
+    first, second = (MasterAdamW([weight], OptimConfig()) for weight in weights)
+    weights[0].sum().backward()
+    first.step(1e-3)
+    state = first.state_dict()
+    second.load_state_dict(state)
+    given, loaded = (one.adamw.state[one.masters[0]] for one in (first, second))
+    assert given.keys() == loaded.keys() == {"step", "exp_avg", "exp_avg_sq"}
+    for name, tensor in given.items():
+        assert torch.equal(tensor, loaded[name])
+        assert tensor.data_ptr() != loaded[name].data_ptr()
+    assert second.masters[0].data_ptr() != first.masters[0].data_ptr()
+
+
 def test_learning_rate():
     config = OptimConfig(lr=1.0, steps=12, warmup_steps=2, schedule="linear")
     rates = [learning_rate(step, config) for step in range(12)]

@@ -191,6 +191,7 @@ def open_run(config: TrainConfig, *, reference: bool) -> Iterator[Run]:
         done = state["step"]
         del state  # several times the size of the model
     with ExitStack() as stack:
+        stack.callback(optimizer.close)
         stack.enter_context(prompts_from(config.data.prompts, TASKS, think=config.data.think))
         log = stack.enter_context(
             RunLog(
