@@ -9,6 +9,7 @@ from vcr1_fast.ops import gather_logprobs, host_memory, video_patches
 from vcr1_fast.ops.backend import native
 
 pytestmark = pytest.mark.skipif(native is None, reason="vcr1_fast._C is not built")
+SERVED = (torch.float32, torch.bfloat16, torch.float16)
 LARGE = (1024, 512)  # 2 MiB in float32
 KEPT = 256 << 20
 # Under AddressSanitizer (`make sanitize`) nothing is kept, for it to see each block's end.
@@ -23,7 +24,7 @@ def nothing_kept():
     host_memory.release()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [*SERVED, torch.float64, torch.int64], ids=str)
 @pytest.mark.parametrize("shape", [(4,), (3, 5), LARGE, (2, 1, 1024, 1024)], ids=str)
 def test_a_tensor_like_torch_makes_it(shape, dtype):
     x, expected = host_memory.empty(shape, dtype), torch.empty(shape, dtype=dtype)
