@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import numpy as np
@@ -152,6 +153,20 @@ def test_variants_run(inputs, tmp_path, any_reward, overrides):
     assert timed["tokens_per_second/rollout"] > 0
     # Only the first update of a step is on the sampler's own policy.
     assert (rows[0]["ratio_max"] > 1.0) == (config.optim.inner_epochs > 1)
+
+
+def test_waiting_for_rewards_is_time_of_theirs(inputs, tmp_path, monkeypatch):
+    """Some kinds take turns with the rollout: these wait where they are handed in."""
+    right = scoring.Scoring.submit
+
+    def slow(*args):
+        time.sleep(0.5)
+        right(*args)
+
+    monkeypatch.setattr(scoring.Scoring, "submit", slow)
+    train(configure(*inputs, tmp_path / "run", "optim.steps=1", "loss.beta=0"))
+    (row,) = read(tmp_path / "run" / "metrics.jsonl")
+    assert row["seconds/reward"] > 0.5
 
 
 def test_attention_without_a_backward_pass_is_refused(inputs, tmp_path):
