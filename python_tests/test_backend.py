@@ -30,6 +30,12 @@ def test_default_prefers_the_kernel(double):
     assert double(ONE).item() == 102
 
 
+def test_direct_is_a_call_on_devices_without_kernels(double):
+    assert double.direct(ONE).item() == 102
+    out = double.direct(torch.empty(3, device="meta"))
+    assert out.shape == (3,) and out.device.type == "meta"
+
+
 def test_use_as_context_and_as_call(double):
     with ops.use("reference"):
         assert double(ONE).item() == 2

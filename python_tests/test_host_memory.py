@@ -1,4 +1,5 @@
 import multiprocessing
+import os
 import threading
 
 import pytest
@@ -8,8 +9,12 @@ from vcr1_fast.ops import gather_logprobs, host_memory, video_patches
 from vcr1_fast.ops.backend import native
 
 pytestmark = pytest.mark.skipif(native is None, reason="vcr1_fast._C is not built")
+SERVED = (torch.float32, torch.bfloat16, torch.float16)
 LARGE = (1024, 512)  # 2 MiB in float32
 KEPT = 256 << 20
+# Under AddressSanitizer (`make sanitize`) nothing is kept, for it to see each block's end.
+KEEPS = "VCR1_NATIVE" not in os.environ
+keeps = pytest.mark.skipif(not KEEPS, reason="this build of vcr1_fast._C keeps no memory")
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +24,7 @@ def nothing_kept():
     host_memory.release()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [*SERVED, torch.float64, torch.int64], ids=str)
 @pytest.mark.parametrize("shape", [(4,), (3, 5), LARGE, (2, 1, 1024, 1024)], ids=str)
 def test_a_tensor_like_torch_makes_it(shape, dtype):
     x, expected = host_memory.empty(shape, dtype), torch.empty(shape, dtype=dtype)
@@ -28,6 +33,7 @@ def test_a_tensor_like_torch_makes_it(shape, dtype):
     assert x.fill_(3).double().sum() == 3 * expected.numel()
 
 
+@keeps
 def test_memory_is_used_again_once_the_last_view_is_gone():
     x = host_memory.empty(LARGE, torch.float32).fill_(1)
     address, view = x.data_ptr(), x[3:]
@@ -39,6 +45,7 @@ def test_memory_is_used_again_once_the_last_view_is_gone():
     assert host_memory.empty(LARGE, torch.float32).data_ptr() == address
 
 
+@keeps
 def test_a_block_serves_what_is_not_much_smaller():
     x = host_memory.empty((4096, 512), torch.float32)  # 8 MiB
     address = x.data_ptr()
@@ -49,6 +56,7 @@ def test_a_block_serves_what_is_not_much_smaller():
     assert host_memory.empty((4096, 512), torch.bfloat16).data_ptr() == address
 
 
+@keeps
 def test_what_is_kept_is_bounded_and_can_be_released():
     tensors = [host_memory.empty((64 << 20,), torch.float16) for _ in range(3)]  # 128 MiB each
     del tensors
@@ -62,6 +70,7 @@ def test_more_than_the_bound_is_not_kept():
     assert host_memory.release() == 0
 
 
+@keeps
 def test_the_oldest_block_makes_room():
     tensors = [host_memory.empty((k << 19,), torch.float16) for k in range(1, 10)]
     addresses = [x.data_ptr() for x in tensors]
@@ -71,6 +80,7 @@ def test_the_oldest_block_makes_room():
     assert newest.data_ptr() == addresses[-1]
 
 
+@keeps
 def test_a_capsule_that_nobody_takes_gives_its_memory_back():
     capsule = native.take_block(LARGE, "float32")
     del capsule
@@ -107,6 +117,8 @@ def test_no_two_threads_get_the_same_memory():
 
 
 def _child(queue) -> None:
+    # torch's own OpenMP threads are gone after a fork, and a loop that is shared out to them hangs.
+    torch.set_num_threads(1)
     x = host_memory.empty(LARGE, torch.float32).fill_(7)
     queue.put(float(x.sum()))
 
@@ -136,7 +148,7 @@ def test_patches_reuse_memory_and_stay_right():
         addresses.add(got.data_ptr())
         assert torch.equal(got, right)
         del got
-    assert len(addresses) == 1
+    assert len(addresses) == 1 or not KEEPS
 
 
 def test_gradients_reuse_memory_and_stay_right():
@@ -150,4 +162,4 @@ def test_gradients_reuse_memory_and_stay_right():
         exact = torch.nn.functional.one_hot(labels, 8192) - logits.detach().double().softmax(-1)
         torch.testing.assert_close(logits.grad, exact.float(), rtol=1e-5, atol=1e-7)
         del logits
-    assert len(addresses) == 1
+    assert len(addresses) == 1 or not KEEPS

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_run import configure, write_inputs
 
+from vcr1_fast.ops.linear_chunks import rows_per_chunk
 from vcr1_fast.train import loop, setup, update
 from vcr1_fast.train.planner import Footprint, Planner, is_out_of_memory
 from vcr1_fast.train.sft import update as sft_update
@@ -90,6 +91,13 @@ def test_the_prediction_counts_what_is_trained_and_kept(run, inputs, tmp_path):
     assert footprint("d", "model.lora_rank=2").fixed == 0 < whole.fixed
 
 
+def test_the_prediction_knows_how_much_the_head_takes(run):
+    hidden, weight = torch.zeros(10**6, 4), run.model.get_output_embeddings().weight
+    assert weight.device.type == "cpu"
+    chunk = rows_per_chunk(hidden, 2**17, 0) * 2**17 * 4
+    assert chunk <= run.planner.footprint.head_chunk / 2
+
+
 def saved_bytes(run, groups):
     """Bytes that autograd keeps of a pass over the groups, each storage once."""
     kept = {}
@@ -145,12 +153,13 @@ def test_out_of_memory_halves_the_budget_and_keeps_the_gradient(run, monkeypatch
     fresh, settings = [one.with_vision(None) for one in groups], settings_of(run, groups)
     update.gradients(run, fresh, settings, on_policy=True)
     expected = collect(run)
-    told, calls = [], []
+    told, calls, alone = [], [], []
     run.planner.tell = told.append
     right = update.policy_loss
 
     def failing(model, part, *args, **kwargs):
         calls.append(sum(one.prompt_tokens + sum(one.lengths) for one in part))
+        alone.append(sum(len(one.lengths) for one in part) == 1)
         loss, metrics = right(model, part, *args, **kwargs)
         if len(calls) == 2:
             error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
@@ -171,7 +180,12 @@ def test_out_of_memory_halves_the_budget_and_keeps_the_gradient(run, monkeypatch
     for ours, theirs in zip(collect(run), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
     assert run.planner.tokens == max(calls[:2]) // 2
-    assert max(calls[2:]) < min(calls[:2])
+    assert max(calls[2:]) < max(calls[:2])
+    # A completion that is too long by itself still goes through, alone.
+    assert all(
+        one or tokens <= run.planner.tokens
+        for one, tokens in zip(alone[2:], calls[2:], strict=True)
+    )
     assert len(told) == 1 and "20 MiB" in told[0]
 
 
@@ -186,6 +200,7 @@ def test_other_errors_are_not_taken_for_it(run, monkeypatch):
     assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"))
     assert is_out_of_memory(RuntimeError("CUDA error: out of memory\nCUDA kernel errors might"))
     assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access"))
+    assert is_out_of_memory(MemoryError())
     assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"))
 
 
@@ -198,7 +213,12 @@ def test_memory_that_never_suffices_is_told(run, monkeypatch):
         update.gradients(run, groups_of(run), run.config.loss, on_policy=True)
 
 
-def test_fine_tuning_survives_it_too(run, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()],
+    ids=lambda error: type(error).__name__,
+)
+def test_fine_tuning_survives_it_too(run, monkeypatch, error):
     from vcr1_fast.train import sft
 
     samples = next(iter(run.batches()))
@@ -208,6 +228,8 @@ def test_fine_tuning_survives_it_too(run, monkeypatch):
     ]
     run.planner.tokens = 200
     monkeypatch.setattr(sft, "clipped_step", lambda *args: 0.0)
+    told = []
+    run.planner.tell = told.append
     expected_loss = sft_update(run, groups, 0.0)["loss"]
     expected = collect(run)
     right, calls = sft.completion_logps, []
@@ -215,10 +237,11 @@ def test_fine_tuning_survives_it_too(run, monkeypatch):
     def failing(*args, **kwargs):
         calls.append(1)
         if len(calls) == 2:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
         return right(*args, **kwargs)
 
     monkeypatch.setattr(sft, "completion_logps", failing)
     assert sft_update(run, groups, 0.0)["loss"] == pytest.approx(expected_loss, rel=1e-5)
+    assert len(told) == 1 and (str(error) or "MemoryError") in told[0]
     for ours, theirs in zip(collect(run), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)

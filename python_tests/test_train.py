@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import pytest
 import torch
 from tiny_run import configure, write_inputs
 
+from vcr1_fast.data import synth
 from vcr1_fast.data.records import load_records, write_records
 from vcr1_fast.data.video import Clip
 from vcr1_fast.model.checkpoint import load
@@ -120,7 +122,7 @@ def test_metrics_are_kept_apart_by_task(inputs, tmp_path):
     row = read(tmp_path / "run" / "metrics.jsonl")[0]
     rollouts = read(tmp_path / "run" / "rollouts.jsonl")
     tasks = {one["task"] for one in rollouts}
-    assert len(tasks) == 4
+    assert tasks == set(synth.TASKS)
     for task in tasks:
         own = [one for one in rollouts if one["task"] == task]
         assert row[f"length/{task}"] == pytest.approx(np.mean([one["tokens"] for one in own]))
@@ -151,6 +153,26 @@ def test_variants_run(inputs, tmp_path, any_reward, overrides):
     assert timed["tokens_per_second/rollout"] > 0
     # Only the first update of a step is on the sampler's own policy.
     assert (rows[0]["ratio_max"] > 1.0) == (config.optim.inner_epochs > 1)
+
+
+def test_waiting_for_rewards_is_time_of_theirs(inputs, tmp_path, monkeypatch):
+    """Some kinds take turns with the rollout: these wait where they are handed in."""
+    right = scoring.Scoring.submit
+
+    def slow(*args):
+        time.sleep(0.5)
+        right(*args)
+
+    monkeypatch.setattr(scoring.Scoring, "submit", slow)
+    train(configure(*inputs, tmp_path / "run", "optim.steps=1", "loss.beta=0"))
+    (row,) = read(tmp_path / "run" / "metrics.jsonl")
+    assert row["seconds/reward"] > 0.5
+
+
+def test_attention_without_a_backward_pass_is_refused(inputs, tmp_path):
+    config = configure(*inputs, tmp_path / "run", "model.attention=flex")
+    with pytest.raises(ValueError, match=r"model\.attention=flex .* on CUDA alone.* on cpu"):
+        setup.prepare_model(config, torch.device("cpu"))
 
 
 def test_sft_lowers_the_loss(inputs, tmp_path):
@@ -669,6 +691,44 @@ def test_micro_batches_of_half_precision_weights_add_up(dtype):
     norm = clipped_step(optimizer, 1e-3, OptimConfig())
     assert norm == pytest.approx(2.5)
     assert weight.grad is None and gradient is not optimizer.masters[0].grad
+
+
+def test_a_second_optimizer_takes_over_half_precision_weights():
+    weight = torch.ones(4, dtype=torch.bfloat16, requires_grad=True)
+    first = MasterAdamW([weight], OptimConfig())
+    first.close()
+    second = MasterAdamW([weight], OptimConfig())
+    weight.sum().backward()
+    assert first.masters[0].grad is None
+    assert torch.equal(second.masters[0].grad, torch.ones(4))
+    second.close()
+    weight.sum().backward()
+    assert torch.equal(weight.grad, torch.ones(4, dtype=torch.bfloat16))
+
+
+def test_a_run_lets_go_of_the_gradients(inputs, tmp_path):
+    config = configure(*inputs, tmp_path / "run", "model.dtype=bfloat16")
+    with setup.open_run(config, reference=False) as run:
+        pass
+    weight = run.optimizer.parameters[0]
+    weight.sum().backward()
+    assert weight.grad is not None and run.optimizer.masters[0].grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_loaded_optimizer_keeps_nothing_of_what_it_was_given(dtype):
+    weights = [torch.ones(4, dtype=dtype, requires_grad=True) for _ in range(2)]
+    first, second = (MasterAdamW([weight], OptimConfig()) for weight in weights)
+    weights[0].sum().backward()
+    first.step(1e-3)
+    state = first.state_dict()
+    second.load_state_dict(state)
+    given, loaded = (one.adamw.state[one.masters[0]] for one in (first, second))
+    assert given.keys() == loaded.keys() == {"step", "exp_avg", "exp_avg_sq"}
+    for name, tensor in given.items():
+        assert torch.equal(tensor, loaded[name])
+        assert tensor.data_ptr() != loaded[name].data_ptr()
+    assert second.masters[0].data_ptr() != first.masters[0].data_ptr()
 
 
 def test_learning_rate():

@@ -40,8 +40,15 @@ void populate(void* p, size_t bytes) {
   // Refused by older kernels: the pages then come one by one.
   (void)madvise(reinterpret_cast<void*>(begin), end - begin, kPopulateWrite);
 }
+#else
+bool untouched(const void*) { return false; }
+void populate(void*, size_t) {}
+#endif
 
 namespace {
+
+#if defined(__linux__) && !defined(__SANITIZE_ADDRESS__)
+constexpr bool kKeeps = true;
 
 void* map(size_t bytes) {
   void* const p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -49,23 +56,24 @@ void* map(size_t bytes) {
   return p;
 }
 void unmap(void* p, size_t bytes) { munmap(p, bytes); }
-
-}  // namespace
 #else
-bool untouched(const void*) { return false; }
-void populate(void*, size_t) {}
-
-namespace {
+// AddressSanitizer sees neither what is past the end of a mapping nor the use of a block after its
+// release: it watches what the C library's allocator gives, of which it lets nothing be kept here.
+#if defined(__SANITIZE_ADDRESS__)
+constexpr bool kKeeps = false;
+#else
+constexpr bool kKeeps = true;
+#endif
 
 void* map(size_t bytes) {
-  void* const p = std::malloc(bytes);
-  if (p == nullptr) throw std::bad_alloc();
+  void* p = nullptr;
+  if (posix_memalign(&p, 4096, bytes) != 0) throw std::bad_alloc();
   return p;
 }
 void unmap(void* p, size_t) { std::free(p); }
+#endif
 
 }  // namespace
-#endif
 
 namespace {
 
@@ -110,7 +118,7 @@ Block* take_block(size_t bytes) {
 }
 
 void release_block(Block* block) {
-  if (block->bytes > kKeptBytes) return destroy(block);
+  if (!kKeeps || block->bytes > kKeptBytes) return destroy(block);
   for (int i = 0; i < kSlots && g_kept.load(std::memory_order_relaxed) + block->bytes > kKeptBytes;
        ++i)
     if (Block* const before = exchange(g_turn.fetch_add(1) % kSlots, nullptr)) destroy(before);

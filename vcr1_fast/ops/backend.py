@@ -202,7 +202,9 @@ class Op:
         effects whose first argument is a tensor, called where no gradient is recorded."""
         if _observed() or not _PLAIN_TYPES.issuperset(map(type, args)):
             return self._call(*args)
-        return self._runners[args[0].device.type](*args)
+        run = self._runners.get(args[0].device.type)
+        # On a device without kernels, meta among them, torch knows what to do or what to say.
+        return (run or self._call)(*args)
 
     def _runner(self, device: str) -> Callable[..., Any]:
         def run(*args: Any) -> Any:

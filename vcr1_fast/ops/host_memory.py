@@ -17,6 +17,7 @@ from torch import Tensor
 from vcr1_fast.ops.backend import native
 
 LEAST_BYTES = 1 << 20
+_SERVED = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -24,9 +25,9 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     reused memory, of which `resize_` cannot change the size."""
     if torch.compiler.is_compiling() or native is None:  # a size that is traced is not compared
         return torch.empty(shape, dtype=dtype, device="cpu")
-    if prod(shape) * dtype.itemsize < LEAST_BYTES:
+    if dtype not in _SERVED or prod(shape) * dtype.itemsize < LEAST_BYTES:
         return torch.empty(shape, dtype=dtype, device="cpu")
-    return torch.from_dlpack(native.take_block(shape, str(dtype).removeprefix("torch.")))
+    return torch.from_dlpack(native.take_block(shape, _SERVED[dtype]))
 
 
 def release() -> int:

@@ -34,9 +34,14 @@ def rows_per_chunk(hidden: Tensor, vocab: int, chunk_rows: int, *, doubled: bool
         return chunk_rows
     share = max(free_bytes(hidden.device) // _FREE_SHARE, 1)
     # A power of two, so that the order of sums does not follow every change of the free memory.
-    budget = min(1 << share.bit_length() - 1, _MOST_BYTES.get(hidden.device.type, 1 << 30))
+    budget = min(1 << share.bit_length() - 1, most_bytes(hidden.device))
     row_bytes = max(vocab * hidden.element_size() * (2 if doubled else 1), 1)
     return min(max(budget // row_bytes, 1), _MOST_ROWS)
+
+
+def most_bytes(device: torch.device) -> int:
+    """The most bytes of logits that exist at a time where the number of rows is not given."""
+    return _MOST_BYTES.get(device.type, 1 << 30)
 
 
 def free_bytes(device: torch.device) -> int:

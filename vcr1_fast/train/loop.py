@@ -56,7 +56,8 @@ def train(config: TrainConfig) -> Path:
             drawn: list[Rollout] = []
             for part, completions, shuffled in sample_completions(run, samples, step, watch):
                 drawn += completions
-                scoring.submit(part, completions, shuffled)
+                with watch.stage("reward"):  # which some kinds wait for there
+                    scoring.submit(part, completions, shuffled)
             groups = make_groups(samples, drawn)
             if config.loss.beta != 0:
                 with watch.stage("reference"):

@@ -16,8 +16,8 @@ class MasterAdamW:
     Of a half-precision parameter a float32 copy is stepped and rounded back: steps of 1e-6 are far
     below the spacing of bfloat16 numbers and would be lost one by one. So would a micro-batch's
     gradient in a sum of many, to the last of its 8 bits: the backward pass's gradient of such a
-    parameter is added to its copy's as soon as it is whole, and dropped. Others are stepped in
-    place.
+    parameter is added to its copy's as soon as it is whole, and dropped, until `close`. Others are
+    stepped in place.
     """
 
     def __init__(self, parameters: Iterable[Tensor], config: OptimConfig) -> None:
@@ -28,8 +28,10 @@ class MasterAdamW:
             p if p.dtype == torch.float32 else p.detach().float().requires_grad_()
             for p in self.parameters
         ]
-        for parameter, master in self._halves():
+        self._hooks = [
             parameter.register_post_accumulate_grad_hook(partial(_hand_over, master=master))
+            for parameter, master in self._halves()
+        ]
         self.adamw = torch.optim.AdamW(
             self.masters,
             lr=config.lr,
@@ -47,6 +49,12 @@ class MasterAdamW:
             for parameter, master in self._halves():
                 parameter.copy_(master)
         self.zero_grad()
+
+    def close(self) -> None:
+        """Leave the parameters' gradients to others."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
 
     def zero_grad(self) -> None:
         """Drop all gradients, a backward pass's that broke off too."""
@@ -77,7 +85,10 @@ class MasterAdamW:
         return {"adamw": self.adamw.state_dict(), "masters": masters}
 
     def load_state_dict(self, state: dict) -> None:
+        """Undo `state_dict`. Nothing of `state` is kept: its tensors may be views of a file."""
         self.adamw.load_state_dict(state["adamw"])
+        for moments in self.adamw.state.values():
+            moments.update({k: v.clone() for k, v in moments.items() if v.device.type == "cpu"})
         with torch.no_grad():
             for master, saved in zip(self.masters, state["masters"], strict=True):
                 if saved is not None:

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from vcr1_fast.model.wrapping import unwrap
+from vcr1_fast.ops.linear_chunks import most_bytes
 from vcr1_fast.train.optim import MasterAdamW
 
 R = TypeVar("R")
@@ -36,7 +37,6 @@ _OUT_OF_MEMORY = (
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
 )
-_HEAD_CHUNK = {"cpu": 2**27, "cuda": 2**30}  # what `ops.linear_head` takes for logits at a time
 
 
 class Shaped(Protocol):
@@ -106,7 +106,7 @@ class Footprint:
                 + 5 * width * vision.hidden_size
             ),
             fixed=4.0 * head if weight.requires_grad else 0.0,
-            head_chunk=2.0 * _HEAD_CHUNK.get(weight.device.type, 2**30),
+            head_chunk=2.0 * most_bytes(weight.device),
         )
 
     def bytes(self, tokens: int, labels: int, patches: int) -> float:
@@ -174,10 +174,10 @@ class Planner:
             parts = self.parts(items)
             try:
                 return [work(part) for part in parts]
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                reason = str(error).partition("\n")[0]
+                reason = str(error).partition("\n")[0] or type(error).__name__
             # Outside the handler, whose traceback holds the tensors of the pass.
             items = restart()
             gc.collect()
@@ -226,10 +226,10 @@ def _tokens(part: Sequence[Shaped]) -> int:
     return sum(item.prompt_tokens + sum(item.lengths) for item in part)
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an allocator had nothing left: torch's for the GPU or the CPU, or, past torch's, the
-    driver's or that of a library which allocates for itself."""
-    return isinstance(error, torch.OutOfMemoryError) or any(
+def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
+    """Whether an allocator had nothing left: torch's for the GPU or the CPU, or, past torch's, our
+    own (`ops/host_memory.py`), the driver's or that of a library which allocates for itself."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
         sign in str(error) for sign in _OUT_OF_MEMORY
     )
 

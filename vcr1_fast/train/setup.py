@@ -191,6 +191,7 @@ def open_run(config: TrainConfig, *, reference: bool) -> Iterator[Run]:
         done = state["step"]
         del state  # several times the size of the model
     with ExitStack() as stack:
+        stack.callback(optimizer.close)
         stack.enter_context(prompts_from(config.data.prompts, TASKS, think=config.data.think))
         log = stack.enter_context(
             RunLog(
@@ -246,8 +247,14 @@ def open_run(config: TrainConfig, *, reference: bool) -> Iterator[Run]:
 
 
 def prepare_model(config: TrainConfig, device: torch.device) -> tuple[nn.Module, Processor]:
-    """The model to train, with adapters where they are asked for, and its processor."""
+    """The model to train, with adapters where they are asked for, and its processor. ValueError for
+    attention without a backward pass on `device`."""
     settings, frames = config.model, config.data.frames
+    if settings.attention == "flex" and device.type != "cuda":
+        raise ValueError(
+            f"model.attention=flex has a backward pass on CUDA alone, training is on {device}: "
+            "leave it at auto"
+        )
     model, processor = load(settings.path, dtype=settings.dtype, device=device)
     processor = processor.with_frames(frames, media_first=config.data.media_first)
     prepare_attention(model, settings.attention)
