@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cpu/isa.h"
+#include "cpu/parallel.h"
 #include "kernels.h"
 #include "tensor.h"
 
@@ -67,6 +68,12 @@ void bind_runtime(py::module_& m) {
       "choose_cpu_isa", [](const std::string& name) { vcr1::cpu::choose_isa(name); },
       py::arg("name"),
       "Use the kernels compiled for 'baseline', 'avx2', 'avx512', 'avx512vbmi' or 'auto'.");
+  m.def(
+      "use_team",
+      [](std::uintptr_t address) {
+        vcr1::cpu::use_team(reinterpret_cast<vcr1::cpu::TeamFn>(address));
+      },
+      py::arg("address"), "Run CPU kernels by the GOMP_parallel at this address; 0: our own pool.");
   m.def("tensor_protocol", &Tensor::protocol, "How tensors are read: 'dlpack' or 'attributes'.");
   m.def(
       "describe",

@@ -95,18 +95,24 @@ class Pool {
 // loader's worker) has none of the threads, so it forgets the pool and makes its own.
 std::atomic<Pool*> g_pool{nullptr};
 std::mutex g_pool_mutex;
+std::atomic<TeamFn> g_team{nullptr};
+
+void forget_threads_after_fork() {
+  static const int registered =
+      pthread_atfork([] { g_pool_mutex.lock(); }, [] { g_pool_mutex.unlock(); },
+                     [] {
+                       g_pool = nullptr;
+                       g_team = nullptr;
+                       g_pool_mutex.unlock();
+                     });
+  (void)registered;
+}
 
 Pool& pool() {
   if (Pool* const ready = g_pool.load(std::memory_order_acquire)) return *ready;
   const std::lock_guard<std::mutex> lock(g_pool_mutex);
   if (g_pool.load() == nullptr) {
-    static const int registered =
-        pthread_atfork([] { g_pool_mutex.lock(); }, [] { g_pool_mutex.unlock(); },
-                       [] {
-                         g_pool = nullptr;
-                         g_pool_mutex.unlock();
-                       });
-    (void)registered;
+    forget_threads_after_fork();
     g_pool.store(new Pool, std::memory_order_release);
   }
   return *g_pool.load();
@@ -114,13 +120,22 @@ Pool& pool() {
 
 }  // namespace
 
+void use_team(TeamFn team) {
+  forget_threads_after_fork();
+  g_team = team;
+}
+
 void parallel_ranges(int64_t n, int64_t grain, int num_threads, RangeFn fn, void* context) {
   if (n <= 0) return;
   grain = std::max<int64_t>(grain, 1);
   Job job{n, grain, fn, context};
   const int64_t pieces = (n + grain - 1) / grain;
   const int helpers = static_cast<int>(std::min<int64_t>(num_threads, pieces)) - 1;
-  if (helpers <= 0 || !pool().try_run(job, helpers)) job.run();
+  const TeamFn team = helpers > 0 ? g_team.load(std::memory_order_relaxed) : nullptr;
+  if (team != nullptr)
+    team([](void* data) { static_cast<Job*>(data)->run(); }, &job, helpers + 1, 0);
+  else if (helpers <= 0 || !pool().try_run(job, helpers))
+    job.run();
   if (job.error) std::rethrow_exception(job.error);
 }
 

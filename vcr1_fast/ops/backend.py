@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from vcr1_fast.ops import openmp
+
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 BACKENDS = ("reference", "cpu", "cuda", "triton")
 _NAMESPACE = "vcr1_fast"
@@ -52,6 +54,8 @@ def _import_native() -> ModuleType | None:
 
 native: Any = _import_native()
 """The compiled module `vcr1_fast._C`, or None when it was not built."""
+if native is not None:
+    native.use_team(openmp.entry_point())
 
 
 def unavailable(backend: str) -> str | None:
