@@ -145,8 +145,8 @@ def parse_letter(text: str, options: Sequence[str] = ()) -> str | None:
     """Letter of the chosen option: "B", "(b)", "B. red circle", "**Answer: B**", "because B", or an
     option's own text. None when no letter, or more than one, is meant.
 
-    With `options`, letters beyond the last one are no answers. Without, A to Z are, where the letter
-    stands alone, leads or is announced; anywhere else in a sentence A to H.
+    With `options`, letters beyond the last one are no answers. Without, A to Z are, where the
+    letter stands alone, leads or is announced; anywhere else in a sentence A to H.
     """
     text = " ".join(text.translate(_MARKUP).split())
     valid = ascii_uppercase[: len(options) or 26]
