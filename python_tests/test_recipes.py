@@ -8,6 +8,7 @@ import pytest
 
 from vcr1_fast.cli import parser
 from vcr1_fast.evaluate.config import EvalRun
+from vcr1_fast.evaluate.published import benchmarks
 from vcr1_fast.train.build import load_config
 from vcr1_fast.train.config import TrainConfig
 
@@ -17,7 +18,11 @@ REPRODUCE = (ROOT / "docs/reproduce.md").read_text()
 CONVERTED = dict(  # format -> its tasks
     re.findall(r"^\| `(\w+)` \| .* \| ([a-z_, ]+) \|$", (ROOT / "docs/data.md").read_text(), re.M)
 )
-LAUNCH = "vcr1 train --config recipes/videochat_r1.yaml"
+LAUNCH = {
+    "train": "vcr1 train --config recipes/videochat_r1.yaml",
+    "sft": "vcr1 sft --config recipes/videochat_r1_sft.yaml",
+    "eval": "vcr1 eval --model MODEL",
+}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -69,8 +74,9 @@ def test_the_published_recipe_has_the_published_values():
 
 
 COMMANDS = [
-    re.sub(r"^train(?= )", LAUNCH, command)
-    for command in re.findall(r"`((?:vcr1|train) [^`]+)`", REPRODUCE)
+    re.sub(r"^(train|sft|eval)(?= )", lambda match: LAUNCH[match[1]], command)
+    for command in re.findall(r"`((?:vcr1|train|sft|eval) [^`]+)`", REPRODUCE)
+    if command != "vcr1 data check"
 ]
 
 
@@ -85,8 +91,27 @@ def test_commands_are_taken(command):
         load_config(EvalRun, None, [*names, *options.overrides])
 
 
-def test_experiments_are_covered_and_shards_have_these_names():
-    assert sum(command.startswith(("vcr1 train", "vcr1 sft")) for command in COMMANDS) >= 6
-    (shards,) = re.findall(r"`(eval\.shard[^`]+)`", REPRODUCE)
-    run = load_config(EvalRun, None, ["model=m", "records=r", "output=o", *shards.split()])
-    assert (run.eval.shard_index, run.eval.shard_count) == (0, 8)
+def test_experiments_are_covered():
+    kinds = [command.split()[1] for command in COMMANDS]
+    assert (kinds.count("train"), kinds.count("sft"), kinds.count("eval")) == (12, 6, 12)
+    assert f"torchrun --nproc_per_node 8 -m vcr1_fast.cli {LAUNCH['eval'][5:]}" in REPRODUCE
+    for recipe in ("videochat_r1", "videochat_r1_sft"):
+        assert f"recipes/{recipe}.yaml" in REPRODUCE
+
+
+def test_every_run_of_a_table_has_its_command_and_every_set_is_shown_its_numbers():
+    training, tables = REPRODUCE.split("## Training")[1].split("## The paper's tables")
+    named = set(re.findall(r"^\| ([\w+-]+) \| `(?:train|sft) ", training, re.MULTILINE))
+    rows = re.findall(r"^\| ([\w+-]+)[ ,;(|]", tables.split("## What cannot")[0], re.MULTILINE)
+    assert set(rows) - {"run", "base", "table"} == named
+    benches = set(re.findall(r"eval\.benchmark=(\w+)", REPRODUCE))
+    assert benches == set(benchmarks())
+    for name, published in benchmarks().items():
+        for model, scores in published.models.items():
+            row = [f"{100 * value:.1f}" for value in scores.values()]
+            assert all(
+                re.search(rf"\b{value}\b", tables.replace("/ 0 ", "/ 0.0 ")) for value in row
+            ), (
+                name,
+                model,
+            )
