@@ -43,7 +43,7 @@ test: $(VENV)/.built $(VENV)/.oracle $(VENV)/.trl-previous  ## Every test that t
 	PYTHONPATH=$(VENV)/oracle $(PY) -m pytest -q -k 'torchvision or transformers' \
 	  python_tests/test_iou.py python_tests/test_video_patches.py
 	PYTHONPATH=$(VENV)/trl-previous TRITON_INTERPRET=1 $(PY) -m pytest -q \
-	  -k 'not a_patched_run or dapo' python_tests/test_trl_patch.py
+	  python_tests/test_trl_patch.py python_tests/test_trl_video.py
 
 # Native code under AddressSanitizer and UBSan, in a build of its own that VCR1_NATIVE names. The
 # runtimes come first because Python itself lacks them, and libstdc++ with them, or exceptions are

@@ -11,6 +11,8 @@ from vcr1_fast.data.formats import FORMATS
 from vcr1_fast.data.records import Record
 from vcr1_fast.tasks import TASKS
 from vcr1_fast.tasks.wording import load_prompts
+from vcr1_fast.train.build import load_config
+from vcr1_fast.train.config import DataConfig, TrainConfig
 
 TEXT = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
 
@@ -65,6 +67,14 @@ def test_the_prompts_file_loads(tmp_path):
     (tmp_path / "p.yaml").write_text(re.search(r"```yaml\n(.*?)```", TEXT, re.DOTALL)[1])
     wordings = load_prompts(tmp_path / "p.yaml", TASKS)
     assert wordings["temporal_grounding"].think and wordings["tracking"].no_think
+
+
+def test_the_difficulty_settings_load(tmp_path):
+    example = re.search(r"```yaml\n(data:\n.*?)```", TEXT, re.DOTALL)[1]
+    (tmp_path / "c.yaml").write_text(example + "model: {path: m}\nrun: {output: o}\n")
+    data = load_config(TrainConfig, tmp_path / "c.yaml").data
+    assert (data.difficulty_range, data.order) == ((0.0, 1.0), "easy_first")
+    assert data.order_window == DataConfig("t").order_window
 
 
 def test_formats(capsys):

@@ -1,6 +1,8 @@
 """Frames, boxes and bars of the viewer, read back from its HTML and compared with the record's."""
 
 import base64
+import contextlib
+import html
 import io
 import json
 import re
@@ -9,11 +11,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from vcr1_fast.data.records import Record
+from vcr1_fast.data.records import Record, write_records
 from vcr1_fast.data.video import Clip, VideoError
+from vcr1_fast.evaluate import command
+from vcr1_fast.evaluate.config import EvalConfig, EvalRun
+from vcr1_fast.evaluate.run import evaluate_predictions
 from vcr1_fast.report.pictures import COLOURS, HEIGHT, Pictures, boxes_at, spans_of
 from vcr1_fast.report.rollouts import write_predictions_html, write_rollouts_html
 from vcr1_fast.rewards.strict import GroundedAnswer
+from vcr1_fast.tasks import TASKS
 
 image = pytest.importorskip("PIL.Image")
 
@@ -147,14 +153,14 @@ def test_a_page_of_predictions_is_bounded_in_records_and_bytes(tmp_path):
     records = {item.id: item for item in items}
     reader = Reader()
     path = tmp_path / "p.html"
-    write_predictions_html(lines, records, path, max_examples=10, reader=reader)
+    write_predictions_html(lines, records, path, think=False, max_examples=10, reader=reader)
     text = path.read_text()
     assert text.count("<section") == 10 and text.count("<img") == 40
     assert "10 of 30 answers" in text and reader.read_paths[-1] == "r29.mp4"
     assert "<b>c" not in text and "&lt;b&gt;c" in text
     assert 'name="from"' not in text and "img-src data:" in text
     one = len(text) // 10
-    write_predictions_html(lines, records, path, reader=Reader(), max_bytes=3 * one)
+    write_predictions_html(lines, records, path, think=None, reader=Reader(), max_bytes=3 * one)
     assert path.read_text().count("<section") == 30
     assert 8 <= path.read_text().count("<img") <= 20
 
@@ -163,7 +169,8 @@ def test_a_page_shows_where_each_look_was_aimed(tmp_path):
     looks = [{"spans": []}, {"spans": [[2.0, 5.0]]}]
     item = record("q")
     path = tmp_path / "p.html"
-    write_predictions_html([line(item, passes=looks)], {"q": item}, path, reader=Reader())
+    lines = [line(item, passes=looks)]
+    write_predictions_html(lines, {"q": item}, path, think=False, reader=Reader())
     assert bars(path.read_text())["look 2 aims"] == [(20.0, 30.0, COLOURS[1])]
 
 
@@ -191,3 +198,33 @@ def test_rollouts_are_drawn_best_first_for_records_that_are_known(tmp_path, monk
     assert drawn["2"] == [(0.0, 10.0, COLOURS[1])]
     assert first.index("2.0 to 4.5") < first.index("0.0 to 1.0") < first.index("?</pre>")
     assert "<img" not in second
+
+
+def test_a_page_shows_what_was_asked(tmp_path, monkeypatch):
+    """In the words of the prompts file that was there at the start, with reasoning; of completions
+    made elsewhere, for which no prompt is known, the record's texts."""
+    monkeypatch.setattr(command, "ClipReader", lambda **_: contextlib.nullcontext(Reader()))
+    data, said, prompts = (tmp_path / name for name in ("r.jsonl", "said.jsonl", "prompts.json"))
+    write_records(data, [record("q")])
+    said.write_text(json.dumps({"id": "q", "completion": "<answer>0.0 to 5.0</answer>"}) + "\n")
+    wording = "Muse in <think></think>: when, in <answer></answer>, does {event}?"
+    prompts.write_text(json.dumps({"temporal_grounding": {"think": wording}}))
+
+    def answer_and_lose_prompts(model, records, output, config):
+        prompts.unlink()
+        return evaluate_predictions(said, records, output)
+
+    monkeypatch.setattr(command, "evaluate_checkpoint", answer_and_lose_prompts)
+    settings = EvalConfig(prompts=str(prompts), think=True)
+    out = tmp_path / "model"
+    run = EvalRun(records=str(data), output=str(out), model="m", eval=settings)
+    assert command.main_eval(run) == 0
+    page = html.unescape((out / "predictions.html").read_text())
+    assert "Muse in <think></think>: when, in <answer></answer>, does it moves?" in page
+    assert TASKS["temporal_grounding"].wording.think != wording
+
+    out = tmp_path / "given"
+    run = EvalRun(records=str(data), output=str(out), predictions=str(said), eval=settings)
+    assert command.main_eval(run) == 0
+    page = html.unescape((out / "predictions.html").read_text())
+    assert "it moves\n" in page and "<think>" not in page

@@ -1,6 +1,7 @@
 """Rewards of a user's own: both forms, where they are found, and what is told when they fail."""
 
 import math
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -80,6 +81,22 @@ def test_errors_name_the_function(file):
     (file.parent / "bad.py").write_text("x = 1 / 0")
     with pytest.raises(ValueError, match=r"bad\.py:f: ZeroDivisionError"):
         load_reward(f"{file.parent / 'bad.py'}:f")
+
+
+def test_a_file_is_a_module_while_it_runs(tmp_path):
+    """Dataclasses look their module up where annotations are texts."""
+    path = tmp_path / "with_dataclass.py"
+    path.write_text(
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass\n\n"
+        "@dataclass\nclass Weight:\n    value: float = 0.5\n\n"
+        "def f(completion, record, duration):\n    return Weight().value\n"
+    )
+    assert load_reward(f"{path}:f")(["x"], RECORDS[:1], [1]) == [0.5]
+    (tmp_path / "breaks.py").write_text("x = 1 / 0")
+    with pytest.raises(ValueError, match="ZeroDivisionError"):
+        load_reward(f"{tmp_path / 'breaks.py'}:f")
+    assert "vcr1_fast_reward_breaks" not in sys.modules
 
 
 @pytest.mark.parametrize("spec", ["f", ":f", "a:", "a:b.c", "a:1", ""])

@@ -20,6 +20,7 @@ from vcr1_fast.rewards import (
     track_iou,
     well_formed,
 )
+from vcr1_fast.rewards.text import parse_number
 
 OPTIONS = ("red circle", "blue square", "green star", "a dog")
 
@@ -114,6 +115,17 @@ def test_parse_boxes():
         ("the answer is a blue dog", None),
         ("Apple", None),
         ("B and C", None),
+        ("(A) or (B)", None),
+        ("A. B. C. D.", None),
+        ("A or B", None),
+        ("Answer: B or C", None),
+        ("The answer is (A) and (B)", None),
+        ("A) B)", None),
+        ("B. B.", "B"),
+        ("B. A dog is no star", "B"),
+        ("D. Both of A and B", "D"),
+        ("B: options A and C are wrong", "B"),
+        ("The answer, I think, is B", "B"),
         ("E", None),
         ("Answer: E", None),
         ("", None),
@@ -123,10 +135,29 @@ def test_parse_letter(text, letter):
     assert parse_letter(text, OPTIONS) == letter
 
 
-def test_parse_letter_without_options_knows_a_to_h():
-    assert parse_letter("H") == "H"
-    assert parse_letter("I") is None
+def test_parse_letter_without_options_knows_all_letters_that_stand_alone():
+    assert [parse_letter(text) for text in ("H", "I", "(j)", "Z.")] == ["H", "I", "J", "Z"]
+    assert [parse_letter(text) for text in ("K. red", "Answer: K")] == ["K", "K"]
     assert parse_letter("I choose B") == "B"
+    assert parse_letter("the answer I choose is B") == "B"
+    assert parse_letter("as Planck wrote, E equals h f") == "E"
+    assert parse_letter("the mark of Z was there") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("\u22125", -5.0),
+        ("it is \u22121.5 degrees", -1.5),
+        ("\u20135", -5.0),
+        ("-5", -5.0),
+        ("from \u20135", 5.0),
+        ("3\u22125", None),
+        ("3\u20135", None),
+    ],
+)
+def test_minus_signs_of_print(text, number):
+    assert parse_number(text) == number
 
 
 @pytest.mark.parametrize(

@@ -261,6 +261,9 @@ def test_targets_in_either_shape():
         (("temporal_grounding", [""], [[1, math.nan]]), r"targets\[0\]"),
         (("grounded_qa", [""], [{"answer": "B"}]), r"targets\[0\]"),
         (("caption", [""], ["one text"]), r"targets\[0\]"),
+        (("temporal_grounding", [""], [[0, 10**400]]), r"targets\[0\]"),
+        (("multiple_choice", ["", ""], ["B", "A or B"]), r"targets\[1\] is no target of multi"),
+        (("grounded_qa", [""], [{"answer": "7", "glue": []}]), r"targets\[0\]"),
     ],
 )
 def test_errors_name_the_fault(arguments, message):
@@ -268,3 +271,11 @@ def test_errors_name_the_fault(arguments, message):
         score(*arguments)
     with pytest.raises(ValueError, match="mode must be one of strict, legacy, got 'lax'"):
         score("tracking", [], [], mode="lax")
+
+
+def test_every_letter_is_an_answer_and_the_released_code_takes_any_target():
+    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    texts = [f"<answer>({letter})</answer>" for letter in letters]
+    assert score("multiple_choice", texts, list(letters))["accuracy"] == [1.0] * 26
+    assert score("multiple_choice", texts, [*letters[1:], "A"])["accuracy"] == [0.0] * 26
+    assert score("multiple_choice", texts[:1], ["none"], mode="legacy")["accuracy"] == [0.0]

@@ -160,6 +160,7 @@ def test_tracking_values():
         ("numeric", "there are 3 dogs", 1.0),
         ("numeric", "3 or 4", 0.0),
         ("numeric", "1e999", 0.0),
+        ("numeric", "\u22123", 0.0),
         ("regression", "2.5 m", 1.0),
         ("regression", "2.0", 0.6),  # an error of 0.2: below 0.5, 0.45, ... 0.25
         ("regression", "250 %", 1.0),

@@ -16,12 +16,21 @@ from vcr1_fast.evaluate.run import Evaluation, evaluate_checkpoint, evaluate_pre
 from vcr1_fast.report.rollouts import write_predictions_html
 from vcr1_fast.report.scores import write_scores
 from vcr1_fast.report.table import print_table, summary_tables
+from vcr1_fast.tasks import TASKS
+from vcr1_fast.tasks.wording import prompts_from
 
 
 def main_eval(run: EvalRun) -> int:
     """Evaluate, print the tables and what was quarantined, draw. Exit status: 1 when nothing could
     be scored."""
     run = replace(run, eval=launched(run.eval, os.environ))
+    # Loaded once, for the page as well: the file may have changed when a long evaluation is done.
+    prompts = run.eval.prompts if run.predictions is None else None
+    with prompts_from(prompts, TASKS, think=run.eval.think):
+        return _evaluate(run)
+
+
+def _evaluate(run: EvalRun) -> int:
     if run.predictions is not None:
         evaluation = evaluate_predictions(run.predictions, run.records, run.output, run.eval)
     else:
@@ -92,5 +101,10 @@ def _drawn(evaluation: Evaluation, run: EvalRun, folder: Path) -> Iterator[Path]
             workers=run.eval.decode_workers,
         ) as reader:
             yield write_predictions_html(
-                rows, records, path, max_examples=run.eval.pictured, reader=reader
+                rows,
+                records,
+                path,
+                think=run.eval.think if run.predictions is None else None,
+                max_examples=run.eval.pictured,
+                reader=reader,
             )

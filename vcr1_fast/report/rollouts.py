@@ -13,6 +13,7 @@ import json
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
+from string import ascii_uppercase
 from typing import TYPE_CHECKING, Any
 
 from vcr1_fast.report import pictures
@@ -117,12 +118,15 @@ def write_predictions_html(
     records: Mapping[str, Record],
     out_path: str | Path,
     *,
+    think: bool | None,
     max_examples: int = 40,
     reader: ClipReader | None = None,
     max_bytes: int = MAX_BYTES,
 ) -> Path:
     """Write the page of an evaluation: `lines` as in predictions.jsonl, their `records` by id.
 
+    `think`: whether the prompts asked for reasoning; None: they are not known, and the records' own
+    texts are shown. Other wordings are shown where the call is within `prompts_from`.
     Of more than `max_examples`, that many evenly spaced ones are shown. Frames, boxes and spans as
     in `write_rollouts_html`; of several looks at a clip also where each was aimed.
     """
@@ -137,7 +141,9 @@ def write_predictions_html(
                 {
                     "task": line["task"],
                     "id": line["id"],
-                    "prompt": TASKS[line["task"]].prompt(record, False),
+                    "prompt": _question(record)
+                    if think is None
+                    else TASKS[record.task].prompt(record, think),
                     "target": line["answer"],
                     "completion": line["completion"],
                     "rewards": line["metrics"],
@@ -170,6 +176,12 @@ def _parsed(record: Record, group: Sequence[Mapping[str, Any]]) -> dict[str, Any
         f"{number}": parse(row["completion"], record)
         for number, row in enumerate(group[:PREDICTIONS_SHOWN], start=1)
     }
+
+
+def _question(record: Record) -> str:
+    lettered = zip(ascii_uppercase, record.options, strict=False)
+    options = [f"({letter}) {text}" for letter, text in lettered]
+    return "\n".join([*map(str, record.prompt.values()), *options])
 
 
 def _page(

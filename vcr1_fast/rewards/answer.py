@@ -133,17 +133,23 @@ _ANNOUNCED = re.compile(
     r"(?i:\b(?:answer|option|choice)(?: option)?(?: is| would be)?) ?:? ?[(\[]?([A-Z])(?![\w'-])"
 )
 _STANDING = re.compile(r"(?<![\w'-])([A-HJ-Z])(?![\w'-])")  # not "I", which is a pronoun
-_ARTICLE = re.compile(r"A [a-z]")
+# A letter that another one follows: "A or B", "(A) and (B)", "A. B. C."; "D. Both of them" is one.
+_LISTED = re.compile(
+    r"([A-Z])[)\]]?[.:,;]? ?"
+    r"(?:(?:or|and|[/&+]) ?[(\[]?([A-HJ-Z])(?![\w'-])|[(\[]?([A-HJ-Z])(?=[)\].:,;]|$))"
+)
+_WORD = re.compile(r"[AI] [a-z]")  # the article, the pronoun
 
 
 def parse_letter(text: str, options: Sequence[str] = ()) -> str | None:
     """Letter of the chosen option: "B", "(b)", "B. red circle", "**Answer: B**", "because B", or an
     option's own text. None when no letter, or more than one, is meant.
 
-    With `options`, letters beyond the last one are no answers; without, A to H are.
+    With `options`, letters beyond the last one are no answers. Without, A to Z are, where the
+    letter stands alone, leads or is announced; anywhere else in a sentence A to H.
     """
     text = " ".join(text.translate(_MARKUP).split())
-    valid = ascii_uppercase[: len(options) or 8]
+    valid = ascii_uppercase[: len(options) or 26]
     if match := _ALONE.fullmatch(text):
         letter = match[1].upper()
         return letter if letter in valid else None
@@ -154,13 +160,23 @@ def parse_letter(text: str, options: Sequence[str] = ()) -> str | None:
     if text[1:2] == " " and named.get(_plain(text[2:])) == text[0]:
         return text[0]
     if match := _LEADING.match(text):
-        return match[1] if match[1] in valid else None
+        return match[1] if match[1] in valid and not _lists(text, match.start(1)) else None
     for pattern in (_ANNOUNCED, _STANDING):
-        letters = {m[1] for m in pattern.finditer(text) if not _ARTICLE.match(text, m.start(1))}
+        found = list(pattern.finditer(text))
+        if any(_lists(text, m.start(1)) for m in found):
+            return None
+        letters = {m[1] for m in found if not _WORD.match(text, m.start(1))}
         if letters:
             letter = letters.pop()
-            return letter if not letters and letter in valid else None
+            known = valid if options or pattern is _ANNOUNCED else valid[:8]
+            return letter if not letters and letter in known else None
     return None
+
+
+def _lists(text: str, at: int) -> bool:
+    """Whether the letter there is followed by another one, as in a list of them."""
+    match = _LISTED.match(text, at)
+    return match is not None and match[1] != (match[2] or match[3])
 
 
 def parse_label(text: str) -> str | None:

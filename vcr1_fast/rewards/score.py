@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vcr1_fast.rewards import legacy, strict
+from vcr1_fast.rewards.answer import parse_letter
 from vcr1_fast.rewards.caption import Judge, Match, caption_scores, mentions
 from vcr1_fast.rewards.format import last_block
 
@@ -102,7 +103,7 @@ def score(
         (caption, event) -> bool.
 
     No completion makes it raise. ValueError for an unknown task or mode, lengths that differ, or a
-    target of another shape, with its index.
+    target of another shape, or in "strict" without one letter to read, with its index.
     """
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
@@ -114,7 +115,7 @@ def score(
             f"got {len(completions)} completions, {len(targets)} targets, {len(clips)} durations"
         )
     samples = [
-        _Sample(completion, _checked(task, target, index), duration, think)
+        _Sample(completion, _checked(task, target, index, mode), duration, think)
         for index, (completion, target, duration) in enumerate(
             zip(completions, targets, clips, strict=True)
         )
@@ -128,7 +129,7 @@ def score(
     return scores
 
 
-def _checked(task: str, target: Any, index: int) -> Any:
+def _checked(task: str, target: Any, index: int, mode: str) -> Any:
     """The target in the one shape that the terms read."""
     if task == "grounded_qa":
         good = isinstance(target, Mapping) and _is_text(target.get("answer"))
@@ -143,6 +144,9 @@ def _checked(task: str, target: Any, index: int) -> Any:
             good = isinstance(target, list | tuple) and all(map(_is_text, target))
         else:
             good = _is_text(target)
+    if good and mode == "strict" and task in ("multiple_choice", "grounded_qa"):
+        # A target that cannot be read would score every completion 0.
+        good = parse_letter(target if task == "multiple_choice" else target["answer"]) is not None
     if not good:
         raise ValueError(f"targets[{index}] is no target of {task}: {repr(target)[:200]}")
     return target
@@ -156,6 +160,13 @@ def _is_table(rows: Any, length: int) -> bool:
     return isinstance(rows, list | tuple) and all(
         isinstance(row, list | tuple)
         and len(row) == length
-        and all(isinstance(v, int | float) and math.isfinite(v) for v in row)
+        and all(isinstance(v, int | float) and _is_finite(v) for v in row)
         for row in rows
     )
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer that no float can hold
+        return False

@@ -14,6 +14,7 @@ _VALUE = re.compile(
     r"[^\d.+-]{0,24}([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*(?:/\s*(\d+\.?\d*))?\s*(%?)[^\d]*",
     re.ASCII,
 )
+_MINUS = re.compile("\u2212|^\u2013(?=\\.?[0-9])")  # the minus sign, an en dash for one
 _GROUPS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))", re.ASCII)
 _WORD = re.compile(r"\w+")
 _LONGEST_NUMBER = 64
@@ -23,7 +24,7 @@ _YES, _NO = frozenset({"yes", "true"}), frozenset({"no", "false"})
 def parse_number(text: str) -> float | None:
     """The one number of an answer: 12, -3.5, 1,200, 3/4, 40 % (0.4), $ 5, 7 people. None when there
     is none, more than one, or one that is not finite."""
-    text = text.strip()
+    text = _MINUS.sub("-", text.strip())
     if len(text) > _LONGEST_NUMBER:
         return None
     match = _VALUE.fullmatch(_GROUPS.sub("", text))

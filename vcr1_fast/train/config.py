@@ -81,6 +81,15 @@ class DataConfig:
     """Folder that media paths are relative to; default: the records file's own folder."""
     tasks: tuple[str, ...] | None = None
     """Train on these tasks only; default: all tasks in the file."""
+    difficulty: str | None = None
+    """JSONL of {"id", "score"}: how well an earlier model did on each record, high for easy ones.
+    Records without a score are left out, and counted."""
+    difficulty_range: tuple[float, float] | None = None
+    """Train on records whose score lies strictly between these two."""
+    order: Literal["shuffled", "easy_first"] = "shuffled"
+    """"easy_first": each epoch from the highest score to the lowest."""
+    order_window: int = 64
+    """Records of "easy_first" come fewer than so many places from where sorting puts them."""
     think: bool = False
     """Ask for reasoning before the answer."""
     prompts: str | None = None
@@ -100,8 +109,18 @@ class DataConfig:
     def __post_init__(self) -> None:
         _at_least(self, 0, "decode_workers", "cache_mb")
         _above(self, 0, "decode_timeout")
+        _at_least(self, 1, "order_window")
         if self.tasks is not None and not self.tasks:
             raise ConfigError("tasks", "must not be an empty list")
+        wanted = self.difficulty_range is not None or self.order == "easy_first"
+        if wanted != (self.difficulty is not None):
+            raise ConfigError(
+                "difficulty", "goes with difficulty_range, order: easy_first, or both of them"
+            )
+        if self.difficulty_range is not None and not (
+            self.difficulty_range[0] < self.difficulty_range[1]
+        ):
+            raise ConfigError("difficulty_range", f"must rise, got {list(self.difficulty_range)}")
 
 
 @dataclass(frozen=True)

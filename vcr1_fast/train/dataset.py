@@ -32,18 +32,27 @@ class Sample:
 
 @dataclass(frozen=True)
 class Sampler:
-    """Which record comes at which place of an endless sequence of shuffled epochs.
+    """Which record comes at which place of an endless sequence of epochs.
 
-    A function of (size, seed) and nothing else: the place reached is its whole state, and leaving
-    a bad record out moves no other.
+    Each epoch is shuffled; with `scores`, one a record, it is sorted, the highest first, and a
+    record comes fewer than `window` places from where sorting puts it. A function of these fields
+    and nothing else: the place reached is its whole state, and leaving a bad record out moves no
+    other. `name` tells it from samplers of other records or scores, for checkpoints.
     """
 
     size: int
     seed: int
+    scores: tuple[float, ...] | None = None
+    window: int = 1
+    name: str = "shuffled"
 
     def __post_init__(self) -> None:
         if self.size < 1:
             raise ValueError(f"a sampler needs at least one record, got {self.size}")
+        if self.scores is not None and len(self.scores) != self.size:
+            raise ValueError(f"expected {self.size} scores, got {len(self.scores)}")
+        if self.window < 1:
+            raise ValueError(f"window must be at least 1, got {self.window}")
 
     def places(self, first: int, count: int, rank: int = 0, ranks: int = 1) -> Iterator[int]:
         """Record numbers at places first .. first + count - 1, those of one of `ranks` only."""
@@ -53,8 +62,18 @@ class Sampler:
                 continue
             if place // self.size != epoch:
                 epoch = place // self.size
-                order = np.random.default_rng((self.seed, epoch)).permutation(self.size)
+                order = self._order(epoch)
             yield int(order[place % self.size])
+
+    def _order(self, epoch: int) -> np.ndarray:
+        generator = np.random.default_rng((self.seed, epoch))
+        order = generator.permutation(self.size)
+        if self.scores is None:
+            return order
+        # A stable sort of the shuffled order, so that equal scores come in another order each time.
+        order = order[np.argsort(-np.asarray(self.scores)[order], kind="stable")]
+        later = np.arange(self.size) + generator.uniform(0, self.window, self.size)
+        return order[np.argsort(later, kind="stable")] if self.window > 1 else order
 
 
 class ByteCache(Generic[V]):

@@ -41,6 +41,7 @@ from vcr1_fast.train.dataset import (
     Sampler,
     training_records,
 )
+from vcr1_fast.train.difficulty import select
 from vcr1_fast.train.log import RunLog
 from vcr1_fast.train.optim import MasterAdamW
 from vcr1_fast.train.planner import GIB, Planner
@@ -138,6 +139,7 @@ class Run:
                     "place": step * config.optim.prompts_per_step,
                     "seed": config.run.seed,
                     "records": len(self.source.records),
+                    "order": self.source.sampler.name,
                     "model": trained_state(self.model),
                     "optimizer": self.optimizer.state_dict(),
                     "scales": self.scales.moments,
@@ -174,7 +176,7 @@ def open_run(config: TrainConfig, *, reference: bool) -> Iterator[Run]:
     # Bad rows are seen by every process and listed by the first; bad clips by who meets them.
     listed = output / "quarantine.jsonl"
     quarantine = Quarantine(listed if main else None)
-    records = training_records(config.data, quarantine)
+    chosen = select(training_records(config.data, quarantine), config.data, config.run.seed)
     model, processor = prepare_model(config, accelerator.device)
     anchor = None
     if reference and not config.model.lora_rank:
@@ -184,7 +186,7 @@ def open_run(config: TrainConfig, *, reference: bool) -> Iterator[Run]:
     done = 0
     if config.run.resume and found:
         state = load_checkpoint(found[-1], rank=accelerator.process_index)
-        check_same_run(found[-1], state, config, len(records))
+        check_same_run(found[-1], state, config, chosen.sampler)
         load_trained_state(model, state["model"])
         optimizer.load_state_dict(state["optimizer"])
         scales.load(state.get("scales", {}))
@@ -210,17 +212,13 @@ def open_run(config: TrainConfig, *, reference: bool) -> Iterator[Run]:
             (output / "config.yaml").write_text(dump_config(config))
         for item in quarantine.items:
             log.message(f"quarantined {item.record_id or item.source}: {item.reason}")
+        for note in chosen.notes:
+            log.message(note)
         accelerator.wait_for_everyone()
         if not main:
             quarantine = Quarantine(listed)
         source = stack.enter_context(
-            PromptSource(
-                records,
-                processor,
-                config.data,
-                quarantine,
-                Sampler(len(records), config.run.seed),
-            )
+            PromptSource(chosen.records, processor, config.data, quarantine, chosen.sampler)
         )
         planner = Planner(
             model,
@@ -288,14 +286,17 @@ def add_adapters(model: nn.Module, settings: ModelConfig) -> nn.Module:
         raise ValueError(f"model.lora_targets {list(settings.lora_targets)}: {error}") from error
 
 
-def check_same_run(path: Path, state: dict[str, Any], config: TrainConfig, records: int) -> None:
+def check_same_run(
+    path: Path, state: dict[str, Any], config: TrainConfig, sampler: Sampler
+) -> None:
     """ValueError where the checkpoint's state cannot be gone on from: the data would go on
     elsewhere, or it is past the last step."""
     place = state["step"] * config.optim.prompts_per_step
     for name, saved, given in (
         ("run.seed", state["seed"], config.run.seed),
         ("optim.prompts_per_step", state["place"], place),
-        ("number of records in data.train", state["records"], records),
+        ("number of records in data.train", state["records"], sampler.size),
+        ("data.difficulty or data.order", state.get("order", "shuffled"), sampler.name),
     ):
         if saved != given:
             raise ValueError(
