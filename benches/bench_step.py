@@ -99,7 +99,7 @@ def bench_policy(bench: Bench, name: str, models: Models, case: Case, *, stock: 
         2 * predicted,
         limit="bare products",
         memory=models.clear,
-        rounds=1,
+        rounds=3,
         notes={
             "predicted_speedup": round(before / after, 2),
             "baseline_token_layers": count * (prompt + length) * layers,
