@@ -302,17 +302,18 @@ HOSTILE = [
 
 
 def _seconds(text):
-    started = time.process_time()
+    started = time.thread_time()
     parse_span(text)
     parse_spans(f"[{text}]")
     parse_boxes(f"[{text}]", 8)
     parse_letter(text, OPTIONS)
     last_block(text, "answer")
     well_formed(text, ("think", "answer"))
-    return time.process_time() - started
+    return time.thread_time() - started
 
 
 @pytest.mark.parametrize("piece", HOSTILE)
 def test_time_is_linear_in_hostile_text(piece):
     """100 kB takes well under a second; a quadratic parser takes minutes."""
-    assert _seconds(piece * (100_000 // len(piece))) < 1.0
+    text = piece * (100_000 // len(piece))
+    assert any(_seconds(text) < 1.0 for _ in range(3))  # the collector may walk in one of them
