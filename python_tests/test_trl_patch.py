@@ -46,7 +46,7 @@ def assert_same_runs(ours, theirs, rtol=1e-5):
     for mine, other in zip(ours, theirs, strict=True):
         assert mine.keys() == other.keys()
         for name, value in other.items():
-            # A loss of 0.04 is what is left of terms A log p of up to 10, each rounded to 1e-7 of it.
+            # A loss of 0.04 is left of terms A log p of up to 10, each rounded to 1e-7 of itself.
             assert mine[name] == pytest.approx(value, rel=rtol, abs=5e-6, nan_ok=True), name
 
 
