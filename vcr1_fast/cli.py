@@ -102,7 +102,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--make-warm-start",
         action="store_true",
-        help="make the shipped checkpoint again (half an hour), then stop",
+        help="make the shipped checkpoint again (about an hour), then stop",
     )
     command.set_defaults(run=run_demo)
 
