@@ -16,6 +16,9 @@
 namespace py = pybind11;
 using vcr1::Tensor;
 
+// bindings_attention.cpp
+void bind_attention(py::module_& m);
+
 // bindings_memory.cpp
 void bind_memory(py::module_& m);
 
@@ -357,6 +360,7 @@ void bind_logits_grpo_loss(py::module_& m) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of vcr1_fast.";
   bind_runtime(m);
+  bind_attention(m);
   bind_memory(m);
   bind_gather_logprobs(m);
   bind_iou(m);

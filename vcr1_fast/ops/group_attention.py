@@ -1,0 +1,269 @@
+"""Attention within packs: completions that share the keys and values of their prompt.
+
+The rows of a pack are cut into parts, each of queries i in [row, end) which see the keys
+
+    [prefix, prefix_end)  and  [row, i]
+
+so a prompt is a part without a prefix, and a completion one whose prefix is its prompt. With scores
+s_ij = scale q_i k_j over the keys that i sees, and P = softmax(s):
+
+    out_i = sum_j P_ij v_j,   lse_i = log sum_j e^s_ij
+
+and backward, with dO the gradient of out and delta_i = dO_i out_i (Dao et al., arXiv 2205.14135,
+algorithm 4):
+
+    dV = P^T dO,   dS = P (dO V^T - delta),   dQ = scale dS K,   dK = scale dS^T Q
+
+The kernel for the CPU goes over each block of 32 queries once, a tile of 64 keys at a time: scores
+and probabilities stay in the cache, a query to a lane of the vectors. Backward it computes the
+scores again, so five products for the forward pass's two. Keys and values are read where they lie,
+by all completions, and nothing of size (rows x rows) is in memory. float64 is computed in float64,
+everything else in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vcr1_fast.ops.backend import Op, native
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# The backward pass's pieces of work, at least: each has gradients of keys and values of its own.
+_TASKS = 8
+
+
+def _exact(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def seen(parts: Tensor, rows: int) -> Tensor:
+    """Which keys each query sees, bool (rows, rows)."""
+    own = torch.ones(rows, rows, dtype=torch.bool).tril()
+    mask = torch.zeros(rows, rows, dtype=torch.bool)
+    for row, end, prefix, prefix_end in parts.tolist():
+        mask[row:end, row:end] = own[row:end, row:end]
+        mask[row:end, prefix:prefix_end] = True
+    return mask
+
+
+def group_attention_reference(
+    query: Tensor, key: Tensor, value: Tensor, parts: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) by a mask over all pairs; arguments as in `group_attention`."""
+    probabilities, lse, _ = _softmax(query, key, parts, scale)
+    _, _, values = _expanded(query, key, value)
+    return _by_row(probabilities @ values).to(query.dtype), lse
+
+
+def group_attention_backward_reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grad: Tensor,
+    parts: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value, by the equations above."""
+    q, k, v = _expanded(query, key, value)
+    probabilities, _, _ = _softmax(query, key, parts, scale)
+    d_out = _by_head(grad)
+    delta = (d_out * _by_head(out)).sum(-1, keepdim=True)
+    d_scores = probabilities * (d_out @ v.mT - delta)
+    grads = (
+        d_scores @ k * scale,
+        _shared(d_scores.mT @ q * scale, key.shape[1]),
+        _shared(probabilities.mT @ d_out, key.shape[1]),
+    )
+    return tuple(_by_row(x).to(query.dtype) for x in grads)
+
+
+def _by_head(x: Tensor) -> Tensor:
+    return x.transpose(0, 1).to(_exact(x))
+
+
+def _by_row(x: Tensor) -> Tensor:
+    return x.transpose(0, 1).contiguous()
+
+
+def _expanded(query: Tensor, *others: Tensor) -> list[Tensor]:
+    """(H, N, D) each: a key head for each query head."""
+    share = query.shape[1] // others[0].shape[1]
+    return [_by_head(query), *(_by_head(x).repeat_interleave(share, dim=0) for x in others)]
+
+
+def _shared(x: Tensor, kv_heads: int) -> Tensor:
+    """The sum over query heads that share a key head."""
+    return x.unflatten(0, (kv_heads, -1)).sum(1)
+
+
+def _softmax(
+    query: Tensor, key: Tensor, parts: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, k = _expanded(query, key)
+    mask = seen(parts, len(query)).to(query.device)
+    scores = (q @ k.mT * scale).masked_fill(~mask, -torch.inf)
+    lse = scores.logsumexp(-1)
+    # Queries that see nothing are in no part: they give 0.
+    return (scores - lse[..., None]).exp().masked_fill(~mask, 0.0), lse, mask
+
+
+def _scratch(query: Tensor, key: Tensor, tasks: int) -> Tensor:
+    rows, kv_heads, dim = key.shape
+    multiple = native.group_attention_dim_multiple
+    size = -(-dim // multiple) * multiple
+    return query.new_empty(2 * kv_heads * rows * size * (1 + tasks), dtype=_exact(query))
+
+
+def _new(query: Tensor, parts: Tensor) -> Tensor:
+    """Memory for what the kernel writes of each query in a part; zeros where some are in none."""
+    covered = int((parts[:, 1] - parts[:, 0]).sum())
+    new = torch.empty if covered == len(query) else torch.zeros
+    return new(query.shape, dtype=query.dtype)
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _forward_cpu(
+    query: Tensor, key: Tensor, value: Tensor, parts: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    out = _new(query, parts)
+    lse = query.new_full((query.shape[1], len(query)), -torch.inf, dtype=_exact(query))
+    inputs = [_dense_rows(x) for x in (query, key, value)]
+    scratch = _scratch(query, key, 0)
+    native.group_attention(inputs, parts, scale, out, lse, scratch, torch.get_num_threads())
+    return out, lse
+
+
+def _backward_cpu(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grad: Tensor,
+    parts: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads = [_new(query, parts), *(torch.empty(x.shape, dtype=x.dtype) for x in (key, value))]
+    inputs = [_dense_rows(x) for x in (query, key, value)]
+    tasks = max(1, _TASKS // key.shape[1])
+    native.group_attention_backward(
+        inputs,
+        parts,
+        scale,
+        out,
+        lse,
+        _dense_rows(grad),
+        grads,
+        _scratch(query, key, tasks),
+        tasks,
+        torch.get_num_threads(),
+    )
+    return tuple(grads)
+
+
+def _fake_forward(
+    query: Tensor, key: Tensor, value: Tensor, parts: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    lse = query.new_empty((query.shape[1], query.shape[0]), dtype=_exact(query))
+    return query.new_empty(query.shape), lse
+
+
+def _fake_backward(
+    query: Tensor, key: Tensor, value: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(x.new_empty(x.shape) for x in (query, key, value))
+
+
+_forward = Op(
+    "group_attention",
+    "(Tensor query, Tensor key, Tensor value, Tensor parts, float scale) -> (Tensor, Tensor)",
+    _fake_forward,
+)
+_forward.register("reference", group_attention_reference)
+_forward.register("cpu", _forward_cpu)
+_backward = Op(
+    "group_attention_backward",
+    "(Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, Tensor grad, Tensor parts, "
+    "float scale) -> (Tensor, Tensor, Tensor)",
+    _fake_backward,
+)
+_backward.register("reference", group_attention_backward_reference)
+_backward.register("cpu", _backward_cpu)
+
+
+class _GroupAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key, value, parts, scale):
+        out, lse = _forward(query, key, value, parts, scale)
+        ctx.save_for_backward(query, key, value, out, lse, parts)
+        ctx.scale = scale
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, _):
+        *saved, parts = ctx.saved_tensors
+        return *_backward(*saved, grad, parts, ctx.scale), None, None
+
+
+def group_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    parts: Tensor | Sequence[Sequence[int]],
+    *,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Attention of a pack's queries over the keys that their parts name.
+
+    query: (N, H, D); key, value: (N, heads, D), heads dividing H, heads that share a key one after
+        another; float64, float32, bfloat16 or float16 of one dtype, any strides. On the CPU D may
+        be up to 128.
+    parts: (n, 4) int64 on the CPU: row, end, prefix, prefix_end, see above. Rows rise, and a prefix
+        ends at or before its part's first row.
+    scale: of the scores, 1 / sqrt(D) as a rule.
+    Returns out (N, H, D) in the inputs' dtype, zero for queries in no part, and the log-sum-exps of
+    their scores (H, N), float32 or float64, -inf for those. out is differentiable once; lse is not.
+    Raises ValueError for other shapes and dtypes, and for parts that overlap or reach too far.
+    """
+    if not isinstance(parts, Tensor):
+        parts = torch.tensor(parts, dtype=torch.int64).view(-1, 4)
+    _check(query, key, value, parts)
+    return _GroupAttention.apply(query, key, value, parts, float(scale))
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, parts: Tensor) -> None:
+    shapes = [tuple(x.shape) for x in (query, key, value)]
+    if any(len(shape) != 3 for shape in shapes) or shapes[1] != shapes[2]:
+        raise ValueError(f"query, key and value must be (N, heads, D) each, got {shapes}")
+    if query.shape[::2] != key.shape[::2] or key.shape[1] == 0 or query.shape[1] % key.shape[1]:
+        raise ValueError(
+            f"query and key must agree in N and D, and heads divide H; got {shapes[0]}, {shapes[1]}"
+        )
+    dtypes = {x.dtype for x in (query, key, value)}
+    if len(dtypes) > 1 or query.dtype not in _DTYPES:
+        raise ValueError(f"query, key and value must be of one dtype of {_DTYPES}, got {dtypes}")
+    if parts.dtype != torch.int64 or parts.dim() != 2 or parts.shape[1] != 4:
+        raise ValueError(f"parts must be int64 (n, 4), got {parts.dtype} {tuple(parts.shape)}")
+    if parts.device.type != "cpu":
+        raise ValueError(f"parts must be on the CPU, got {parts.device}")
+    row, end, prefix, prefix_end = parts.t()
+    before = torch.cat([torch.zeros(1, dtype=torch.int64), end])[:-1]
+    good = (before <= row) & (row < end) & (end <= len(query))
+    good &= (0 <= prefix) & (prefix <= prefix_end) & (prefix_end <= row)
+    if not bool(good.all()):
+        at = int((~good).nonzero()[0])
+        raise ValueError(
+            f"part {at} is {parts[at].tolist()}: rows must rise within {len(query)}, and a prefix "
+            "end at or before its part's first row"
+        )
