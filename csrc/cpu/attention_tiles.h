@@ -29,6 +29,36 @@ constexpr int kTile = 8;
 constexpr int kTile = 4;
 #endif
 
+// Four rows of four numbers to four columns, each row times `factor`.
+inline void transpose4(const float* from, int stride, float factor, float* to, int to_stride) {
+  typedef float Four __attribute__((vector_size(16)));
+  Four x[4];
+  for (int i = 0; i < 4; ++i) {
+    std::memcpy(&x[i], from + i * stride, sizeof x[i]);
+    x[i] *= factor;
+  }
+  const Four a = __builtin_shufflevector(x[0], x[1], 0, 4, 1, 5);
+  const Four b = __builtin_shufflevector(x[2], x[3], 0, 4, 1, 5);
+  const Four c = __builtin_shufflevector(x[0], x[1], 2, 6, 3, 7);
+  const Four d = __builtin_shufflevector(x[2], x[3], 2, 6, 3, 7);
+  x[0] = __builtin_shufflevector(a, b, 0, 1, 4, 5);
+  x[1] = __builtin_shufflevector(a, b, 2, 3, 6, 7);
+  x[2] = __builtin_shufflevector(c, d, 0, 1, 4, 5);
+  x[3] = __builtin_shufflevector(c, d, 2, 3, 6, 7);
+  for (int i = 0; i < 4; ++i) std::memcpy(to + i * to_stride, &x[i], sizeof x[i]);
+}
+inline void transpose4(const double* from, int stride, double factor, double* to, int to_stride) {
+  for (int i = 0; i < 4; ++i)
+    for (int j = 0; j < 4; ++j) to[j * to_stride + i] = from[i * stride + j] * factor;
+}
+
+// to[m][n] = from[n][m]^T factor, in multiples of four.
+template <typename S>
+void transpose(const S* from, int n, int m, S factor, S* to) {
+  for (int i = 0; i < n; i += 4)
+    for (int j = 0; j < m; j += 4) transpose4(from + i * m + j, m, factor, to + j * n + i, n);
+}
+
 // fn(constant, i) for pieces of kTile, 2 and 1 that make up [0, n).
 template <typename Fn>
 VCR1_INLINE void for_tiles(int n, Fn&& fn) {

@@ -106,20 +106,18 @@ void gather(const T* from, int64_t stride, int used, int dim, int size, S factor
             S* columns) {
   for (int r = 0; r < used; ++r) copy_row(from + r * stride, dim, rows + r * size, size);
   std::fill(rows + used * size, rows + kRows * size, S(0));
-  for (int r = 0; r < kRows; ++r)
-    for (int d = 0; d < size; ++d) columns[d * kRows + r] = rows[r * size + d] * factor;
+  transpose(rows, kRows, size, factor, columns);
 }
 
-// The way back: column r times factor[r] to row r. rows: memory for one.
+// The way back, by way of rows[kRows][size].
 template <typename S, typename T>
-void scatter(const S* columns, const S* factor, int used, int dim, int size, S* row, T* to,
+void scatter(const S* columns, int used, int dim, int size, S factor, S* rows, T* to,
              int64_t stride) {
   using V = typename VecOf<S>::type;
-  for (int r = 0; r < used; ++r) {
-    for (int d = 0; d < size; ++d) row[d] = columns[d * kRows + r] * factor[r];
+  transpose(columns, size, kRows, factor, rows);
+  for (int r = 0; r < used; ++r)
     for (int d = 0; d < dim; d += V::kWidth)
-      store_partial(to + r * stride + d, load(row + d), dim - d);
-  }
+      store_partial(to + r * stride + d, load(rows + r * size + d), dim - d);
 }
 
 // Keys and values in the kernel's own precision, each head's rows one after another.
@@ -221,7 +219,8 @@ void forward_block(const GroupAttentionForward& a, const Packed<S>& packed, int6
     lse[r] = largest[r] * static_cast<S>(kLn2) + std::log(sum[r]);
     sum[r] = S(1) / sum[r];
   }
-  scatter(out, sum, block.used, dim, size, rows, a.out.at<T>(block.row, head), a.out.row);
+  scale_columns(out, size, sum);
+  scatter(out, block.used, dim, size, S(1), rows, a.out.at<T>(block.row, head), a.out.row);
 }
 
 template <typename S, typename T>
@@ -233,6 +232,14 @@ void forward(const GroupAttentionForward& args, int num_threads) {
     for (int64_t i = begin; i < end; ++i)
       forward_block<S, T>(args, packed, i / blocks, block_at(args.in, blocks - 1 - i % blocks));
   });
+}
+
+template <typename S>
+S dot(const S* a, const S* b, int n) {
+  using V = typename VecOf<S>::type;
+  V sum = splat(S(0));
+  for (int i = 0; i < n; i += V::kWidth) sum = fma(load(a + i), load(b + i), sum);
+  return reduce_add(sum);
 }
 
 // Scores become probabilities, and products of values and the output's gradient become gradients of
@@ -275,7 +282,7 @@ void backward_block(const GroupAttentionBackward& a, const Packed<S>& packed, in
   alignas(64) S grad[kRows * kMaxDim], grad_columns[kRows * kMaxDim];
   alignas(64) S grad_query[kRows * kMaxDim], row[kMaxDim];
   alignas(64) S scores[kKeys * kRows], products[kKeys * kRows];
-  alignas(64) S lse[kRows], delta[kRows], factor[kRows];
+  alignas(64) S lse[kRows], delta[kRows];
   const S scale = static_cast<S>(in.scale);
   gather(in.query.at<T>(block.row, head), in.query.row, block.used, dim, size,
          static_cast<S>(in.scale * kLog2E), query, query_columns);
@@ -286,10 +293,9 @@ void backward_block(const GroupAttentionBackward& a, const Packed<S>& packed, in
     lse[r] =
         r < block.used ? given[r] * static_cast<S>(kLog2E) : std::numeric_limits<S>::infinity();
     delta[r] = 0;
-    factor[r] = scale;
     if (r >= block.used) continue;
     copy_row(a.out.at<T>(block.row + r, head), dim, row, size);
-    for (int d = 0; d < size; ++d) delta[r] += row[d] * grad[r * size + d];
+    delta[r] = dot(row, grad + r * size, size);
   }
   // The gradient of a key is the scaled query, times that of the score.
   for (int i = 0; i < block.used * size; ++i) query[i] *= scale;
@@ -303,7 +309,7 @@ void backward_block(const GroupAttentionBackward& a, const Packed<S>& packed, in
     add_rows(scores, n, grad, block.used, size, grad_values + key * size);
     add_rows(products, n, query, block.used, size, grad_keys + key * size);
   });
-  scatter(grad_query, factor, block.used, dim, size, row, a.grad_query.at<T>(block.row, head),
+  scatter(grad_query, block.used, dim, size, scale, query, a.grad_query.at<T>(block.row, head),
           a.grad_query.row);
 }
 

@@ -26,6 +26,11 @@ inline DoubleVec sub(DoubleVec a, DoubleVec b) { return {a.v - b.v}; }
 inline DoubleVec mul(DoubleVec a, DoubleVec b) { return {a.v * b.v}; }
 inline DoubleVec fma(DoubleVec a, DoubleVec b, DoubleVec c) { return {a.v * b.v + c.v}; }
 inline DoubleVec max(DoubleVec a, DoubleVec b) { return {a.v > b.v ? a.v : b.v}; }
+inline double reduce_add(DoubleVec a) {
+  double out = a.v[0];
+  for (int i = 1; i < DoubleVec::kWidth; ++i) out += a.v[i];
+  return out;
+}
 inline DoubleVec load_partial(const double* p, int n, double fill) {
   if (n >= DoubleVec::kWidth) return load(p);
   DoubleVec out = splat(fill);

@@ -14,11 +14,12 @@ output and log-sum-exp: softmax probabilities are e^(score - L), whichever part 
 parts' gradients add up.
 
 Backends, which compute the same:
+    fused     our own kernel for the CPU (`ops/group_attention.py`), both parts in one pass
     merged    as above, with torch's kernels for the CPU, which return the log-sum-exp
     masked    the completions as one masked call over the group's own stretch of keys, on any device
     flex      FlexAttention over the whole pack, blocks that nobody sees left out; needs a GPU for
               the backward pass, and compiles
-    auto      merged on the CPU, masked elsewhere
+    auto      fused on the CPU, masked elsewhere
 """
 
 from collections.abc import Callable, Sequence
@@ -42,9 +43,11 @@ from vcr1_fast.model.partial_attention import (
 )
 from vcr1_fast.model.unread import skip_unread_rows
 from vcr1_fast.model.wrapping import unwrap
+from vcr1_fast.ops.group_attention import group_attention
 
 ATTENTION = "vcr1_shared_prompt"
-Backend = Literal["auto", "merged", "masked", "flex"]
+Backend = Literal["auto", "fused", "merged", "masked", "flex"]
+_ON_CPU = ("fused", "merged")  # they decode with torch's kernels for the CPU, too
 
 
 def attention(
@@ -85,9 +88,9 @@ def attention(
         is_last = module.layer_idx == module.config.num_hidden_layers - 1
         return backend(query, key, value, scaling, spans, is_last), None
     if shared_prefix is not None:
-        merged = resolve_backend(module.vcr1_backend, query.device) == "merged"
+        on_cpu = resolve_backend(module.vcr1_backend, query.device) in _ON_CPU
         prefix = shared_prefix.prefix[module.layer_idx]
-        part = partial if merged else partial_product
+        part = partial if on_cpu else partial_product
         out = shared_prefix_attention((query, key, value), prefix, shared_prefix, scaling, part)
         return out, None
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -131,21 +134,21 @@ def resolve_backend(backend: Backend, device: torch.device) -> str:
     """What "auto" stands for on a device."""
     if backend != "auto":
         return backend
-    return "merged" if device.type == "cpu" else "masked"
+    return "fused" if device.type == "cpu" else "masked"
 
 
 def check_backend(backend: str, device: torch.device) -> None:
     """ValueError, with what to set instead, for one that cannot run there."""
     if backend not in get_args(Backend):
         raise ValueError(f"attention must be one of {get_args(Backend)}, got {backend!r}")
-    if resolve_backend(backend, device) != "merged":
+    if resolve_backend(backend, device) not in _ON_CPU:
         return
     if device.type != "cpu":
-        raise ValueError(f"attention 'merged' is for the CPU, the model is on {device}: 'masked'")
+        raise ValueError(f"attention {backend!r} is for the CPU, the model is on {device}: 'masked'")
     check_kernels()
 
 
-def merged_group_attention(
+def fused_group_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -158,6 +161,20 @@ def merged_group_attention(
     is_last: of a prompt only the last token's row is read afterwards (see `unread.py`); the others
     may be anything, and are zero here.
     """
+    parts = torch.tensor([part for span in spans for part in span.parts(is_last)])
+    rows = (x[0].transpose(0, 1) for x in (query, key, value))
+    return group_attention(*rows, parts, scale=scaling)[0][None]
+
+
+def merged_group_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    spans: Sequence[Span],
+    is_last: bool = False,
+) -> Tensor:
+    """`fused_group_attention` from torch's kernels for the CPU."""
     return _MergedParts.apply(query, key, value, scaling, spans, is_last)
 
 
@@ -169,7 +186,7 @@ def masked_group_attention(
     spans: Sequence[Span],
     is_last: bool = False,
 ) -> Tensor:
-    """`merged_group_attention` from public functions alone, on any device. The completions' mask
+    """`fused_group_attention` from public functions alone, on any device. The completions' mask
     takes S (P + S) bytes a group, once for all layers."""
     share = query.shape[1] // key.shape[1]
     outputs = []
@@ -266,6 +283,7 @@ def _from_batch(x: Tensor, span: Span) -> Tensor:
 
 
 _BACKENDS: dict[str, Callable[..., Tensor]] = {
+    "fused": fused_group_attention,
     "merged": merged_group_attention,
     "masked": masked_group_attention,
     "flex": flex_group_attention,

@@ -76,6 +76,17 @@ class Span:
     def is_ragged(self) -> bool:
         return len(set(self.lengths)) > 1
 
+    def parts(self, is_last: bool) -> list[tuple[int, ...]]:
+        """For `ops.group_attention`. is_last: of the prompt's queries only the last one counts."""
+        last = self.middle - 1
+        parts = [(last, self.middle, self.start, last)]
+        if not is_last:
+            parts = [(self.start, self.middle, self.start, self.start)]
+        for length in self.lengths:
+            row = parts[-1][1]
+            parts.append((row, row + length, self.start, self.middle))
+        return parts
+
     @cached_property
     def read(self) -> Tensor:
         """(1 + S,) indices in the row of the tokens from which something is predicted."""

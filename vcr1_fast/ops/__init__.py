@@ -3,6 +3,7 @@
 from vcr1_fast.ops.backend import use
 from vcr1_fast.ops.gather_logprobs import LogProbs, gather_logprobs
 from vcr1_fast.ops.group_advantages import group_advantages
+from vcr1_fast.ops.group_attention import group_attention
 from vcr1_fast.ops.grpo_config import GRPOLossConfig
 from vcr1_fast.ops.grpo_loss import grpo_loss
 from vcr1_fast.ops.grpo_token_loss import TokenLosses, grpo_token_loss
@@ -20,6 +21,7 @@ __all__ = [
     "box_iou",
     "gather_logprobs",
     "group_advantages",
+    "group_attention",
     "grpo_loss",
     "grpo_loss_from_logits",
     "grpo_token_loss",

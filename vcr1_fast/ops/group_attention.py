@@ -23,7 +23,7 @@ everything else in float32.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from torch import Tensor
 
 from vcr1_fast.ops.backend import Op, native
 
+MAX_DIM = 128  # of a head, on the CPU
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # The backward pass's pieces of work, at least: each has gradients of keys and values of its own.
 _TASKS = 8
@@ -40,23 +41,18 @@ def _exact(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def seen(parts: Tensor, rows: int) -> Tensor:
-    """Which keys each query sees, bool (rows, rows)."""
-    own = torch.ones(rows, rows, dtype=torch.bool).tril()
-    mask = torch.zeros(rows, rows, dtype=torch.bool)
-    for row, end, prefix, prefix_end in parts.tolist():
-        mask[row:end, row:end] = own[row:end, row:end]
-        mask[row:end, prefix:prefix_end] = True
-    return mask
-
-
 def group_attention_reference(
     query: Tensor, key: Tensor, value: Tensor, parts: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) by a mask over all pairs; arguments as in `group_attention`."""
-    probabilities, lse, _ = _softmax(query, key, parts, scale)
-    _, _, values = _expanded(query, key, value)
-    return _by_row(probabilities @ values).to(query.dtype), lse
+    """(out, lse), part by part; arguments as in `group_attention`."""
+    out = torch.zeros_like(query, memory_format=torch.contiguous_format)
+    lse = query.new_full((query.shape[1], len(query)), -torch.inf, dtype=_exact(query))
+    for rows, keys, seen in _pieces(parts, query.device):
+        q, k, v = _heads(query, rows), _heads(key, keys), _heads(value, keys)
+        scores = (_product(q, k.mT) * scale).masked_fill(~seen, -torch.inf)
+        lse[:, rows] = scores.logsumexp(-1)
+        out[rows] = _product(scores.softmax(-1), v).transpose(0, 1).to(out.dtype)
+    return out, lse
 
 
 def group_attention_backward_reference(
@@ -70,47 +66,39 @@ def group_attention_backward_reference(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, by the equations above."""
-    q, k, v = _expanded(query, key, value)
-    probabilities, _, _ = _softmax(query, key, parts, scale)
-    d_out = _by_head(grad)
-    delta = (d_out * _by_head(out)).sum(-1, keepdim=True)
-    d_scores = probabilities * (d_out @ v.mT - delta)
-    grads = (
-        d_scores @ k * scale,
-        _shared(d_scores.mT @ q * scale, key.shape[1]),
-        _shared(probabilities.mT @ d_out, key.shape[1]),
-    )
-    return tuple(_by_row(x).to(query.dtype) for x in grads)
+    grads = [torch.zeros(x.shape, dtype=_exact(x), device=x.device) for x in (query, key, value)]
+    for rows, keys, seen in _pieces(parts, query.device):
+        q, k, v = _heads(query, rows), _heads(key, keys), _heads(value, keys)
+        d_out, of_out = _heads(grad, rows), _heads(out, rows)
+        p = (_product(q, k.mT) * scale - lse[:, rows, None]).exp().masked_fill(~seen, 0.0)
+        d_scores = p * (_product(d_out, v.mT) - (d_out * of_out).sum(-1, keepdim=True)) * scale
+        grads[0][rows] = _product(d_scores, k).transpose(0, 1)
+        for whole, part in ((grads[1], _product(d_scores.mT, q)), (grads[2], _product(p.mT, d_out))):
+            # Over the query heads that share a key head.
+            shared = part.unflatten(0, (key.shape[1], -1)).sum(1)
+            whole.index_add_(0, keys, shared.transpose(0, 1))
+    return tuple(x.to(query.dtype) for x in grads)
 
 
-def _by_head(x: Tensor) -> Tensor:
-    return x.transpose(0, 1).to(_exact(x))
+def _pieces(parts: Tensor, device: torch.device) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """For each part its rows, the keys (m,) that any of them sees, and which of those each does,
+    (rows, m) bool."""
+    for row, end, prefix, prefix_end in parts.tolist():
+        keys = torch.cat([torch.arange(prefix, prefix_end), torch.arange(row, end)])
+        own = torch.ones(end - row, end - row, dtype=torch.bool).tril()
+        of_prefix = torch.ones(end - row, prefix_end - prefix, dtype=torch.bool)
+        seen = torch.cat([of_prefix, own], dim=1)
+        yield slice(row, end), keys.to(device), seen.to(device)
 
 
-def _by_row(x: Tensor) -> Tensor:
-    return x.transpose(0, 1).contiguous()
+def _heads(x: Tensor, rows: slice | Tensor) -> Tensor:
+    """Those rows of (N, heads, D) as (heads, rows, D), in the precision of the reference."""
+    return x[rows].transpose(0, 1).to(_exact(x))
 
 
-def _expanded(query: Tensor, *others: Tensor) -> list[Tensor]:
-    """(H, N, D) each: a key head for each query head."""
-    share = query.shape[1] // others[0].shape[1]
-    return [_by_head(query), *(_by_head(x).repeat_interleave(share, dim=0) for x in others)]
-
-
-def _shared(x: Tensor, kv_heads: int) -> Tensor:
-    """The sum over query heads that share a key head."""
-    return x.unflatten(0, (kv_heads, -1)).sum(1)
-
-
-def _softmax(
-    query: Tensor, key: Tensor, parts: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    q, k = _expanded(query, key)
-    mask = seen(parts, len(query)).to(query.device)
-    scores = (q @ k.mT * scale).masked_fill(~mask, -torch.inf)
-    lse = scores.logsumexp(-1)
-    # Queries that see nothing are in no part: they give 0.
-    return (scores - lse[..., None]).exp().masked_fill(~mask, 0.0), lse, mask
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, where heads of a that share one of b stand one after another."""
+    return a @ b.repeat_interleave(len(a) // len(b), dim=0)
 
 
 def _scratch(query: Tensor, key: Tensor, tasks: int) -> Tensor:
@@ -228,7 +216,7 @@ def group_attention(
 
     query: (N, H, D); key, value: (N, heads, D), heads dividing H, heads that share a key one after
         another; float64, float32, bfloat16 or float16 of one dtype, any strides. On the CPU D may
-        be up to 128.
+        be up to MAX_DIM.
     parts: (n, 4) int64 on the CPU: row, end, prefix, prefix_end, see above. Rows rise, and a prefix
         ends at or before its part's first row.
     scale: of the scores, 1 / sqrt(D) as a rule.
