@@ -81,7 +81,6 @@ vcr1::GroupAttentionInput attention_input(const std::vector<Tensor>& inputs, con
 }  // namespace
 
 void bind_attention(py::module_& m) {
-  m.attr("group_attention_max_dim") = int{vcr1::kGroupAttentionMaxDim};
   m.attr("group_attention_dim_multiple") = int{vcr1::kDimMultiple};
   m.def(
       "group_attention",

@@ -165,16 +165,17 @@ def test_random_shapes_equal_the_plain_form(loaded):
         assert torch.allclose(packed, plain, rtol=0, atol=1e-7), shape
 
 
+@pytest.mark.parametrize("backend", ("merged", "masked"))
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_masked_attention_equals_the_plain_form(loaded, monkeypatch, shape):
-    """The form that serves devices whose kernels do not return log-sum-exps."""
+def test_other_backends_equal_the_plain_form(loaded, monkeypatch, shape, backend):
+    """Those that "auto" does not take here."""
     model, processor = loaded
     groups = _groups(processor, 1, shape)
-    masked, calls = attention.masked_group_attention, []
+    run, calls = attention._BACKENDS[backend], []
     monkeypatch.setitem(
-        attention._BACKENDS, "masked", lambda *args: (calls.append(1), masked(*args))[1]
+        attention._BACKENDS, backend, lambda *args: (calls.append(1), run(*args))[1]
     )
-    attention.prepare_attention(model, "masked")
+    attention.prepare_attention(model, backend)
     packed = _group_log_probs(model, groups)
     assert len(calls) == CONFIG.layers
     ours = _gradients(model, packed)
@@ -216,17 +217,17 @@ def test_flex_blocks_are_left_out_where_nobody_sees_anybody():
 
 def test_backends_that_cannot_run_are_refused(loaded, monkeypatch):
     model, _ = loaded
-    for backend in ("auto", "merged", "masked", "flex"):
+    for backend in ("auto", "fused", "merged", "masked", "flex"):
         attention.prepare_attention(model, backend)
     with pytest.raises(ValueError, match="got 'quick'"):
         attention.prepare_attention(model, "quick")
     with pytest.raises(ValueError, match="is for the CPU, the model is on cuda"):
-        attention.check_backend("merged", torch.device("cuda"))
+        attention.check_backend("fused", torch.device("cuda"))
     assert attention.resolve_backend("auto", torch.device("cuda")) == "masked"
-    assert attention.resolve_backend("auto", torch.device("cpu")) == "merged"
+    assert attention.resolve_backend("auto", torch.device("cpu")) == "fused"
     monkeypatch.setattr(partial_attention, "_FORWARD", "_no_such_kernel")
     attention.prepare_attention(model, "masked")
-    for backend in ("auto", "merged"):
+    for backend in ("auto", "fused", "merged"):
         with pytest.raises(ValueError, match=r"no _no_such_kernel: set model\.attention"):
             attention.prepare_attention(model, backend)
 
@@ -263,15 +264,18 @@ def test_the_comparison_notices_a_completion_that_sees_another(loaded, monkeypat
     assert _difference(model, groups) > 1e-4
 
 
+def from_the_packs_start(parts):
+    """`Span.parts` with every group before it in its prefix."""
+    return lambda span, is_last: [
+        (row, end, 0, max(prefix_end, span.start))
+        for row, end, _, prefix_end in parts(span, is_last)
+    ]
+
+
 def test_the_comparison_notices_a_group_that_sees_another(loaded, monkeypatch):
     model, processor = loaded
     groups = _groups(processor, 1, SHAPES["ragged groups"])
-    one = packing.Span
-    monkeypatch.setattr(
-        packing,
-        "Span",
-        lambda start, prompt, lengths, device: one(0, start + prompt, lengths, device),
-    )
+    monkeypatch.setattr(packing.Span, "parts", from_the_packs_start(packing.Span.parts))
     assert _difference(model, groups) > 1e-4
 
 

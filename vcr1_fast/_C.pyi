@@ -38,6 +38,30 @@ def gather_logprobs_backward(
     num_threads: int,
 ) -> None: ...
 
+group_attention_dim_multiple: int
+
+def group_attention(
+    inputs: Sequence[Tensor],
+    parts: Tensor,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+    scratch: Tensor,
+    num_threads: int,
+) -> None: ...
+def group_attention_backward(
+    inputs: Sequence[Tensor],
+    parts: Tensor,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+    grad: Tensor,
+    grads: Sequence[Tensor],
+    scratch: Tensor,
+    tasks: int,
+    num_threads: int,
+) -> None: ...
+
 grpo_loss_scratch: int
 
 def grpo_loss(

@@ -144,7 +144,9 @@ def check_backend(backend: str, device: torch.device) -> None:
     if resolve_backend(backend, device) not in _ON_CPU:
         return
     if device.type != "cpu":
-        raise ValueError(f"attention {backend!r} is for the CPU, the model is on {device}: 'masked'")
+        raise ValueError(
+            f"attention {backend!r} is for the CPU, the model is on {device}: 'masked'"
+        )
     check_kernels()
 
 

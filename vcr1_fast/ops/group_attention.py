@@ -31,7 +31,7 @@ from torch import Tensor
 
 from vcr1_fast.ops.backend import Op, native
 
-MAX_DIM = 128  # of a head, on the CPU
+MAX_DIM = 128  # of a head, on the CPU: the kernel's `kGroupAttentionMaxDim`
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # The backward pass's pieces of work, at least: each has gradients of keys and values of its own.
 _TASKS = 8
@@ -73,7 +73,10 @@ def group_attention_backward_reference(
         p = (_product(q, k.mT) * scale - lse[:, rows, None]).exp().masked_fill(~seen, 0.0)
         d_scores = p * (_product(d_out, v.mT) - (d_out * of_out).sum(-1, keepdim=True)) * scale
         grads[0][rows] = _product(d_scores, k).transpose(0, 1)
-        for whole, part in ((grads[1], _product(d_scores.mT, q)), (grads[2], _product(p.mT, d_out))):
+        for whole, part in (
+            (grads[1], _product(d_scores.mT, q)),
+            (grads[2], _product(p.mT, d_out)),
+        ):
             # Over the query heads that share a key head.
             shared = part.unflatten(0, (key.shape[1], -1)).sum(1)
             whole.index_add_(0, keys, shared.transpose(0, 1))
@@ -248,7 +251,7 @@ def _check(query: Tensor, key: Tensor, value: Tensor, parts: Tensor) -> None:
     row, end, prefix, prefix_end = parts.t()
     before = torch.cat([torch.zeros(1, dtype=torch.int64), end])[:-1]
     good = (before <= row) & (row < end) & (end <= len(query))
-    good &= (0 <= prefix) & (prefix <= prefix_end) & (prefix_end <= row)
+    good &= (prefix >= 0) & (prefix <= prefix_end) & (prefix_end <= row)
     if not bool(good.all()):
         at = int((~good).nonzero()[0])
         raise ValueError(

@@ -1,0 +1,335 @@
+"""Attention within packs against one dense softmax in float64, differentiated by autograd."""
+
+import itertools
+
+import pytest
+import torch
+
+from vcr1_fast import ops
+from vcr1_fast.ops import group_attention
+from vcr1_fast.ops.backend import native
+from vcr1_fast.ops.group_attention import MAX_DIM, _forward
+
+SCALE = 0.3
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 4e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+ISAS = ("baseline", "avx2", "avx512", "auto")
+
+
+@pytest.fixture(params=_forward.backends())
+def backend(request):
+    with ops.use(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def isa(request):
+    try:
+        native.choose_cpu_isa(request.param)
+    except ValueError:
+        pytest.skip(f"this processor has no {request.param}")
+    yield request.param
+    native.choose_cpu_isa("auto")
+
+
+def pack(*groups):
+    """(parts, rows) of groups, each (prompt, [completions]) in tokens."""
+    parts, at = [], 0
+    for prompt, completions in groups:
+        start, middle = at, at + prompt
+        parts.append((start, middle, start, start))
+        for row, end in itertools.pairwise(itertools.accumulate(completions, initial=middle)):
+            parts.append((row, end, start, middle))
+        at = parts[-1][1]
+    return parts, at
+
+
+def normal(rows, heads, dim, dtype, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, heads, dim, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def inputs(rows, heads=4, kv_heads=2, dim=16, dtype=torch.float64):
+    return [normal(rows, h, dim, dtype, i) for i, h in enumerate((heads, kv_heads, kv_heads))]
+
+
+def seen(parts, rows):
+    """Which keys each query sees, from the words of the docstring."""
+    mask = torch.zeros(rows, rows, dtype=torch.bool)
+    for row, end, prefix, prefix_end in parts:
+        for i in range(row, end):
+            mask[i, prefix:prefix_end] = True
+            mask[i, row : i + 1] = True
+    return mask
+
+
+def dense(query, key, value, parts):
+    """(out, lse) in float64, every head with its own copy of the keys. A query in no part sees
+    itself: what comes of it is for nobody to read, but no NaN."""
+    share = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(share, dim=1), value.repeat_interleave(share, dim=1)
+    scores = torch.einsum("ihd,jhd->hij", query, key) * SCALE
+    mask = seen(parts, len(query))
+    mask |= torch.eye(len(query), dtype=torch.bool) & ~mask.any(1)
+    scores = scores.masked_fill(~mask, -torch.inf)
+    return torch.einsum("hij,jhd->ihd", scores.softmax(-1), value), scores.logsumexp(-1)
+
+
+def assert_close(ours, exact, tolerance):
+    for a, b in zip(ours, exact, strict=True):
+        assert a.shape == b.shape
+        a, b = a.detach().double(), b.detach()
+        scale = float(b.abs().max())
+        torch.testing.assert_close(a, b, rtol=0, atol=tolerance * (scale + 1))
+
+
+def check(query, key, value, parts, dtype):
+    """Values and gradients of `group_attention` against `dense` on the same numbers."""
+    ours = [x.detach().requires_grad_() for x in (query, key, value)]
+    exact = [x.detach().double().requires_grad_() for x in (query, key, value)]
+    out, lse = group_attention(*ours, parts, scale=SCALE)
+    assert out.dtype == dtype and lse.dtype == torch.promote_types(dtype, torch.float32)
+    expected = dense(*exact, parts)
+    assert_close((out, lse), expected, TOLERANCE[dtype])
+    upstream = normal(*out.shape, dtype, seed=9)
+    out.backward(upstream)
+    expected[0].backward(upstream.double())
+    assert all(x.grad.dtype == dtype for x in ours)
+    assert_close([x.grad for x in ours], [x.grad for x in exact], 2 * TOLERANCE[dtype])
+
+
+PACKS = {
+    "one token": [(1, [])],
+    "a prompt": [(77, [])],
+    "tiles exactly": [(64, [32, 32])],
+    "a tile and one": [(65, [33, 1])],
+    "short completions in a block": [(70, [1, 2, 3, 4, 5, 6, 7, 8])],
+    "long completions": [(40, [130, 67])],
+    "ragged groups": [(77, [10, 63, 1, 33, 7]), (150, [5, 70]), (3, [])],
+    "prompts alone": [(5, []), (40, []), (2, [])],
+}
+
+
+@pytest.mark.parametrize("groups", PACKS.values(), ids=PACKS)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_values_and_gradients(backend, groups, dtype):
+    parts, rows = pack(*groups)
+    check(*inputs(rows, dtype=dtype), parts, dtype)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim"),
+    [(4, 1, 16), (3, 3, 8), (8, 4, 32), (2, 1, 80), (2, 2, MAX_DIM), (2, 1, 1), (6, 2, 37)],
+)
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16), ids=str)
+def test_heads(backend, heads, kv_heads, dim, dtype):
+    parts, rows = pack((50, [20, 9, 41]), (12, [3]))
+    check(*inputs(rows, heads, kv_heads, dim, dtype), parts, dtype)
+
+
+@pytest.mark.skipif(native is None, reason="the native module is not built")
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("dim", (8, 16, 48))
+def test_instruction_sets(isa, dtype, dim):
+    parts, rows = pack((150, [5, 70, 31]), (33, [1, 1, 1]))
+    check(*inputs(rows, 4, 2, dim, dtype), parts, dtype)
+
+
+def test_random_packs(backend):
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(low, high):
+        return int(torch.randint(low, high, (1,), generator=generator))
+
+    for _ in range(12):
+        groups = [
+            (draw(1, 150), [draw(1, 70) for _ in range(draw(0, 6))]) for _ in range(draw(1, 4))
+        ]
+        parts, rows = pack(*groups)
+        check(*inputs(rows, dtype=torch.float32), parts, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16), ids=str)
+def test_strides(backend, dtype):
+    """As the model has them: heads first in memory, a slice of a larger tensor, a dense last row
+    only after a copy."""
+    parts, rows = pack((40, [7, 25]))
+    query, key, value = inputs(rows, dtype=dtype)
+    by_head = query.transpose(0, 1).contiguous().transpose(0, 1)
+    slice_of = torch.cat([key, key + 1], dim=2)[:, :, :16]
+    turned = value.transpose(0, 2).contiguous().transpose(0, 2)
+    assert by_head.stride() != query.stride() and turned.stride(-1) != 1
+    check(by_head, slice_of, turned, parts, dtype)
+    out = group_attention(by_head, slice_of, turned, parts, scale=SCALE)[0]
+    leaf = by_head.clone().requires_grad_()
+    group_attention(leaf, key, value, parts, scale=SCALE)[0].sum().backward()  # expanded gradient
+    assert torch.equal(out, group_attention(query, key, value, parts, scale=SCALE)[0])
+    assert leaf.grad.isfinite().all()
+
+
+def test_queries_in_no_part_are_zero_and_have_no_gradient(backend):
+    """As in the last layer, where of a prompt the last token alone is a query."""
+    parts = [(19, 20, 0, 19), (20, 26, 0, 20), (26, 27, 0, 20), (30, 33, 30, 30)]
+    query, key, value = (x.requires_grad_() for x in inputs(35, dtype=torch.float32))
+    out, lse = group_attention(query, key, value, parts, scale=SCALE)
+    unread = [*range(19), 27, 28, 29, 33, 34]
+    read = [i for i in range(35) if i not in unread]
+    assert torch.equal(out[unread], torch.zeros(len(unread), 4, 16))
+    assert bool((lse[:, unread] == -torch.inf).all())
+    exact = [x.detach().double().requires_grad_() for x in (query, key, value)]
+    expected, expected_lse = dense(*exact, parts)
+    assert_close((out[read], lse[:, read]), (expected[read], expected_lse[:, read]), 4e-6)
+    upstream = normal(*out.shape, torch.float32, seed=3)
+    out.backward(upstream)  # what comes for rows that nobody reads counts for nothing
+    expected[read].backward(upstream[read].double())
+    assert_close([x.grad for x in (query, key, value)], [x.grad for x in exact], 8e-6)
+
+
+def test_no_query_sees_another_completion_or_group(backend):
+    """What the second completion's keys and values are makes no bit of difference to the others,
+    and none of their gradient comes to it."""
+    parts, rows = pack((40, [30, 9, 33]), (20, [5]))
+    query, key, value = inputs(rows, dtype=torch.float32)
+    clean = group_attention(query, key, value, parts, scale=SCALE)[0]
+    hidden = slice(70, 79)
+    others = [i for i in range(rows) if not 70 <= i < 79]
+    changed = [query.clone(), key.clone(), value.clone()]
+    for x in changed[1:]:
+        x[hidden] = 50 * x[hidden] + 7
+    leaves = [x.requires_grad_() for x in changed]
+    out = group_attention(*leaves, parts, scale=SCALE)[0]
+    assert torch.equal(out[others], clean[others])
+    assert not torch.equal(out[hidden], clean[hidden])
+    out[others].sum().backward()
+    assert all(bool((x.grad[hidden] == 0).all()) for x in leaves)
+
+
+def test_nan_stays_in_its_group(backend):
+    parts, rows = pack((40, [30, 9]), (20, [5]))
+    query, key, value = inputs(rows, dtype=torch.float32)
+    clean = group_attention(query, key, value, parts, scale=SCALE)[0]
+    for x in (query, key, value):
+        x = x[60]
+        kept = x.clone()
+        x.fill_(torch.nan)
+        out = group_attention(query, key, value, parts, scale=SCALE)[0]
+        assert torch.equal(out[79:], clean[79:]) and torch.equal(out[:40], clean[:40])
+        assert out[60].isnan().all()
+        x.copy_(kept)
+
+
+def test_large_scores(backend):
+    """Nothing overflows; a score of 100 is known to 1e-5, and so are the values."""
+    parts, rows = pack((70, [40]))
+    query, key, value = inputs(rows, dtype=torch.float32)
+    out, lse = group_attention(query * 5, key * 5, value, parts, scale=SCALE)
+    assert lse.max() > 100
+    exact = dense(query.double() * 5, key.double() * 5, value.double(), parts)
+    assert_close((out, lse), exact, 3e-5)
+    out, lse = group_attention(query * 1e4, key * 1e4, value, parts, scale=SCALE)
+    assert out.isfinite().all() and lse.isfinite().all()
+
+
+@pytest.mark.skipif(native is None, reason="the native module is not built")
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_any_number_of_threads_gives_the_same_bits(dtype):
+    parts, rows = pack((150, [40, 3, 70]), (60, [33]))
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            leaves = [x.requires_grad_() for x in inputs(rows, dtype=dtype)]
+            out, lse = group_attention(*leaves, parts, scale=SCALE)
+            out.backward(normal(*out.shape, dtype, seed=5))
+            results.append([out.detach(), lse, *(x.grad for x in leaves)])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_gradcheck(backend):
+    parts, rows = pack((5, [3, 2]), (2, [1]))
+    leaves = [x.requires_grad_() for x in inputs(rows, 2, 1, 4)]
+    assert torch.autograd.gradcheck(
+        lambda *x: group_attention(*x, parts, scale=SCALE)[0], leaves, atol=1e-6
+    )
+
+
+def test_opcheck_and_compile(backend):
+    parts, rows = pack((40, [7, 25]))
+    parts = torch.tensor(parts)
+    query, key, value = inputs(rows, dtype=torch.float32)
+    torch.library.opcheck(
+        torch.ops.vcr1_fast.group_attention.default, (query, key, value, parts, SCALE)
+    )
+    out, lse = group_attention(query, key, value, parts, scale=SCALE)
+    torch.library.opcheck(
+        torch.ops.vcr1_fast.group_attention_backward.default,
+        (query, key, value, out, lse, torch.ones_like(out), parts, SCALE),
+    )
+
+    def step(q, k, v):
+        return torch.ops.vcr1_fast.group_attention(q, k, v, parts, SCALE)[0] * 2
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(query, key, value), out * 2)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "parts", "message"),
+    [
+        (((4, 2, 8), (4, 2, 8), (4, 2, 4)), [], "must be"),
+        (((4, 2), (4, 2), (4, 2)), [], "must be"),
+        (((4, 2, 8), (5, 2, 8), (5, 2, 8)), [], "agree in N and D"),
+        (((4, 3, 8), (4, 2, 8), (4, 2, 8)), [], "heads divide H"),
+        (((4, 2, 8),) * 3, [(0, 5, 0, 0)], r"part 0 is \[0, 5, 0, 0\]: rows must rise within 4"),
+        (((4, 2, 8),) * 3, [(0, 2, 0, 0), (1, 4, 0, 0)], "part 1 is"),
+        (((4, 2, 8),) * 3, [(2, 2, 0, 0)], "part 0 is"),
+        (((4, 2, 8),) * 3, [(1, 4, 0, 2)], "a prefix end at or before"),
+        (((4, 2, 8),) * 3, [(1, 4, -1, 1)], "part 0 is"),
+        (((4, 2, 8),) * 3, [(2, 4, 1, 0)], "part 0 is"),
+        (((4, 2, 8),) * 3, torch.zeros(1, 3).long(), r"parts must be int64 \(n, 4\)"),
+        (((4, 2, 8),) * 3, torch.zeros(1, 4), "parts must be int64"),
+    ],
+)
+def test_errors(shapes, parts, message):
+    with pytest.raises(ValueError, match=message):
+        group_attention(*(torch.zeros(shape) for shape in shapes), parts, scale=1.0)
+
+
+def test_other_errors():
+    x = torch.zeros(4, 2, 8)
+    with pytest.raises(ValueError, match="of one dtype"):
+        group_attention(x, x.double(), x, [], scale=1.0)
+    with pytest.raises(ValueError, match="of one dtype"):
+        group_attention(*(x.long() for _ in range(3)), [], scale=1.0)
+    if native is not None:
+        wide = torch.zeros(4, 1, MAX_DIM + 1)
+        with pytest.raises(ValueError, match=f"heads of 1 to {MAX_DIM}, got {MAX_DIM + 1}"):
+            group_attention(wide, wide, wide, [(0, 4, 0, 0)], scale=1.0)
+
+
+@pytest.mark.skipif(native is None, reason="the native module is not built")
+def test_the_binding_checks_what_the_kernel_trusts():
+    x, lse, scratch = torch.zeros(4, 2, 8), torch.zeros(2, 4), torch.zeros(4096)
+    good = torch.tensor([[0, 4, 0, 0]])
+
+    def forward(query=x, key=x, parts=good, out=x, lse=lse, scratch=scratch):
+        native.group_attention([query, key, key], parts, 1.0, out, lse, scratch, 1)
+
+    forward()
+    for wrong, message in (
+        ({"parts": torch.tensor([[0, 5, 0, 0]])}, "rising queries within 4"),
+        ({"parts": torch.tensor([[2, 4, 0, 3]])}, "a prefix before query 2"),
+        ({"parts": torch.tensor([[0, 2, 0, 0], [1, 3, 0, 0]])}, "rising queries"),
+        ({"parts": torch.zeros(1, 3).long()}, r"\(n, 4\)"),
+        ({"key": x.double()}, "expected float32"),
+        ({"key": torch.zeros(4, 3, 8)}, "no multiple of 3"),
+        ({"out": torch.zeros(3, 2, 8)}, "out: expected"),
+        ({"out": torch.zeros(4, 8, 2).transpose(1, 2)}, "stride 1"),
+        ({"lse": torch.zeros(7)}, "lse: expected 8 elements"),
+        ({"scratch": torch.zeros(255)}, "scratch: expected 256 elements"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            forward(**wrong)
