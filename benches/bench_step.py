@@ -5,7 +5,8 @@ that the ratio is the sharing's own; "stock" is transformers' loop over windows;
 GRPOTrainer, on text. The rows "demo" are `vcr1 demo`'s: its model, clips and completions. All sides
 run the same weights and data in one process, and their gradients are compared first.
 
-The limit, "bare products", are the matrix products of the shared form's linear layers, forward and
+"ours, torch's attention" is the shared form with torch's kernels in place of our own: what sharing
+does alone. The limit, "bare products", are the matrix products of the shared form's linear layers, forward and
 backward, and nothing else. `predicted_speedup` is the ratio of the forms' multiply-adds.
 """
 
@@ -33,6 +34,7 @@ from torch import nn
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from vcr1_fast.model import checkpoint
+from vcr1_fast.model.attention import Backend, prepare_attention
 from vcr1_fast.model.forward import prompt_features
 from vcr1_fast.model.rollout import SamplingConfig, rollout
 from vcr1_fast.model.tiny import write_tiny
@@ -77,6 +79,11 @@ class Models:
         return once
 
 
+def shared(model: nn.Module, case: Case, attention: Backend) -> None:
+    prepare_attention(model, attention)
+    shared_step(model, case)
+
+
 def bench_policy(bench: Bench, name: str, models: Models, case: Case, *, stock: bool) -> None:
     """Forward and backward of the policy."""
     prompt, length, count = case.shape
@@ -90,12 +97,14 @@ def bench_policy(bench: Bench, name: str, models: Models, case: Case, *, stock: 
     fns = {"plain": models.entry(plain_step, models.plain, case)}
     if stock:
         fns["stock"] = models.entry(plain_step, models.stock, case)
+    if bench.device.type == "cpu":
+        fns["ours, torch's attention"] = models.entry(shared, models.ours, case, "merged")
     fns["bare products"] = bare_products(models.ours, case)
     bench.run(
         "policy step",
         name,
         "float32",
-        {**fns, "ours": models.entry(shared_step, models.ours, case)},
+        {**fns, "ours": models.entry(shared, models.ours, case, "auto")},
         2 * predicted,
         limit="bare products",
         memory=models.clear,

@@ -152,6 +152,8 @@ class Bench:
     ) -> dict[str, float]:
         """Times `fns`, of which "ours" is compared with each other one; returns the medians (s).
 
+        An entry named "ours, ..." is another form of ours: its time is a column, not a row.
+
         bytes: least traffic of the work, for GB/s; limit: "read" or "copy", which it is held to,
         or the entry of `fns` whose time is the limit (it then gets no row of its own).
         errors: for "ours" and the entries that have one, against float64 (see scaled_error).
@@ -168,7 +170,8 @@ class Bench:
             except torch.OutOfMemoryError:
                 reasons[name] = "out of memory"
                 del runnable[name]
-        baselines = [name for name in runnable if name not in ("ours", limit)]
+        forms = [name for name in runnable if name.startswith("ours, ")]
+        baselines = [name for name in runnable if name not in ("ours", limit, *forms)]
         if "ours" not in runnable or not baselines or not {*(errors or ())} <= fns.keys():
             raise ValueError(
                 f"expected 'ours' and at least one baseline that run, and errors of these only; "
@@ -196,6 +199,7 @@ class Bench:
                 "limit": limit,
                 "percent_of_limit": round(share, 1),
                 "cold": cold,
+                **{f"{form}, ms": round(medians[form] * 1e3, 4) for form in forms},
                 **(notes or {}),
             }
             for side, key in (("baseline", name), ("ours", "ours")):

@@ -71,6 +71,13 @@ def test_an_entry_may_be_the_limit_and_may_run_out_of_memory(bench, tmp_path):
     assert large["baseline"] == "large" and large["skipped"] == "out of memory"
 
 
+def test_another_form_of_ours_is_a_column(bench):
+    entries = {name: lambda: None for name in ("theirs", "ours, slower", "ours")}
+    medians = bench.run("op", "8", "float32", entries, 1.0)
+    assert [row["baseline"] for row in bench._rows] == ["theirs"]
+    assert bench._rows[0]["ours, slower, ms"] == round(medians["ours, slower"] * 1e3, 4)
+
+
 def test_a_bench_without_ours_or_without_anything_to_compare_is_refused(bench):
     for entries in ({"a": nothing}, {"ours": nothing, "a": "not installed"}, {"ours": "no"}):
         with pytest.raises(ValueError, match="at least one baseline"):

@@ -96,6 +96,8 @@ void multiply_columns(const S* rows, int n, int stride, const S* columns, int di
   });
 }
 
+// Sums of a tile are added to what is there as one: thousands of terms one by one would each round.
+//
 // out[dim][kRows] += rows[n][dim]^T weights[n][kRows]; dim is a multiple of kTile.
 template <typename S>
 void add_columns(const S* rows, int n, int stride, const S* weights, int dim, S* out) {
@@ -105,10 +107,7 @@ void add_columns(const S* rows, int n, int stride, const S* weights, int dim, S*
     for (int lane = 0; lane < kRows; lane += 2 * w) {
       S* const to = out + first * kRows + lane;
       V sums[kTile][2];
-      for (int i = 0; i < kTile; ++i) {
-        sums[i][0] = load(to + i * kRows);
-        sums[i][1] = load(to + i * kRows + w);
-      }
+      for (int i = 0; i < kTile; ++i) sums[i][0] = sums[i][1] = splat(S(0));
       for (int j = 0; j < n; ++j) {
         const V a = load(weights + j * kRows + lane), b = load(weights + j * kRows + lane + w);
         const S* const x = rows + j * stride + first;
@@ -118,10 +117,11 @@ void add_columns(const S* rows, int n, int stride, const S* weights, int dim, S*
           sums[i][1] = fma(each, b, sums[i][1]);
         }
       }
-      for (int i = 0; i < kTile; ++i) {
-        store(to + i * kRows, sums[i][0]);
-        store(to + i * kRows + w, sums[i][1]);
-      }
+      for (int i = 0; i < kTile; ++i)
+        for (int k = 0; k < 2; ++k) {
+          S* const at = to + i * kRows + k * w;
+          store(at, add(load(at), sums[i][k]));
+        }
     }
 }
 
@@ -136,7 +136,7 @@ VCR1_INLINE void add_rows_of(const S* weights, int n, const S* rows, int used, i
     const S* const by = weights + first * kRows;
     V sums[kN][kVecs];
     for (int i = 0; i < kN; ++i)
-      for (int k = 0; k < kVecs; ++k) sums[i][k] = load(to + i * stride + k * w);
+      for (int k = 0; k < kVecs; ++k) sums[i][k] = splat(S(0));
     for (int r = 0; r < used; ++r) {
       V x[kVecs];
       for (int k = 0; k < kVecs; ++k) x[k] = load(rows + r * stride + k * w);
@@ -146,7 +146,10 @@ VCR1_INLINE void add_rows_of(const S* weights, int n, const S* rows, int used, i
       }
     }
     for (int i = 0; i < kN; ++i)
-      for (int k = 0; k < kVecs; ++k) store(to + i * stride + k * w, sums[i][k]);
+      for (int k = 0; k < kVecs; ++k) {
+        S* const at = to + i * stride + k * w;
+        store(at, add(load(at), sums[i][k]));
+      }
   });
 }
 
