@@ -5,11 +5,12 @@ reads them once for all G queries, as one matrix product, and each completion's 
 buffer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from vcr1_fast.model.partial_attention import join
 
@@ -19,17 +20,18 @@ _FIRST_CAPACITY = 32
 class SharedPrefix:
     """What the model's attention layers keep, in the place of a transformers cache.
 
-    First pass: keys and values of N right-padded prompts. After `start_decoding` each `make_room`
-    and pass add one token to every one of the N x G completions (rows, grouped by prompt).
+    First pass: keys and values of N prompts of `lengths`, in one sequence without padding. After
+    `start_decoding` each `make_room` and pass add one token to every one of the N x G completions
+    (rows, grouped by prompt).
 
     `static`: a pass has the same shapes, addresses and operators as the one before it, whatever the
     token's number, until `version` changes. It reads the completions' buffer whole, masked by a
     number on the device, where the other kind reads the part in use.
     """
 
-    def __init__(self, *, static: bool = False) -> None:
-        self.static = static
-        self.prefix: list[tuple[Tensor, Tensor]] = []  # per layer, each (N, heads, P, D)
+    def __init__(self, lengths: Sequence[int], *, static: bool = False) -> None:
+        self.lengths, self.static = list(lengths), static
+        self.prefix: list[tuple[Tensor, Tensor]] = []  # per layer, each (N, heads, longest, D)
         self.bias: Tensor | None = None  # (N, 1, 1, P) as the keys: 0, or -inf on padding
         self.own_bias: Tensor | None = None  # (1, 1, 1, capacity) likewise, static only
         self.version = 0  # of the buffers: counts their replacements
@@ -43,8 +45,7 @@ class SharedPrefix:
         """Called by the model's attention: keep (rows, heads, tokens, D), return all of the row."""
         keys = keys.to(values.dtype)  # under autocast rotating them has made them float32
         if self.bias is None:
-            # Laid out by head once, instead of in every product with them.
-            self.prefix.append((keys.contiguous(), values.contiguous()))
+            self.prefix.append((self._by_prompt(keys), self._by_prompt(values)))
             return keys, values
         own_keys, own_values = self._own[layer]
         if self.static:
@@ -59,9 +60,18 @@ class SharedPrefix:
         own_values[:, :, self._used - 1] = values[:, :, 0]
         return own_keys[:, :, : self._used], own_values[:, :, : self._used]
 
-    def start_decoding(self, lengths: Tensor, rows: int) -> None:
-        """From here on tokens belong to `rows` completions. lengths: (N,) of the prompts."""
+    def _by_prompt(self, x: Tensor) -> Tensor:
+        """(1, heads, tokens, D) to (N, heads, longest, D), zeros behind the shorter prompts: laid
+        out by head once, instead of in every product with them."""
+        if len(self.lengths) == 1:
+            return x.contiguous()
+        parts = [part.transpose(0, 1) for part in x[0].split(self.lengths, dim=1)]
+        return pad_sequence(parts, batch_first=True).transpose(1, 2).contiguous()
+
+    def start_decoding(self, rows: int) -> None:
+        """From here on tokens belong to `rows` completions."""
         keys = self.prefix[0][0]
+        lengths = torch.tensor(self.lengths, device=keys.device)
         padding = torch.arange(keys.shape[2], device=keys.device) >= lengths[:, None]
         bias = torch.zeros(padding.shape, dtype=keys.dtype, device=keys.device)
         self.bias = bias.masked_fill(padding, -torch.inf)[:, None, None]

@@ -13,15 +13,15 @@ How the loop runs is `SamplingConfig.decoding`; what is drawn is the same:
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from vcr1_fast.model.attention import prepare_attention
 from vcr1_fast.model.decode import SharedPrefix
 from vcr1_fast.model.forward import embed, prompt_features
-from vcr1_fast.model.packing import prompt_positions
+from vcr1_fast.model.packing import Span, prompt_positions
 from vcr1_fast.model.positions import SpecialIds, next_position
 from vcr1_fast.model.processor import Processor, Prompt
 from vcr1_fast.model.sampling import Drawn, SamplingConfig, check_possible
@@ -71,7 +71,7 @@ def rollout(
     Args:
         model: Qwen2.5-VL, wrapped by peft or not; put in evaluation mode meanwhile.
         processor: for the stop token, the tokens never drawn, and text.
-        prompts: any lengths; padded to the longest.
+        prompts: any lengths; read as one sequence without padding.
         group_size: completions a prompt, G >= 1.
         sampling: all that decides what is drawn, besides
         generator: a CPU generator (None: torch's default). Completion (i, j) uses its own numbers
@@ -91,7 +91,7 @@ def rollout(
     base.eval()
     try:
         features = prompt_features(base, prompts, vision)
-        run = _Run(base, processor, sampling, group_size * len(prompts))
+        run = _Run(base, processor, sampling, [len(prompt) for prompt in prompts], group_size)
         hidden = run.prefill(prompts, features, convention)
         run.decode(hidden.repeat_interleave(group_size, dim=0), group_size, generator)
     finally:
@@ -102,12 +102,21 @@ def rollout(
 class _Run:
     """One rollout's state. Rows are completions of all prompts in order; row `total` is scrap."""
 
-    def __init__(self, model, processor: Processor, sampling: SamplingConfig, total: int):
-        self.model, self.processor, self.sampling, self.total = model, processor, sampling, total
+    def __init__(
+        self,
+        model: nn.Module,
+        processor: Processor,
+        sampling: SamplingConfig,
+        lengths: Sequence[int],
+        group_size: int,
+    ) -> None:
+        """lengths: tokens of each prompt."""
+        self.model, self.processor, self.sampling = model, processor, sampling
+        self.total = total = group_size * len(lengths)
         weight = model.get_output_embeddings().weight
         self.device = weight.device
         decoding = resolve_decoding(sampling.decoding, self.device)
-        self.memory = SharedPrefix(static=decoding != "dynamic")
+        self.memory = SharedPrefix(lengths, static=decoding != "dynamic")
         banned = processor.banned_ids(len(weight)).to(self.device)
         self.first = TokenStep(model, self.memory, banned, sampling)
         self.further = token_step(self.first, decoding, self.device)
@@ -126,23 +135,25 @@ class _Run:
         ids = SpecialIds.from_config(self.model.config)
         positions = [prompt_positions(prompt, ids, convention) for prompt in prompts]
         self.resume = torch.tensor([next_position(p) for p in positions], device=self.device)
-        tokens = pad_sequence([p.input_ids for p in prompts], batch_first=True).to(self.device)
-        lengths = torch.tensor([len(p) for p in prompts], device=self.device)
+        tokens = torch.cat([prompt.input_ids for prompt in prompts]).to(self.device)
+        ends = list(accumulate(len(prompt) for prompt in prompts))
         given = [f for f in features if f is not None]
-        is_prompt = torch.ones_like(tokens, dtype=torch.bool)
-        embeddings = embed(self.model, tokens, is_prompt, given, ids)
+        embeddings = embed(
+            self.model, tokens, torch.ones_like(tokens, dtype=torch.bool), given, ids
+        )
         hidden = self.model.model.language_model(
-            inputs_embeds=embeddings,
-            position_ids=pad_sequence([p.T for p in positions], batch_first=True)
-            .permute(2, 0, 1)
-            .to(self.device),
-            # Padding is on the right, where no token looks.
+            inputs_embeds=embeddings[None],
+            position_ids=torch.cat(positions, dim=1)[:, None].to(self.device),
             attention_mask={"full_attention": None},
             past_key_values=self.memory,
             use_cache=True,
-        ).last_hidden_state
-        self.memory.start_decoding(lengths, self.total)
-        return hidden[torch.arange(len(prompts), device=self.device), lengths - 1]
+            spans=tuple(
+                Span(end - len(prompt), len(prompt), (), self.device)
+                for end, prompt in zip(ends, prompts, strict=True)
+            ),
+        ).last_hidden_state[0]
+        self.memory.start_decoding(self.total)
+        return hidden[[end - 1 for end in ends]]
 
     def decode(self, hidden: Tensor, group_size: int, generator: torch.Generator | None) -> None:
         sampling = self.sampling
