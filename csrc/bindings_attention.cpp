@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <vector>
 
 #include "kernels.h"
@@ -21,23 +22,52 @@ vcr1::HeadsView heads_view(const Tensor& tensor, const vcr1::GroupAttentionInput
              vcr1::name_of(tensor.dtype()));
   VCR1_CHECK(rows == in.rows && own_heads == heads && dim == in.dim, name, ": expected (", in.rows,
              ", ", heads, ", ", in.dim, "), got (", rows, ", ", own_heads, ", ", dim, ")");
-  VCR1_CHECK(dim <= 1 || tensor.stride(2) == 1, name,
+  VCR1_CHECK(tensor.numel() == 0 || dim == 1 || tensor.stride(2) == 1, name,
              ": expected stride 1 along the last dimension, got ", tensor.stride(2));
   return {tensor.raw(), tensor.stride(0), tensor.stride(1)};
 }
 
+// The blocks of queries that one piece of work takes: as many as fit, of parts that follow one
+// another behind the same prefix.
+std::vector<vcr1::GroupAttentionBlock> blocks_of(const vcr1::GroupAttentionPart* parts, int64_t n) {
+  std::vector<vcr1::GroupAttentionBlock> blocks;
+  for (int64_t first = 0, last; first < n; first = last + 1) {
+    const auto& [row, end, prefix, prefix_end] = parts[first];
+    last = first;
+    while (last + 1 < n && prefix_end > prefix && parts[last + 1].row == parts[last].end &&
+           parts[last + 1].prefix == prefix && parts[last + 1].prefix_end == prefix_end)
+      ++last;
+    int64_t part = first;
+    for (int64_t at = row; at < parts[last].end; at += vcr1::kGroupAttentionRows) {
+      while (parts[part].end <= at) ++part;
+      blocks.push_back(
+          {at, std::min<int64_t>(vcr1::kGroupAttentionRows, parts[last].end - at), part});
+    }
+  }
+  return blocks;
+}
+
 // Memory of the kernel's own precision: fp64 for fp64, else fp32.
-void* exact(const Tensor& tensor, const vcr1::GroupAttentionInput& in, int64_t numel,
-            const char* name) {
+void* accumulators(const Tensor& tensor, const vcr1::GroupAttentionInput& in, int64_t numel,
+                   const char* name) {
   VCR1_CHECK(tensor.on_cpu() && tensor.numel() >= numel, name, ": expected ", numel,
              " elements on the CPU, got ", tensor.numel());
   if (in.dtype == vcr1::DType::kFloat64) return tensor.dense<double>(name);
   return tensor.dense<float>(name);
 }
 
-// inputs: query, key, value. The parts must rise, and stay within the rows.
+void* log_sums(const Tensor& lse, const vcr1::GroupAttentionInput& in) {
+  const auto [heads, rows] = lse.shape<2>("lse");
+  VCR1_CHECK(heads == in.heads && rows == in.rows, "lse: expected (", in.heads, ", ", in.rows,
+             "), got (", heads, ", ", rows, ")");
+  return accumulators(lse, in, heads * rows, "lse");
+}
+
+// inputs: query, key, value. The parts must rise, and stay within the rows; what is returned points
+// to `blocks`, which are filled from them.
 vcr1::GroupAttentionInput attention_input(const std::vector<Tensor>& inputs, const Tensor& parts,
-                                          double scale, const Tensor& scratch, int64_t tasks) {
+                                          double scale, const Tensor& scratch, int64_t tasks,
+                                          std::vector<vcr1::GroupAttentionBlock>& blocks) {
   const Tensor &query = inputs.at(0), &key = inputs.at(1), &value = inputs.at(2);
   vcr1::GroupAttentionInput in{};
   in.dtype = query.dtype();
@@ -62,7 +92,6 @@ vcr1::GroupAttentionInput attention_input(const std::vector<Tensor>& inputs, con
   VCR1_CHECK(parts.on_cpu() && columns == 4, "parts: expected (n, 4) on the CPU, got ", columns,
              " columns");
   in.parts = reinterpret_cast<const vcr1::GroupAttentionPart*>(parts.dense<int64_t>("parts"));
-  in.num_parts = count;
   int64_t at = 0;
   for (int64_t i = 0; i < count; ++i) {
     const auto [row, end, prefix, prefix_end] = in.parts[i];
@@ -73,23 +102,28 @@ vcr1::GroupAttentionInput attention_input(const std::vector<Tensor>& inputs, con
                " at ", i);
     at = end;
   }
-  const int64_t size = (in.dim + vcr1::kDimMultiple - 1) / vcr1::kDimMultiple * vcr1::kDimMultiple;
-  in.scratch = exact(scratch, in, 2 * in.kv_heads * in.rows * size * (1 + tasks), "scratch");
+  blocks = blocks_of(in.parts, count);
+  in.blocks = blocks.data();
+  in.num_blocks = static_cast<int64_t>(blocks.size());
+  in.scratch = accumulators(
+      scratch, in, vcr1::group_attention_scratch(in.rows, in.kv_heads, in.dim, tasks), "scratch");
   return in;
 }
 
 }  // namespace
 
 void bind_attention(py::module_& m) {
-  m.attr("group_attention_dim_multiple") = int{vcr1::kDimMultiple};
+  m.def("group_attention_scratch", &vcr1::group_attention_scratch, py::arg("rows"),
+        py::arg("kv_heads"), py::arg("dim"), py::arg("tasks"));
   m.def(
       "group_attention",
       [](const std::vector<Tensor>& inputs, const Tensor& parts, double scale, const Tensor& out,
          const Tensor& lse, const Tensor& scratch, int num_threads) {
         vcr1::GroupAttentionForward args{};
-        args.in = attention_input(inputs, parts, scale, scratch, 0);
+        std::vector<vcr1::GroupAttentionBlock> blocks;
+        args.in = attention_input(inputs, parts, scale, scratch, 0, blocks);
         args.out = heads_view(out, args.in, args.in.heads, "out");
-        args.lse = exact(lse, args.in, args.in.heads * args.in.rows, "lse");
+        args.lse = log_sums(lse, args.in);
         const py::gil_scoped_release released;
         vcr1::cpu::group_attention(args, num_threads);
       },
@@ -100,12 +134,13 @@ void bind_attention(py::module_& m) {
       [](const std::vector<Tensor>& inputs, const Tensor& parts, double scale, const Tensor& out,
          const Tensor& lse, const Tensor& grad, const std::vector<Tensor>& grads,
          const Tensor& scratch, int64_t tasks, int num_threads) {
-        VCR1_CHECK(tasks > 0, "tasks: expected at least 1, got ", tasks);
+        VCR1_CHECK(tasks > 0 && tasks <= 1024, "tasks: expected 1 to 1024, got ", tasks);
         vcr1::GroupAttentionBackward args{};
-        args.in = attention_input(inputs, parts, scale, scratch, tasks);
+        std::vector<vcr1::GroupAttentionBlock> blocks;
+        args.in = attention_input(inputs, parts, scale, scratch, tasks, blocks);
         args.out = heads_view(out, args.in, args.in.heads, "out");
         args.grad = heads_view(grad, args.in, args.in.heads, "grad");
-        args.lse = exact(lse, args.in, args.in.heads * args.in.rows, "lse");
+        args.lse = log_sums(lse, args.in);
         args.grad_query = heads_view(grads.at(0), args.in, args.in.heads, "grad_query");
         args.grad_key = heads_view(grads.at(1), args.in, args.in.kv_heads, "grad_key");
         args.grad_value = heads_view(grads.at(2), args.in, args.in.kv_heads, "grad_value");

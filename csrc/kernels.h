@@ -8,6 +8,7 @@
 
 #include "cpu/isa.h"
 #include "dtype.h"
+#include "group_attention.h"
 #include "grpo_loss.h"
 
 // Declares `void name(const Args&, int num_threads)` once per instruction set, as CMake's
@@ -348,55 +349,7 @@ void logits_grpo_loss(const LogitsGrpoLossArgs& args, void* stream);
 
 }  // namespace vcr1
 
-namespace vcr1 {
-
-// Elements of (rows, heads, dim), the last dimension dense; strides in elements.
-struct HeadsView {
-  void* data;
-  int64_t row, head;
-
-  template <typename T>
-  T* at(int64_t i, int64_t j) const {
-    return static_cast<T*>(data) + i * row + j * head;
-  }
-};
-
-// Queries [row, end) see keys [prefix, prefix_end) and, each of them, keys row to its own.
-struct GroupAttentionPart {
-  int64_t row, end, prefix, prefix_end;
-};
-
-constexpr int kGroupAttentionMaxDim = 128;
-constexpr int kDimMultiple = 16;  // what the kernel's own copies of rows are padded to
-
-// What forward and backward share. Queries that are in no part are neither read nor written.
-struct GroupAttentionInput {
-  DType dtype;  // fp64, fp32, bf16 or fp16
-  HeadsView query, key, value;
-  int64_t rows, heads, kv_heads, dim;
-  const GroupAttentionPart* parts;  // rising rows
-  int64_t num_parts;
-  double scale;
-  void* scratch;  // fp64 for fp64, else fp32: 2 kv_heads rows padded(dim); see `tasks`
-};
-
-struct GroupAttentionForward {
-  GroupAttentionInput in;
-  HeadsView out;
-  void* lse;  // (heads, rows), fp64 or fp32
-};
-
-struct GroupAttentionBackward {
-  GroupAttentionInput in;
-  HeadsView out, grad;  // of the forward pass, and its gradient
-  const void* lse;
-  HeadsView grad_query, grad_key, grad_value;
-  int64_t tasks;  // for each key head; scratch is 1 + tasks times as large
-};
-
-namespace cpu {
+namespace vcr1::cpu {
 VCR1_CPU_LAUNCHER(group_attention, GroupAttentionForward)
 VCR1_CPU_LAUNCHER(group_attention_backward, GroupAttentionBackward)
-}  // namespace cpu
-
-}  // namespace vcr1
+}  // namespace vcr1::cpu

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from vcr1_fast import ops
 from vcr1_fast.model.attention import merged_group_attention
@@ -84,19 +85,20 @@ def assert_close(ours, exact, tolerance):
         torch.testing.assert_close(a, b, rtol=0, atol=tolerance * (scale + 1))
 
 
-def check(query, key, value, parts, dtype):
+def check(query, key, value, parts, dtype, tolerance=None):
     """Values and gradients of `group_attention` against `dense` on the same numbers."""
+    tolerance = tolerance or TOLERANCE[dtype]
     ours = [x.detach().requires_grad_() for x in (query, key, value)]
     exact = [x.detach().double().requires_grad_() for x in (query, key, value)]
     out, lse = group_attention(*ours, parts, scale=SCALE)
     assert out.dtype == dtype and lse.dtype == torch.promote_types(dtype, torch.float32)
     expected = dense(*exact, parts)
-    assert_close((out, lse), expected, TOLERANCE[dtype])
+    assert_close((out, lse), expected, tolerance)
     upstream = normal(*out.shape, dtype, seed=9)
     out.backward(upstream)
     expected[0].backward(upstream.double())
     assert all(x.grad.dtype == dtype for x in ours)
-    assert_close([x.grad for x in ours], [x.grad for x in exact], 2 * TOLERANCE[dtype])
+    assert_close([x.grad for x in ours], [x.grad for x in exact], 2 * tolerance)
 
 
 PACKS = {
@@ -126,6 +128,42 @@ def test_values_and_gradients(backend, groups, dtype):
 def test_heads(backend, heads, kv_heads, dim, dtype):
     parts, rows = pack((50, [20, 9, 41]), (12, [3]))
     check(*inputs(rows, heads, kv_heads, dim, dtype), parts, dtype)
+
+
+UNUSUAL = {
+    "a gap between completions": [(0, 20, 0, 0), (20, 26, 0, 20), (29, 33, 0, 20)],
+    "prefixes that begin apart": [(0, 20, 0, 0), (20, 26, 0, 20), (26, 33, 5, 20)],
+    "prefixes that end apart": [(0, 20, 0, 0), (20, 26, 0, 20), (26, 33, 0, 12)],
+    "a prefix within another part": [(0, 20, 0, 0), (20, 26, 3, 9), (26, 33, 21, 25)],
+    "a prefix in no part": [(10, 20, 2, 7), (25, 33, 20, 24)],
+    "one query, all keys": [(32, 33, 0, 32)],
+}
+
+
+@pytest.mark.parametrize("parts", UNUSUAL.values(), ids=UNUSUAL)
+def test_unusual_parts(backend, parts):
+    query, key, value = inputs(33, dtype=torch.float32)
+    rows = [i for row, end, _, _ in parts for i in range(row, end)]
+    upstream = torch.zeros(33, 4, 16)
+    upstream[rows] = normal(len(rows), 4, 16, torch.float32, seed=4)
+    ours = [x.clone().requires_grad_() for x in (query, key, value)]
+    exact = [x.double().requires_grad_() for x in (query, key, value)]
+    out, expected = group_attention(*ours, parts, scale=SCALE)[0], dense(*exact, parts)[0]
+    assert_close([out[rows]], [expected[rows]], 4e-6)
+    out.backward(upstream)
+    expected.backward(upstream.double())
+    assert_close([x.grad for x in ours], [x.grad for x in exact], 8e-6)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_nothing_at_all(backend, dtype):
+    for rows, parts in ((0, []), (5, [])):
+        leaves = [x.requires_grad_() for x in inputs(rows, dtype=dtype)]
+        out, lse = group_attention(*leaves, parts, scale=SCALE)
+        assert out.shape == (rows, 4, 16) and bool((out == 0).all())
+        assert lse.shape == (4, rows) and bool((lse == -torch.inf).all())
+        out.sum().backward()
+        assert all(x.grad.shape == x.shape and bool((x.grad == 0).all()) for x in leaves)
 
 
 @pytest.mark.skipif(native is None, reason="the native module is not built")
@@ -163,10 +201,54 @@ def test_strides(backend, dtype):
     assert by_head.stride() != query.stride() and turned.stride(-1) != 1
     check(by_head, slice_of, turned, parts, dtype)
     out = group_attention(by_head, slice_of, turned, parts, scale=SCALE)[0]
-    leaf = by_head.clone().requires_grad_()
-    group_attention(leaf, key, value, parts, scale=SCALE)[0].sum().backward()  # expanded gradient
     assert torch.equal(out, group_attention(query, key, value, parts, scale=SCALE)[0])
-    assert leaf.grad.isfinite().all()
+    one_key = key[:, :1].expand(-1, 2, -1)
+    check(query, one_key, one_key, parts, dtype)
+    leaves = [[x.clone().requires_grad_() for x in (query, key, value)] for _ in range(2)]
+    for x, upstream in zip(
+        leaves, (torch.ones(()).expand(out.shape), torch.ones(out.shape)), strict=True
+    ):
+        group_attention(*x, parts, scale=SCALE)[0].backward(upstream.to(dtype))
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(*leaves, strict=True))
+    gaps = torch.tensor(parts).repeat_interleave(2, dim=0)[::2]
+    assert torch.equal(out, group_attention(query, key, value, gaps, scale=SCALE)[0])
+
+
+def test_only_out_is_differentiable_and_once(backend):
+    parts, rows = pack((5, [3]))
+    leaves = [x.requires_grad_() for x in inputs(rows)]
+    out, lse = group_attention(*leaves, parts, scale=SCALE)
+    assert out.requires_grad and not lse.requires_grad
+    (grad,) = torch.autograd.grad(out.square().sum(), leaves[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_recomputed_and_under_autocast(backend):
+    """Products stay in the inputs' precision, and a recomputed pass gives the same bits."""
+    parts, rows = pack((40, [7, 25]))
+    grads = []
+    for way in range(3):
+        leaves = [x.requires_grad_() for x in inputs(rows, dtype=torch.float32)]
+
+        def run(*x):
+            return group_attention(*x, parts, scale=SCALE)[0]
+
+        with torch.autocast("cpu", torch.bfloat16, enabled=way == 2):
+            out = checkpoint(run, *leaves, use_reentrant=False) if way else run(*leaves)
+            assert out.dtype == torch.float32
+            out.square().sum().backward()
+        grads.append([x.grad for x in leaves])
+    for other in grads[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(grads[0], other, strict=True))
+
+
+def test_another_default_device(backend):
+    parts, rows = pack((5, [3]))
+    tensors = inputs(rows)
+    expected = group_attention(*tensors, parts, scale=SCALE)[0]
+    with torch.device("meta"):
+        assert torch.equal(group_attention(*tensors, parts, scale=SCALE)[0], expected)
 
 
 def test_queries_in_no_part_are_zero_and_have_no_gradient(backend):
@@ -228,8 +310,21 @@ def test_large_scores(backend):
     assert lse.max() > 100
     exact = dense(query.double() * 5, key.double() * 5, value.double(), parts)
     assert_close((out, lse), exact, 3e-5)
-    out, lse = group_attention(query * 1e4, key * 1e4, value, parts, scale=SCALE)
+    # Of scores of a million little is known but that a probability is at most 1.
+    leaves = [x.requires_grad_() for x in (query * 1e3, key * 1e3, value)]
+    out, lse = group_attention(*leaves, parts, scale=SCALE)
     assert out.isfinite().all() and lse.isfinite().all()
+    out.sum().backward()
+    assert leaves[2].grad.max() <= 2 * rows  # two query heads to a key head
+
+
+def test_hidden_keys_weigh_nothing_beside_very_low_scores(backend):
+    """Every score is about -30,000: a mask of any finite number would be higher."""
+    parts, rows = pack((40, [30, 9]))
+    query, key, value = inputs(rows, dtype=torch.float32)
+    query, key = query.abs() + 50, -(key.abs() + 120)
+    assert group_attention(query, key, value, parts, scale=SCALE)[1].max() < -1e4
+    check(query, key, value, parts, torch.float32, tolerance=2e-2)
 
 
 @pytest.mark.skipif(native is None, reason="the native module is not built")
@@ -286,13 +381,16 @@ def test_gradcheck(backend):
     )
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_opcheck_and_compile(backend):
     parts, rows = pack((40, [7, 25]))
     parts = torch.tensor(parts)
     query, key, value = inputs(rows, dtype=torch.float32)
-    torch.library.opcheck(
-        torch.ops.vcr1_fast.group_attention.default, (query, key, value, parts, SCALE)
-    )
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.library.opcheck(
+            torch.ops.vcr1_fast.group_attention.default,
+            (*(x.to(dtype) for x in (query, key, value)), parts, SCALE),
+        )
     out, lse = group_attention(query, key, value, parts, scale=SCALE)
     torch.library.opcheck(
         torch.ops.vcr1_fast.group_attention_backward.default,
@@ -300,10 +398,15 @@ def test_opcheck_and_compile(backend):
     )
 
     def step(q, k, v):
-        return torch.ops.vcr1_fast.group_attention(q, k, v, parts, SCALE)[0] * 2
+        return group_attention(q, k, v, parts, scale=SCALE)[0].square().sum()
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(query, key, value), out * 2)
+    results = []
+    for fn in (step, compiled):
+        leaves = [x.clone().requires_grad_() for x in (query, key, value)]
+        loss = fn(*leaves)
+        results.append([loss, *torch.autograd.grad(loss, leaves)])
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.parametrize(
@@ -312,7 +415,16 @@ def test_opcheck_and_compile(backend):
         (((4, 2, 8), (4, 2, 8), (4, 2, 4)), [], "must be"),
         (((4, 2), (4, 2), (4, 2)), [], "must be"),
         (((4, 2, 8), (5, 2, 8), (5, 2, 8)), [], "agree in N and D"),
-        (((4, 3, 8), (4, 2, 8), (4, 2, 8)), [], "heads divide H"),
+        (((4, 3, 8), (4, 2, 8), (4, 2, 8)), [], "heads must divide H"),
+        (((4, 0, 8), (4, 2, 8), (4, 2, 8)), [], "at least 1; got 2, 0"),
+        (((4, 2, 8), (4, 0, 8), (4, 0, 8)), [], "at least 1; got 0, 2"),
+        (((4, 2, 0),) * 3, [], "D >= 1"),
+        (((4, 2, 8), (4, 2, 8), (4, 1, 8)), [], "the last two alike"),
+        (((4, 2, 8),) * 3, [(0, 4, 0)], r"four whole numbers, got \(0, 4, 0\)"),
+        (((4, 2, 8),) * 3, [(0.9, 4.7, 0, 0)], "four whole numbers"),
+        (((4, 2, 8),) * 3, [[]], r"four whole numbers, got \[\]"),
+        (((4, 2, 8),) * 3, [(0, 1, 0, 0, 1, 2, 0, 0)], "four whole numbers"),
+        (((4, 2, 8),) * 3, torch.zeros(1, 4, device="meta").long(), "on the CPU, got meta"),
         (((4, 2, 8),) * 3, [(0, 5, 0, 0)], r"part 0 is \[0, 5, 0, 0\]: rows must rise within 4"),
         (((4, 2, 8),) * 3, [(0, 2, 0, 0), (1, 4, 0, 0)], "part 1 is"),
         (((4, 2, 8),) * 3, [(2, 2, 0, 0)], "part 0 is"),
@@ -334,6 +446,8 @@ def test_other_errors():
         group_attention(x, x.double(), x, [], scale=1.0)
     with pytest.raises(ValueError, match="of one dtype"):
         group_attention(*(x.long() for _ in range(3)), [], scale=1.0)
+    with pytest.raises(ValueError, match=r"on one device, got \['cpu', 'meta', 'cpu'\]"):
+        group_attention(x, x.to("meta"), x, [(0, 4, 0, 0)], scale=1.0)
     if native is not None:
         wide = torch.zeros(4, 1, MAX_DIM + 1)
         with pytest.raises(ValueError, match=f"heads of 1 to {MAX_DIM}, got {MAX_DIM + 1}"):
@@ -358,8 +472,19 @@ def test_the_binding_checks_what_the_kernel_trusts():
         ({"key": torch.zeros(4, 3, 8)}, "no multiple of 3"),
         ({"out": torch.zeros(3, 2, 8)}, "out: expected"),
         ({"out": torch.zeros(4, 8, 2).transpose(1, 2)}, "stride 1"),
-        ({"lse": torch.zeros(7)}, "lse: expected 8 elements"),
+        ({"lse": torch.zeros(4, 2)}, r"lse: expected \(2, 4\), got \(4, 2\)"),
         ({"scratch": torch.zeros(255)}, "scratch: expected 256 elements"),
     ):
         with pytest.raises(ValueError, match=message):
             forward(**wrong)
+
+    def backward(tasks, scratch=scratch):
+        grads = [torch.zeros(4, 2, 8) for _ in range(3)]
+        native.group_attention_backward([x, x, x], good, 1.0, x, lse, x, grads, scratch, tasks, 1)
+
+    backward(3, torch.zeros(4 * 256))
+    with pytest.raises(ValueError, match="scratch: expected 1024 elements"):
+        backward(3, torch.zeros(4 * 256 - 1))
+    for tasks in (0, -1, 2**56 - 1):
+        with pytest.raises(ValueError, match="tasks: expected 1 to 1024"):
+            backward(tasks)

@@ -37,9 +37,7 @@ def gather_logprobs_backward(
     grad: Tensor,
     num_threads: int,
 ) -> None: ...
-
-group_attention_dim_multiple: int
-
+def group_attention_scratch(rows: int, kv_heads: int, dim: int, tasks: int) -> int: ...
 def group_attention(
     inputs: Sequence[Tensor],
     parts: Tensor,

@@ -6,12 +6,13 @@
 
 #include <type_traits>
 
-#include "simd.h"
+#include "../kernels.h"
 #include "simd_double.h"
+#include "simd_mask.h"
 
 namespace vcr1::cpu::VCR1_ISA {
 
-constexpr int kRows = 32;  // queries of a block
+constexpr int kRows = kGroupAttentionRows;  // queries of a block
 
 template <typename S>
 struct VecOf {
@@ -161,7 +162,7 @@ void add_rows(const S* weights, int n, const S* rows, int used, int dim, S* out)
   for (; d < dim; d += w) add_rows_of<1>(weights, n, rows + d, used, dim, out + d);
 }
 
-// out[i] = 2^x[i], for n vectors' worth of numbers.
+// 2^x of four vectors; of doubles by the C library, lane by lane.
 VCR1_INLINE void exp2_of(const Vec (&x)[4], Vec (&out)[4]) { Exp2(1.0f)(x, out); }
 VCR1_INLINE void exp2_of(const DoubleVec (&x)[4], DoubleVec (&out)[4]) {
   for (int k = 0; k < 4; ++k)

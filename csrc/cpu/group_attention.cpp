@@ -19,50 +19,16 @@ constexpr int kKeys = 64;  // of a tile, even
 constexpr int kMaxDim = kGroupAttentionMaxDim;
 constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
-int64_t padded(int64_t dim) { return (dim + kDimMultiple - 1) / kDimMultiple * kDimMultiple; }
-
-using Part = GroupAttentionPart;
-
-// Queries [row, row + used) of parts that share a prefix; `parts` is the one the first of them is
-// in.
+// A block with its parts at hand; `parts` is the one its first query is in.
 struct Block {
   int64_t row;
   int used;
-  const Part* parts;
+  const GroupAttentionPart* parts;
 };
 
-// Parts whose queries may stand in one block: one after another, behind the same prefix.
-const Part* end_of_run(const Part* part, const Part* end) {
-  const Part* next = part + 1;
-  while (next < end && part->prefix_end > part->prefix && next->row == next[-1].end &&
-         next->prefix == part->prefix && next->prefix_end == part->prefix_end)
-    ++next;
-  return next;
-}
-
-int64_t blocks_of(int64_t rows) { return (rows + kRows - 1) / kRows; }
-
-int64_t count_blocks(const GroupAttentionInput& in) {
-  int64_t count = 0;
-  for (const Part *part = in.parts, *end = part + in.num_parts, *next; part < end; part = next) {
-    next = end_of_run(part, end);
-    count += blocks_of(next[-1].end - part->row);
-  }
-  return count;
-}
-
 Block block_at(const GroupAttentionInput& in, int64_t index) {
-  for (const Part *part = in.parts, *end = part + in.num_parts, *next;; part = next) {
-    next = end_of_run(part, end);
-    const int64_t last = next[-1].end, count = blocks_of(last - part->row);
-    if (index >= count) {
-      index -= count;
-      continue;
-    }
-    const int64_t row = part->row + index * kRows;
-    while (part->end <= row) ++part;
-    return {row, static_cast<int>(std::min<int64_t>(kRows, last - row)), part};
-  }
+  const GroupAttentionBlock& block = in.blocks[index];
+  return {block.row, static_cast<int>(block.used), in.parts + block.part};
 }
 
 // fn(first key, keys, hide) for the tiles of keys that a block sees; hide(scores) then sets to -inf
@@ -72,7 +38,7 @@ void for_keys(const Block& block, Fn&& fn) {
   const auto everything = [](S*) {};
   for (int64_t key = block.parts->prefix; key < block.parts->prefix_end; key += kKeys)
     fn(key, static_cast<int>(std::min<int64_t>(kKeys, block.parts->prefix_end - key)), everything);
-  const Part* part = block.parts;  // the key's
+  const GroupAttentionPart* part = block.parts;  // the key's
   const int64_t end = block.row + block.used;
   for (int64_t key = part->row; key < end; key += kKeys) {
     const int n = static_cast<int>(std::min<int64_t>(kKeys, end - key));
@@ -130,7 +96,7 @@ struct Packed {
 
 template <typename S, typename T>
 Packed<S> pack(const GroupAttentionInput& in, int num_threads) {
-  const int size = static_cast<int>(padded(in.dim)), dim = static_cast<int>(in.dim);
+  const int size = static_cast<int>(padded_dim(in.dim)), dim = static_cast<int>(in.dim);
   const Packed<S> out{static_cast<S*>(in.scratch),
                       static_cast<S*>(in.scratch) + in.kv_heads * in.rows * size, in.rows * size};
   constexpr int64_t kGrain = 256;
@@ -144,10 +110,11 @@ Packed<S> pack(const GroupAttentionInput& in, int num_threads) {
   return out;
 }
 
-// The lanes' largest score so far, the sum of 2^(score - largest), and what earlier sums are to be
-// multiplied with; scores become those powers.
+// One tile's part of the running softmax. Updates the lanes' largest score and the sum of
+// 2^(score - largest), gives what earlier sums are to be multiplied with, and makes the scores
+// those powers.
 template <typename S>
-void soften(S* scores, int n, S* largest, S* sum, S* earlier) {
+void online_softmax(S* scores, int n, S* largest, S* sum, S* rescale) {
   using V = typename VecOf<S>::type;
   constexpr int w = V::kWidth;
   if (n % 2 != 0) {
@@ -166,7 +133,7 @@ void soften(S* scores, int n, S* largest, S* sum, S* earlier) {
     V total[2];
     for (int k = 0; k < 2; ++k) {
       store(largest + lane + k * w, top[k]);
-      store(earlier + lane + k * w, factor[k]);
+      store(rescale + lane + k * w, factor[k]);
       total[k] = mul(load(sum + lane + k * w), factor[k]);
     }
     for (int j = 0; j < n; j += 2) {
@@ -196,11 +163,11 @@ template <typename S, typename T>
 void forward_block(const GroupAttentionForward& a, const Packed<S>& packed, int64_t head,
                    const Block& block) {
   const GroupAttentionInput& in = a.in;
-  const int dim = static_cast<int>(in.dim), size = static_cast<int>(padded(dim));
+  const int dim = static_cast<int>(in.dim), size = static_cast<int>(padded_dim(dim));
   const int64_t kv_offset = head / (in.heads / in.kv_heads) * packed.head_size;
   const S *const keys = packed.keys + kv_offset, *const values = packed.values + kv_offset;
   alignas(64) S rows[kRows * kMaxDim], query[kRows * kMaxDim], out[kRows * kMaxDim];
-  alignas(64) S scores[kKeys * kRows], largest[kRows], sum[kRows], earlier[kRows];
+  alignas(64) S scores[kKeys * kRows], largest[kRows], sum[kRows], rescale[kRows];
   gather(in.query.at<T>(block.row, head), in.query.row, block.used, dim, size,
          static_cast<S>(in.scale * kLog2E), rows, query);
   std::fill(out, out + size * kRows, S(0));
@@ -210,8 +177,8 @@ void forward_block(const GroupAttentionForward& a, const Packed<S>& packed, int6
   for_keys<S>(block, [&](int64_t key, int n, auto hide) {
     multiply_columns(keys + key * size, n, size, query, size, scores);
     hide(scores);
-    soften(scores, n, largest, sum, earlier);
-    scale_columns(out, size, earlier);
+    online_softmax(scores, n, largest, sum, rescale);
+    scale_columns(out, size, rescale);
     add_columns(values + key * size, n, size, scores, size, out);
   });
   S* const lse = static_cast<S*>(a.lse) + head * in.rows + block.row;
@@ -226,7 +193,7 @@ void forward_block(const GroupAttentionForward& a, const Packed<S>& packed, int6
 template <typename S, typename T>
 void forward(const GroupAttentionForward& args, int num_threads) {
   const Packed<S> packed = pack<S, T>(args.in, num_threads);
-  const int64_t blocks = count_blocks(args.in);
+  const int64_t blocks = args.in.num_blocks;
   // The last blocks of a prompt see most keys: they come first.
   parallel_for(args.in.heads * blocks, 1, num_threads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
@@ -248,7 +215,7 @@ template <typename S>
 void score_gradients(S* scores, S* products, int n, const S* lse, const S* delta) {
   using V = typename VecOf<S>::type;
   constexpr int w = V::kWidth;
-  if (n % 2 != 0) {
+  if (n % 2 != 0) {  // nobody reads the results; but what memory holds is not to be computed with
     std::fill(scores + n * kRows, scores + (n + 1) * kRows, -std::numeric_limits<S>::infinity());
     std::fill(products + n * kRows, products + (n + 1) * kRows, S(0));
     ++n;
@@ -261,6 +228,8 @@ void score_gradients(S* scores, S* products, int n, const S* lse, const S* delta
       S* const y = products + j * kRows + lane;
       V from[4], p[4];
       for (int i = 0; i < 4; ++i) from[i] = sub(load(x + i / 2 * kRows + i % 2 * w), shift[i % 2]);
+      // No probability is above 1, whatever rounding large scores makes of it.
+      for (int i = 0; i < 4; ++i) from[i] = min(splat(S(0)), from[i]);
       exp2_of(from, p);
       for (int i = 0; i < 4; ++i) {
         const int at = i / 2 * kRows + i % 2 * w;
@@ -275,7 +244,7 @@ template <typename S, typename T>
 void backward_block(const GroupAttentionBackward& a, const Packed<S>& packed, int64_t head,
                     const Block& block, S* grad_keys, S* grad_values) {
   const GroupAttentionInput& in = a.in;
-  const int dim = static_cast<int>(in.dim), size = static_cast<int>(padded(dim));
+  const int dim = static_cast<int>(in.dim), size = static_cast<int>(padded_dim(dim));
   const int64_t kv_offset = head / (in.heads / in.kv_heads) * packed.head_size;
   const S *const keys = packed.keys + kv_offset, *const values = packed.values + kv_offset;
   alignas(64) S query[kRows * kMaxDim], query_columns[kRows * kMaxDim];
@@ -309,6 +278,7 @@ void backward_block(const GroupAttentionBackward& a, const Packed<S>& packed, in
     add_rows(scores, n, grad, block.used, size, grad_values + key * size);
     add_rows(products, n, query, block.used, size, grad_keys + key * size);
   });
+  // The query's memory is free now.
   scatter(grad_query, block.used, dim, size, scale, query, a.grad_query.at<T>(block.row, head),
           a.grad_query.row);
 }
@@ -317,8 +287,8 @@ template <typename S, typename T>
 void backward(const GroupAttentionBackward& args, int num_threads) {
   const GroupAttentionInput& in = args.in;
   const Packed<S> packed = pack<S, T>(in, num_threads);
-  const int64_t blocks = count_blocks(in), share = in.heads / in.kv_heads;
-  const int dim = static_cast<int>(in.dim), size = static_cast<int>(padded(dim));
+  const int64_t blocks = in.num_blocks, share = in.heads / in.kv_heads;
+  const int dim = static_cast<int>(in.dim), size = static_cast<int>(padded_dim(dim));
   // Behind the packed ones: keys' and values' gradients of each task.
   S* const sums = packed.values + in.kv_heads * packed.head_size;
   parallel_for(in.kv_heads * args.tasks, 1, num_threads, [&](int64_t begin, int64_t end) {

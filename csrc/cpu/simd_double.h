@@ -1,8 +1,8 @@
 // Vectors of doubles, with the names that simd.h has for floats. Include it only from files built
 // by vcr1_cpu_kernel().
 //
-// Double precision is for checking what the same kernel does in float: e^x comes from the C
-// library, lane by lane.
+// Double precision is for checking what the same kernel does in float: what floats have and no
+// kernel needs in double is not here.
 #pragma once
 
 #include "simd.h"
@@ -26,6 +26,7 @@ inline DoubleVec sub(DoubleVec a, DoubleVec b) { return {a.v - b.v}; }
 inline DoubleVec mul(DoubleVec a, DoubleVec b) { return {a.v * b.v}; }
 inline DoubleVec fma(DoubleVec a, DoubleVec b, DoubleVec c) { return {a.v * b.v + c.v}; }
 inline DoubleVec max(DoubleVec a, DoubleVec b) { return {a.v > b.v ? a.v : b.v}; }
+inline DoubleVec min(DoubleVec a, DoubleVec b) { return {a.v < b.v ? a.v : b.v}; }
 inline double reduce_add(DoubleVec a) {
   double out = a.v[0];
   for (int i = 1; i < DoubleVec::kWidth; ++i) out += a.v[i];

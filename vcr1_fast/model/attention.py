@@ -163,7 +163,7 @@ def fused_group_attention(
     is_last: of a prompt only the last token's row is read afterwards (see `unread.py`); the others
     may be anything, and are zero here.
     """
-    parts = torch.tensor([part for span in spans for part in span.parts(is_last)])
+    parts = [part for span in spans for part in span.parts(is_last)]
     rows = (x[0].transpose(0, 1) for x in (query, key, value))
     return group_attention(*rows, parts, scale=scaling)[0][None]
 

@@ -16,14 +16,15 @@ algorithm 4):
 
 The kernel for the CPU goes over each block of 32 queries once, a tile of 64 keys at a time: scores
 and probabilities stay in the cache, a query to a lane of the vectors. Backward it computes the
-scores again, so five products for the forward pass's two. Keys and values are read where they lie,
-by all completions, and nothing of size (rows x rows) is in memory. float64 is computed in float64,
-everything else in float32.
+scores again, so five products for the forward pass's two. Keys and values are copied once, to dense
+rows, read by all completions, and nothing of size (rows x rows) is in memory. float64 is computed
+in float64, everything else in float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -33,20 +34,33 @@ from vcr1_fast.ops.backend import Op, native
 
 MAX_DIM = 128  # of a head, on the CPU: the kernel's `kGroupAttentionMaxDim`
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# The backward pass's pieces of work, at least: each has gradients of keys and values of its own.
+# The backward pass's pieces of work, at least: each sums gradients of keys and values by itself, in
+# memory of their size.
 _TASKS = 8
 
 
-def _exact(x: Tensor) -> torch.dtype:
+def _accumulated(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def _exactly(reference: Callable[..., Any]) -> Callable[..., Any]:
+    """`reference` without autocast, under which its products would be of half precision."""
+
+    @functools.wraps(reference)
+    def run(query: Tensor, *args: Any) -> Any:
+        with torch.autocast(query.device.type, enabled=False):
+            return reference(query, *args)
+
+    return run
+
+
+@_exactly
 def group_attention_reference(
     query: Tensor, key: Tensor, value: Tensor, parts: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """(out, lse), part by part; arguments as in `group_attention`."""
     out = torch.zeros_like(query, memory_format=torch.contiguous_format)
-    lse = query.new_full((query.shape[1], len(query)), -torch.inf, dtype=_exact(query))
+    lse = query.new_full((query.shape[1], len(query)), -torch.inf, dtype=_accumulated(query))
     for rows, keys, seen in _pieces(parts, query.device):
         q, k, v = _heads(query, rows), _heads(key, keys), _heads(value, keys)
         scores = (_product(q, k.mT) * scale).masked_fill(~seen, -torch.inf)
@@ -55,6 +69,7 @@ def group_attention_reference(
     return out, lse
 
 
+@_exactly
 def group_attention_backward_reference(
     query: Tensor,
     key: Tensor,
@@ -66,7 +81,9 @@ def group_attention_backward_reference(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, by the equations above."""
-    grads = [torch.zeros(x.shape, dtype=_exact(x), device=x.device) for x in (query, key, value)]
+    grads = [
+        torch.zeros(x.shape, dtype=_accumulated(x), device=x.device) for x in (query, key, value)
+    ]
     for rows, keys, seen in _pieces(parts, query.device):
         q, k, v = _heads(query, rows), _heads(key, keys), _heads(value, keys)
         d_out, of_out = _heads(grad, rows), _heads(out, rows)
@@ -87,16 +104,15 @@ def _pieces(parts: Tensor, device: torch.device) -> Iterator[tuple[slice, Tensor
     """For each part its rows, the keys (m,) that any of them sees, and which of those each does,
     (rows, m) bool."""
     for row, end, prefix, prefix_end in parts.tolist():
-        keys = torch.cat([torch.arange(prefix, prefix_end), torch.arange(row, end)])
-        own = torch.ones(end - row, end - row, dtype=torch.bool).tril()
-        of_prefix = torch.ones(end - row, prefix_end - prefix, dtype=torch.bool)
-        seen = torch.cat([of_prefix, own], dim=1)
-        yield slice(row, end), keys.to(device), seen.to(device)
+        stretches = ((prefix, prefix_end), (row, end))
+        keys = torch.cat([torch.arange(a, b, device=device) for a, b in stretches])
+        queries = torch.arange(row, end, device=device)[:, None]
+        yield slice(row, end), keys, keys <= queries
 
 
 def _heads(x: Tensor, rows: slice | Tensor) -> Tensor:
     """Those rows of (N, heads, D) as (heads, rows, D), in the precision of the reference."""
-    return x[rows].transpose(0, 1).to(_exact(x))
+    return x[rows].transpose(0, 1).to(_accumulated(x))
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -106,27 +122,26 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 def _scratch(query: Tensor, key: Tensor, tasks: int) -> Tensor:
     rows, kv_heads, dim = key.shape
-    multiple = native.group_attention_dim_multiple
-    size = -(-dim // multiple) * multiple
-    return query.new_empty(2 * kv_heads * rows * size * (1 + tasks), dtype=_exact(query))
+    size = native.group_attention_scratch(rows, kv_heads, dim, tasks)
+    return query.new_empty(size, dtype=_accumulated(query))
 
 
 def _new(query: Tensor, parts: Tensor) -> Tensor:
     """Memory for what the kernel writes of each query in a part; zeros where some are in none."""
     covered = int((parts[:, 1] - parts[:, 0]).sum())
-    new = torch.empty if covered == len(query) else torch.zeros
-    return new(query.shape, dtype=query.dtype)
+    new = query.new_empty if covered == len(query) else query.new_zeros
+    return new(query.shape)
 
 
 def _dense_rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 or x.numel() == 0 else x.contiguous()
 
 
 def _forward_cpu(
     query: Tensor, key: Tensor, value: Tensor, parts: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     out = _new(query, parts)
-    lse = query.new_full((query.shape[1], len(query)), -torch.inf, dtype=_exact(query))
+    lse = query.new_full((query.shape[1], len(query)), -torch.inf, dtype=_accumulated(query))
     inputs = [_dense_rows(x) for x in (query, key, value)]
     scratch = _scratch(query, key, 0)
     native.group_attention(inputs, parts, scale, out, lse, scratch, torch.get_num_threads())
@@ -143,9 +158,9 @@ def _backward_cpu(
     parts: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grads = [_new(query, parts), *(torch.empty(x.shape, dtype=x.dtype) for x in (key, value))]
+    grads = [_new(query, parts), *(x.new_empty(x.shape) for x in (key, value))]
     inputs = [_dense_rows(x) for x in (query, key, value)]
-    tasks = max(1, _TASKS // key.shape[1])
+    tasks = -(-_TASKS // key.shape[1])
     native.group_attention_backward(
         inputs,
         parts,
@@ -164,7 +179,7 @@ def _backward_cpu(
 def _fake_forward(
     query: Tensor, key: Tensor, value: Tensor, parts: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    lse = query.new_empty((query.shape[1], query.shape[0]), dtype=_exact(query))
+    lse = query.new_empty((query.shape[1], query.shape[0]), dtype=_accumulated(query))
     return query.new_empty(query.shape), lse
 
 
@@ -218,29 +233,46 @@ def group_attention(
     """Attention of a pack's queries over the keys that their parts name.
 
     query: (N, H, D); key, value: (N, heads, D), heads dividing H, heads that share a key one after
-        another; float64, float32, bfloat16 or float16 of one dtype, any strides. On the CPU D may
-        be up to MAX_DIM.
-    parts: (n, 4) int64 on the CPU: row, end, prefix, prefix_end, see above. Rows rise, and a prefix
-        ends at or before its part's first row.
+        another; float64, float32, bfloat16 or float16 of one dtype, any strides; D >= 1, and on the
+        CPU up to MAX_DIM.
+    parts: (n, 4) int64 on the CPU, or four numbers each: row, end, prefix, prefix_end, see above.
+        Rows rise, and a prefix ends at or before its part's first row.
     scale: of the scores, 1 / sqrt(D) as a rule.
     Returns out (N, H, D) in the inputs' dtype, zero for queries in no part, and the log-sum-exps of
     their scores (H, N), float32 or float64, -inf for those. out is differentiable once; lse is not.
+    What is not finite may spoil its part, and those beside it that have the same prefix.
     Raises ValueError for other shapes and dtypes, and for parts that overlap or reach too far.
     """
     if not isinstance(parts, Tensor):
-        parts = torch.tensor(parts, dtype=torch.int64).view(-1, 4)
+        parts = _as_tensor(parts)
     _check(query, key, value, parts)
-    return _GroupAttention.apply(query, key, value, parts, float(scale))
+    if not torch.compiler.is_compiling():  # numbers are not at hand there, and checked natively
+        _check_parts(parts, len(query))
+    return _GroupAttention.apply(query, key, value, parts.contiguous(), float(scale))
+
+
+def _as_tensor(parts: Sequence[Sequence[int]]) -> Tensor:
+    for part in parts:
+        if len(part) != 4 or not all(isinstance(x, int) for x in part):
+            raise ValueError(f"a part is four whole numbers, got {part!r}")
+    return torch.tensor(list(parts), dtype=torch.int64, device="cpu").view(-1, 4)
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, parts: Tensor) -> None:
     shapes = [tuple(x.shape) for x in (query, key, value)]
     if any(len(shape) != 3 for shape in shapes) or shapes[1] != shapes[2]:
-        raise ValueError(f"query, key and value must be (N, heads, D) each, got {shapes}")
-    if query.shape[::2] != key.shape[::2] or key.shape[1] == 0 or query.shape[1] % key.shape[1]:
         raise ValueError(
-            f"query and key must agree in N and D, and heads divide H; got {shapes[0]}, {shapes[1]}"
+            f"query, key and value must be (N, heads, D) each, the last two alike; got {shapes}"
         )
+    if query.shape[::2] != key.shape[::2] or query.shape[2] == 0:
+        raise ValueError(f"query and key must agree in N and D >= 1, got {shapes[0]}, {shapes[1]}")
+    if 0 in (query.shape[1], key.shape[1]) or query.shape[1] % key.shape[1]:
+        raise ValueError(
+            f"heads must divide H, both at least 1; got {key.shape[1]}, {query.shape[1]}"
+        )
+    if len({x.device for x in (query, key, value)}) > 1:
+        devices = [str(x.device) for x in (query, key, value)]
+        raise ValueError(f"query, key and value must be on one device, got {devices}")
     dtypes = {x.dtype for x in (query, key, value)}
     if len(dtypes) > 1 or query.dtype not in _DTYPES:
         raise ValueError(f"query, key and value must be of one dtype of {_DTYPES}, got {dtypes}")
@@ -248,13 +280,16 @@ def _check(query: Tensor, key: Tensor, value: Tensor, parts: Tensor) -> None:
         raise ValueError(f"parts must be int64 (n, 4), got {parts.dtype} {tuple(parts.shape)}")
     if parts.device.type != "cpu":
         raise ValueError(f"parts must be on the CPU, got {parts.device}")
+
+
+def _check_parts(parts: Tensor, rows: int) -> None:
     row, end, prefix, prefix_end = parts.t()
-    before = torch.cat([torch.zeros(1, dtype=torch.int64), end])[:-1]
-    good = (before <= row) & (row < end) & (end <= len(query))
+    before = torch.cat([end.new_zeros(1), end])[:-1]
+    good = (before <= row) & (row < end) & (end <= rows)
     good &= (prefix >= 0) & (prefix <= prefix_end) & (prefix_end <= row)
     if not bool(good.all()):
         at = int((~good).nonzero()[0])
         raise ValueError(
-            f"part {at} is {parts[at].tolist()}: rows must rise within {len(query)}, and a prefix "
+            f"part {at} is {parts[at].tolist()}: rows must rise within {rows}, and a prefix "
             "end at or before its part's first row"
         )
