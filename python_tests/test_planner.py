@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_run import configure, write_inputs
 
+from vcr1_fast.model import rollout as rollout_module
 from vcr1_fast.ops.linear_chunks import rows_per_chunk
 from vcr1_fast.train import loop, setup, update
 from vcr1_fast.train.planner import Footprint, Planner, is_out_of_memory
@@ -72,6 +73,75 @@ def test_memory_bounds_micro_batches_too(run):
     none = Planner(run.model, run.optimizer, 10**9, memory=0.2 * need)
     with pytest.raises(ValueError, match=r"prompt of 100 tokens \(400 patches.*GiB are free.*opt"):
         none.parts(items)
+
+
+def test_memory_bounds_the_prompts_of_a_rollout(run):
+    planner = Planner(run.model, run.optimizer, 1)
+    lengths = [100, 300, 50, 80]
+    need = [
+        planner.footprint.rollout_bytes(lengths[:n], 8, 20, truncated=False) for n in range(1, 5)
+    ]
+    assert need == sorted(need)
+    assert planner.prompts(lengths, 8, 20) == 4
+    for fitting in (1, 2, 3):
+        planner.memory = need[fitting - 1]
+        assert planner.prompts(lengths, 8, 20) == fitting
+    # Sorting for top-p takes as much again as drawing does.
+    assert planner.prompts(lengths, 8, 20, truncated=True) < 3
+    planner.memory = need[0] - 1
+    with pytest.raises(ValueError, match=r"8 completions of up to 20 tokens for a prompt of 100"):
+        planner.prompts(lengths, 8, 20)
+
+
+def test_the_prediction_of_a_rollout_is_near_what_it_keeps(run, monkeypatch):
+    memories = []
+
+    class Kept(rollout_module.SharedPrefix):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            memories.append(self)
+
+    monkeypatch.setattr(rollout_module, "SharedPrefix", Kept)
+    samples = next(iter(run.batches()))[:3]
+    settings = run.config.rollout
+    loop.draw(run, samples, [None] * 3, settings.group_size, torch.Generator().manual_seed(0))
+    pairs = [pair for memory in memories for pair in [*memory.prefix, *memory._own]]
+    kept = sum(x.nbytes for pair in pairs for x in pair)
+    foot, lengths = run.planner.footprint, [len(sample.prompt) for sample in samples]
+    rows = 3 * settings.group_size
+    capacity = pairs[-1][0].shape[2]
+    prefix = foot.per_cached * 3 * max(lengths)
+    assert kept == pytest.approx(
+        prefix + foot.per_cached * memories[0]._own[0][0].shape[0] * capacity
+    )
+    predicted = foot.rollout_bytes(lengths, settings.group_size, capacity, truncated=False)
+    assert predicted > prefix + foot.per_cached * rows * capacity
+
+
+def test_a_rollout_that_runs_out_of_memory_draws_the_same_by_halves(run, monkeypatch):
+    samples = next(iter(run.batches()))[:3]
+    told = []
+    run.planner.tell = told.append
+
+    def drawn(most):
+        def limited(model, processor, prompts, *args, **kwargs):
+            if len(prompts) > most:
+                raise MemoryError("no more")
+            return rollout_module.rollout(model, processor, prompts, *args, **kwargs)
+
+        monkeypatch.setattr(loop, "rollout", limited)
+        generator = torch.Generator().manual_seed(0)
+        return loop.draw(run, samples, [None] * 3, 4, generator)
+
+    whole = drawn(3)
+    assert not told
+    halves = drawn(1)
+    assert told == [
+        f"out of memory with rollouts of {n} prompts: going on by halves" for n in (3, 2)
+    ]
+    assert [one.texts for one in halves] == [one.texts for one in whole]
+    with pytest.raises(MemoryError):
+        drawn(0)
 
 
 def test_the_prediction_counts_what_is_trained_and_kept(run, inputs, tmp_path):

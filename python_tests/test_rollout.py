@@ -518,3 +518,14 @@ def test_truncation_keeps_ties_of_the_last_place_and_the_first_token():
 def test_impossible_settings_are_refused(field, value):
     with pytest.raises(ValueError, match=field):
         dataclasses.replace(SamplingConfig(), **{field: value})
+
+
+def test_prompts_draw_the_same_whatever_others_are_there(exact):
+    model, processor = exact
+    _often_stop(model, processor, 3.0)
+    prompts, sampling = _prompts(processor), SamplingConfig(max_new_tokens=12)
+    together = rollout(model, processor, prompts, 3, sampling, _seeded())
+    generator = _seeded()
+    apart = [rollout(model, processor, [p], 3, sampling, generator) for p in prompts]
+    assert _flat(one.texts for one in apart) == together.texts
+    assert len(set(_flat(together.texts))) > 10

@@ -75,7 +75,7 @@ def rollout(
         group_size: completions a prompt, G >= 1.
         sampling: all that decides what is drawn, besides
         generator: a CPU generator (None: torch's default). Completion (i, j) uses its own numbers
-            of it, whatever the others do.
+            of it, whatever the others do: prompts rolled out one after another draw the same.
         convention: of the positions, see `positions.py`.
         vision: features of the prompts' clips where they are known (`prompt_features`).
 
@@ -157,9 +157,13 @@ class _Run:
 
     def decode(self, hidden: Tensor, group_size: int, generator: torch.Generator | None) -> None:
         sampling = self.sampling
-        uniforms = torch.rand(
-            sampling.max_new_tokens, self.total, dtype=torch.float64, generator=generator
-        ).to(self.device)
+        # Prompt by prompt, so that what is drawn does not depend on which others are there.
+        shape = (sampling.max_new_tokens, group_size)
+        chance = [
+            torch.rand(shape, dtype=torch.float64, generator=generator)
+            for _ in range(self.total // group_size)
+        ]
+        uniforms = torch.cat(chance, dim=1).to(self.device)
         rows = torch.arange(self.total, device=self.device)
         resume = self.resume.repeat_interleave(group_size)
         alive = torch.ones(self.total, dtype=torch.bool)

@@ -25,13 +25,13 @@ from vcr1_fast.train.config import TrainConfig
 from vcr1_fast.train.dataset import Sample
 from vcr1_fast.train.log import Stopwatch
 from vcr1_fast.train.optim import learning_rate
+from vcr1_fast.train.planner import free_unused, is_out_of_memory
 from vcr1_fast.train.scoring import Scoring
 from vcr1_fast.train.setup import Run, open_run
 from vcr1_fast.train.shuffle import shuffled_features
 from vcr1_fast.train.step import (
     PolicyGroup,
     Scored,
-    chunks,
     reward_matrix,
     task_metrics,
     weight_matrix,
@@ -95,7 +95,16 @@ def sample_completions(
     # Numbers of its own: what is drawn from the clips as they are does not depend on the term.
     shuffler = torch.Generator().manual_seed(~seed % 2**63)
     with_graph = keeps_graph(run, samples)
-    for part in chunks(samples, settings.batch_prompts):
+    rest: Sequence[Sample] = samples
+    while rest:
+        lengths = [len(sample.prompt) for sample in rest[: settings.batch_prompts]]
+        fitting = run.planner.prompts(
+            lengths,
+            settings.group_size,
+            settings.max_new_tokens,
+            truncated=bool(settings.top_k) or settings.top_p < 1,
+        )
+        part, rest = rest[:fitting], rest[fitting:]
         with watch.stage("vision"):
             vision = run.clip_features(part, with_graph=with_graph)
         with watch.stage("rollout"):
@@ -123,28 +132,41 @@ def draw(
     count: int,
     generator: torch.Generator,
 ) -> list[Rollout]:
-    """`count` completions of each sample's prompt, its clips having the features `vision`."""
+    """`count` completions of each sample's prompt, its clips having the features `vision`. Where
+    memory runs out all the same, the same completions are drawn for one half after the other."""
     if not samples:
         return []
     settings = run.config.rollout
-    together = rollout(
-        run.model,
-        run.processor,
-        [sample.prompt for sample in samples],
-        count,
-        SamplingConfig(
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            top_k=settings.top_k,
-            max_new_tokens=settings.max_new_tokens,
-            stop=settings.stop,
-            decoding=settings.decoding,
-        ),
-        generator,
-        convention=run.config.model.mrope,
-        vision=vision,
-    )
-    return [one_prompt(together, i) for i in range(len(samples))]
+    chance = generator.get_state()
+    try:
+        together = rollout(
+            run.model,
+            run.processor,
+            [sample.prompt for sample in samples],
+            count,
+            SamplingConfig(
+                temperature=settings.temperature,
+                top_p=settings.top_p,
+                top_k=settings.top_k,
+                max_new_tokens=settings.max_new_tokens,
+                stop=settings.stop,
+                decoding=settings.decoding,
+            ),
+            generator,
+            convention=run.config.model.mrope,
+            vision=vision,
+        )
+        return [one_prompt(together, i) for i in range(len(samples))]
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error) or len(samples) == 1:
+            raise
+    # Outside the handler, whose traceback holds the tensors of the rollout.
+    free_unused()
+    run.planner.tell(f"out of memory with rollouts of {len(samples)} prompts: going on by halves")
+    generator.set_state(chance)
+    half = len(samples) // 2
+    first = draw(run, samples[:half], vision[:half], count, generator)
+    return first + draw(run, samples[half:], vision[half:], count, generator)
 
 
 def keeps_graph(run: Run, samples: list[Sample]) -> bool:

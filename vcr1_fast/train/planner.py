@@ -1,4 +1,4 @@
-"""How groups are cut into micro-batches: by tokens, and by the memory that a pass takes.
+"""How groups are cut into micro-batches, and prompts into rollouts: by tokens, and by memory.
 
 What a forward and backward pass holds at its peak, in bytes, with b those of a number in the
 model's dtype, H the width, K that of all key heads together, I that of the MLP; for a token in a
@@ -12,6 +12,11 @@ times the layers; where activations are recomputed, b H in each layer and all of
 The vision tower likewise, by patches, if it is trained, with the patches themselves and what is
 kept to join them. To that come the backward pass's own tensors in one layer, the logits of a chunk
 of the head with their gradient, and the head's gradient in float32.
+
+A rollout holds keys and values, 2 K b in each layer, of every prompt as if it were the longest, and
+of G completions twice their length, since their buffer doubles; one layer of the prompts' forward
+pass; and, to draw from them, 24 bytes for each logit of each completion (float32 scores, their
+exponentials, and these summed in float64), or 48 with top-k or top-p, which sort.
 """
 
 import gc
@@ -69,6 +74,9 @@ class Footprint:
     per_patch: float
     fixed: float
     head_chunk: float
+    per_cached: float  # token whose keys and values are kept
+    per_read: float  # token in one layer without gradient
+    vocabulary: int
 
     @classmethod
     def of(cls, model: nn.Module) -> "Footprint":
@@ -107,12 +115,27 @@ class Footprint:
             ),
             fixed=4.0 * head if weight.requires_grad else 0.0,
             head_chunk=2.0 * most_bytes(weight.device),
+            per_cached=2.0 * keys * width * text.num_hidden_layers,
+            per_read=_layers(
+                1, text.hidden_size, keys, text.intermediate_size, width, recomputed=False
+            ),
+            vocabulary=text.vocab_size,
         )
 
     def bytes(self, tokens: int, labels: int, patches: int) -> float:
         """Of a pass over `tokens`, of which `labels` are predicted, and `patches`."""
         head = min(self.per_label * labels, self.head_chunk)
         return self.fixed + head + self.per_token * tokens + self.per_patch * patches
+
+    def rollout_bytes(
+        self, prompts: Sequence[int], count: int, length: int, *, truncated: bool
+    ) -> float:
+        """Of drawing `count` completions of up to `length` tokens for each of `prompts` (tokens);
+        truncated: by top-k or top-p."""
+        rows = count * len(prompts)
+        cached = len(prompts) * max(prompts) + 2 * rows * length
+        drawing = (48.0 if truncated else 24.0) * self.vocabulary * rows
+        return self.per_cached * cached + self.per_read * sum(prompts) + drawing
 
 
 def _layers(depth: int, width: int, keys: float, mlp: int, b: int, recomputed: bool) -> float:
@@ -180,9 +203,7 @@ class Planner:
                 reason = str(error).partition("\n")[0] or type(error).__name__
             # Outside the handler, whose traceback holds the tensors of the pass.
             items = restart()
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            free_unused()
             self._halve(parts, reason)
 
     def room(self) -> float:
@@ -196,6 +217,25 @@ class Planner:
         """Bytes that a pass over this micro-batch takes."""
         labels = sum(map(sum, (item.lengths for item in part)))
         return self.footprint.bytes(_tokens(part), labels, sum(item.patches for item in part))
+
+    def prompts(
+        self, lengths: Sequence[int], count: int, length: int, *, truncated: bool = False
+    ) -> int:
+        """How many of the first prompts, of `lengths` tokens, may be rolled out together; see
+        `Footprint.rollout_bytes`. ValueError, with the numbers, where one alone would not fit."""
+        room = self.room()
+        for fitting in range(len(lengths), 0, -1):
+            need = self.footprint.rollout_bytes(
+                lengths[:fitting], count, length, truncated=truncated
+            )
+            if need <= room:
+                return fitting
+        raise ValueError(
+            f"{count} completions of up to {length} tokens for a prompt of {lengths[0]} need about "
+            f"{need / GIB:.2f} GiB while they are drawn; {room / GIB:.2f} GiB are free. Lower "
+            "data.frames, rollout.group_size or rollout.max_new_tokens, or, where the estimate is "
+            "wrong, set optim.memory_gib"
+        )
 
     def _fits(self, part: Sequence[Shaped], room: float) -> bool:
         return _tokens(part) <= self.tokens and self.predict(part) <= room
@@ -232,6 +272,13 @@ def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
         sign in str(error) for sign in _OUT_OF_MEMORY
     )
+
+
+def free_unused() -> None:
+    """Give back what nobody holds any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def free_bytes(device: torch.device) -> float:

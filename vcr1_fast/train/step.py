@@ -166,11 +166,6 @@ def longest_first(items: Iterable[S]) -> list[S]:
     return sorted(items, key=lambda item: item.prompt_tokens + sum(item.lengths), reverse=True)
 
 
-def chunks(items: Sequence[T], size: int) -> list[Sequence[T]]:
-    """Consecutive parts of `size`, the last one possibly shorter."""
-    return [items[i : i + size] for i in range(0, len(items), size)]
-
-
 def equal_parts(items: Sequence[T], parts: int) -> list[Sequence[T]]:
     """Consecutive parts whose sizes differ by one at most; some may be empty."""
     edges = [len(items) * i // parts for i in range(parts + 1)]
