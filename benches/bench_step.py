@@ -6,7 +6,8 @@ GRPOTrainer, on text. The rows "demo" are `vcr1 demo`'s: its model, clips and co
 run the same weights and data in one process, and their gradients are compared first.
 
 "ours, torch's attention" is the shared form with torch's kernels in place of our own: what sharing
-does alone. Where the plain form's batch does not fit in memory, its sequences run one at a time.
+does alone. "plain, by sequence" is the same gradient from one sequence at a time: where the batch
+takes gigabytes it is the faster one, for a process is given fresh memory slowly.
 The limit, "bare products", are the matrix products of the shared form's linear layers, forward and
 backward, and nothing else. `predicted_speedup` is the ratio of the forms' multiply-adds.
 """
@@ -16,7 +17,6 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import torch
 from harness import Bench
 from step_case import (
@@ -42,15 +42,14 @@ from vcr1_fast.model.forward import prompt_features
 from vcr1_fast.model.rollout import SamplingConfig, rollout
 from vcr1_fast.model.tiny import write_tiny
 from vcr1_fast.model.vision import prepare_vision
-from vcr1_fast.train.planner import Footprint
+from vcr1_fast.train.planner import GIB, Footprint, free_bytes
 from vcr1_fast.train.step import completion_logps
 
 # model, prompt tokens, completion tokens, completions
 TARGETS = [("0.7M", 2048, 64, 8), ("6M", 2048, 64, 8)]
-GRID = [(kind, p, 64, g) for kind in ("0.7M", "20M") for p in (256, 1024, 4096) for g in (4, 8, 16)]
-SOME = [shape for shape in GRID if shape[0] == "0.7M" and (shape[1] < 4096 or shape[3] == 8)]
-SOME.append(("20M", 1024, 64, 8))
-LONG_WORK = 1e12  # multiply-adds of the plain form, forward: a minute on two cores
+GRID = [(p, 64, g) for p in (256, 1024, 4096) for g in (4, 8, 16)]
+LONG_WORK = 2e11  # multiply-adds of the plain form, forward: ten seconds on two cores
+LARGE_BATCH = 2 * GIB
 
 
 class Models:
@@ -80,14 +79,11 @@ class Models:
         return once
 
 
-def fits(model: nn.Module, case: Case) -> bool:
-    """Whether the plain form's batch does, with all of its logits."""
+def batch_bytes(model: nn.Module, case: Case) -> float:
+    """What the plain form's batch takes, with all of its logits."""
     prompt, length, count = case.shape
     cost, rows = Footprint.of(model), count * (prompt + length)
-    needed = cost.bytes(rows, 0, count * case.group.patches) + cost.per_label * rows
-    if model.device.type == "cpu":
-        return needed < 0.7 * psutil.virtual_memory().available
-    return needed < 0.9 * torch.cuda.mem_get_info(model.device)[0]
+    return cost.bytes(rows, 0, count * case.group.patches) + cost.per_label * rows
 
 
 def shared(model: nn.Module, case: Case, attention: Backend) -> None:
@@ -101,12 +97,20 @@ def bench_policy(bench: Bench, name: str, models: Models, case: Case, *, stock: 
     layers, tokens = len(models.ours.model.language_model.layers), prompt + length * count
     before, after = operations(models.ours, case)
     predicted = Footprint.of(models.ours).bytes(tokens, length * count, case.group.patches)
-    plain = plain_step if fits(models.plain, case) else plain_by_sequence
+    needed = batch_bytes(models.plain, case)
+    plain: dict[str, Callable | str] = {"plain": plain_step}
+    if needed > LARGE_BATCH:
+        plain["plain, by sequence"] = plain_by_sequence
+    if needed > 0.7 * free_bytes(models.plain.device):
+        plain["plain"] = f"its batch needs {needed / GIB:.0f} GiB"
     models.clear()
     shared_step(models.ours, case)
-    plain(models.plain, case)
+    next(fn for fn in plain.values() if not isinstance(fn, str))(models.plain, case)
     assert_same_gradient(models.ours, models.plain)
-    fns = {"plain": models.entry(plain, models.plain, case)}
+    fns: dict[str, Callable | str] = {
+        name: fn if isinstance(fn, str) else models.entry(fn, models.plain, case)
+        for name, fn in plain.items()
+    }
     if stock:
         fns["stock"] = models.entry(plain_step, models.stock, case)
     if bench.device.type == "cpu":
@@ -122,7 +126,6 @@ def bench_policy(bench: Bench, name: str, models: Models, case: Case, *, stock: 
         memory=models.clear,
         rounds=3 if before < LONG_WORK else 1,
         notes={
-            "plain_form": plain.__name__,
             "predicted_speedup": round(before / after, 2),
             "baseline_token_layers": count * (prompt + length) * layers,
             "ours_token_layers": tokens * layers,
@@ -239,11 +242,17 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
     parser.add_argument("--seconds", type=float, default=2.0, help="time for each row, at least")
     parser.add_argument(
-        "--all", action="store_true", help="the whole grid, about half an hour on two cores"
+        "--large", action="store_true", help="the 20 M model instead; half an hour on two cores"
     )
     arguments = vars(parser.parse_args())
-    shapes = [*TARGETS, *(GRID if arguments.pop("all") else SOME)]
-    with tempfile.TemporaryDirectory() as parent, Bench("step", **arguments) as bench:
+    large = arguments.pop("large")
+    shapes = [("20M", *shape) for shape in GRID]
+    if not large:
+        shapes = [*TARGETS, *(("0.7M", *shape) for shape in GRID)]
+    with (
+        tempfile.TemporaryDirectory() as parent,
+        Bench("step_20m" if large else "step", **arguments) as bench,
+    ):
         for kind, *shape in shapes:
             folder = Path(parent) / kind
             if not folder.exists():
@@ -256,7 +265,8 @@ def main() -> None:
             if first:
                 bench_stages(bench, name, models, case)
                 bench_trl(bench, folder, name, models, tuple(shape))
-        bench_demo(bench, Path(parent))
+        if not large:
+            bench_demo(bench, Path(parent))
 
 
 if __name__ == "__main__":
