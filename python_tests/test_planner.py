@@ -124,10 +124,13 @@ def test_a_rollout_that_runs_out_of_memory_draws_the_same_by_halves(run, monkeyp
     run.planner.tell = told.append
 
     def drawn(most):
-        def limited(model, processor, prompts, *args, **kwargs):
+        def limited(model, processor, prompts, count, sampling, chance, **kwargs):
             if len(prompts) > most:
+                torch.rand(7, generator=chance)  # it runs out when some have been drawn
                 raise MemoryError("no more")
-            return rollout_module.rollout(model, processor, prompts, *args, **kwargs)
+            return rollout_module.rollout(
+                model, processor, prompts, count, sampling, chance, **kwargs
+            )
 
         monkeypatch.setattr(loop, "rollout", limited)
         generator = torch.Generator().manual_seed(0)
