@@ -201,7 +201,8 @@ def test_strides(backend, dtype):
     assert by_head.stride() != query.stride() and turned.stride(-1) != 1
     check(by_head, slice_of, turned, parts, dtype)
     out = group_attention(by_head, slice_of, turned, parts, scale=SCALE)[0]
-    assert torch.equal(out, group_attention(query, key, value, parts, scale=SCALE)[0])
+    dense_rows = group_attention(query, key, value, parts, scale=SCALE)[0]
+    assert_close([out], [dense_rows.double()], TOLERANCE[dtype])
     one_key = key[:, :1].expand(-1, 2, -1)
     check(query, one_key, one_key, parts, dtype)
     leaves = [[x.clone().requires_grad_() for x in (query, key, value)] for _ in range(2)]
@@ -209,9 +210,10 @@ def test_strides(backend, dtype):
         leaves, (torch.ones(()).expand(out.shape), torch.ones(out.shape)), strict=True
     ):
         group_attention(*x, parts, scale=SCALE)[0].backward(upstream.to(dtype))
-    assert all(torch.equal(a.grad, b.grad) for a, b in zip(*leaves, strict=True))
+    ours, expected = ([x.grad for x in side] for side in leaves)
+    assert_close(ours, [x.double() for x in expected], 2 * TOLERANCE[dtype])
     gaps = torch.tensor(parts).repeat_interleave(2, dim=0)[::2]
-    assert torch.equal(out, group_attention(query, key, value, gaps, scale=SCALE)[0])
+    assert torch.equal(dense_rows, group_attention(query, key, value, gaps, scale=SCALE)[0])
 
 
 def test_only_out_is_differentiable_and_once(backend):
