@@ -283,13 +283,12 @@ def _check(query: Tensor, key: Tensor, value: Tensor, parts: Tensor) -> None:
 
 
 def _check_parts(parts: Tensor, rows: int) -> None:
-    row, end, prefix, prefix_end = parts.t()
-    before = torch.cat([end.new_zeros(1), end])[:-1]
-    good = (before <= row) & (row < end) & (end <= rows)
-    good &= (prefix >= 0) & (prefix <= prefix_end) & (prefix_end <= row)
-    if not bool(good.all()):
-        at = int((~good).nonzero()[0])
-        raise ValueError(
-            f"part {at} is {parts[at].tolist()}: rows must rise within {rows}, and a prefix "
-            "end at or before its part's first row"
-        )
+    before = 0
+    for i, part in enumerate(parts.tolist()):
+        row, end, prefix, prefix_end = part
+        if not (before <= row < end <= rows and 0 <= prefix <= prefix_end <= row):
+            raise ValueError(
+                f"part {i} is {part}: rows must rise within {rows}, and a prefix end at or before "
+                "its part's first row"
+            )
+        before = end
