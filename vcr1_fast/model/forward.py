@@ -20,6 +20,7 @@ from vcr1_fast.model.positions import SpecialIds, token_types
 from vcr1_fast.model.processor import Prompt
 from vcr1_fast.model.vision import encode_videos
 from vcr1_fast.model.wrapping import unwrap
+from vcr1_fast.ops import linear_logprobs
 
 
 def completion_hidden(
@@ -75,6 +76,20 @@ def lm_head(model: nn.Module) -> tuple[Tensor, Tensor | None]:
             "leave lm_head out of the adapter's target modules"
         )
     return head.weight, head.bias
+
+
+def completion_logps(
+    model: nn.Module,
+    groups: Sequence[Group],
+    *,
+    temperature: float = 1.0,
+    convention: str = "trained",
+) -> Tensor:
+    """(N,) float32 log-probs of all completion tokens, groups and completions in order; with
+    gradient where that is enabled. The logits are never whole in memory."""
+    hidden, labels, _ = completion_hidden(model, groups, convention=convention)
+    weight, bias = lm_head(model)
+    return linear_logprobs(hidden, weight, labels, bias, temperature=temperature).logps
 
 
 def prompt_features(

@@ -17,10 +17,10 @@ PLAIN_EVERY = 5.0
 
 
 class Stopwatch:
-    """Seconds of each stage of a step."""
+    """Seconds of each stage of a step; keyword arguments are stages timed elsewhere."""
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+    def __init__(self, **seconds: float) -> None:
+        self.seconds = seconds
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

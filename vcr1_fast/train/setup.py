@@ -1,5 +1,4 @@
-"""What both kinds of training begin with: process, model, data and log, resumed where there is a
-checkpoint to resume from."""
+"""The set-up of a run, GRPO or SFT: process, model, data, log; resumed from a checkpoint."""
 
 import copy
 import json
@@ -25,6 +24,7 @@ from vcr1_fast.model.vision import freeze_vision
 from vcr1_fast.model.wrapping import checkpoint_activations, unwrap
 from vcr1_fast.tasks import TASKS
 from vcr1_fast.tasks.wording import prompts_from
+from vcr1_fast.train.advantages import TaskScales
 from vcr1_fast.train.build import dump_config
 from vcr1_fast.train.checkpoint import (
     checkpoints,
@@ -45,22 +45,24 @@ from vcr1_fast.train.difficulty import select
 from vcr1_fast.train.log import RunLog
 from vcr1_fast.train.optim import MasterAdamW
 from vcr1_fast.train.planner import GIB, Planner
-from vcr1_fast.train.scales import TaskScales
 
 _SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
 @dataclass(eq=False)
 class Run:
-    """The parts of a run. `done`: steps behind it; `features`: of clips that a frozen tower has
-    encoded, (video tokens, H) on the CPU; `anchor`: the frozen copy of the model that the
-    KL term refers to, None where adapters are switched off instead, or nothing refers to one."""
+    """The parts of a run.
+
+    done: steps already taken; features: cache of a frozen vision encoder's outputs, (vision tokens,
+    H) on the CPU; reference_model: the frozen copy for the KL term, None under LoRA (the adapters
+    are disabled instead) and without a KL term.
+    """
 
     config: TrainConfig
     accelerator: Accelerator
     model: nn.Module
     processor: Processor
-    anchor: nn.Module | None
+    reference_model: nn.Module | None
     optimizer: MasterAdamW
     source: PromptSource
     planner: Planner
@@ -68,9 +70,14 @@ class Run:
     log: RunLog
     done: int
     used: int = 0
-    """Samples trained on since then, in all processes."""
+    """Samples trained on since then, on all ranks."""
     scales: TaskScales = field(default_factory=TaskScales)
-    """Spread of each task's rewards so far, where advantages are divided by it."""
+    """Running spread of each task's rewards, for `advantage.scale: task_ema`."""
+
+    @property
+    def tasks(self) -> list[str]:
+        """Task of each record."""
+        return [record.task for record in self.source.records]
 
     @property
     def rank(self) -> int:
@@ -81,7 +88,7 @@ class Run:
         return self.accelerator.num_processes
 
     def batches(self) -> Iterator[list]:
-        """This process's samples of each step still to do."""
+        """This rank's samples of each remaining step."""
         optim = self.config.optim
         return self.source.batches(
             self.done, optim.steps, optim.prompts_per_step, self.rank, self.ranks
@@ -89,13 +96,13 @@ class Run:
 
     @property
     def vision_is_frozen(self) -> bool:
-        """Whether a clip's features are the same for rollout, policy and reference."""
+        """Whether rollout, policy and reference model share a clip's features."""
         visual = unwrap(self.model).model.visual
         return not any(parameter.requires_grad for parameter in visual.parameters())
 
     def clip_features(self, samples: list[Sample], *, with_graph: bool = False) -> list:
-        """Features of each sample's clips, or None where it has none; those of a frozen tower are
-        taken from the cache where it has them. `with_graph`: for a backward pass through it."""
+        """Features of each sample's clips, None for a sample without clips; a frozen encoder's come
+        from the cache where it holds them. `with_graph`: keep the graph for a backward pass."""
         keys = [clip_key(sample.record) for sample in samples]
         known = [self.features.get(key) for key in keys]
         with torch.set_grad_enabled(with_graph):
@@ -109,21 +116,21 @@ class Run:
     @contextmanager
     def reference(self) -> Iterator[nn.Module]:
         """The model as it was before training."""
-        if self.anchor is not None:
-            yield self.anchor
+        if self.reference_model is not None:
+            yield self.reference_model
         else:
             with self.model.disable_adapter():
                 yield self.model
 
     def missing(self, samples: list) -> int:
-        """Samples that are not in this step's batches because they are bad, in all processes."""
+        """Samples missing from this step's batches on all ranks, because they are quarantined."""
         present = sum(gather_object([len(samples)]))
         self.used += present
         return self.config.optim.prompts_per_step - present
 
     def finish_step(self, step: int) -> None:
-        """Write the checkpoint of `step` steps done, where one is due. ValueError where every
-        sample was bad so far: it would be a checkpoint of nothing."""
+        """Write the checkpoint after `step` steps, if one is due. ValueError where every sample so
+        far was quarantined: nothing was trained."""
         config = self.config
         every = config.run.save_every
         if step == config.optim.steps or (every and step % every == 0):
@@ -150,7 +157,7 @@ class Run:
             )
 
     def export(self) -> Path:
-        """Write the trained model, adapters added in, in the Hugging Face layout; its folder."""
+        """Write the trained model, adapters merged, in the Hugging Face layout; its folder."""
         path = Path(self.config.run.output) / "model"
         if self.rank == 0:
             save(self.model, self.processor, path)
@@ -160,7 +167,7 @@ class Run:
 
 @contextmanager
 def open_run(config: TrainConfig, *, reference: bool) -> Iterator[Run]:
-    """Everything a run needs; `reference`: whether the loss refers to the untrained model."""
+    """Open a run; `reference`: whether the loss has a KL term to the untrained model."""
     accelerator = Accelerator(cpu=config.run.device == "cpu")
     if accelerator.distributed_type in _SHARDED:
         raise ValueError(
@@ -173,14 +180,15 @@ def open_run(config: TrainConfig, *, reference: bool) -> Iterator[Run]:
     found, broken = checkpoints(output / "checkpoints")
     if main and not config.run.resume and (found or (output / "metrics.jsonl").exists()):
         raise ValueError(f"{output} holds a run already: resume it, or name another folder")
-    # Bad rows are seen by every process and listed by the first; bad clips by who meets them.
+    # Every rank sees all bad rows, so rank 0 lists them; a bad clip is listed by the rank that
+    # decodes it.
     listed = output / "quarantine.jsonl"
     quarantine = Quarantine(listed if main else None)
     chosen = select(training_records(config.data, quarantine), config.data, config.run.seed)
     model, processor = prepare_model(config, accelerator.device)
-    anchor = None
+    reference_model = None
     if reference and not config.model.lora_rank:
-        anchor = copy.deepcopy(model).requires_grad_(False)
+        reference_model = copy.deepcopy(model).requires_grad_(False)
     optimizer = MasterAdamW(model.parameters(), config.optim)
     scales = TaskScales(config.advantage.ema_decay, config.advantage.ema_floor)
     done = 0
@@ -225,7 +233,7 @@ def open_run(config: TrainConfig, *, reference: bool) -> Iterator[Run]:
             optimizer,
             config.optim.tokens_per_microbatch,
             memory=config.optim.memory_gib and config.optim.memory_gib * GIB,
-            tell=log.message,
+            log=log.message,
         )
         features = ByteCache[torch.Tensor](config.model.vision_cache_mb * 2**20, lambda f: f.nbytes)
         yield Run(
@@ -233,7 +241,7 @@ def open_run(config: TrainConfig, *, reference: bool) -> Iterator[Run]:
             accelerator,
             model,
             processor,
-            anchor,
+            reference_model,
             optimizer,
             source,
             planner,
@@ -245,8 +253,8 @@ def open_run(config: TrainConfig, *, reference: bool) -> Iterator[Run]:
 
 
 def prepare_model(config: TrainConfig, device: torch.device) -> tuple[nn.Module, Processor]:
-    """The model to train, with adapters where they are asked for, and its processor. ValueError for
-    attention without a backward pass on `device`."""
+    """The model to train, with adapters if `model.lora_rank` is set, and its processor. ValueError
+    for an attention backend without a backward pass on `device`."""
     settings, frames = config.model, config.data.frames
     if settings.attention == "flex" and device.type != "cuda":
         raise ValueError(
@@ -266,8 +274,8 @@ def prepare_model(config: TrainConfig, device: torch.device) -> tuple[nn.Module,
 
 
 def add_adapters(model: nn.Module, settings: ModelConfig) -> nn.Module:
-    """The model with low-rank adapters (peft); only they are trained. Without dropout, so that the
-    rollout and the training forward see the same network."""
+    """The model with low-rank adapters (peft), its only trained parameters. No dropout: rollout and
+    training forward must be the same network."""
     from peft import LoraConfig, get_peft_model
 
     adapters = LoraConfig(
@@ -289,8 +297,8 @@ def add_adapters(model: nn.Module, settings: ModelConfig) -> nn.Module:
 def check_same_run(
     path: Path, state: dict[str, Any], config: TrainConfig, sampler: Sampler
 ) -> None:
-    """ValueError where the checkpoint's state cannot be gone on from: the data would go on
-    elsewhere, or it is past the last step."""
+    """ValueError where resuming from the checkpoint would change the data order, or where it is
+    past the last step."""
     place = state["step"] * config.optim.prompts_per_step
     for name, saved, given in (
         ("run.seed", state["seed"], config.run.seed),
@@ -301,7 +309,7 @@ def check_same_run(
         if saved != given:
             raise ValueError(
                 f"{path} was written with another {name} ({json.dumps([saved, given])}): "
-                "the data would go on elsewhere; use another run.output"
+                "resuming would change the data order; use another run.output"
             )
     if state["step"] > config.optim.steps:
         raise ValueError(
