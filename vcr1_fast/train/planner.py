@@ -258,7 +258,7 @@ class Planner:
         raise ValueError(
             f"{count} completions of up to {length} tokens for a prompt of {lengths[0]} need about "
             f"{need / GIB:.2f} GiB while they are sampled; {available / GIB:.2f} GiB are free. "
-            "Lower data.frames, rollout.group_size or rollout.max_new_tokens, or, where the estimate "
+            "Lower data.frames, rollout.group_size or rollout.max_new_tokens, or, if the estimate "
             "is wrong, set optim.memory_gib"
         )
 
