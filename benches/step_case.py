@@ -18,8 +18,8 @@ from vcr1_fast.model.packing import Group, prompt_positions
 from vcr1_fast.model.positions import SpecialIds, next_position
 from vcr1_fast.model.tiny import TinyConfig
 from vcr1_fast.ops import GRPOLossConfig
-from vcr1_fast.train.loop import policy_loss, step_loss_config
-from vcr1_fast.train.rollouts import PolicyGroup
+from vcr1_fast.train.groups import PolicyGroup, step_loss_config
+from vcr1_fast.train.loop import policy_loss
 
 MODELS = {
     "0.7M": TinyConfig(hidden_size=64, layers=6, vision_hidden=48, vocab_limit=4096),

@@ -14,9 +14,8 @@ from vcr1_fast.demo.run import grpo_config
 from vcr1_fast.demo.settings import WARM_START, DemoConfig
 from vcr1_fast.model.vision import prepare_vision
 from vcr1_fast.train import loop, rollouts, setup
+from vcr1_fast.train.groups import PolicyGroup, step_loss_config
 from vcr1_fast.train.log import Stopwatch
-from vcr1_fast.train.loop import step_loss_config
-from vcr1_fast.train.rollouts import PolicyGroup
 
 
 def bench_demo(bench: Bench, folder: Path) -> None:

@@ -12,8 +12,8 @@ from vcr1_fast.model.tiny import write_tiny
 from vcr1_fast.model.vision import freeze_vision
 from vcr1_fast.model.wrapping import checkpoint_activations, unwrap
 from vcr1_fast.ops import GRPOLossConfig
-from vcr1_fast.train.loop import policy_loss, step_loss_config
-from vcr1_fast.train.rollouts import PolicyGroup
+from vcr1_fast.train.groups import PolicyGroup, step_loss_config
+from vcr1_fast.train.loop import policy_loss
 
 LOSS = GRPOLossConfig(loss_type="grpo", beta=0.05, entropy_coef=0.01)
 TEMPERATURE = 0.8

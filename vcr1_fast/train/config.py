@@ -191,7 +191,8 @@ class OptimConfig:
     """AdamW, its schedule, and how a step is cut up."""
 
     REPLACED: ClassVar = {
-        "micro_prompts": "replaced by tokens_per_microbatch, which counts tokens, not prompts"
+        "micro_prompts": "replaced by tokens_per_microbatch, which counts tokens, not prompts",
+        "skip_nonfinite": "replaced by max_skipped_updates: 0 stops at the first such step",
     }
 
     steps: int = 1000
@@ -217,13 +218,14 @@ class OptimConfig:
     eps: float = 1e-8
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
-    skip_nonfinite: bool = True
-    """Leave out (and count) an optimiser step whose gradient is not finite, rather than stop."""
+    max_skipped_updates: int = 10
+    """Optimiser steps skipped in a row, because loss or gradient was not finite, after which the
+    run stops; their completions are in skipped.jsonl."""
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "steps", "prompts_per_step", "tokens_per_microbatch")
         _at_least(self, 1, "inner_epochs", "inner_steps")
-        _at_least(self, 0, "warmup_steps", "weight_decay")
+        _at_least(self, 0, "warmup_steps", "weight_decay", "max_skipped_updates")
         _above(self, 0, "lr", "eps", "max_grad_norm")
         if self.memory_gib is not None:
             _above(self, 0, "memory_gib")
@@ -249,6 +251,9 @@ class RunConfig:
     keep_checkpoints: int = 2
     resume: bool = True
     """Go on from the newest whole checkpoint in `output`, where there is one."""
+    stop_grace: float = 20.0
+    """Seconds that a step in progress may still take after SIGTERM, SIGHUP or Ctrl-C before it is
+    given up; then the run saves a checkpoint and ends. Several processes always finish the step."""
     log_rollouts_every: int = 1
     """Steps between those whose completions are written to rollouts.jsonl; 0: never."""
     tensorboard: bool = True
@@ -256,7 +261,7 @@ class RunConfig:
     """"auto": this process's GPU where there is one."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "seed", "save_every", "log_rollouts_every")
+        _at_least(self, 0, "seed", "save_every", "log_rollouts_every", "stop_grace")
         _at_least(self, 1, "keep_checkpoints")
         if not self.output:
             raise ConfigError("output", "must not be empty")

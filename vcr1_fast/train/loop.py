@@ -12,7 +12,6 @@ prompt and clip, to rounding. The work is less:
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,12 +24,13 @@ from vcr1_fast.ops import GRPOLossConfig, linear_grpo_loss
 from vcr1_fast.rewards.plugin import load_reward
 from vcr1_fast.train.advantages import advantages_of, rank_slice
 from vcr1_fast.train.config import TrainConfig
+from vcr1_fast.train.groups import PolicyGroup, step_loss_config
 from vcr1_fast.train.log import Stopwatch
 from vcr1_fast.train.metrics import merge_metrics, rollout_rows, step_row, to_numbers
 from vcr1_fast.train.optim import clipped_step, learning_rate
 from vcr1_fast.train.planner import equal_parts, longest_first
 from vcr1_fast.train.reference import with_reference_logps
-from vcr1_fast.train.rollouts import PolicyGroup, check_rollout_gap, sample_completions
+from vcr1_fast.train.rollouts import check_rollout_gap, sample_completions
 from vcr1_fast.train.scoring import Scored, Scoring
 from vcr1_fast.train.setup import Run, open_run
 
@@ -83,12 +83,14 @@ def train(config: TrainConfig) -> Path:
 
             # 5. Log, then checkpoint: rows of steps after the last checkpoint are cut on resuming.
             metrics |= {"quarantined": run.missing(samples), **scoring.take_metrics()}
-            run.log.step(step_row(step + 1, everyone, metrics, watch))
-            if config.run.log_rollouts_every and step % config.run.log_rollouts_every == 0:
+            skipped, every = bool(metrics["skipped_updates"]), config.run.log_rollouts_every
+            if skipped or (every and step % every == 0):
                 rows = rollout_rows(
                     step + 1, samples, rollouts, scored, advantages, think=config.data.think
                 )
-                run.log.rollouts(gather_object(rows))
+                run.log.rollouts(gather_object(rows), skipped=skipped)
+            metrics |= run.health.check(step + 1, metrics)
+            run.log.step(step_row(step + 1, everyone, metrics, watch))
             run.finish_step(step + 1)
         return run.export()
 
@@ -128,7 +130,8 @@ def update_policy(run: Run, groups: Sequence[PolicyGroup], lr: float) -> dict[st
             check_rollout_gap(merge_metrics(metrics), config.rollout)
         collected += metrics
         # Sums the gradients of all ranks, clips their joint norm, takes the optimiser step.
-        norm = clipped_step(run.optimizer, lr, config.optim)
+        finite = all(math.isfinite(one["loss"]) for one in metrics)
+        norm = clipped_step(run.optimizer, lr, config.optim, finite_loss=finite)
         if math.isfinite(norm):
             norms.append(norm)
         else:
@@ -188,6 +191,8 @@ def forward_backward(
 
     A function, so that after an out-of-memory error no local variable holds the graph.
     """
+    if on_policy:  # later updates of a step must finish it: its weights have changed
+        run.check_overdue()
     loss, metrics = policy_loss(
         run.model,
         groups,
@@ -240,11 +245,3 @@ def policy_loss(
         entropy=True,
         config=loss_config,
     )
-
-
-def step_loss_config(config: GRPOLossConfig, sequences: int, tokens: int) -> GRPOLossConfig:
-    """The config with the counts of the whole optimiser step as denominators, so that losses and
-    gradients of its micro-batches, on all ranks, add up to the step's."""
-    if config.resolved_aggregation == "token_mean":
-        config = replace(config, aggregation="num_items")
-    return replace(config, num_sequences=float(max(sequences, 1)), num_items=float(max(tokens, 1)))

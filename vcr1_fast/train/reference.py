@@ -6,8 +6,8 @@ from dataclasses import replace
 import torch
 
 from vcr1_fast.model.forward import completion_logps
+from vcr1_fast.train.groups import PolicyGroup
 from vcr1_fast.train.planner import longest_first
-from vcr1_fast.train.rollouts import PolicyGroup
 from vcr1_fast.train.setup import Run
 
 

@@ -1,17 +1,22 @@
 """The set-up of a run, GRPO or SFT: process, model, data, log; resumed from a checkpoint."""
 
 import copy
-import json
+import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object, set_seed
+from accelerate.utils import (
+    DistributedType,
+    broadcast_object_list,
+    gather_object,
+    set_seed,
+)
 from torch import nn
 
 from vcr1_fast.data.quarantine import Quarantine
@@ -27,6 +32,9 @@ from vcr1_fast.tasks.wording import prompts_from
 from vcr1_fast.train.advantages import TaskScales
 from vcr1_fast.train.build import dump_config
 from vcr1_fast.train.checkpoint import (
+    DamagedCheckpoint,
+    check_checkpoint,
+    check_space,
     checkpoints,
     load_checkpoint,
     load_trained_state,
@@ -38,13 +46,15 @@ from vcr1_fast.train.dataset import (
     ByteCache,
     PromptSource,
     Sample,
-    Sampler,
     training_records,
 )
 from vcr1_fast.train.difficulty import select
+from vcr1_fast.train.health import Health
 from vcr1_fast.train.log import RunLog
 from vcr1_fast.train.optim import MasterAdamW
 from vcr1_fast.train.planner import GIB, Planner
+from vcr1_fast.train.resume import check_same_run, identity, keep_settings
+from vcr1_fast.train.stopping import RunStopped, StopRequest, locked
 
 _SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
@@ -69,10 +79,17 @@ class Run:
     features: ByteCache[torch.Tensor]
     log: RunLog
     done: int
-    used: int = 0
-    """Samples trained on since then, on all ranks."""
-    scales: TaskScales = field(default_factory=TaskScales)
+    scales: TaskScales
     """Running spread of each task's rewards, for `advantage.scale: task_ema`."""
+    health: Health
+    stop: StopRequest
+    identity: dict[str, Any]
+    used: int = 0
+    """Samples trained on since `done`, on all ranks."""
+
+    def __post_init__(self) -> None:
+        self._completed = self._saved = self.done
+        self._moments = dict(self.scales.moments)
 
     @property
     def tasks(self) -> list[str]:
@@ -129,32 +146,55 @@ class Run:
         return self.config.optim.prompts_per_step - present
 
     def finish_step(self, step: int) -> None:
-        """Write the checkpoint after `step` steps, if one is due. ValueError where every sample so
-        far was quarantined: nothing was trained."""
+        """Write the checkpoint after `step` steps, if one is due.
+
+        ValueError where every sample so far was quarantined: nothing was trained. RunStopped, after
+        the checkpoint, where a signal asked any rank to stop.
+        """
         config = self.config
+        self._completed, self._moments = step, dict(self.scales.moments)
         every = config.run.save_every
-        if step == config.optim.steps or (every and step % every == 0):
-            if not (self.done or self.used):
-                raise ValueError(
-                    f"no sample of {step} steps could be used: see "
-                    f"{Path(config.run.output) / 'quarantine.jsonl'}"
-                )
-            save_checkpoint(
-                Path(config.run.output) / "checkpoints",
-                {
-                    "step": step,
-                    "place": step * config.optim.prompts_per_step,
-                    "seed": config.run.seed,
-                    "records": len(self.source.records),
-                    "order": self.source.sampler.name,
-                    "model": trained_state(self.model),
-                    "optimizer": self.optimizer.state_dict(),
-                    "scales": self.scales.moments,
-                },
-                keep=config.run.keep_checkpoints,
-                rank=self.rank,
-                barrier=self.accelerator.wait_for_everyone,
+        due = step == config.optim.steps or bool(every and step % every == 0)
+        if due and not (self.done or self.used):
+            raise ValueError(
+                f"no sample of {step} steps could be used: see "
+                f"{Path(config.run.output) / 'quarantine.jsonl'}"
             )
+        # A signal may reach one rank only; all must save and end together.
+        number = max(gather_object([self.stop.number or 0]))
+        if due or number:
+            self._save()
+        if number and step < config.optim.steps:
+            raise RunStopped(number, step, Path(config.run.output))
+
+    def check_overdue(self) -> None:
+        """Between micro-batches: RunStopped, after a checkpoint of the last completed step, where
+        a signal's grace has run out. Call it only while the step has not changed the weights.
+
+        Several ranks finish the step: one that left would leave the others in a collective.
+        """
+        if self.ranks == 1 and self.stop.is_overdue and self.stop.number is not None:
+            if self._completed > self._saved:
+                self._save()
+            raise RunStopped(self.stop.number, self._completed, Path(self.config.run.output))
+
+    def _save(self) -> None:
+        config, step = self.config, self._completed
+        save_checkpoint(
+            Path(config.run.output) / "checkpoints",
+            {
+                "step": step,
+                "identity": self.identity,
+                "settings": dump_config(config),
+                "model": trained_state(self.model),
+                "optimizer": self.optimizer.state_dict(),
+                "scales": self._moments,
+            },
+            keep=config.run.keep_checkpoints,
+            rank=self.rank,
+            barrier=self.accelerator.wait_for_everyone,
+        )
+        self._saved = step
 
     def export(self) -> Path:
         """Write the trained model, adapters merged, in the Hugging Face layout; its folder."""
@@ -166,8 +206,12 @@ class Run:
 
 
 @contextmanager
-def open_run(config: TrainConfig, *, reference: bool) -> Iterator[Run]:
-    """Open a run; `reference`: whether the loss has a KL term to the untrained model."""
+def open_run(config: TrainConfig, *, reference: bool, kind: str = "grpo") -> Iterator[Run]:
+    """Open a run of a kind ("grpo" or "sft"), resumed where its folder holds a checkpoint.
+
+    `reference`: whether the loss has a KL term to the untrained model. ValueError names the
+    setting, file or run in the way.
+    """
     accelerator = Accelerator(cpu=config.run.device == "cpu")
     if accelerator.distributed_type in _SHARDED:
         raise ValueError(
@@ -177,31 +221,39 @@ def open_run(config: TrainConfig, *, reference: bool) -> Iterator[Run]:
     set_seed(config.run.seed)
     output = Path(config.run.output)
     main = accelerator.is_main_process
-    found, broken = checkpoints(output / "checkpoints")
-    if main and not config.run.resume and (found or (output / "metrics.jsonl").exists()):
-        raise ValueError(f"{output} holds a run already: resume it, or name another folder")
-    # Every rank sees all bad rows, so rank 0 lists them; a bad clip is listed by the rank that
-    # decodes it.
-    listed = output / "quarantine.jsonl"
-    quarantine = Quarantine(listed if main else None)
-    chosen = select(training_records(config.data, quarantine), config.data, config.run.seed)
-    model, processor = prepare_model(config, accelerator.device)
-    reference_model = None
-    if reference and not config.model.lora_rank:
-        reference_model = copy.deepcopy(model).requires_grad_(False)
-    optimizer = MasterAdamW(model.parameters(), config.optim)
-    scales = TaskScales(config.advantage.ema_decay, config.advantage.ema_floor)
-    done = 0
-    if config.run.resume and found:
-        state = load_checkpoint(found[-1], rank=accelerator.process_index)
-        check_same_run(found[-1], state, config, chosen.sampler)
-        load_trained_state(model, state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        scales.load(state.get("scales", {}))
-        done = state["step"]
-        del state  # several times the size of the model
     with ExitStack() as stack:
+        if main:
+            stack.enter_context(locked(output))
+        found, leftovers = checkpoints(output / "checkpoints")
+        if main and not config.run.resume and (found or (output / "metrics.jsonl").exists()):
+            raise ValueError(f"{output} holds a run already: resume it, or name another folder")
+        # Every rank sees all bad rows, so rank 0 lists them; a bad clip is listed by the rank that
+        # decodes it.
+        listed = output / "quarantine.jsonl"
+        quarantine = Quarantine(listed if main else None)
+        chosen = select(training_records(config.data, quarantine), config.data, config.run.seed)
+        model, processor = prepare_model(config, accelerator.device)
+        own = identity(kind, chosen.records, chosen.sampler.name, model)
+        reference_model = None
+        if reference and not config.model.lora_rank:
+            reference_model = copy.deepcopy(model).requires_grad_(False)
+        optimizer = MasterAdamW(model.parameters(), config.optim)
         stack.callback(optimizer.close)
+        scales = TaskScales(config.advantage.ema_decay, config.advantage.ema_floor)
+        notes = [f"removed {path}: an interrupted write left it incomplete" for path in leftovers]
+        notes += chosen.notes
+        done = 0
+        if config.run.resume and found:
+            path, damaged = newest_intact(found, accelerator)
+            notes += [f"ignoring {reason}" for reason in damaged]
+            state = load_checkpoint(path, rank=accelerator.process_index)
+            changed = check_same_run(path, state, config, own)
+            load_trained_state(model, state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            scales.load(state["scales"])
+            done = state["step"]
+            notes += [f"resuming after step {done} from {path}", *changed]
+            del state  # several times the size of the model
         stack.enter_context(prompts_from(config.data.prompts, TASKS, think=config.data.think))
         log = stack.enter_context(
             RunLog(
@@ -212,16 +264,16 @@ def open_run(config: TrainConfig, *, reference: bool) -> Iterator[Run]:
                 active=main,
             )
         )
-        for path in broken:
-            log.message(f"ignoring {path}: an interrupted write left it incomplete")
-        if done:
-            log.message(f"resuming after step {done} from {found[-1]}")
         if main:
-            (output / "config.yaml").write_text(dump_config(config))
+            remove_leftovers(output, leftovers)
+            keep_settings(output, config, done)
+            # A checkpoint holds trained weights, masters and two moments, at least in float32.
+            trained = sum(p.numel() for p in optimizer.parameters)
+            check_space(output, 12 * trained + sum(p.nbytes for p in optimizer.parameters))
+        for note in notes:
+            log.message(note)
         for item in quarantine.items:
             log.message(f"quarantined {item.record_id or item.source}: {item.reason}")
-        for note in chosen.notes:
-            log.message(note)
         accelerator.wait_for_everyone()
         if not main:
             quarantine = Quarantine(listed)
@@ -235,21 +287,51 @@ def open_run(config: TrainConfig, *, reference: bool) -> Iterator[Run]:
             memory=config.optim.memory_gib and config.optim.memory_gib * GIB,
             log=log.message,
         )
-        features = ByteCache[torch.Tensor](config.model.vision_cache_mb * 2**20, lambda f: f.nbytes)
         yield Run(
-            config,
-            accelerator,
-            model,
-            processor,
-            reference_model,
-            optimizer,
-            source,
-            planner,
-            features,
-            log,
-            done,
+            config=config,
+            accelerator=accelerator,
+            model=model,
+            processor=processor,
+            reference_model=reference_model,
+            optimizer=optimizer,
+            source=source,
+            planner=planner,
+            features=ByteCache(config.model.vision_cache_mb * 2**20, lambda f: f.nbytes),
+            log=log,
+            done=done,
             scales=scales,
+            health=Health(config.optim.max_skipped_updates, log.message),
+            stop=stack.enter_context(StopRequest(config.run.stop_grace)),
+            identity=own,
         )
+
+
+def newest_intact(found: list[Path], accelerator: Accelerator) -> tuple[Path, list[str]]:
+    """The newest checkpoint whose files match their checksums, and why newer ones do not.
+
+    DamagedCheckpoint where none does. Rank 0 reads the files, the others take its word.
+    """
+    damaged: list[str] = []
+    answer: list[Any] = [None, damaged]
+    if accelerator.is_main_process:
+        for path in reversed(found):
+            try:
+                check_checkpoint(path)
+            except (OSError, ValueError) as error:
+                damaged.append(f"{error}")
+            else:
+                answer[0] = path
+                break
+    path, damaged = broadcast_object_list(answer)
+    if path is None:
+        raise DamagedCheckpoint("; ".join(damaged))
+    return path, damaged
+
+
+def remove_leftovers(output: Path, leftovers: list[Path]) -> None:
+    """Remove what killed runs left: partial checkpoints and unfinished exports of the model."""
+    for path in [*leftovers, *output.glob(".model.*")]:
+        shutil.rmtree(path)
 
 
 def prepare_model(config: TrainConfig, device: torch.device) -> tuple[nn.Module, Processor]:
@@ -292,27 +374,3 @@ def add_adapters(model: nn.Module, settings: ModelConfig) -> nn.Module:
             return get_peft_model(model, adapters)
     except ValueError as error:
         raise ValueError(f"model.lora_targets {list(settings.lora_targets)}: {error}") from error
-
-
-def check_same_run(
-    path: Path, state: dict[str, Any], config: TrainConfig, sampler: Sampler
-) -> None:
-    """ValueError where resuming from the checkpoint would change the data order, or where it is
-    past the last step."""
-    place = state["step"] * config.optim.prompts_per_step
-    for name, saved, given in (
-        ("run.seed", state["seed"], config.run.seed),
-        ("optim.prompts_per_step", state["place"], place),
-        ("number of records in data.train", state["records"], sampler.size),
-        ("data.difficulty or data.order", state.get("order", "shuffled"), sampler.name),
-    ):
-        if saved != given:
-            raise ValueError(
-                f"{path} was written with another {name} ({json.dumps([saved, given])}): "
-                "resuming would change the data order; use another run.output"
-            )
-    if state["step"] > config.optim.steps:
-        raise ValueError(
-            f"{path} is {state['step']} steps in, optim.steps is {config.optim.steps}: "
-            "use another run.output"
-        )

@@ -38,7 +38,7 @@ def sft(config: TrainConfig) -> Path:
     Ignores the sections `rollout`, `advantage` and `loss`, `optim.inner_epochs` and
     `optim.inner_steps`. Errors as `train`.
     """
-    with open_run(config, reference=False) as run:
+    with open_run(config, reference=False, kind="sft") as run:
         for step, samples in enumerate(run.batches(), start=run.done):
             watch = Stopwatch(decode=run.source.take_seconds())
             with watch.stage("policy"):
@@ -79,7 +79,8 @@ def update(run: Run, groups: list[Group], lr: float) -> dict[str, float]:
             run.optimizer.zero_grad()  # an attempt that ran out of memory left parts of gradients
             losses = [forward_backward(run, part, tokens) for part in micro_batches]
     total = sum(losses, torch.zeros((), dtype=torch.float64, device=device))
-    norm = clipped_step(run.optimizer, lr, config.optim) if tokens else 0.0
+    finite = bool(total.isfinite())
+    norm = clipped_step(run.optimizer, lr, config.optim, finite_loss=finite) if tokens else 0.0
     return {
         "loss": float(run.accelerator.reduce(total)),
         "grad_norm": norm,
@@ -92,6 +93,7 @@ def update(run: Run, groups: list[Group], lr: float) -> dict[str, float]:
 def forward_backward(run: Run, groups: list[Group], tokens: int) -> torch.Tensor:
     """Forward, loss and backward of one micro-batch of a step with `tokens` completion tokens; its
     loss. A function, so that after an out-of-memory error no local variable holds the graph."""
+    run.check_overdue()
     logps = completion_logps(run.model, groups, convention=run.config.model.mrope)
     loss = -logps.sum() / max(tokens, 1)
     loss.backward()
