@@ -27,22 +27,26 @@ void set_resized(ResizeFramesArgs& args, const Tensor& frames, const Tensor& out
 }  // namespace
 
 VCR1_BINDINGS(resize_frames, m) {
-  using Sizes = std::array<int64_t, 2>;
-  using Tables = std::array<Tensor, 2>;
-  // Not copyable or movable from Python: args_ points into the vectors.
+  py::class_<AxisTables>(m, "ResizeAxis", "Filter tables of one axis.")
+      .def(py::init([](int n_in, int n_out, int bits, py::object first, py::object weights,
+                       int tile, int groups, int steps, int span, int reach) {
+             for (const py::object& tensor : {first, weights})
+               VCR1_CHECK(Tensor::is_tensor(tensor), "first and weights: expected tensors");
+             return AxisTables{n_in, n_out, bits, first, weights, tile, groups, steps, span, reach};
+           }),
+           py::kw_only(), py::arg("n_in"), py::arg("n_out"), py::arg("bits"), py::arg("first"),
+           py::arg("weights"), py::arg("tile") = 0, py::arg("groups") = 0, py::arg("steps") = 0,
+           py::arg("span") = 0, py::arg("reach") = 0);
   py::class_<ResizePlan>(m, "ResizePlan", "Tables of one resize, for any number of frames.")
-      .def(py::init<const std::string&, Sizes, Sizes, Tables, Tables, std::array<int, 2>>(),
-           py::arg("mode"), py::arg("size_in"), py::arg("size_out"), py::arg("first"),
-           py::arg("weights"), py::arg("bits"))
+      .def(py::init<const std::string&, const AxisTables&, const AxisTables&>(), py::kw_only(),
+           py::arg("mode"), py::arg("vertical"), py::arg("horizontal"))
       .def_property_readonly("scratch_bytes", &ResizePlan::scratch_bytes,
                              "Scratch memory that one thread needs.");
   py::class_<CudaResizePlan>(m, "CudaResizePlan", "Tables of one resize on one device.")
-      .def(py::init<const std::string&, std::array<std::array<int, 2>, 2>, CudaResizePlan::Objects,
-                    CudaResizePlan::Objects, std::array<CudaResizePlan::Numbers, 2>>(),
-           py::arg("method"), py::arg("sizes"), py::arg("first"), py::arg("weights"),
-           py::arg("numbers"))
+      .def(py::init<const std::string&, const AxisTables&, const AxisTables&>(), py::kw_only(),
+           py::arg("method"), py::arg("vertical"), py::arg("horizontal"))
       .def_property_readonly("shared_bytes", &CudaResizePlan::shared_bytes,
-                             "Shared memory that a block needs, look-up table not counted.");
+                             "Shared memory that a block needs, without its look-up table.");
   m.def(
       "resize_frames",
       [](const Tensor& frames, const Tensor& out, const ResizePlan& plan, const Tensor& scratch,
