@@ -65,8 +65,10 @@ lint: $(VENV)/.built
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror $(CLANG_FILES)
+	$(PY) csrc/stubs.py --check
 
 format: $(VENV)/.built
+	$(PY) csrc/stubs.py
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $(CLANG_FILES)
