@@ -141,7 +141,7 @@ def _serves(backend: str, device: str) -> bool:
 
 # Of an op's arguments in eager mode. Subclasses of Tensor (fake, traced, distributed) dispatch.
 _PLAIN_TYPES = frozenset(
-    (torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, list, tuple)
+    (torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str, list, tuple)
 )
 
 
