@@ -10,8 +10,10 @@ import torch
 from vcr1_fast.data.sampling import smart_resize
 from vcr1_fast.model.files import CheckpointError, read_json
 from vcr1_fast.ops.resize_frames import resize_frames
-from vcr1_fast.ops.video_patches import CLIP_MEAN, CLIP_STD, MERGE, PATCH, TEMPORAL_PATCH
 
+PATCH, MERGE, TEMPORAL_PATCH = 14, 2, 2
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 VIDEO_FILE, BOTH_FILE, IMAGE_FILE = (
     "video_preprocessor_config.json",
     "processor_config.json",

@@ -21,6 +21,8 @@ from vcr1_fast.data.sampling import FrameConfig
 from vcr1_fast.model.files import CheckpointError, read_json
 from vcr1_fast.model.preprocessor import (
     IMAGE_FILE,
+    MERGE,
+    TEMPORAL_PATCH,
     VIDEO_FILE,
     Fit,
     ImageProcessorConfig,
@@ -29,7 +31,7 @@ from vcr1_fast.model.preprocessor import (
     read_sources,
 )
 from vcr1_fast.model.prompt import IMAGE, VIDEO, Prompt
-from vcr1_fast.ops.video_patches import MERGE, TEMPORAL_PATCH, video_patches
+from vcr1_fast.ops.video_patches import video_patches
 
 __all__ = ["ImageProcessorConfig", "Processor", "Prompt", "VideoProcessorConfig"]
 
