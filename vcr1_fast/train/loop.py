@@ -153,7 +153,6 @@ def draw(
                 decoding=settings.decoding,
             ),
             generator,
-            convention=run.config.model.mrope,
             vision=vision,
         )
         return [one_prompt(together, i) for i in range(len(samples))]

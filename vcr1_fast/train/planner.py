@@ -9,7 +9,7 @@ layer:
     MLP         4 b I                       gate, its activation, up, their product
 
 times the layers; where activations are recomputed, b H in each layer and all of the above in one.
-The vision tower likewise, by patches, if it is trained, with the patches themselves and what is
+The vision encoder likewise, by patches, if it is trained, with the patches themselves and what is
 kept to join them. To that come the backward pass's own tensors in one layer, the logits of a chunk
 of the head with their gradient, and the head's gradient in float32.
 
@@ -21,13 +21,15 @@ exponentials, and these summed in float64), or 48 with top-k or top-p, which sor
 
 import gc
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 import psutil
 import torch
 from torch import nn
 
+from vcr1_fast.model.family import LayerSizes, family_of
+from vcr1_fast.model.vision import vision_is_frozen
 from vcr1_fast.model.wrapping import unwrap
 from vcr1_fast.ops.linear_chunks import most_bytes
 from vcr1_fast.train.optim import MasterAdamW
@@ -56,7 +58,7 @@ class Shaped(Protocol):
 
     @property
     def patches(self) -> int:
-        """Patches that the vision tower encodes in the pass."""
+        """Patches that the vision encoder encodes in the pass."""
 
     def part(self, first: int, last: int) -> Any:
         """The same prompt with completions first .. last - 1."""
@@ -82,44 +84,30 @@ class Footprint:
     def of(cls, model: nn.Module) -> "Footprint":
         """From the model's configuration, dtype, device, trained parts and checkpointing."""
         base = unwrap(model)
-        text, vision = base.config.text_config, base.config.vision_config
+        family = family_of(base)
+        sizes = family.sizes(base.config)
         weight = base.get_output_embeddings().weight
         width = weight.element_size()
-        recomputed = getattr(base.model.language_model.layers[0], "gradient_checkpointing", False)
-        keys = text.hidden_size // text.num_attention_heads * text.num_key_value_heads
-        tower = any(p.requires_grad for p in base.model.visual.parameters())
-        head = text.vocab_size * text.hidden_size
+        language_model: Any = family.language_model(base)
+        recomputed = getattr(language_model.layers[0], "gradient_checkpointing", False)
+        head = sizes.vocabulary * sizes.text.width
+        kv_layers = len(family.kv_layers(language_model.config))
+        per_patch = 0.0
+        if not vision_is_frozen(base):
+            per_patch = (
+                _layers(sizes.vision, width, recomputed)
+                + width * sizes.patch_values
+                + 5 * width * sizes.vision.width
+            )
         return cls(
-            per_token=_layers(
-                text.num_hidden_layers,
-                text.hidden_size,
-                keys,
-                text.intermediate_size,
-                width,
-                recomputed,
-            ),
-            per_label=2.0 * text.vocab_size * width,
-            per_patch=tower
-            * (
-                _layers(
-                    vision.depth,
-                    vision.hidden_size,
-                    # A window's queries, keys and values are also gathered from the others.
-                    2.5 * vision.hidden_size,
-                    vision.intermediate_size,
-                    width,
-                    recomputed,
-                )
-                + width * (vision.patch_size**2 * vision.temporal_patch_size * 3)
-                + 5 * width * vision.hidden_size
-            ),
+            per_token=_layers(sizes.text, width, recomputed),
+            per_label=2.0 * sizes.vocabulary * width,
+            per_patch=per_patch,
             fixed=4.0 * head if weight.requires_grad else 0.0,
             head_chunk=2.0 * most_bytes(weight.device),
-            per_cached=2.0 * keys * width * text.num_hidden_layers,
-            per_read=_layers(
-                1, text.hidden_size, keys, text.intermediate_size, width, recomputed=False
-            ),
-            vocabulary=text.vocab_size,
+            per_cached=2.0 * sizes.text.keys * width * kv_layers,
+            per_read=_layers(replace(sizes.text, depth=1), width, recomputed=False),
+            vocabulary=sizes.vocabulary,
         )
 
     def bytes(self, tokens: int, labels: int, patches: int) -> float:
@@ -138,9 +126,11 @@ class Footprint:
         return self.per_cached * cached + self.per_read * sum(prompts) + drawing
 
 
-def _layers(depth: int, width: int, keys: float, mlp: int, b: int, recomputed: bool) -> float:
+def _layers(sizes: LayerSizes, b: int, recomputed: bool) -> float:
+    width, keys, mlp = sizes.width, sizes.keys, sizes.mlp
     kept = 2 * (max(4, b) + 2 * b) * width + b * (2 * width + 2 * keys) + 4 * b * mlp
     backward = b * (4 * width + 3 * mlp)
+    depth = sizes.depth
     return (depth * b * width + kept if recomputed else depth * kept) + backward
 
 

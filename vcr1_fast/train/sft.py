@@ -75,7 +75,7 @@ def update(run: Run, groups: list[Group], lr: float) -> dict[str, float]:
     tokens = int(run.accelerator.reduce(torch.tensor(own, device=device)))
 
     def micro_batch(part: list[Group]) -> torch.Tensor:
-        logps = completion_logps(run.model, part, convention=config.model.mrope)
+        logps = completion_logps(run.model, part)
         loss = -logps.sum() / max(tokens, 1)
         loss.backward()
         return loss.detach().double()

@@ -1,11 +1,11 @@
-"""Clips with their frames out of order, for T-GRPO, without a second pass of the vision tower."""
+"""Clips with their frames out of order, for T-GRPO, without a second pass of the vision encoder."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from vcr1_fast.model.processor import MERGE
+from vcr1_fast.model.prompt import VIDEO
 from vcr1_fast.model.vision import reorder_frames
 from vcr1_fast.train.dataset import Sample
 
@@ -25,12 +25,12 @@ def shuffled_features(
     found = {}
     for i, (sample, given) in enumerate(zip(samples, features, strict=True)):
         grids = sample.prompt.video_grid_thw
-        moving = given is not None and len(given) == int(grids.prod(dim=1).sum()) // MERGE**2
-        if not moving or not bool((grids[:, 0] > 1).any()):
+        clips = int((sample.prompt.mm_token_type_ids == VIDEO).sum())
+        if given is None or len(given) != clips or not bool((grids[:, 0] > 1).any()):
             continue
         if tasks is None or sample.record.task in tasks:
             orders = [another_order(frames, generator) for frames in grids[:, 0].tolist()]
-            found[i] = reorder_frames(given.detach(), grids, orders, merge=MERGE)
+            found[i] = reorder_frames(given.detach(), grids, orders)
     return found
 
 

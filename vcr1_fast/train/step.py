@@ -120,7 +120,6 @@ def policy_loss(
     *,
     temperature: float,
     on_policy: bool,
-    convention: str,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss of some groups in one forward pass, and `linear_grpo_loss`'s metrics.
 
@@ -128,9 +127,7 @@ def policy_loss(
     the old policy, and its gap to the sampler's log-probs is rounding alone: it is measured.
     Afterwards the sampler's log-probs stand for the old policy.
     """
-    hidden, labels, cu_seqlens = completion_hidden(
-        model, [g.group for g in groups], convention=convention
-    )
+    hidden, labels, cu_seqlens = completion_hidden(model, [g.group for g in groups])
     weight, bias = lm_head(model)
     sampled = torch.cat([g.rollout_logps for g in groups]).to(hidden.device)
     refs = [g.ref_logps for g in groups if g.ref_logps is not None]
@@ -153,10 +150,10 @@ def policy_loss(
 
 
 def completion_logps(
-    model: nn.Module, groups: Sequence[Group], *, temperature: float = 1.0, convention: str
+    model: nn.Module, groups: Sequence[Group], *, temperature: float = 1.0
 ) -> Tensor:
     """(N,) float32 log-probs of all completion tokens; with gradient where that is enabled."""
-    hidden, labels, _ = completion_hidden(model, groups, convention=convention)
+    hidden, labels, _ = completion_hidden(model, groups)
     weight, bias = lm_head(model)
     return linear_logprobs(hidden, weight, labels, bias, temperature=temperature).logps
 

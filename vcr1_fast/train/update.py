@@ -42,7 +42,6 @@ def with_reference(run: Run, groups: list[PolicyGroup]) -> list[PolicyGroup]:
                 reference,
                 [one.group for one in part],
                 temperature=run.config.rollout.temperature,
-                convention=run.config.model.mrope,
             )
 
         flat = torch.cat(run.planner.run(given, logps, lambda: given))
@@ -123,7 +122,6 @@ def gradients(
             loss_settings,
             temperature=run.config.rollout.temperature,
             on_policy=on_policy,
-            convention=run.config.model.mrope,
         )
         loss.backward()
         count = sum(one.prompt_tokens + sum(one.lengths) for one in part)
