@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from vcr1_fast import model as package
 from vcr1_fast.model.processor import Processor
 from vcr1_fast.model.wrapping import unwrap
+from vcr1_fast.ops.video_patches import PatchLayout
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,10 @@ class LayerSizes:
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """What the planner computes bytes from. patch_values: numbers in a row of pixel values."""
+    """Sizes from which the planner computes bytes; vocabulary: rows of the head."""
 
     text: LayerSizes
     vision: LayerSizes
-    patch_values: int
     vocabulary: int
 
 
@@ -66,6 +66,9 @@ class Family:
     """Values of `model_type` in config.json that this family serves."""
     model_class: Callable[[], type[Any]]
     """The class in transformers; a function, so that transformers is imported late."""
+    layout: PatchLayout
+    """How frames are cut into the rows of pixel values; a checkpoint may bring its own mean and
+    std."""
     load_processor: Callable[..., Processor]
     """(directory, *, mrope) -> the checkpoint's processor; CheckpointError for unusable files."""
 

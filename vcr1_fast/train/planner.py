@@ -96,7 +96,7 @@ class Footprint:
         if not vision_is_frozen(base):
             per_patch = (
                 _layers(sizes.vision, width, recomputed)
-                + width * sizes.patch_values
+                + width * family.layout.values
                 + 5 * width * sizes.vision.width
             )
         return cls(

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from vcr1_fast.model.family import Family, LayerSizes, ModelSizes
 from vcr1_fast.model.qwen2_5_vl.last_layer import skip_unused_rows
+from vcr1_fast.model.qwen2_5_vl.preprocessor import LAYOUT
 from vcr1_fast.model.qwen2_5_vl.processor import Processor
 from vcr1_fast.model.qwen2_5_vl.tiny import TinyConfig, write_tiny
 from vcr1_fast.model.qwen2_5_vl.vision import encode, prepare_vision_encoder
@@ -53,7 +54,6 @@ def _sizes(config: Any) -> ModelSizes:
             keys=2.5 * vision.hidden_size,
             mlp=vision.intermediate_size,
         ),
-        patch_values=3 * vision.temporal_patch_size * vision.patch_size**2,
         vocabulary=text.vocab_size,
     )
 
@@ -61,6 +61,7 @@ def _sizes(config: Any) -> ModelSizes:
 FAMILY = Family(
     model_types=("qwen2_5_vl",),
     model_class=_model_class,
+    layout=LAYOUT,
     load_processor=Processor.from_pretrained,
     vision_encoder=lambda model: model.model.visual,
     prepare_vision=prepare_vision_encoder,

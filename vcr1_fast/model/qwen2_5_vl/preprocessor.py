@@ -10,8 +10,15 @@ import torch
 
 from vcr1_fast.model.files import CheckpointError, read_json
 from vcr1_fast.ops.resize_frames import resize_frames
-from vcr1_fast.ops.video_patches import CLIP_MEAN, CLIP_STD, MERGE, PATCH, TEMPORAL_PATCH
+from vcr1_fast.ops.video_patches import PatchLayout
 
+LAYOUT = PatchLayout(
+    patch=14,
+    merge=2,
+    temporal=2,
+    mean=(0.48145466, 0.4578275, 0.40821073),  # CLIP's
+    std=(0.26862954, 0.26130258, 0.27577711),
+)
 VIDEO_FILE, BOTH_FILE, IMAGE_FILE = (
     "video_preprocessor_config.json",
     "processor_config.json",
@@ -23,7 +30,7 @@ _SETTINGS_FILES = {
     "image_processor": (BOTH_FILE, IMAGE_FILE),
 }
 _RESAMPLE = {2: "bilinear", 3: "bicubic"}
-_TOKEN_PIXELS = (PATCH * MERGE) ** 2
+_TOKEN_PIXELS = LAYOUT.token**2
 _MAX_FRAME_TOKENS = 768  # the most that qwen-vl-utils gives one frame
 _MAX_ASPECT_RATIO = 200
 
@@ -32,7 +39,7 @@ def smart_resize(
     height: int,
     width: int,
     *,
-    factor: int = PATCH * MERGE,
+    factor: int = LAYOUT.token,
     min_pixels: int = 128 * _TOKEN_PIXELS,
     max_pixels: float = _MAX_FRAME_TOKENS * _TOKEN_PIXELS,
     total_pixels: int | None = None,
@@ -54,7 +61,7 @@ def smart_resize(
         if num_frames is None or num_frames < 1:
             raise ValueError(f"total_pixels needs num_frames of at least 1, got {num_frames}")
         most = _MAX_FRAME_TOKENS * factor**2
-        budget = min(most, total_pixels / num_frames * TEMPORAL_PATCH)
+        budget = min(most, total_pixels / num_frames * LAYOUT.temporal)
         max_pixels = min(max_pixels, max(budget, int(min_pixels * 1.05)))
     rows, columns = round(height / factor) * factor, round(width / factor) * factor
     if rows * columns > max_pixels:
@@ -73,19 +80,14 @@ class ImageProcessorConfig:
     """How an image becomes patches.
 
     The defaults are those of transformers' Qwen2VLImageProcessor; a checkpoint brings its own.
-    patch: pixels along a patch's edge; temporal: frames in a patch; merge: patches along the edge
-    of a token. `dtype` is that of the patches; the model casts them to its own anyway.
+    `dtype` is that of the patches; the model casts them to its own anyway.
     """
 
     min_pixels: int = 56 * 56
     max_pixels: int = 1280 * 28 * 28
     resample: str = "bicubic"
     rounding: str = "u8"
-    patch: int = PATCH
-    temporal: int = TEMPORAL_PATCH
-    merge: int = MERGE
-    mean: tuple[float, float, float] = CLIP_MEAN
-    std: tuple[float, float, float] = CLIP_STD
+    layout: PatchLayout = LAYOUT
     dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
@@ -100,7 +102,7 @@ class ImageProcessorConfig:
         return smart_resize(
             height,
             width,
-            factor=self.patch * self.merge,
+            factor=self.layout.token,
             min_pixels=self.min_pixels,
             max_pixels=self.max_pixels,
         )
@@ -113,12 +115,12 @@ class ImageProcessorConfig:
             "processor_class": "Qwen2_5_VLProcessor",
             "min_pixels": self.min_pixels,
             "max_pixels": self.max_pixels,
-            "patch_size": self.patch,
-            "temporal_patch_size": self.temporal,
-            "merge_size": self.merge,
+            "patch_size": self.layout.patch,
+            "temporal_patch_size": self.layout.temporal,
+            "merge_size": self.layout.merge,
             "resample": {name: number for number, name in _RESAMPLE.items()}[self.resample],
-            "image_mean": list(self.mean),
-            "image_std": list(self.std),
+            "image_mean": list(self.layout.mean),
+            "image_std": list(self.layout.std),
         }
 
 
@@ -137,7 +139,7 @@ class VideoProcessorConfig(ImageProcessorConfig):
         return smart_resize(
             height,
             width,
-            factor=self.patch * self.merge,
+            factor=self.layout.token,
             min_pixels=self.min_pixels,
             max_pixels=self.max_pixels,
             total_pixels=self.total_pixels,
@@ -198,10 +200,11 @@ def parse_settings(directory: Path, sources: dict[str, dict[str, Any]], default:
 
 
 def _parse(path: Path, settings: dict[str, Any], default: C) -> C:
+    layout = default.layout
     expected = {
-        "patch_size": default.patch,
-        "temporal_patch_size": default.temporal,
-        "merge_size": default.merge,
+        "patch_size": layout.patch,
+        "temporal_patch_size": layout.temporal,
+        "merge_size": layout.merge,
     }
     for key, value in expected.items():
         if settings.get(key, value) != value:
@@ -221,8 +224,11 @@ def _parse(path: Path, settings: dict[str, Any], default: C) -> C:
             min_pixels=pixels("min_pixels", "shortest_edge", default.min_pixels),
             max_pixels=pixels("max_pixels", "longest_edge", default.max_pixels),
             resample=_RESAMPLE[resample],
-            mean=tuple(settings.get("image_mean", default.mean)),
-            std=tuple(settings.get("image_std", default.std)),
+            layout=replace(
+                layout,
+                mean=tuple(settings.get("image_mean", layout.mean)),
+                std=tuple(settings.get("image_std", layout.std)),
+            ),
         )
     except ValueError as error:
         raise CheckpointError(path, str(error)) from error

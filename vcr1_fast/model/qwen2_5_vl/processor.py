@@ -128,7 +128,7 @@ class Processor(base.Processor):
         repeats = torch.ones_like(ids)
         if parts:
             grids = torch.stack([grid for _, grid in parts])
-            repeats[types > 0] = grids.prod(dim=1) // self.special.merge_size**2
+            repeats[types > 0] = grids.prod(dim=1) // self.video.layout.merge**2
         ids = ids.repeat_interleave(repeats)
         types = types.repeat_interleave(repeats)
         (images, image_grids), (videos, video_grids) = (
@@ -136,7 +136,7 @@ class Processor(base.Processor):
             for kind in (IMAGE, VIDEO)
         )
         seconds = torch.tensor(
-            [self.video.temporal / clip.fps for clip in clips if clip.fps is not None],
+            [self.video.layout.temporal / clip.fps for clip in clips if clip.fps is not None],
             dtype=torch.float32,
         )
         return Prompt(
@@ -170,8 +170,7 @@ class Processor(base.Processor):
             resample=config.resample,
             rounding=config.rounding,
             dtype=config.dtype,
-            mean=config.mean,
-            std=config.std,
+            layout=config.layout,
         )
 
 
