@@ -8,7 +8,7 @@ import torch
 from test_forward import CONFIG, _groups, _plain_logits, from_the_packs_start
 
 from vcr1_fast.model import checkpoint, packing
-from vcr1_fast.model.tiny import write_tiny
+from vcr1_fast.model.qwen2_5_vl.tiny import write_tiny
 from vcr1_fast.model.vision import freeze_vision
 from vcr1_fast.model.wrapping import checkpoint_activations, unwrap
 from vcr1_fast.ops import GRPOLossConfig
@@ -88,7 +88,6 @@ def _shared_loss(model, groups):
         step_loss_config(LOSS, sequences, tokens),
         temperature=TEMPERATURE,
         on_policy=True,
-        convention="trained",
     )
     assert metrics["ratio_max"] == 1.0
     return loss

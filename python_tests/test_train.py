@@ -188,7 +188,7 @@ def test_sft_loss_is_the_mean_over_completion_tokens(inputs, tmp_path):
             with torch.no_grad():
                 for end in range(1, len(answer) + 1):
                     group = Group(sample.prompt, [answer[:end]])
-                    logps = completion_logps(run.model, [group], convention="trained")
+                    logps = completion_logps(run.model, [group])
                     total -= float(logps[-1])
             count += len(answer)
     sft(
@@ -460,7 +460,6 @@ def gradient(run, groups, config, sequences):
             step_loss_config(config, sequences, 100),
             temperature=1.0,
             on_policy=True,
-            convention="trained",
         )
         loss.backward()
     parameters = run.optimizer.parameters
@@ -604,7 +603,7 @@ def test_a_step_raises_the_better_completion(run):
 
     def logps():
         with torch.no_grad():
-            flat = completion_logps(run.model, [groups[0].group], convention="trained")
+            flat = completion_logps(run.model, [groups[0].group])
         sizes = [len(c) for c in groups[0].group.completions]
         return [float(part.sum()) for part in flat.split(sizes)]
 
@@ -624,17 +623,17 @@ def test_adapters_start_as_the_base_model_and_switch_off(inputs, tmp_path):
         assert all("lora_" in name for name in checkpoint.trained_state(run.model))
         groups = sampled_groups(run, [[1.0, -1.0, 0.0, 0.0]])
         with torch.no_grad():
-            plain = completion_logps(base, [groups[0].group], convention="trained")
+            plain = completion_logps(base, [groups[0].group])
         groups = reference.with_reference_logps(run, groups)
         torch.testing.assert_close(groups[0].ref_logps, plain, rtol=1e-5, atol=1e-5)
         loop.update_policy(run, groups, 1e-1)
-        moved = completion_logps(run.model, [groups[0].group], convention="trained")
+        moved = completion_logps(run.model, [groups[0].group])
         assert (moved - plain).abs().max() > 1e-3
         again = reference.with_reference_logps(run, groups)
         torch.testing.assert_close(again[0].ref_logps, plain, rtol=1e-5, atol=1e-5)
         exported, _ = load(run.export())
         with torch.no_grad():
-            written = completion_logps(exported, [groups[0].group], convention="trained")
+            written = completion_logps(exported, [groups[0].group])
         torch.testing.assert_close(written, moved.detach(), rtol=1e-4, atol=1e-4)
 
 

@@ -12,7 +12,7 @@ PROG = "vcr1"
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
     root = argparse.ArgumentParser(
-        prog=PROG, description="GRPO fine-tuning of Qwen2.5-VL on video.", allow_abbrev=False
+        prog=PROG, description="GRPO fine-tuning of video language models.", allow_abbrev=False
     )
     commands = root.add_subparsers(dest="command", required=True, metavar="command")
 

@@ -38,24 +38,17 @@ class ModelConfig:
     """What is trained."""
 
     path: str
-    """A checkpoint directory, or a hub name such as Qwen/Qwen2.5-VL-7B-Instruct."""
+    """A checkpoint directory, or its name on the Hugging Face hub."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     lora_rank: int = 0
     """0: train the weights themselves; else low-rank adapters of this rank beside them."""
     lora_alpha: float = 32.0
-    lora_targets: tuple[str, ...] = (
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "o_proj",
-        "gate_proj",
-        "up_proj",
-        "down_proj",
-    )
+    lora_targets: tuple[str, ...] | None = None
+    """Names of the linear layers that get adapters; default: the model family's."""
     freeze_vision: bool = False
-    """Leave the vision tower and its projection as they are."""
+    """Do not train the vision encoder and its projection."""
     vision_cache_mb: int = 1024
-    """What a frozen tower made of the clips, held in main memory over epochs, in MiB."""
+    """MiB of main memory in which clip features of a frozen vision encoder are kept over epochs."""
     gradient_checkpointing: bool = False
     attention: Backend = "auto"
     """How a group's completions attend to the prompt they share, see `model/attention.py`."""
@@ -67,7 +60,7 @@ class ModelConfig:
         _above(self, 0, "lora_alpha")
         if not self.path:
             raise ConfigError("path", "must not be empty")
-        if self.lora_rank and not self.lora_targets:
+        if self.lora_rank and self.lora_targets is not None and not self.lora_targets:
             raise ConfigError("lora_targets", "must name a layer when lora_rank is not 0")
 
 

@@ -199,7 +199,6 @@ def forward_backward(
         loss_config,
         temperature=run.config.rollout.temperature,
         on_policy=on_policy,
-        convention=run.config.model.mrope,
     )
     loss.backward()
     tokens = loss.new_tensor(sum(one.prompt_tokens + sum(one.lengths) for one in groups))
@@ -214,7 +213,6 @@ def policy_loss(
     *,
     temperature: float,
     on_policy: bool,
-    convention: str,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss of some groups in one packed forward pass, and `linear_grpo_loss`'s metrics.
 
@@ -222,9 +220,7 @@ def policy_loss(
     old policy, and its gap to the sampler's log-probs, rounding alone, is measured. Afterwards the
     sampler's log-probs are the old policy's.
     """
-    hidden, labels, cu_seqlens = completion_hidden(
-        model, [one.group for one in groups], convention=convention
-    )
+    hidden, labels, cu_seqlens = completion_hidden(model, [one.group for one in groups])
     weight, bias = lm_head(model)
     sampled = torch.cat([one.rollout_logps for one in groups]).to(hidden.device)
     refs = [one.ref_logps for one in groups if one.ref_logps is not None]

@@ -21,7 +21,7 @@ and these summed in float64), or 48 with top-k or top-p, which sort.
 import gc
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -29,6 +29,8 @@ import psutil
 import torch
 from torch import nn
 
+from vcr1_fast.model.family import LayerSizes, family_of
+from vcr1_fast.model.vision import vision_is_frozen
 from vcr1_fast.model.wrapping import unwrap
 from vcr1_fast.ops.linear_chunks import most_bytes
 from vcr1_fast.train.optim import MasterAdamW
@@ -83,44 +85,30 @@ class Footprint:
     def of(cls, model: nn.Module) -> "Footprint":
         """From the model's configuration, dtype, device, trained parts and checkpointing."""
         base = unwrap(model)
-        text, vision = base.config.text_config, base.config.vision_config
+        family = family_of(base)
+        sizes = family.sizes(base.config)
         weight = base.get_output_embeddings().weight
         width = weight.element_size()
-        recomputed = getattr(base.model.language_model.layers[0], "gradient_checkpointing", False)
-        keys = text.hidden_size // text.num_attention_heads * text.num_key_value_heads
-        trains_vision = any(p.requires_grad for p in base.model.visual.parameters())
-        head = text.vocab_size * text.hidden_size
+        language_model: Any = family.language_model(base)
+        recomputed = getattr(language_model.layers[0], "gradient_checkpointing", False)
+        head = sizes.vocabulary * sizes.text.width
+        kv_layers = len(family.kv_layers(language_model.config))
+        per_patch = 0.0
+        if not vision_is_frozen(base):
+            per_patch = (
+                _layers(sizes.vision, width, recomputed)
+                + width * family.layout.values
+                + 5 * width * sizes.vision.width
+            )
         return cls(
-            per_token=_layers(
-                text.num_hidden_layers,
-                text.hidden_size,
-                keys,
-                text.intermediate_size,
-                width,
-                recomputed,
-            ),
-            per_label=2.0 * text.vocab_size * width,
-            per_patch=trains_vision
-            * (
-                _layers(
-                    vision.depth,
-                    vision.hidden_size,
-                    # A window's queries, keys and values are also gathered from the others.
-                    2.5 * vision.hidden_size,
-                    vision.intermediate_size,
-                    width,
-                    recomputed,
-                )
-                + width * (vision.patch_size**2 * vision.temporal_patch_size * 3)
-                + 5 * width * vision.hidden_size
-            ),
+            per_token=_layers(sizes.text, width, recomputed),
+            per_label=2.0 * sizes.vocabulary * width,
+            per_patch=per_patch,
             fixed=4.0 * head if weight.requires_grad else 0.0,
             head_chunk=2.0 * most_bytes(weight.device),
-            per_cached=2.0 * keys * width * text.num_hidden_layers,
-            per_read=_layers(
-                1, text.hidden_size, keys, text.intermediate_size, width, recomputed=False
-            ),
-            vocabulary=text.vocab_size,
+            per_cached=2.0 * sizes.text.keys * width * kv_layers,
+            per_read=_layers(replace(sizes.text, depth=1), width, recomputed=False),
+            vocabulary=sizes.vocabulary,
         )
 
     def bytes(self, tokens: int, labels: int, patches: int) -> float:
@@ -139,9 +127,11 @@ class Footprint:
         return self.per_cached * cached + self.per_read * sum(prompts) + sampling
 
 
-def _layers(depth: int, width: int, keys: float, mlp: int, b: int, recomputed: bool) -> float:
+def _layers(sizes: LayerSizes, b: int, recomputed: bool) -> float:
+    width, keys, mlp = sizes.width, sizes.keys, sizes.mlp
     kept = 2 * (max(4, b) + 2 * b) * width + b * (2 * width + 2 * keys) + 4 * b * mlp
     backward = b * (4 * width + 3 * mlp)
+    depth = sizes.depth
     return (depth * b * width + kept if recomputed else depth * kept) + backward
 
 

@@ -28,7 +28,6 @@ def with_reference_logps(run: Run, groups: Sequence[PolicyGroup]) -> list[Policy
                         model,
                         [one.group for one in part],
                         temperature=run.config.rollout.temperature,
-                        convention=run.config.model.mrope,
                     )
                     for part in micro_batches
                 ]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from vcr1_fast.model.processor import MERGE
+from vcr1_fast.model.prompt import VIDEO
 from vcr1_fast.model.rollout import Rollout, SamplingConfig, rollout
 from vcr1_fast.model.vision import reorder_frames
 from vcr1_fast.train.config import RolloutConfig
@@ -97,7 +97,6 @@ def sample_group(
                 decoding=settings.decoding,
             ),
             generator,
-            convention=run.config.model.mrope,
             vision=vision,
         )
         return [one_prompt(together, i) for i in range(len(samples))]
@@ -148,13 +147,12 @@ def shuffled_features(
     found = {}
     for i, (sample, given) in enumerate(zip(samples, features, strict=True)):
         grids = sample.prompt.video_grid_thw
-        if given is None or len(given) != int(grids.prod(dim=1).sum()) // MERGE**2:
-            continue
-        if not bool((grids[:, 0] > 1).any()):
+        clips = int((sample.prompt.mm_token_type_ids == VIDEO).sum())
+        if given is None or len(given) != clips or not bool((grids[:, 0] > 1).any()):
             continue
         if tasks is None or sample.record.task in tasks:
             orders = [another_order(frames, generator) for frames in grids[:, 0].tolist()]
-            found[i] = reorder_frames(given.detach(), grids, orders, merge=MERGE)
+            found[i] = reorder_frames(given.detach(), grids, orders)
     return found
 
 

@@ -23,9 +23,10 @@ from vcr1_fast.data.quarantine import Quarantine
 from vcr1_fast.data.requests import clip_key
 from vcr1_fast.model.attention import prepare_attention
 from vcr1_fast.model.checkpoint import load, save
+from vcr1_fast.model.family import family_of
 from vcr1_fast.model.forward import prompt_features
 from vcr1_fast.model.processor import Processor
-from vcr1_fast.model.vision import freeze_vision
+from vcr1_fast.model.vision import freeze_vision, vision_is_frozen
 from vcr1_fast.model.wrapping import checkpoint_activations, unwrap
 from vcr1_fast.tasks import TASKS
 from vcr1_fast.tasks.wording import prompts_from
@@ -114,8 +115,7 @@ class Run:
     @property
     def vision_is_frozen(self) -> bool:
         """Whether rollout, policy and reference model share a clip's features."""
-        visual = unwrap(self.model).model.visual
-        return not any(parameter.requires_grad for parameter in visual.parameters())
+        return vision_is_frozen(self.model)
 
     def clip_features(self, samples: list[Sample], *, with_graph: bool = False) -> list:
         """Features of each sample's clips, None for a sample without clips; a frozen encoder's come
@@ -343,7 +343,9 @@ def prepare_model(config: TrainConfig, device: torch.device) -> tuple[nn.Module,
             f"model.attention=flex has a backward pass on CUDA alone, training is on {device}: "
             "leave it at auto"
         )
-    model, processor = load(settings.path, dtype=settings.dtype, device=device)
+    model, processor = load(
+        settings.path, dtype=settings.dtype, device=device, mrope=settings.mrope
+    )
     processor = processor.with_frames(frames, media_first=config.data.media_first)
     prepare_attention(model, settings.attention)
     if settings.lora_rank:
@@ -360,12 +362,14 @@ def add_adapters(model: nn.Module, settings: ModelConfig) -> nn.Module:
     training forward must be the same network."""
     from peft import LoraConfig, get_peft_model
 
+    family = family_of(model)
+    targets = list(settings.lora_targets or family.lora_targets)
     adapters = LoraConfig(
         r=settings.lora_rank,
         lora_alpha=settings.lora_alpha,
         lora_dropout=0.0,
-        target_modules=list(settings.lora_targets),
-        exclude_modules=r".*\bvisual\b.*" if settings.freeze_vision else None,
+        target_modules=targets,
+        exclude_modules=family.vision_pattern if settings.freeze_vision else None,
     )
     try:
         with warnings.catch_warnings():
@@ -373,4 +377,4 @@ def add_adapters(model: nn.Module, settings: ModelConfig) -> nn.Module:
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
             return get_peft_model(model, adapters)
     except ValueError as error:
-        raise ValueError(f"model.lora_targets {list(settings.lora_targets)}: {error}") from error
+        raise ValueError(f"model.lora_targets {targets}: {error}") from error

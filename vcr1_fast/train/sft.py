@@ -94,7 +94,7 @@ def forward_backward(run: Run, groups: list[Group], tokens: int) -> torch.Tensor
     """Forward, loss and backward of one micro-batch of a step with `tokens` completion tokens; its
     loss. A function, so that after an out-of-memory error no local variable holds the graph."""
     run.check_overdue()
-    logps = completion_logps(run.model, groups, convention=run.config.model.mrope)
+    logps = completion_logps(run.model, groups)
     loss = -logps.sum() / max(tokens, 1)
     loss.backward()
     return loss.detach().double()
