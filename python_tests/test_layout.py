@@ -13,7 +13,9 @@ PACKAGE = ROOT / "vcr1_fast"
 LAYERS = (
     {"_C"},
     {"ops", "rewards"},
-    {"data", "model", "tasks"},
+    {"tasks"},
+    {"data"},
+    {"config", "model"},  # a section may hold a FrameConfig; the model's own settings are plain
     {"evaluate", "report", "train"},
     {"bench", "cli", "demo", "doctor", "integrations"},
 )
@@ -88,7 +90,9 @@ def test_the_reader_of_imports_sees_them_all():
             "vcr1_fast.ops",
             ["transformers", "decord", "av", "accelerate", "peft", "triton", "vcr1_fast.data"],
         ),
+        ("vcr1_fast.ops", ["pydantic", "yaml", "vcr1_fast.config"]),
         ("vcr1_fast.rewards", ["torch", "numpy"]),
+        ("vcr1_fast.config.sections", ["torch", "transformers", "decord"]),
         ("vcr1_fast.tasks", ["torch", "transformers", "decord"]),
         ("vcr1_fast.data.records", ["torch", "transformers", "decord"]),
         ("vcr1_fast.cli", ["torch", "transformers", "numpy"]),

@@ -123,7 +123,7 @@ def test_pictures_of_shards_that_finish_together_are_whole(folder, monkeypatch):
     from vcr1_fast.evaluate import command
 
     paths = (str(folder / "test.jsonl"), str(folder / "out"))
-    run = EvalRun(paths[0], paths[1], predictions=str(folder / "said.jsonl"))
+    run = EvalRun(records=paths[0], output=paths[1], predictions=str(folder / "said.jsonl"))
     assert command.main_eval(run) == 0
     names = ("scores.png", "predictions.html")
     before = {name: (folder / "out" / name).read_bytes() for name in names}

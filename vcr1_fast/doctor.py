@@ -31,6 +31,7 @@ PACKAGES = {
     "av": "train",
     "pillow": "train",
     "pyyaml": "train",
+    "pydantic": "train",
     "rich": "train",
     "matplotlib": "report",
     "tensorboard": "report",

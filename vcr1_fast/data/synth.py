@@ -43,18 +43,24 @@ TASKS = (
 class SynthConfig:
     """Clips per split, the seed, what scenes look like, and which tasks are asked about them.
 
-    Every question on a scene whose task is in `tasks` becomes a record. `crf` is x264's quality
-    (lower is better); `workers=0` writes in this process.
+    Every question on a scene whose task is in `tasks` becomes a record.
     """
 
     train: int = 200
+    """Clips of the training split; 0: no such split."""
     val: int = 20
+    """Clips of the validation split; 0: no such split."""
     test: int = 50
+    """Clips of the test split; 0: no such split."""
     seed: int = 0
+    """Seed from which all scenes and questions follow."""
     scene: SceneConfig = field(default_factory=SceneConfig)
     tasks: tuple[str, ...] = TASKS
+    """Tasks whose questions become records."""
     workers: int = 2
+    """Processes that encode clips; 0 encodes in the main process."""
     crf: int = 23
+    """x264's constant rate factor, 0 to 51; lower is better."""
 
     def __post_init__(self) -> None:
         for split in SPLITS:

@@ -44,8 +44,8 @@ class JudgeConfig:
     """Who judges captions."""
 
     kind: Literal["offline", "http", "local"] = "offline"
-    """"offline": word matching, no model; "http": an OpenAI-compatible endpoint; "local": a
-    checkpoint run in this process."""
+    """Judge of captions; "offline": word matching, no model; "http": an OpenAI-compatible endpoint;
+    "local": a checkpoint run in this process."""
     model: str = ""
     """The model's name at the endpoint, or a checkpoint folder or hub name."""
     url: str = "http://127.0.0.1:8000/v1"
@@ -57,7 +57,7 @@ class JudgeConfig:
     retries: int = 4
     """Further attempts where the endpoint is busy or out of reach."""
     backoff: float = 1.0
-    """Seconds before the first of them, doubled before each further one."""
+    """Seconds before the first retry, doubled before each further one."""
     concurrency: int = 16
     """Requests under way at once, or prompts in one batch of a local model."""
     max_tokens: int = 512

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object, set_seed
 from torch import nn
 
+from vcr1_fast.config.loader import dump_config
 from vcr1_fast.data.quarantine import Quarantine
 from vcr1_fast.data.requests import clip_key
 from vcr1_fast.model.attention import prepare_attention
@@ -25,7 +26,6 @@ from vcr1_fast.model.vision import freeze_vision
 from vcr1_fast.model.wrapping import checkpoint_activations, unwrap
 from vcr1_fast.tasks import TASKS
 from vcr1_fast.tasks.wording import prompts_from
-from vcr1_fast.train.build import dump_config
 from vcr1_fast.train.checkpoint import (
     checkpoints,
     load_checkpoint,
