@@ -24,12 +24,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-import psutil
 import torch
 from torch import nn
 
 from vcr1_fast.model.wrapping import unwrap
 from vcr1_fast.ops.linear_chunks import most_bytes
+from vcr1_fast.ops.memory import available_bytes
 from vcr1_fast.train.optim import MasterAdamW
 
 R = TypeVar("R")
@@ -210,7 +210,7 @@ class Planner:
         """Bytes a pass may take."""
         if self.memory is not None:
             return self.memory
-        free = free_bytes(self.optimizer.parameters[0].device)
+        free = available_bytes(self.optimizer.parameters[0].device)
         return _USABLE * free - self.optimizer.pending_bytes()
 
     def predict(self, part: Sequence[Shaped]) -> float:
@@ -279,11 +279,3 @@ def free_unused() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def free_bytes(device: torch.device) -> float:
-    """What can still be allocated there."""
-    if device.type != "cuda":
-        return float(psutil.virtual_memory().available)
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return float(torch.cuda.mem_get_info(device)[0] + cached)
