@@ -4,7 +4,6 @@ config.json, generation_config.json, (sharded) safetensors, tokenizer, chat temp
 preprocessor settings. A directory written here loads in transformers, vLLM and the rest.
 """
 
-import os
 import re
 import shutil
 import tempfile
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vcr1_fast.files import flush, rename_flushed
 from vcr1_fast.model.attention import prepare_attention
 from vcr1_fast.model.files import CheckpointError, check_weights, read_json, resolve
 from vcr1_fast.model.processor import Processor
@@ -93,9 +93,8 @@ def save(model: nn.Module, processor: Processor, path: str | Path) -> None:
         staging.chmod(0o755)
         for file in staging.iterdir():
             file.chmod(0o644)
-            _flush(file)
-        _flush(staging)
-        _replace(staging, path)
+            flush(file)
+        rename_flushed(staging, path)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -127,24 +126,6 @@ def merged_state_dict(model: nn.Module) -> dict[str, torch.Tensor] | None:
                 value = value + layer.get_delta_weight(adapter).to(value.dtype)
         state[f"{owner}.{leaf}"] = value
     return state
-
-
-def _replace(staging: Path, path: Path) -> None:
-    """Give `staging` the name `path`. A directory cannot replace another in one step on POSIX."""
-    old = path.with_name(f".{path.name}.old-{os.getpid()}")
-    if path.exists():
-        path.rename(old)
-    staging.rename(path)
-    _flush(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from vcr1_fast.report.jsonl import read_jsonl
+from vcr1_fast.files import read_jsonl
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -70,7 +70,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     resumed run may repeat steps. Nested objects become names with slashes. A row without an
     integer `step` raises ValueError naming the file."""
     by_step: dict[int, dict[str, Any]] = {}
-    for row in read_jsonl(path):
+    for _, row in read_jsonl(path, torn="skip"):
         step = row.get("step")
         if not isinstance(step, int):
             raise ValueError(f"{path}: a row has no integer 'step': {str(row)[:80]}")

@@ -7,13 +7,14 @@ paid once and can be repeated without a model.
 
 import hashlib
 import json
-import os
 import re
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from vcr1_fast.files import append_jsonl, read_jsonl
 
 Ask = Callable[[Sequence[str]], Iterable[str]]
 """Prompts to replies, in order; they may come one by one."""
@@ -160,15 +161,11 @@ class Recorded:
         """The file's replies; half a line at its end is cut off where the file is written to."""
         if not self.path.exists():
             return {}
-        whole, end, torn = self.path.read_bytes().rpartition(b"\n")
-        if torn and self.ask is not None:
-            os.truncate(self.path, len(whole) + len(end))
         replies = {}
-        for number, line in enumerate(whole.splitlines() if end else (), start=1):
+        for number, row in read_jsonl(self.path, torn="skip" if self.ask is None else "cut"):
             try:
-                row = json.loads(line)
                 replies[row["key"]] = row["reply"]
-            except (ValueError, TypeError, KeyError) as error:
+            except (TypeError, KeyError) as error:
                 raise ValueError(f"{self.path}:{number}: no recorded reply: {error}") from None
         return replies
 
@@ -176,7 +173,4 @@ class Recorded:
         row = {"key": key, "model": self.model, "prompt": prompt, "reply": reply}
         with self._lock:
             self._replies[key] = reply
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            # Other processes may add to the file as well: each line is one write at its end.
-            with self.path.open("ab", buffering=0) as file:
-                file.write(json.dumps(row).encode() + b"\n")
+            append_jsonl(self.path, [row])

@@ -10,7 +10,6 @@ crash left behind. The learning rate is a function of the step and needs no stat
 """
 
 import json
-import os
 import random
 import shutil
 from collections.abc import Callable
@@ -20,6 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+
+from vcr1_fast.files import flush, rename_flushed
 
 PREFIX = "step-"
 _PARTIAL = ".partial-"
@@ -53,11 +54,9 @@ def save_checkpoint(
     if rank == 0:
         sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
         (partial / "manifest.json").write_text(json.dumps(sizes, indent=1) + "\n")
-        _flush(partial / "manifest.json")
-        _flush(partial)
+        flush(partial / "manifest.json")
         shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        _flush(folder)
+        rename_flushed(partial, final)
         for old in checkpoints(folder)[0][:-keep]:
             shutil.rmtree(old)
     barrier()
@@ -138,12 +137,4 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 def _write(path: Path, value: Any) -> None:
     torch.save(value, path)
-    _flush(path)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    flush(path)

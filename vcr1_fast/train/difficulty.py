@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vcr1_fast.data.records import Record
+from vcr1_fast.files import read_jsonl
 from vcr1_fast.train.config import DataConfig
 from vcr1_fast.train.dataset import Sampler
 
@@ -26,15 +27,9 @@ def read_scores(path: str | Path) -> dict[str, float]:
     records; other fields are not read. ValueError, naming file and line, for anything else and for
     an id that occurs twice."""
     scores: dict[str, float] = {}
-    for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
-        if not line.strip():
-            continue
+    for number, row in read_jsonl(path):
         where = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where}: not JSON: {error}") from None
-        name, score = (row.get("id"), row.get("score")) if isinstance(row, dict) else (None, None)
+        name, score = row.get("id"), row.get("score")
         if not isinstance(name, str) or not _is_number(score):
             raise ValueError(f'{where}: expected {{"id": text, "score": number}}, got {row!r:.80}')
         if name in scores:
