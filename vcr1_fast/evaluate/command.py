@@ -32,9 +32,11 @@ def main_eval(run: EvalRun) -> int:
 
 
 def _evaluate(run: EvalRun) -> int:
+    evaluation: Evaluation | None
     if run.predictions is not None:
         evaluation = evaluate_predictions(run.predictions, run.records, run.output, run.eval)
     else:
+        assert run.model is not None  # EvalRun holds one of the two
         evaluation = evaluate_checkpoint(run.model, run.records, run.output, run.eval)
     if evaluation is None:
         index, count = run.eval.shard_index, run.eval.shard_count

@@ -140,14 +140,15 @@ class Recorded:
         # Completions of one group are often alike: what is asked twice is asked once.
         with self._lock:
             new = {k: p for k, p in zip(keys, prompts, strict=True) if k not in self._replies}
-        if new and self.ask is None:
+        ask = self.ask
+        if new and ask is None:
             first = next(iter(new.values()))
             raise ValueError(
                 f"{self.path} holds no reply of {self.model!r} to {len(new)} of "
                 f"{len(set(keys))} prompts, the first being {first[:200]!r}"
             )
-        if new:
-            replies = iter(self.ask(list(new.values())))
+        if new and ask is not None:
+            replies = iter(ask(list(new.values())))
             for (key, prompt), reply in zip(new.items(), replies, strict=True):
                 self._keep(key, prompt, reply)
         return [self._replies[key] for key in keys]

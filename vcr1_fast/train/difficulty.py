@@ -29,12 +29,12 @@ def read_scores(path: str | Path) -> dict[str, float]:
     scores: dict[str, float] = {}
     for number, row in read_jsonl(path):
         where = f"{path}:{number}"
-        name, score = row.get("id"), row.get("score")
-        if not isinstance(name, str) or not _is_number(score):
+        name, score = row.get("id"), _number(row.get("score"))
+        if not isinstance(name, str) or score is None:
             raise ValueError(f'{where}: expected {{"id": text, "score": number}}, got {row!r:.80}')
         if name in scores:
             raise ValueError(f"{where}: a second score of {name!r}")
-        scores[name] = float(score)
+        scores[name] = score
     return scores
 
 
@@ -81,8 +81,12 @@ def _digest(kept: Sequence[Record], scores: Mapping[str, float], window: int) ->
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
-def _is_number(value: object) -> bool:
+def _number(value: object) -> float | None:
+    """A finite number as a float; None for anything else, a bool included."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
     try:
-        return type(value) in (int, float) and math.isfinite(value)
+        number = float(value)
     except OverflowError:  # an integer that no float can hold
-        return False
+        return None
+    return number if math.isfinite(number) else None
