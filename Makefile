@@ -11,7 +11,7 @@ OP_STEMS := native properties $(basename $(notdir $(shell find csrc/cpu csrc/cud
 OP_TESTS := $(wildcard $(addsuffix .py,$(addprefix python_tests/test_,$(sort $(OP_STEMS)))))
 CLANG_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build demo test sanitize lint format bench gpu-check inplace clean
+.PHONY: build demo test sanitize lint format docs bench gpu-check inplace clean
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -72,6 +72,9 @@ format: $(VENV)/.built
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $(CLANG_FILES)
+
+docs: $(VENV)/.built  ## The pages of docs/ that the code writes.
+	$(PY) docs/write_config.py
 
 # What the benches compare with. Not part of the build: nothing else needs them.
 $(VENV)/.peers: $(VENV)/.built

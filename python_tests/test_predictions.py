@@ -123,7 +123,7 @@ def test_pictures_of_shards_that_finish_together_are_whole(folder, monkeypatch):
     from vcr1_fast.evaluate import command
 
     paths = (str(folder / "test.jsonl"), str(folder / "out"))
-    run = EvalRun(paths[0], paths[1], predictions=str(folder / "said.jsonl"))
+    run = EvalRun(records=paths[0], output=paths[1], predictions=str(folder / "said.jsonl"))
     assert command.main_eval(run) == 0
     names = ("scores.png", "predictions.html")
     before = {name: (folder / "out" / name).read_bytes() for name in names}
@@ -158,15 +158,15 @@ def test_parts_of_a_split_by_metadata(folder):
     ("lines", "told"),
     [
         ([{"id": "a", "completion": "x"}], "1 records have no completion, first 'b'"),
-        ([{"id": n, "text": "x"} for n in "aab"], "row 2 answers 'a' again"),
+        ([{"id": n, "text": "x"} for n in "aab"], ":2: answers 'a' again"),
         ([{"id": n, "text": "x"} for n in "abc"], "1 ids are of no record, first 'c'"),
-        ([{"id": "a"}], "row 1 lacks a text `id` or `completion`"),
-        ([{"id": 1, "text": "x"}], "row 1 lacks"),
-        ([{"id": "a", "text": "x", "tokens": None}], r"said\.jsonl: row 1 needs .* `tokens` None"),
-        ([{"id": "a", "text": "x", "tokens": "12"}], "row 1 needs .* `tokens` '12'"),
-        ([{"id": "a", "text": "x", "tokens": True}], "row 1 needs .* `tokens` True"),
-        ([{"id": "a", "text": "x", "finished": "false"}], "row 1 needs .* `finished` 'false'"),
-        ([{"id": "a", "text": "x", "finished": None}], "row 1 needs .* `finished` None"),
+        ([{"id": "a"}], ":1: lacks a text `id` or `completion`"),
+        ([{"id": 1, "text": "x"}], ":1: lacks"),
+        ([{"id": "a", "text": "x", "tokens": None}], r"said\.jsonl:1: needs .* `tokens` None"),
+        ([{"id": "a", "text": "x", "tokens": "12"}], ":1: needs .* `tokens` '12'"),
+        ([{"id": "a", "text": "x", "tokens": True}], ":1: needs .* `tokens` True"),
+        ([{"id": "a", "text": "x", "finished": "false"}], ":1: needs .* `finished` 'false'"),
+        ([{"id": "a", "text": "x", "finished": None}], ":1: needs .* `finished` None"),
     ],
 )
 def test_files_that_would_change_the_denominator_are_refused(tmp_path, lines, told):

@@ -14,6 +14,7 @@ import torch
 from tiny_run import configure, write_inputs
 
 from vcr1_fast.cli import main, parser
+from vcr1_fast.config.loader import ConfigError, dump_config, load_config
 from vcr1_fast.data.records import Record
 from vcr1_fast.model.rollout import Rollout, rollout
 from vcr1_fast.rewards import MatchingJudge, score
@@ -22,7 +23,6 @@ from vcr1_fast.rewards.plugin import load_reward
 from vcr1_fast.tasks import TASKS, FieldError
 from vcr1_fast.train import loop, rollouts, setup
 from vcr1_fast.train.advantages import TaskScales, advantages_of
-from vcr1_fast.train.build import ConfigError, dump_config, load_config
 from vcr1_fast.train.config import TrainConfig
 from vcr1_fast.train.dataset import Sample
 from vcr1_fast.train.loop import train

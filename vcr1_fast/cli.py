@@ -8,10 +8,41 @@ from vcr1_fast.train.stopping import RunStopped
 
 PROG = "vcr1"
 
+SETTINGS = {
+    "train": ("vcr1_fast.train.config", "TrainConfig"),
+    "sft": ("vcr1_fast.train.config", "TrainConfig"),
+    "eval": ("vcr1_fast.evaluate.config", "EvalRun"),
+    "chat": ("vcr1_fast.evaluate.config", "ChatConfig"),
+    "data synth": ("vcr1_fast.data.synth", "SynthConfig"),
+}
+"""The dataclass of each command's settings, by module and name."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Lists a command's settings below its options. They are imported only for that."""
+
+    def format_help(self) -> str:
+        text = super().format_help()
+        command = self.prog.removeprefix(f"{PROG} ")
+        if command in SETTINGS:
+            from vcr1_fast.config.settings import help_text
+
+            text += "\n" + help_text(settings_of(command))
+        return text
+
+
+def settings_of(command: str) -> type:
+    """The dataclass of a command's settings."""
+    from importlib import import_module
+
+    module, name = SETTINGS[command]
+    found: type = getattr(import_module(module), name)
+    return found
+
 
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    root = argparse.ArgumentParser(
+    root = _Parser(
         prog=PROG, description="GRPO fine-tuning of video language models.", allow_abbrev=False
     )
     commands = root.add_subparsers(dest="command", required=True, metavar="command")
@@ -147,7 +178,7 @@ def _describe(error: Exception) -> tuple[str, int]:
 
 
 def run_training(options: argparse.Namespace) -> int:
-    from vcr1_fast.train.build import load_config
+    from vcr1_fast.config.loader import load_config
     from vcr1_fast.train.config import TrainConfig
 
     names = {
@@ -168,9 +199,9 @@ def run_training(options: argparse.Namespace) -> int:
 
 
 def run_eval(options: argparse.Namespace) -> int:
+    from vcr1_fast.config.loader import load_config
     from vcr1_fast.evaluate.command import main_eval
     from vcr1_fast.evaluate.config import EvalRun
-    from vcr1_fast.train.build import load_config
 
     names = {
         "model": options.model,
@@ -183,8 +214,8 @@ def run_eval(options: argparse.Namespace) -> int:
 
 
 def run_chat(options: argparse.Namespace) -> int:
+    from vcr1_fast.config.loader import load_config
     from vcr1_fast.evaluate.chat import ChatConfig, main_chat
-    from vcr1_fast.train.build import load_config
 
     names = {name: getattr(options, name) for name in ("model", "video", "image", "question")}
     return main_chat(load_config(ChatConfig, None, _overrides(names, options)))
@@ -205,8 +236,8 @@ def run_bench(options: argparse.Namespace) -> int:
 
 
 def run_synth(options: argparse.Namespace) -> int:
+    from vcr1_fast.config.loader import load_config
     from vcr1_fast.data.synth import SynthConfig, write_dataset
-    from vcr1_fast.train.build import load_config
 
     config = load_config(SynthConfig, None, options.overrides)
     for split, path in write_dataset(options.output, config).items():

@@ -33,6 +33,7 @@ PACKAGES = {
     "av": "train",
     "pillow": "train",
     "pyyaml": "train",
+    "pydantic": "train",
     "rich": "train",
     "matplotlib": "report",
     "tensorboard": "report",

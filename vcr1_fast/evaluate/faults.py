@@ -11,12 +11,12 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 
-from vcr1_fast.data.progress import Progress
 from vcr1_fast.data.quarantine import QuarantineItem
 from vcr1_fast.data.records import Record
 from vcr1_fast.data.requests import clip_key, clip_request
 from vcr1_fast.data.sampling import FrameConfig
 from vcr1_fast.data.video import ClipReader, VideoError, probe, read_image
+from vcr1_fast.progress import Progress
 from vcr1_fast.rewards import box_iou
 from vcr1_fast.tasks import TASKS
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import re
-
 import torch
 from torch import Tensor
+
+from vcr1_fast.ops.memory import available_bytes
 
 # The most bytes of logits: enough rows for the matrix products to run at full rate and for the sum
 # of dW, one pass over (V, H) a chunk, to be small beside them.
 _MOST_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
 _FREE_SHARE = 8  # of the free memory, one part in this
 _MOST_ROWS = 8192
-_FALLBACK_FREE = 2 << 30
 
 
 def check_chunk_rows(chunk_rows: int | None) -> int:
@@ -32,7 +31,7 @@ def rows_per_chunk(hidden: Tensor, vocab: int, chunk_rows: int, *, doubled: bool
     """
     if chunk_rows:
         return chunk_rows
-    share = max(free_bytes(hidden.device) // _FREE_SHARE, 1)
+    share = max(available_bytes(hidden.device) // _FREE_SHARE, 1)
     # A power of two, so that the order of sums does not follow every change of the free memory.
     budget = min(1 << share.bit_length() - 1, most_bytes(hidden.device))
     row_bytes = max(vocab * hidden.element_size() * (2 if doubled else 1), 1)
@@ -42,17 +41,3 @@ def rows_per_chunk(hidden: Tensor, vocab: int, chunk_rows: int, *, doubled: bool
 def most_bytes(device: torch.device) -> int:
     """The most bytes of logits that exist at a time where the number of rows is not given."""
     return _MOST_BYTES.get(device.type, 1 << 30)
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that a new tensor could have, what torch's allocator keeps for it included."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return free + kept
-    try:
-        with open("/proc/meminfo") as file:
-            found = re.search(r"MemAvailable:\s+(\d+) kB", file.read())
-    except OSError:  # not Linux
-        found = None
-    return int(found[1]) << 10 if found else _FALLBACK_FREE

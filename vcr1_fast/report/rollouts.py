@@ -16,8 +16,8 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import TYPE_CHECKING, Any
 
+from vcr1_fast.files import read_jsonl, write_atomic
 from vcr1_fast.report import pictures
-from vcr1_fast.report.jsonl import read_jsonl
 from vcr1_fast.report.pictures import MAX_BYTES, Pictures
 from vcr1_fast.tasks import TASKS
 
@@ -91,7 +91,7 @@ def write_rollouts_html(
     """
     if max_prompts < 1:
         raise ValueError(f"max_prompts must be at least 1, got {max_prompts}")
-    rows = read_jsonl(rollouts_path)
+    rows = [row for _, row in read_jsonl(rollouts_path, torn="skip")]
     for row in rows:
         missing = [name for name in ("step", "task", "id", "completion") if name not in row]
         if missing:
@@ -109,7 +109,7 @@ def write_rollouts_html(
             for record, group in zip(shown, kept, strict=True)
         ]
     page = _page("Rollouts", Path(rollouts_path).name, note, kept, drawn)
-    Path(out_path).write_text(page, encoding="utf-8")
+    write_atomic(out_path, page)
     return Path(out_path)
 
 
@@ -153,7 +153,7 @@ def write_predictions_html(
         drawn.append(frames.next(record, {"predicted": line["prediction"]}, aims))
     note = f"{len(kept)} of {len(lines)} answers"
     page = _page("Predictions", Path(out_path).name, note, groups, drawn)
-    Path(out_path).write_text(page, encoding="utf-8")
+    write_atomic(out_path, page)
     return Path(out_path)
 
 

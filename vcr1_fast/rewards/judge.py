@@ -7,13 +7,14 @@ paid once and can be repeated without a model.
 
 import hashlib
 import json
-import os
 import re
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from vcr1_fast.files import append_jsonl, read_jsonl
 
 Ask = Callable[[Sequence[str]], Iterable[str]]
 """Prompts to replies, in order; they may come one by one."""
@@ -44,8 +45,8 @@ class JudgeConfig:
     """Who judges captions."""
 
     kind: Literal["offline", "http", "local"] = "offline"
-    """"offline": word matching, no model; "http": an OpenAI-compatible endpoint; "local": a
-    checkpoint run in this process."""
+    """Judge of captions; "offline": word matching, no model; "http": an OpenAI-compatible endpoint;
+    "local": a checkpoint run in this process."""
     model: str = ""
     """The model's name at the endpoint, or a checkpoint folder or hub name."""
     url: str = "http://127.0.0.1:8000/v1"
@@ -57,7 +58,7 @@ class JudgeConfig:
     retries: int = 4
     """Further attempts where the endpoint is busy or out of reach."""
     backoff: float = 1.0
-    """Seconds before the first of them, doubled before each further one."""
+    """Seconds before the first retry, doubled before each further one."""
     concurrency: int = 16
     """Requests under way at once, or prompts in one batch of a local model."""
     max_tokens: int = 512
@@ -139,14 +140,15 @@ class Recorded:
         # Completions of one group are often alike: what is asked twice is asked once.
         with self._lock:
             new = {k: p for k, p in zip(keys, prompts, strict=True) if k not in self._replies}
-        if new and self.ask is None:
+        ask = self.ask
+        if new and ask is None:
             first = next(iter(new.values()))
             raise ValueError(
                 f"{self.path} holds no reply of {self.model!r} to {len(new)} of "
                 f"{len(set(keys))} prompts, the first being {first[:200]!r}"
             )
-        if new:
-            replies = iter(self.ask(list(new.values())))
+        if new and ask is not None:
+            replies = iter(ask(list(new.values())))
             for (key, prompt), reply in zip(new.items(), replies, strict=True):
                 self._keep(key, prompt, reply)
         return [self._replies[key] for key in keys]
@@ -160,15 +162,11 @@ class Recorded:
         """The file's replies; half a line at its end is cut off where the file is written to."""
         if not self.path.exists():
             return {}
-        whole, end, torn = self.path.read_bytes().rpartition(b"\n")
-        if torn and self.ask is not None:
-            os.truncate(self.path, len(whole) + len(end))
         replies = {}
-        for number, line in enumerate(whole.splitlines() if end else (), start=1):
+        for number, row in read_jsonl(self.path, torn="skip" if self.ask is None else "cut"):
             try:
-                row = json.loads(line)
                 replies[row["key"]] = row["reply"]
-            except (ValueError, TypeError, KeyError) as error:
+            except (TypeError, KeyError) as error:
                 raise ValueError(f"{self.path}:{number}: no recorded reply: {error}") from None
         return replies
 
@@ -176,7 +174,4 @@ class Recorded:
         row = {"key": key, "model": self.model, "prompt": prompt, "reply": reply}
         with self._lock:
             self._replies[key] = reply
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            # Other processes may add to the file as well: each line is one write at its end.
-            with self.path.open("ab", buffering=0) as file:
-                file.write(json.dumps(row).encode() + b"\n")
+            append_jsonl(self.path, [row])

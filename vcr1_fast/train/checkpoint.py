@@ -12,7 +12,6 @@ manifest was left by a crash. The learning rate is a function of the step and ne
 import errno
 import hashlib
 import json
-import os
 import random
 import shutil
 from collections.abc import Callable
@@ -22,6 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+
+from vcr1_fast.files import flush, rename_flushed
 
 PREFIX = "step-"
 _PARTIAL = ".partial-"
@@ -66,11 +67,9 @@ def save_checkpoint(
             files = sorted(partial.iterdir())
             manifest = {file.name: _fingerprint(file) for file in files}
             (partial / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-            _flush(partial / "manifest.json")
-            _flush(partial)
+            flush(partial / "manifest.json")
             shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
-            _flush(folder)
+            rename_flushed(partial, final)
     except OSError:
         # A full disk stays full as long as the partial folder is there.
         shutil.rmtree(partial, ignore_errors=True)
@@ -209,7 +208,7 @@ def _write(path: Path, value: Any) -> None:
         torch.save(value, path)
     except RuntimeError as error:  # torch's writer does not raise OSError on a full disk
         raise OSError(errno.EIO, f"cannot be written ({error})", str(path)) from error
-    _flush(path)
+    flush(path)
 
 
 def _read(path: Path, *, mmap: bool = False) -> Any:
@@ -220,11 +219,3 @@ def _read(path: Path, *, mmap: bool = False) -> Any:
     except Exception as error:  # a damaged archive fails in zip, pickle or tensor code alike
         line = str(error).partition("\n")[0]
         raise DamagedCheckpoint(f"{path}: cannot be read ({line})") from error
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -25,7 +25,6 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Generic, Protocol, TypeVar
 
-import psutil
 import torch
 from torch import nn
 
@@ -33,6 +32,7 @@ from vcr1_fast.model.family import LayerSizes, family_of
 from vcr1_fast.model.vision import vision_is_frozen
 from vcr1_fast.model.wrapping import unwrap
 from vcr1_fast.ops.linear_chunks import most_bytes
+from vcr1_fast.ops.memory import available_bytes
 from vcr1_fast.train.optim import MasterAdamW
 
 T = TypeVar("T")
@@ -225,7 +225,7 @@ class Planner:
         """Bytes that a pass may take."""
         if self.memory is not None:
             return self.memory
-        free = free_bytes(self.optimizer.parameters[0].device)
+        free = available_bytes(self.optimizer.parameters[0].device)
         return _USABLE * free - self.optimizer.pending_bytes()
 
     def predict(self, part: Sequence[Shaped]) -> float:
@@ -306,11 +306,3 @@ def free_unused() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def free_bytes(device: torch.device) -> float:
-    """Bytes that can still be allocated on the device."""
-    if device.type != "cuda":
-        return float(psutil.virtual_memory().available)
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return float(torch.cuda.mem_get_info(device)[0] + cached)

@@ -10,8 +10,8 @@ import torch
 import yaml
 from torch import nn
 
+from vcr1_fast.config.loader import dump_config
 from vcr1_fast.data.records import Record
-from vcr1_fast.train.build import dump_config
 from vcr1_fast.train.config import TrainConfig
 
 FIXED = (

@@ -19,6 +19,7 @@ from accelerate.utils import (
 )
 from torch import nn
 
+from vcr1_fast.config.loader import dump_config
 from vcr1_fast.data.quarantine import Quarantine
 from vcr1_fast.data.requests import clip_key
 from vcr1_fast.model.attention import prepare_attention
@@ -31,7 +32,6 @@ from vcr1_fast.model.wrapping import checkpoint_activations, unwrap
 from vcr1_fast.tasks import TASKS
 from vcr1_fast.tasks.wording import prompts_from
 from vcr1_fast.train.advantages import TaskScales
-from vcr1_fast.train.build import dump_config
 from vcr1_fast.train.checkpoint import (
     DamagedCheckpoint,
     check_checkpoint,
