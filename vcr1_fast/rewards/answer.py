@@ -48,20 +48,20 @@ _ORDER = ("h", "min", "s", "ms")
 _BELOW = {"min": 60, "s": 60, "ms": 1000}  # "1 min 75 s" is no time, as 1:75 is none
 
 _SEPARATORS = frozenset(
-    "to and until till through thru -> → ~ 〜 至 到 から 부터 에서 bis à hasta до".split()
+    "to and until till through thru → ~ 〜 至 到 から 부터 에서 bis à hasta до".split()
 )
 # May stand between a separator and its number: "to about 5", "to t = 5", "and ends at 5".
 _FILLERS = frozenset(
     """
-    about approximately approx around roughly the at t time timestamp = + ≈ : mark
+    about approximately approx around roughly the at t time timestamp = + ≈ ~ : mark
     """.split()
 )
 # Words after a span in a sentence. Any other word is what the numbers count: "3 to 5 apples".
 _MAY_FOLLOW = frozenset(
     """
     a about after all also an and approximately are around as at because before both but by during
-    for from he here i if in inclusive into is it mark my of on only or out over overall
-    respectively roughly she since so than that the their then there these they this those to
+    for from he here i if in inclusive instead into is it mark my not of on only or out over overall
+    rather respectively roughly she since so than that the their then there these they this those to
     total until was we were when where which while who with within you
     """.split()
 )
@@ -80,8 +80,8 @@ _NEGATIONS = frozenset(
     """.split()
 )
 _DENIED_AFTER = re.compile(
-    r"\s*[,.]?\s*(?:is|was|are|would be|seems)?"
-    r"(?:\s+(?:wrong|incorrect|false|not)\b|n['’]t\b|不|错)",
+    r"\s*(?:(?:is|was|are|seems|would be)\s*(?:n['’]t\b|not\b)|"
+    r"(?:is|was|are|seems)?\s*:?\s*(?:wrong|incorrect|false)\b|(?:是)?(?:不对|不正确|错))",
     re.IGNORECASE,
 )
 
@@ -90,7 +90,7 @@ _JOINED_SEPARATORS = sorted((s for s in _SEPARATORS if not s.isascii()), key=len
 _TOKEN = re.compile(
     r"(?P<number>\.?\d+(?:[.,:]\d+)*\.?(?:[eE][+-]?\d+)?)"
     rf"|(?P<unit>%|{'|'.join(_JOINED_UNITS)})"
-    rf"|(?P<separator>->|=>|~|{'|'.join(_JOINED_SEPARATORS)})"
+    rf"|(?P<separator>[-=]{1, 2}>|~|{'|'.join(_JOINED_SEPARATORS)})"
     r"|(?P<word>[A-Za-z\u00c0-\u024f\u0400-\u04ff]+(?:['’][A-Za-z]+)*)"
     r"|(?P<dash>[-\u2010-\u2015\u2212])|(?P<other>\S)",
     re.ASCII,
@@ -197,10 +197,10 @@ def parse_span(text: str) -> Span | None:
     if match := _PLAIN_SPAN.fullmatch(text):
         start, end = float(match[1]), float(match[2])
         return (start, end) if start <= end else None
-    text = fold_width(text)
+    text = without_emphasis(fold_width(text))
     for pair in _PAIRS:
         if match := pair.fullmatch(text):
-            text = f"{match[1]} to {match[2]}"
+            text = " to ".join(time.rstrip(".,:") for time in match.groups())
     found = set()
     for chain in _chains(text):
         if len(chain.quantities) < 2 or chain.is_denied or chain.is_other:
@@ -433,7 +433,7 @@ _SURE = (
     r"option|choice|letter)\s+){0,4}"
 )
 _OPEN = r"[(\[\"'“‘{「『<]*\s*$"
-_CLOSE = r"^[)\]}\"'”’」』>.,:]*\s*"
+_CLOSE = r"^[)\]}\"'”’」』>.,:]*[^\S\n]*"
 _BE = (
     r"(?:must be|has to be|have to be|would be|should be|can be|is|are|was|were|'s|’s|seems?(?: to "
     r"be)?|looks?|appears?(?: to be)?|sounds?|remains|being)"
@@ -467,7 +467,8 @@ _RULES: tuple[tuple[str, str, str, str], ...] = (
     (
         REJECTED,
         "before",
-        r"(?:\bnot|n[’']t|\bcannot|\bnever|\bneither|\bnor|\brather than|\binstead of|\bover|\bthan|"
+        r"(?:\bnot|n[’']t|\bcannot|\bnever|\bneither|\bnor|\brather than|\binstead of|\bover|"
+        r"\bthan|"
         r"\bexcept(?: for)?|\bexcluding|\bwithout|\bunlike|\bhardly|\brul(?:e|es|ed|ing) out|"
         r"\beliminat(?:e|es|ed|ing)|\breject(?:s|ed|ing)?|\bdiscard(?:s|ed|ing)?|\bexcludes?|"
         r"\bdismiss(?:es|ed|ing)?|\bagainst|\bversus|\bvs\.?|\b(?:all|anything|everything) but|"
@@ -547,8 +548,8 @@ _RULES: tuple[tuple[str, str, str, str], ...] = (
     (
         CHOSEN,
         "before",
-        r"\banswers?\b[\"']?(?:\s+(?:letter|option|choice|here|must|should|would|will|can only|be|is|"
-        r"was|are|the|thus|therefore|clearly|definitely|most likely|likely|probably|only|simply|"
+        r"\banswers?\b[\"']?(?:\s+(?:letter|option|choice|here|must|should|would|will|can only|be|"
+        r"is|was|are|the|thus|therefore|clearly|definitely|most likely|likely|probably|only|simply|"
         rf"indeed|still|again|to the question)){{0,6}}\s*[:=,\-–—]*\s*{_OPEN}",
         "announced as the answer",
     ),
@@ -599,8 +600,8 @@ _RULES: tuple[tuple[str, str, str, str], ...] = (
     (
         CHOSEN,
         "after",
-        rf"{_CLOSE}(?:{_BE}\s+)?{_SURE}(?:{_RIGHT}|my (?:answer|choice|pick|final)|"
-        r"(?:only |most |single )*(?:answer|match|one)\b|it\b)",
+        rf"{_CLOSE}(?:(?:{_BE}\s+)?{_SURE}{_RIGHT}|it (?:is|must be)\b|{_BE}\s+{_SURE}"
+        r"(?:my (?:answer|choice|pick|final)|(?:only |most |single )*(?:answer|match|one)\b))",
         "said to be right",
     ),
     (
@@ -632,20 +633,21 @@ _CAPITAL = re.compile(
 # A small letter is a mention where it stands in brackets or is announced.
 _SMALL_LETTER = re.compile(
     rf"(?m:^)([a-z])[).:](?=\s)|(?<![{_LATIN}])(?:[(\[]([a-z])[)\]]|"
-    r"(?i:answer|option|choice|选|答案)(?i: is| would be|是|为)?"
-    rf"[ :]*[\"'(\[]*([b-hj-z]|a(?=[\"')\]]*(?:$|[.,;!\n])))(?![{_LATIN}'’\-]))"
+    r"(?:(?i:answer|option|choice)(?i: is| would be)?[ :\"'(\[]+|(?:选|答案)(?:是|为)?[ :(]*)"
+    rf"([b-hj-z]|a(?=[\"')\]]*(?:$|[.,;!\n])))(?![{_LATIN}'’\-]))"
 )
 _OPTION = re.compile(r"(?i:option|choice|letter|选项|選項)[: ]*$")
 _LABEL = re.compile(r"(?i:option|choice|answer|letter|选项|選項)(?: is)?[: ]*[(\[\"']*$")
 # Words that may follow a letter and never follow the article: "A because", "A is".
 _AFTER_A = re.compile(
     r"\s(?:is|was|isn[’']t|wasn[’']t|does|doesn[’']t|did|has|would|could|should|cannot|"
-    r"can[’']t|must|to|through|und|oder|et|ou|y|o|"
+    r"can[’']t|must|[B-Z]|to|through|und|oder|et|ou|y|o|"
     r"because|since|as|for|not|over|rather|instead|and|or|nor|but|seems|appears|looks|matches|fits|"
     r"describes|shows|says|contradicts|fails|lacks|than|due|from|in|also|with|if|though|although)\b"
 )
 _ENDS_LETTER = re.compile(
-    rf"[)\]}}\"'”’]*\s*(?:$|[.,:;!?/=)\]}}\n(–—…&+。、✓✔✅☑✗✘❌×-]|[{SPACELESS}\uac00-\ud7af]|['’]s )"
+    rf"[)\]}}\"'”’]*\s*(?:$|[.,:;!?/=)\]}}\n(–—…&+。、✓✔✅☑✗✘❌×-]|[{SPACELESS}]|"
+    r"[\uac00-\ud7af]|['’]s )"
 )
 # Words before a letter that make it part of a name: "type A", "person B".
 _NAMED = re.compile(
@@ -666,9 +668,10 @@ _NEW_CLAUSE = re.compile(
 )
 # Only what stands after the last of these counts: "B... no, C".
 _CORRECTION = re.compile(
-    r"(?:[.,;:!?…(\n\-–—]\s*(?:but |oh |well )?(?:no[,.!:;…–—]|no wait|nope\b|wait\b|sorry\b|oops\b|"
-    r"correction\b|actually\b|i mean\b|scratch that\b|on second thoughts?\b|let me correct|hmm+\b|"
-    r"make that\b|rather,|不对|等等|不[,，]|更正|いや)|\bor rather\b|(?:\.\.\.|…|—|–)\s*no\b)"
+    r"(?:[.,;:!?…(\n\-–—]\s*(?:but |oh |well )?(?:no[,.!:;…–—]|no wait|nope\b|wait\b|sorry\b|"
+    r"oops\b|correction\b|actually\b|i mean\b|scratch that\b|on second thoughts?\b|hmm+\b|"
+    r"let me correct|make that\b|rather,|不对|等等|不[,，]|更正|いや)|\bor rather\b|"
+    r"(?:\.\.\.|…|—|–)\s*no\b)"
 )
 _LEADS = re.compile(r"[)\]\"']*(?:[.,:;!)\]\n–—-]|\s+[-–—(]|$)")
 _REASONED = re.compile(r"\s*(?:because|since|as(?! well)|for)\b")
