@@ -90,7 +90,7 @@ _JOINED_SEPARATORS = sorted((s for s in _SEPARATORS if not s.isascii()), key=len
 _TOKEN = re.compile(
     r"(?P<number>\.?\d+(?:[.,:]\d+)*\.?(?:[eE][+-]?\d+)?)"
     rf"|(?P<unit>%|{'|'.join(_JOINED_UNITS)})"
-    rf"|(?P<separator>[-=]{1, 2}>|~|{'|'.join(_JOINED_SEPARATORS)})"
+    rf"|(?P<separator>--?>|=>|~|{'|'.join(_JOINED_SEPARATORS)})"
     r"|(?P<word>[A-Za-z\u00c0-\u024f\u0400-\u04ff]+(?:['’][A-Za-z]+)*)"
     r"|(?P<dash>[-\u2010-\u2015\u2212])|(?P<other>\S)",
     re.ASCII,
@@ -438,11 +438,11 @@ _BE = (
     r"(?:must be|has to be|have to be|would be|should be|can be|is|are|was|were|'s|’s|seems?(?: to "
     r"be)?|looks?|appears?(?: to be)?|sounds?|remains|being)"
 )
-_RIGHT = r"(?:right(?!-)|correct|true|accurate|supported|possible|valid|best|better)\b"
+_RIGHT = r"(?:right(?!-)|correct|true|accurate|supported|valid|best|better)\b"
 _WRONG = (
     r"(?:wrong|incorrect|false|absent|impossible|unlikely|invalid|eliminated|excluded|rejected|"
     r"discarded|ruled out|out\b|inaccurate|unsupported|(?:a )?distractors?|contradict\w*|mistaken|"
-    r"irrelevant|missing|worse|worst)"
+    r"irrelevant|missing|worse|worst|less|least|avoided|dismissed|ignored|crossed out)"
 )
 
 _RULES: tuple[tuple[str, str, str, str], ...] = (
@@ -456,6 +456,14 @@ _RULES: tuple[tuple[str, str, str, str], ...] = (
         rf"\b(?:if|whether|unless|suppose|assuming|imagine|had|were)\b[^.,;!?\n]{{0,40}}?{_OPEN}",
         "a condition asserts nothing",
     ),
+    (
+        DOUBTFUL,
+        "after",
+        rf"{_CLOSE}(?:(?:only )?if|unless|provided|"
+        r"would (?:be|have been)\b[^.;!?\n]{0,40}\bif)\b",
+        "a condition asserts nothing",
+    ),
+    (DOUBTFUL, "before", rf"\bwould have been\s+{_OPEN}", "said of what did not happen"),
     (DOUBTFUL, "before", rf"\bno\s+{_OPEN}", '"A, no B" corrects or negates'),
     (DOUBTFUL, "before", r"\bquestion[^.;!?\n]{0,20}$", "names a question, not an option"),
     (
@@ -471,9 +479,12 @@ _RULES: tuple[tuple[str, str, str, str], ...] = (
         r"\bthan|"
         r"\bexcept(?: for)?|\bexcluding|\bwithout|\bunlike|\bhardly|\brul(?:e|es|ed|ing) out|"
         r"\beliminat(?:e|es|ed|ing)|\breject(?:s|ed|ing)?|\bdiscard(?:s|ed|ing)?|\bexcludes?|"
-        r"\bdismiss(?:es|ed|ing)?|\bagainst|\bversus|\bvs\.?|\b(?:all|anything|everything) but|"
+        r"\bdismiss(?:es|ed|ing)?|\bignor(?:e|es|ed|ing)|\bavoid(?:s|ed|ing)?|\bdisagree with|"
+        r"\b(?:cross|strike)(?:es|ed|ing)? out|\bnone of|\b(?:less|least) likely|"
+        r"\bagainst|\bversus|\bvs\.?|\b(?:all|anything|everything) but|"
         r"(?<!no )(?<!without )\bdoubt(?: that| if)?|\bunlikely|\bimpossible|\bimprobable|"
-        r"\b(?:wrong|incorrect|false)(?: answer| option| choice)?s?(?:\s+(?:is|are|was|:))?)\s+"
+        r"(?<!is )(?<!are )(?<!was )(?<!were )\b(?:wrong|incorrect|false)"
+        r"(?: answer| option| choice)?s?(?:\s*(?:is|are|was|:))?)\s+"
         rf"{_FILL}{_OPEN}",
         "negated, set aside or compared against",
     ),
@@ -481,7 +492,7 @@ _RULES: tuple[tuple[str, str, str, str], ...] = (
         REJECTED,
         "before",
         r"(?:不是|不选(?:择)?|不应(?:该|当)?(?:是|选|为)?|不该选|并非|而非|而不是|非|排除(?:了)?|除了?|不可能是|"
-        r"不能选|不会是|没有?选|别选|不为|错误(?:的)?(?:答案|选项)?(?:是|为)?|選ばない)\s*"
+        r"不能选|不会是|没有?选|别选|不为|错误?(?:的)?(?:答案|选项)?(?:是|为|:)?|選ばない)\s*"
         rf"(?:选项|答案|选|選項)?\s*{_OPEN}",
         "negated, in Chinese",
     ),
@@ -492,8 +503,8 @@ _RULES: tuple[tuple[str, str, str, str], ...] = (
         rf"(?:(?:la|el|le|der|die|das|opci[oó]n|option|вариант|ответ)\s+){{0,2}}{_OPEN}",
         "negated, in Spanish, Italian, Portuguese, German, French, Russian",
     ),
-    (REJECTED, "after", rf"{_CLOSE}(?:{_BE}\s+)?{_SURE}{_WRONG}", "said to be wrong"),
-    (REJECTED, "after", rf"{_CLOSE}not (?:[a-z]+ )?{_RIGHT}", "said not to be right"),
+    (REJECTED, "after", rf"{_CLOSE}(?:{_BE}\s+)?{_SURE}{_WRONG}(?!\s*:)", "said to be wrong"),
+    (REJECTED, "after", rf"{_CLOSE}not (?:[a-z]+ )?(?:{_RIGHT}|possible)", "said not to be right"),
     (
         REJECTED,
         "after",
@@ -510,7 +521,7 @@ _RULES: tuple[tuple[str, str, str, str], ...] = (
     (
         REJECTED,
         "after",
-        r"^[)\]」』”\"’':]*\s*(?:选项|選項)?(?:是|为|显然|明显|肯定|都|也)*(?:错|錯|不对|不對|不正确|"
+        r"^[)\]」』”\"’':]*\s*(?:选项|選項|项)?(?:是|为|显然|明显|肯定|都|也)*(?:错|錯|不对|不對|不正确|"
         r"不正確|不符|不是(?!\s*[(「]?$)|不成立|不可能|不合|不应|有误|被排除|可以?排除)",
         "said to be wrong, in Chinese",
     ),
@@ -522,28 +533,44 @@ _RULES: tuple[tuple[str, str, str, str], ...] = (
         "said to be wrong, in Japanese, Korean",
     ),
     (REJECTED, "after", r"^[)\].:]*\s*[✗✘❌×]", "crossed out"),
-    (REJECTED, "after", r"^[)\]]*\?\s*(?:no|nope|not)\b", "asked and answered with no"),
+    (
+        REJECTED,
+        "after",
+        r"^[)\]]*(?:\?\s*(?:no|nope)\b|[.:]\s*(?:no|false)\s*(?:[.,;!\n]|$))",
+        "asked and answered with no",
+    ),
     (
         DOUBTFUL,
         "after",
         rf"\b(?:it|that|this|which|one)(?:[’']s|\s+(?:is|was|seems))\s+{_SURE}"
-        rf"(?:not\s+(?:[a-z]+ )?{_RIGHT}|{_WRONG})",
+        rf"(?:not\s+(?:[a-z]+ )?(?:{_RIGHT}|possible)|{_WRONG})",
         'taken back: "B, but that is wrong"',
     ),
     (
         TENTATIVE,
         "before",
-        r"\b(?:maybe|perhaps|possibly|might be|could be|may be|first|initially|originally|tempt\w*|"
-        rf"thought|considered|considering|seems like|looks like)\b[^.;!?\n]{{0,30}}?{_OPEN}",
+        r"\b(?:maybe|perhaps|possibly|might|could|may|first|initially|originally|tempt\w*|"
+        rf"thought|considered|considering|seems like|looks like)\b[^.,;!?\n]{{0,30}}?{_OPEN}",
         "a first or unsure thought",
     ),
     (
         TENTATIVE,
         "after",
-        rf"{_CLOSE}(?:could|might|may|(?:{_BE}\s+){_SURE}(?:plausible|possible|tempting|close))\b",
+        rf"{_CLOSE}(?:could|might|may|(?:{_BE}\s+)?{_SURE}(?:plausible|possible|tempting|close))\b",
         "possible, not chosen",
     ),
-    (CHOSEN, "after", r"^[)\]]*\?\s*yes\b", "asked and answered with yes"),
+    (
+        TENTATIVE,
+        "after",
+        r"^[^.,;!?\n]{0,30}\b(?:at first|initially|first thought)\b",
+        "a first thought",
+    ),
+    (
+        CHOSEN,
+        "after",
+        r"^[)\]]*(?:\?\s*yes\b|[.:]\s*(?:yes|true)\s*(?:[.,;!\n]|$))",
+        "asked and answered with yes",
+    ),
     (CHOSEN, "after", r"^[)\].:]*\s*[✓✔✅☑]", "ticked"),
     (
         CHOSEN,
@@ -576,6 +603,7 @@ _RULES: tuple[tuple[str, str, str, str], ...] = (
         rf"{_OPEN}",
         "chosen by a verb",
     ),
+    (CHOSEN, "before", rf"\b(?:so|therefore|thus|hence)[,:]?\s*{_OPEN}", "concluded"),
     (
         CHOSEN,
         "before",
@@ -600,7 +628,7 @@ _RULES: tuple[tuple[str, str, str, str], ...] = (
     (
         CHOSEN,
         "after",
-        rf"{_CLOSE}(?:(?:{_BE}\s+)?{_SURE}{_RIGHT}|it (?:is|must be)\b|{_BE}\s+{_SURE}"
+        rf"{_CLOSE}(?:(?:{_BE}\s+)?{_SURE}{_RIGHT}(?!\s*:)|it (?:is|must be)\b|{_BE}\s+{_SURE}"
         r"(?:my (?:answer|choice|pick|final)|(?:only |most |single )*(?:answer|match|one)\b))",
         "said to be right",
     ),
@@ -613,7 +641,7 @@ _RULES: tuple[tuple[str, str, str, str], ...] = (
     (
         CHOSEN,
         "after",
-        r"^[)\]」』”\"’']*\s*(?:选项|選項)?(?:是|为|才是|最|完全|显然)*(?:正确|正確|对的|答案|符合|合适|成立)",
+        r"^[)\]」』”\"’']*\s*(?:选项|選項|项)?(?:是|为|才是|最|完全|显然)*(?:正确|正確|对的|答案|符合|合适|成立)",
         "said to be right, in Chinese",
     ),
     (
@@ -641,7 +669,7 @@ _LABEL = re.compile(r"(?i:option|choice|answer|letter|选项|選項)(?: is)?[: ]
 # Words that may follow a letter and never follow the article: "A because", "A is".
 _AFTER_A = re.compile(
     r"\s(?:is|was|isn[’']t|wasn[’']t|does|doesn[’']t|did|has|would|could|should|cannot|"
-    r"can[’']t|must|[B-Z]|to|through|und|oder|et|ou|y|o|"
+    r"can[’']t|must|[B-Z]|only|alone|happens|occurs|comes|means|contains|to|through|und|oder|et|ou|y|o|"
     r"because|since|as|for|not|over|rather|instead|and|or|nor|but|seems|appears|looks|matches|fits|"
     r"describes|shows|says|contradicts|fails|lacks|than|due|from|in|also|with|if|though|although)\b"
 )
@@ -658,8 +686,10 @@ _NAMED = re.compile(
 _JOIN = re.compile(
     r"[)\]\"']*\s*(?:(?P<either>/|,? ?(?:or|nor|and/or)|as well as|或者?|还是|または|oder|ou|o)|"
     r"(?P<both>,? ?and|&|\+|、|和|与|及|と|und|et|y)|(?P<comma>,)|)\s*"
-    r"(?:(?:either |both |options? |choices? |letters? ){0,2})[(\[\"']*"
+    r"(?:(?:either |both |options? |choices? |letters? |maybe |perhaps ){0,2})[(\[\"']*"
 )
+# Letters and punctuation alone up to the end: the second letter of "Answer: A. B."
+_BARE = re.compile(r"[\s.,;!?)(\]\['\"]*(?:[A-Z][\s.,;:!?)(\]\['\"]*)+")
 # A list does not reach over a new clause: "A, B is wrong", "A. B shows a dog".
 _NEW_CLAUSE = re.compile(
     r"[)\]\"']*\s*(?:is|was|['’]s|isn[’']t|wasn[’']t|does|doesn[’']t|has|seems|shows|says|looks|"
@@ -668,7 +698,7 @@ _NEW_CLAUSE = re.compile(
 )
 # Only what stands after the last of these counts: "B... no, C".
 _CORRECTION = re.compile(
-    r"(?:[.,;:!?…(\n\-–—]\s*(?:but |oh |well )?(?:no[,.!:;…–—]|no wait|nope\b|wait\b|sorry\b|"
+    r"(?:[.,;!?…(\n\-–—]\s*(?:but |oh |well )?(?:no[,.!:;…–—]|no wait|nope\b|wait\b|sorry\b|"
     r"oops\b|correction\b|actually\b|i mean\b|scratch that\b|on second thoughts?\b|hmm+\b|"
     r"let me correct|make that\b|rather,|不对|等等|不[,，]|更正|いや)|\bor rather\b|"
     r"(?:\.\.\.|…|—|–)\s*no\b)"
@@ -874,12 +904,16 @@ def _is_label(text: str, mention: _Mention) -> bool:
 
 
 def _leads(text: str, mention: _Mention, first: bool) -> bool:
-    """Whether the letter opens the answer like a label, or fills a line of it."""
+    """Whether the letter opens the answer like a label, fills a line of it, or ends a line after a
+    colon: "B. because ...", "so\nB", "Correct: B"."""
     line = text.rfind("\n", 0, mention.start) + 1
-    if not re.fullmatch(r"(?i:option |choice )?[(\[\"']*", text[line : mention.start]):
-        return False
+    before = text[max(line, mention.start - _CONTEXT) : mention.start]
     after = text[mention.start + 1 : mention.start + _CONTEXT]
     alone = re.match(r"[)\]\"'.]*(?:\n|$)", after) is not None
+    if alone and re.search(r"(?<!s):[ (\[\"']*$", before):
+        return True
+    if not re.fullmatch(r"(?i:option |choice )?[(\[\"']*", before):
+        return False
     opens = first and line == 0
     return alone or (opens and bool(_LEADS.match(after) or _REASONED.match(after.lower())))
 
@@ -893,6 +927,9 @@ def _groups(text: str, mentions: Sequence[_Mention]) -> list[_Group]:
         if group is not None:
             between = text[group.last.end : mention.start].lower()
             join = _JOIN.fullmatch(between) if len(between) <= _CONTEXT else None
+            if join is None and not group.is_list and _BARE.fullmatch(text, group.last.end):
+                group.mentions.append(mention)  # "Answer: A. B. C."
+                continue
         if group is None or join is None or (join["comma"] and group.is_list):
             groups.append(_Group([mention]))  # "not A or B, C": the list ends before C
             continue
