@@ -481,7 +481,7 @@ _RULES: tuple[tuple[str, str, str, str], ...] = (
         r"\beliminat(?:e|es|ed|ing)|\breject(?:s|ed|ing)?|\bdiscard(?:s|ed|ing)?|\bexcludes?|"
         r"\bdismiss(?:es|ed|ing)?|\bignor(?:e|es|ed|ing)|\bavoid(?:s|ed|ing)?|\bdisagree with|"
         r"\b(?:cross|strike)(?:es|ed|ing)? out|\bnone of|\b(?:less|least) likely|"
-        r"\bagainst|\bversus|\bvs\.?|\b(?:all|anything|everything) but|"
+        r"\bagainst|\b(?:all|anything|everything) but|"
         r"(?<!no )(?<!without )\bdoubt(?: that| if)?|\bunlikely|\bimpossible|\bimprobable|"
         r"(?<!is )(?<!are )(?<!was )(?<!were )\b(?:wrong|incorrect|false)"
         r"(?: answer| option| choice)?s?(?:\s*(?:is|are|was|:))?)\s+"
@@ -669,7 +669,7 @@ _LABEL = re.compile(r"(?i:option|choice|answer|letter|选项|選項)(?: is)?[: ]
 # Words that may follow a letter and never follow the article: "A because", "A is".
 _AFTER_A = re.compile(
     r"\s(?:is|was|isn[’']t|wasn[’']t|does|doesn[’']t|did|has|would|could|should|cannot|"
-    r"can[’']t|must|[B-Z]|only|alone|happens|occurs|comes|means|contains|to|through|und|oder|et|ou|y|o|"
+    r"can[’']t|must|are|were|both|versus|vs|against|[B-Z]|only|alone|happens|occurs|comes|means|contains|to|through|und|oder|et|ou|y|o|"
     r"because|since|as|for|not|over|rather|instead|and|or|nor|but|seems|appears|looks|matches|fits|"
     r"describes|shows|says|contradicts|fails|lacks|than|due|from|in|also|with|if|though|although)\b"
 )
@@ -684,7 +684,8 @@ _NAMED = re.compile(
 )
 # What joins letters into a list: "A or B", "(A), (B)", "A, B and C".
 _JOIN = re.compile(
-    r"[)\]\"']*\s*(?:(?P<either>/|,? ?(?:or|nor|and/or)|as well as|或者?|还是|または|oder|ou|o)|"
+    r"[)\]\"']*\s*(?:(?P<either>/|,? ?(?:or|nor|and/or|versus|vs\.?|as well as)|或者?|"
+    r"还是|または|oder|ou|o)|"
     r"(?P<both>,? ?and|&|\+|、|和|与|及|と|und|et|y)|(?P<comma>,)|)\s*"
     r"(?:(?:either |both |options? |choices? |letters? |maybe |perhaps ){0,2})[(\[\"']*"
 )

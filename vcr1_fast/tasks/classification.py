@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from vcr1_fast.rewards import last_block, parse_label, strict
-from vcr1_fast.tasks.base import Metrics, Task, mean_metrics
+from vcr1_fast.tasks.base import Metrics, Task, mean_metrics, tagged
 from vcr1_fast.tasks.record import FieldError, Record, check_prompt, describe
 from vcr1_fast.tasks.wording import ask
 
@@ -57,8 +57,7 @@ def format_reward(
     completion: str, record: Record, duration: float | None = None, *, think: bool = False
 ) -> float:
     """1 for the tags asked for around one of the labels, else 0."""
-    known = parse(completion, record) is not None
-    return strict.label_format(completion, think) if known else 0.0
+    return float(parse(completion, record) is not None and tagged(completion, think, "answer"))
 
 
 def accuracy_reward(
