@@ -141,7 +141,7 @@ def _serves(backend: str, device: str) -> bool:
 
 # Of an op's arguments in eager mode. Subclasses of Tensor (fake, traced, distributed) dispatch.
 _PLAIN_TYPES = frozenset(
-    (torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, list, tuple)
+    (torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str, list, tuple)
 )
 
 
@@ -257,3 +257,40 @@ class Op:
         if reason is not None:
             raise RuntimeError(f"{self.name}: backend {name!r} was chosen, but {reason}")
         return self._implementations[name]
+
+
+_SCHEMA_TYPES = {
+    "Tensor": "Tensor",
+    "Tensor | None": "Tensor?",
+    "float": "float",
+    "int": "int",
+    "bool": "bool",
+    "str": "str",
+    "list[bool]": "bool[]",
+}
+
+
+def schema_of(arguments: type) -> str:
+    """The arguments of an operator's schema, from the fields of a NamedTuple.
+
+    Its module must import annotations from __future__, which keeps them as text. The implementation
+    then reads `arguments(*args)` by name, and no second list of names has to keep its order.
+    """
+    fields = arguments.__annotations__.items()
+    return ", ".join(f"{_SCHEMA_TYPES[annotation]} {name}" for name, annotation in fields)
+
+
+def opaque(
+    name: str, schema: str, fn: Callable[..., Any], fake: Callable[..., Any]
+) -> Callable[..., Any]:
+    """`fn` as the torch operator `torch.ops.vcr1_fast.<name>`, which compilers do not trace.
+
+    For functions built of ops that a graph cannot express, such as loops over chunks whose number
+    depends on values. No kernel of its own, so no backends: the ops inside choose theirs.
+    """
+    qualified = f"{_NAMESPACE}::{name}"
+    torch.library.define(qualified, schema)
+    torch.library.impl(qualified, "default", fn)
+    torch.library.register_fake(qualified, fake)
+    operator: Callable[..., Any] = getattr(getattr(torch.ops, _NAMESPACE), name)
+    return operator
