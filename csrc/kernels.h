@@ -1,7 +1,8 @@
 // Every launcher's signature, CPU beside CUDA: the native table of contents.
 //
 // A launcher takes one struct of pointers, sizes and strides; it allocates nothing and does not
-// synchronise. CPU launchers take the number of threads last, CUDA launchers the stream.
+// synchronise. CPU launchers take the number of threads last, CUDA launchers the stream; the latter
+// exist only in builds with CUDA.
 #pragma once
 
 #include <cstdint>
@@ -109,12 +110,10 @@ VCR1_CPU_LAUNCHER(gather_logprobs, GatherLogprobsForward)
 VCR1_CPU_LAUNCHER(gather_logprobs_backward, GatherLogprobsBackward)
 }  // namespace cpu
 
-#ifdef VCR1_CUDA
 namespace cuda {
 void gather_logprobs(const GatherLogprobsForward& args, void* stream);
 void gather_logprobs_backward(const GatherLogprobsBackward& args, void* stream);
 }  // namespace cuda
-#endif
 
 }  // namespace vcr1
 
@@ -200,7 +199,6 @@ VCR1_CPU_LAUNCHER_VBMI(video_patches, VideoPatchesArgs)
 
 }  // namespace vcr1::cpu
 
-#ifdef VCR1_CUDA
 namespace vcr1::cuda {
 
 // kMatrix16 and kMatrix22 run on the tensor cores, which take weights of 16 and 24 bits by bytes.
@@ -246,7 +244,6 @@ struct VideoPatchesArgs {
 void video_patches(const VideoPatchesArgs& args, void* stream);
 
 }  // namespace vcr1::cuda
-#endif  // VCR1_CUDA
 
 namespace vcr1 {
 
@@ -286,13 +283,11 @@ VCR1_CPU_LAUNCHER(track_iou, TrackIouArgs)
 VCR1_CPU_LAUNCHER(interval_set_iou, IntervalSetIouArgs)
 }  // namespace cpu
 
-#ifdef VCR1_CUDA
 namespace cuda {
 void box_iou(const BoxIouArgs& args, void* stream);
 void track_iou(const TrackIouArgs& args, void* stream);
 void interval_set_iou(const IntervalSetIouArgs& args, void* stream);
 }  // namespace cuda
-#endif
 
 }  // namespace vcr1
 
@@ -340,12 +335,10 @@ struct LogitsGrpoLossArgs {
   RowLayout grad_layout;
 };
 
-#ifdef VCR1_CUDA
 namespace cuda {
 void grpo_loss(const GrpoLossArgs& args, void* stream);
 void logits_grpo_loss(const LogitsGrpoLossArgs& args, void* stream);
 }  // namespace cuda
-#endif
 
 }  // namespace vcr1
 

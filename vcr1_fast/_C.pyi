@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from typing import overload
 
 from torch import Tensor
 
@@ -94,18 +95,6 @@ class ResizePlan:
         bits: list[int],
     ) -> None: ...
 
-def resize_frames(
-    frames: Tensor, out: Tensor, plan: ResizePlan, scratch: Tensor, num_threads: int
-) -> None: ...
-def video_patches(
-    frames: Tensor,
-    out: Tensor,
-    plan: ResizePlan,
-    scale: Tensor,
-    scratch: Tensor,
-    num_threads: int,
-) -> None: ...
-
 class CudaResizePlan:
     shared_bytes: int
     def __init__(
@@ -117,8 +106,24 @@ class CudaResizePlan:
         numbers: list[tuple[int, int, int, int, int, int]],
     ) -> None: ...
 
-def resize_frames_cuda(frames: Tensor, out: Tensor, plan: CudaResizePlan) -> None: ...
-def video_patches_cuda(
+@overload
+def resize_frames(
+    frames: Tensor, out: Tensor, plan: ResizePlan, scratch: Tensor, num_threads: int
+) -> None: ...
+@overload
+def resize_frames(frames: Tensor, out: Tensor, plan: CudaResizePlan) -> None: ...
+@overload
+def video_patches(
+    frames: Tensor,
+    out: Tensor,
+    plan: ResizePlan,
+    offset: Sequence[float],
+    scale: Sequence[float],
+    scratch: Tensor,
+    num_threads: int,
+) -> None: ...
+@overload
+def video_patches(
     frames: Tensor,
     out: Tensor,
     plan: CudaResizePlan,
@@ -145,16 +150,4 @@ def interval_set_iou(
     empty: float,
     out: Tensor,
     num_threads: int,
-) -> None: ...
-def box_iou_cuda(
-    a: Tensor, b: Tensor, out: Tensor, kind: str, pairwise: bool, torchvision: bool
-) -> None: ...
-def track_iou_cuda(pred: Tensor, target: Tensor, lengths: Tensor, out: Tensor) -> None: ...
-def interval_set_iou_cuda(
-    pred: Tensor,
-    pred_offsets: Tensor,
-    target: Tensor,
-    target_offsets: Tensor,
-    empty: float,
-    out: Tensor,
 ) -> None: ...

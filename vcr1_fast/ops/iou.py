@@ -92,7 +92,7 @@ def _box_cuda(a: Tensor, b: Tensor, kind: str, pairwise: bool, convention: str) 
     out = _fake_pairs(a, b, pairwise)
     if out.numel() > 0:
         rows = (x.reshape(-1, x.shape[-1]).contiguous() for x in (a, b))
-        native.box_iou_cuda(*rows, out, kind, pairwise, convention == "torchvision")
+        native.box_iou(*rows, out, kind, pairwise, convention == "torchvision", 1)
     return out
 
 
@@ -103,7 +103,7 @@ def _temporal_cuda(pred: Tensor, target: Tensor, pairwise: bool) -> Tensor:
 def _track_cuda(pred: Tensor, target: Tensor, lengths: Tensor) -> Tensor:
     out = pred.new_empty(pred.shape[0])
     if out.numel() > 0:
-        native.track_iou_cuda(*(x.contiguous() for x in (pred, target, lengths)), out)
+        native.track_iou(*(x.contiguous() for x in (pred, target, lengths)), out, 1)
     return out
 
 
@@ -112,7 +112,7 @@ def _sets_cuda(
 ) -> Tensor:
     spans, out = _sets_memory(pred, pred_offsets, target, target_offsets)
     if out.numel() > 0:
-        native.interval_set_iou_cuda(*spans, empty, out)
+        native.interval_set_iou(*spans, empty, out, 1)
     return out.to(pred.dtype)
 
 

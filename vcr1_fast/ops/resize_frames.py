@@ -62,7 +62,7 @@ def _cpu(frames: Tensor, out: Tensor, resample: str, antialias: bool, rounding: 
 def _cuda(frames: Tensor, out: Tensor, resample: str, antialias: bool, rounding: str) -> None:
     sizes = tuple(frames.shape[1:3]), tuple(out.shape[1:3])
     plan = cuda_plan(*sizes, resample, antialias, rounding, frames.device)
-    native.resize_frames_cuda(frames, out, plan)
+    native.resize_frames(frames, out, plan)
 
 
 def scratch(plan: Any, threads: int) -> Tensor:

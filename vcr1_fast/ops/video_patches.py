@@ -79,8 +79,8 @@ def _cpu(
 ) -> None:
     plan = native_plan(tuple(frames.shape[1:3]), tuple(size), resample, True, rounding)
     threads = torch.get_num_threads()
-    scale = torch.stack(pixel_scale(mean, std))
-    native.video_patches(frames, out, plan, scale, scratch(plan, threads), threads)
+    offset, scale = (v.tolist() for v in pixel_scale(mean, std))
+    native.video_patches(frames, out, plan, offset, scale, scratch(plan, threads), threads)
 
 
 def _cuda(
@@ -95,7 +95,7 @@ def _cuda(
     sizes = tuple(frames.shape[1:3]), tuple(size)
     plan = cuda_plan(*sizes, resample, True, rounding, frames.device)
     offset, scale = (v.tolist() for v in pixel_scale(mean, std))
-    native.video_patches_cuda(frames, out, plan, offset, scale)
+    native.video_patches(frames, out, plan, offset, scale)
 
 
 def _fake(

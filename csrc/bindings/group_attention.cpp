@@ -1,15 +1,7 @@
-// Python bindings of attention within packs; bindings.cpp makes the module.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
+// Python bindings of group_attention.
 #include <algorithm>
-#include <vector>
 
-#include "kernels.h"
-#include "tensor.h"
-
-namespace py = pybind11;
-using vcr1::Tensor;
+#include "bindings.h"
 
 namespace {
 
@@ -112,7 +104,7 @@ vcr1::GroupAttentionInput attention_input(const std::vector<Tensor>& inputs, con
 
 }  // namespace
 
-void bind_attention(py::module_& m) {
+VCR1_BINDINGS(group_attention, m) {
   m.def("group_attention_scratch", &vcr1::group_attention_scratch, py::arg("rows"),
         py::arg("kv_heads"), py::arg("dim"), py::arg("tasks"));
   m.def(
@@ -124,8 +116,7 @@ void bind_attention(py::module_& m) {
         args.in = attention_input(inputs, parts, scale, scratch, 0, blocks);
         args.out = heads_view(out, args.in, args.in.heads, "out");
         args.lse = log_sums(lse, args.in);
-        const py::gil_scoped_release released;
-        vcr1::cpu::group_attention(args, num_threads);
+        vcr1::launch_cpu("group_attention", out, &vcr1::cpu::group_attention, args, num_threads);
       },
       py::arg("inputs"), py::arg("parts"), py::arg("scale"), py::arg("out"), py::arg("lse"),
       py::arg("scratch"), py::arg("num_threads"));
@@ -145,8 +136,8 @@ void bind_attention(py::module_& m) {
         args.grad_key = heads_view(grads.at(1), args.in, args.in.kv_heads, "grad_key");
         args.grad_value = heads_view(grads.at(2), args.in, args.in.kv_heads, "grad_value");
         args.tasks = tasks;
-        const py::gil_scoped_release released;
-        vcr1::cpu::group_attention_backward(args, num_threads);
+        vcr1::launch_cpu("group_attention_backward", out, &vcr1::cpu::group_attention_backward,
+                         args, num_threads);
       },
       py::arg("inputs"), py::arg("parts"), py::arg("scale"), py::arg("out"), py::arg("lse"),
       py::arg("grad"), py::arg("grads"), py::arg("scratch"), py::arg("tasks"),
