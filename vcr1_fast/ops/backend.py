@@ -15,6 +15,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import typing
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -259,24 +260,24 @@ class Op:
         return self._implementations[name]
 
 
-_SCHEMA_TYPES = {
-    "Tensor": "Tensor",
-    "Tensor | None": "Tensor?",
-    "float": "float",
-    "int": "int",
-    "bool": "bool",
-    "str": "str",
-    "list[bool]": "bool[]",
+_SCHEMA_TYPES: dict[Any, str] = {
+    torch.Tensor: "Tensor",
+    torch.Tensor | None: "Tensor?",
+    float: "float",
+    int: "int",
+    bool: "bool",
+    str: "str",
+    list[bool]: "bool[]",
 }
 
 
 def schema_of(arguments: type) -> str:
     """The arguments of an operator's schema, from the fields of a NamedTuple.
 
-    Its module must import annotations from __future__, which keeps them as text. The implementation
-    then reads `arguments(*args)` by name, and no second list of names has to keep its order.
+    The implementation reads `arguments(*args)` by name, so that no second list of names has to
+    follow the order of the schema.
     """
-    fields = arguments.__annotations__.items()
+    fields = typing.get_type_hints(arguments).items()
     return ", ".join(f"{_SCHEMA_TYPES[annotation]} {name}" for name, annotation in fields)
 
 

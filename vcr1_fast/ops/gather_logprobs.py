@@ -86,7 +86,9 @@ def allocate(logits: Tensor, labels: Tensor, entropy: bool) -> tuple[Tensor, ...
     return tuple(logits.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
-def _scaled(logits, mask, row_temperature, temperature):
+def _scaled(
+    logits: Tensor, mask: Tensor | None, row_temperature: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor, Tensor | float]:
     """((logits - maximum) / T in the accumulation dtype, maximum (..., 1), T (..., 1))."""
     x = logits.to(accumulation_dtype(logits))
     if mask is not None:
@@ -118,7 +120,14 @@ def check_values(
         )
 
 
-def reference_forward(logits, labels, mask, row_temperature, temperature, entropy):
+def reference_forward(
+    logits: Tensor,
+    labels: Tensor,
+    mask: Tensor | None,
+    row_temperature: Tensor | None,
+    temperature: float,
+    entropy: bool,
+) -> tuple[Tensor, ...]:
     if logits.numel() == 0:
         return allocate(logits, labels, entropy)
     check_values(labels, mask, row_temperature, logits.shape[-1])
@@ -136,23 +145,37 @@ def reference_forward(logits, labels, mask, row_temperature, temperature, entrop
     return logps, row_entropy[..., 0] if entropy else lse.new_empty(0), lse[..., 0], stats
 
 
-def reference_backward(
-    logits, labels, logps, stats, mask, row_temperature, temperature, grads, grad_entropy, grad_lse
-):
+class BackwardArguments(NamedTuple):
+    """Arguments of the backward ops after the logits, in schema order."""
+
+    labels: Tensor
+    logps: Tensor
+    stats: Tensor
+    mask: Tensor | None
+    row_temperature: Tensor | None
+    temperature: float
+    grad_logps: Tensor
+    grad_entropy: Tensor | None
+    grad_lse: Tensor | None
+
+
+def reference_backward(logits: Tensor, *args: Any) -> Tensor:
     if logits.numel() == 0:
         return torch.empty_like(logits, memory_format=torch.contiguous_format)
-    d, _, t = _scaled(logits, mask, row_temperature, temperature)
-    p = (d - stats[..., 1:2]).exp()
+    a = BackwardArguments(*args)
+    mask, grads, grad_entropy = a.mask, a.grad_logps, a.grad_entropy
+    d, _, t = _scaled(logits, mask, a.row_temperature, a.temperature)
+    p = (d - a.stats[..., 1:2]).exp()
     grad = p * -grads.sum(-1, keepdim=True)
-    if grad_lse is not None:
-        grad += p * grad_lse[..., None]
+    if a.grad_lse is not None:
+        grad += p * a.grad_lse[..., None]
     if grad_entropy is not None:
-        shifted = d.masked_fill(d == -torch.inf, 0) - stats[..., 2:3]
+        shifted = d.masked_fill(d == -torch.inf, 0) - a.stats[..., 2:3]
         grad -= p * grad_entropy[..., None] * shifted
-    index = labels if mask is None else labels.masked_fill(~mask[..., None], 0)
+    index = a.labels if mask is None else a.labels.masked_fill(~mask[..., None], 0)
     grad = grad.scatter_add(-1, index, grads) / t
     dead = (grads == 0).all(-1)
-    for upstream in (grad_entropy, grad_lse):
+    for upstream in (grad_entropy, a.grad_lse):
         if upstream is not None:
             dead &= upstream == 0
     if mask is not None:
@@ -160,56 +183,72 @@ def reference_backward(
     return grad.masked_fill(dead[..., None], 0).to(logits.dtype)
 
 
-def reference_backward_(logits, *args):
+def reference_backward_(logits: Tensor, *args: Any) -> None:
     logits.copy_(reference_backward(logits, *args))
 
 
-def _forward_fake(logits, labels, mask, row_temperature, temperature, entropy):
+def _forward_fake(logits: Tensor, labels: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *_, entropy = rest
     return allocate(logits, labels, entropy)
 
 
-def _native_forward(logits, labels, mask, row_temperature, temperature, entropy):
+def _native_forward(
+    logits: Tensor,
+    labels: Tensor,
+    mask: Tensor | None,
+    row_temperature: Tensor | None,
+    temperature: float,
+    entropy: bool,
+) -> tuple[Tensor, ...]:
     if logits.dtype not in KERNEL_DTYPES:
         return reference_forward(logits, labels, mask, row_temperature, temperature, entropy)
     if logits.stride(-1) != 1:
         logits = logits.contiguous()
     logps, row_entropy, lse, stats = allocate(logits, labels, entropy)
     backend.native.gather_logprobs(
-        logits,
-        labels,
-        mask,
-        row_temperature,
-        temperature,
-        logps,
-        row_entropy if entropy else None,
-        lse,
-        stats,
-        torch.get_num_threads(),
+        logits=logits,
+        labels=labels,
+        mask=mask,
+        row_temperature=row_temperature,
+        temperature=temperature,
+        logps=logps,
+        entropy=row_entropy if entropy else None,
+        lse=lse,
+        stats=stats,
+        num_threads=torch.get_num_threads(),
     )
     return logps, row_entropy, lse, stats
 
 
-def _native_backward(logits, *args):
+def _native_backward(logits: Tensor, *args: Any) -> Tensor:
     if logits.dtype not in KERNEL_DTYPES:
         return reference_backward(logits, *args)
     if logits.stride(-1) != 1:
         logits = logits.contiguous()
     if logits.device.type == "cpu":
+        # Memory of earlier results: the system's zeroing of new pages costs more than the kernel.
         grad = host_memory.empty(logits.shape, logits.dtype)
     else:
         grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    backend.native.gather_logprobs_backward(logits, *args, grad, torch.get_num_threads())
+    _launch_backward(logits, args, grad)
     return grad
 
 
-def _native_backward_(logits, *args):
+def _native_backward_(logits: Tensor, *args: Any) -> None:
     if logits.dtype not in KERNEL_DTYPES or logits.stride(-1) != 1:
-        return reference_backward_(logits, *args)
-    backend.native.gather_logprobs_backward(logits, *args, logits, torch.get_num_threads())
+        reference_backward_(logits, *args)
+    else:
+        _launch_backward(logits, args, logits)
+
+
+def _launch_backward(logits: Tensor, args: tuple[Any, ...], grad: Tensor) -> None:
+    given = BackwardArguments(*args)._asdict()
+    threads = torch.get_num_threads()
+    backend.native.gather_logprobs_backward(logits=logits, **given, grad=grad, num_threads=threads)
 
 
 _STATE = "Tensor? mask, Tensor? row_temperature, float temperature"
-_UPSTREAM = "Tensor grad_logps, Tensor? grad_entropy, Tensor? grad_lse"
+_BACKWARD = backend.schema_of(BackwardArguments)
 
 forward_op = backend.Op(
     "gather_logprobs",
@@ -218,12 +257,12 @@ forward_op = backend.Op(
 )
 backward_op = backend.Op(
     "gather_logprobs_backward",
-    f"(Tensor logits, Tensor labels, Tensor logps, Tensor stats, {_STATE}, {_UPSTREAM}) -> Tensor",
+    f"(Tensor logits, {_BACKWARD}) -> Tensor",
     lambda logits, *_: torch.empty_like(logits, memory_format=torch.contiguous_format),
 )
 inplace_backward_op = backend.Op(
     "gather_logprobs_backward_",
-    f"(Tensor(a!) logits, Tensor labels, Tensor logps, Tensor stats, {_STATE}, {_UPSTREAM}) -> ()",
+    f"(Tensor(a!) logits, {_BACKWARD}) -> ()",
     lambda logits, *_: None,
 )
 forward_op.register("reference", reference_forward)
@@ -240,7 +279,16 @@ inplace_backward_op.register("triton", backend.from_triton("gather_logprobs", "b
 
 class _GatherLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, labels, mask, row_temperature, temperature, entropy, inplace):
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        labels: Tensor,
+        mask: Tensor | None,
+        row_temperature: Tensor | None,
+        options: tuple[float, bool, bool],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """options: temperature, entropy, inplace."""
+        temperature, entropy, inplace = options
         logps, row_entropy, lse, stats = forward_op(
             logits, labels, mask, row_temperature, temperature, entropy
         )
@@ -254,7 +302,12 @@ class _GatherLogprobs(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_logps, grad_entropy, grad_lse):
+    def backward(
+        ctx: Any,
+        grad_logps: Tensor | None,
+        grad_entropy: Tensor | None,
+        grad_lse: Tensor | None,
+    ) -> Any:
         logits, labels, logps, stats, mask, row_temperature = ctx.saved_tensors
         if grad_logps is None:
             grad_logps = torch.zeros_like(logps)
@@ -267,7 +320,7 @@ class _GatherLogprobs(torch.autograd.Function):
             grad = logits.detach()
         else:
             grad = backward_op(logits, *args)
-        return grad, None, None, None, None, None, None
+        return grad, None, None, None, None
 
 
 def row_temperatures(
@@ -358,9 +411,7 @@ def gather_logprobs(
         ids.to(torch.int64).contiguous(),
         row_mask(mask, lead),
         rows_t,
-        scalar_t,
-        entropy,
-        inplace,
+        (scalar_t, entropy, inplace),
     )
     logps = logps if several else logps[..., 0]
     return LogProbs(

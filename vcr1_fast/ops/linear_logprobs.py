@@ -181,9 +181,7 @@ class LinearLogprobs(torch.autograd.Function):
         """options: temperature, softcap, entropy and chunk_rows of `Arguments`."""
         arguments = Arguments(hidden, weight, bias, labels, mask, row_temperature, *options)
         logps, row_entropy, lse, stats = forward_op(*arguments)
-        ctx.save_for_backward(
-            hidden, weight, bias, labels, mask, row_temperature, logps, stats
-        )
+        ctx.save_for_backward(hidden, weight, bias, labels, mask, row_temperature, logps, stats)
         ctx.options = options
         ctx.needed = [bool(need) for need in ctx.needs_input_grad[:3]]
         ctx.set_materialize_grads(False)
@@ -204,10 +202,11 @@ class LinearLogprobs(torch.autograd.Function):
         if grad_logps is None:
             grad_logps = torch.zeros_like(logps)
         upstream = Upstream(logps, stats, ctx.needed, grad_logps, grad_entropy, grad_lse)
-        inputs = (arguments.hidden, arguments.weight, arguments.bias)
         gradients = backward_op(*arguments, *upstream)
-        needed = zip(gradients, inputs, ctx.needed, strict=True)
-        return (*(g.to(x.dtype) if need else None for g, x, need in needed), *(None,) * 4)
+        # hidden, weight and bias have one dtype; float16 gradients come in float32.
+        dtype = arguments.hidden.dtype
+        needed = zip(gradients, ctx.needed, strict=True)
+        return (*(g.to(dtype) if need else None for g, need in needed), *(None,) * 4)
 
 
 def linear_logprobs(

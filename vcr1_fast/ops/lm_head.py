@@ -22,8 +22,8 @@ from torch import Tensor
 
 from vcr1_fast.ops.gather_logprobs import forward_op, inplace_backward_op
 
-# Bytes of logits at a time: enough rows for the matrix products to run at full rate, and for the sum
-# of dW, one pass over (V, H) per chunk, to be small beside them.
+# Bytes of logits at a time: enough rows for the matrix products to run at full rate, and for the
+# sum of dW, one pass over (V, H) per chunk, to be small beside them.
 _MOST_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
 _FREE_SHARE = 8  # of the free memory, one part in this
 _MOST_ROWS = 8192
@@ -172,7 +172,7 @@ def _cap_(logits: Tensor, softcap: float, gradient: bool) -> Tensor | None:
     """Applies c tanh(x / c) in place, computed in float32; returns its derivative if `gradient`."""
     slope = torch.empty_like(logits) if gradient else None
     wide = torch.promote_types(logits.dtype, torch.float32)
-    for part in _tiles(*logits.shape, logits):
+    for part in _tiles(logits.shape, logits):
         tanh = logits[part].to(wide).div(softcap).tanh_()
         if slope is not None:
             slope[part] = 1 - tanh * tanh
@@ -189,8 +189,9 @@ def _half_scale(grads: list[Tensor | None]) -> tuple[Tensor, Tensor]:
     return torch.ldexp(one, shift), torch.ldexp(one, -shift)
 
 
-def _tiles(rows: int, columns: int, like: Tensor) -> list[slice]:
-    """Slices of rows, `_TILE_BYTES` each."""
+def _tiles(shape: torch.Size, like: Tensor) -> list[slice]:
+    """Slices of the rows of a matrix, `_TILE_BYTES` each."""
+    rows, columns = shape
     size = _TILE_BYTES.get(like.device.type, 64 << 20) // max(columns * like.element_size(), 1)
     size = max(size, 1)
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
@@ -239,16 +240,15 @@ class HeadGradients:
 
     def _add_weight(self, gradient: Tensor, x: Tensor, inverse: Tensor | None) -> None:
         whole = x.dtype == self._wide or (self._chunks == 1 and x.dtype == torch.bfloat16)
-        fused = x.dtype == torch.bfloat16 and x.is_cuda
         first = self._weight is None
-        if first:
+        if self._weight is None:
             dtype = x.dtype if whole else self._wide
             self._weight = torch.empty_like(self._head.weight, dtype=dtype)
         if whole and first:
             torch.mm(gradient.t(), x, out=self._weight)
         elif whole:
             self._weight.addmm_(gradient.t(), x)
-        elif fused:
+        elif x.dtype == torch.bfloat16 and x.is_cuda:
             if first:
                 self._weight.zero_()
             torch.addmm(self._weight, gradient.t(), x, out_dtype=self._wide, out=self._weight)
@@ -263,7 +263,7 @@ class HeadGradients:
         assert self._weight is not None
         if inverse is not None and not x.is_cuda:
             x = x.to(self._wide)
-        for part in _tiles(*self._weight.shape, x):
+        for part in _tiles(self._weight.shape, x):
             columns = gradient[:, part]
             if inverse is not None:
                 product = _wide_product(columns.t(), x).mul_(inverse)

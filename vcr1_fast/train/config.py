@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 from vcr1_fast.data.sampling import FrameConfig
 from vcr1_fast.model.attention import Backend
 from vcr1_fast.model.sampling import Decoding
-from vcr1_fast.ops.grpo_config import GRPOLossConfig
+from vcr1_fast.ops.grpo.config import GRPOLossConfig
 from vcr1_fast.train.build import ConfigError
 from vcr1_fast.train.reward_config import RewardsConfig
 

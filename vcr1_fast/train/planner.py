@@ -29,7 +29,7 @@ import torch
 from torch import nn
 
 from vcr1_fast.model.wrapping import unwrap
-from vcr1_fast.ops.linear_chunks import most_bytes
+from vcr1_fast.ops.lm_head import most_bytes
 from vcr1_fast.train.optim import MasterAdamW
 
 R = TypeVar("R")

@@ -128,7 +128,7 @@ class GRPOLossConfig:
                                                   geometric mean of c_t is outside the bounds
             The weight is a constant for the gradient. None: no correction.
         rollout_min, rollout_max: bounds; None is unbounded.
-        rollout_after_kl: weight the policy term plus the KL term (ms-swift), not the policy term alone.
+        rollout_after_kl: the weight also applies to the KL term (ms-swift).
         off_policy_threshold: drop the policy term of completions with A < 0 whose mean of
             (sampler's log-prob - logp) exceeds this (DeepSeek-V3.2). None: keep all.
         entropy_coef: -entropy_coef times the aggregated entropy is added to the loss.
@@ -138,7 +138,8 @@ class GRPOLossConfig:
         max_length: for "max_length": the maximum completion length, in tokens.
         num_items: for "num_items": tokens of the whole optimiser step (divided by the number of
             processes where gradients are averaged over them). A number or a 0-d tensor.
-        num_sequences: B in the table, for a step that is split into several calls. A number or a 0-d tensor; None is the completions of this call.
+        num_sequences: B in the table, for a step that is split into several calls. A number or a
+            0-d tensor; None: the completions of this call.
         exclude_empty: do not count completions without tokens in B.
     """
 
@@ -200,9 +201,10 @@ class GRPOLossConfig:
         low, high = self.rollout_min, self.rollout_max
         if low is not None and high is not None and not low <= high:
             raise ValueError(f"rollout_min {low} is above rollout_max {high}")
-        # Encoded once, because reading thirty attributes at each call would cost more than the loss
-        # of a small batch. Not a field, so `replace`, `==` and `asdict` ignore it.
-        object.__setattr__(self, "_encoded", _parameters_of(self).encode())
+        # Once, because reading thirty attributes at each call would cost more than the loss of a
+        # small batch. Not fields, so `replace`, `==` and `asdict` ignore them.
+        object.__setattr__(self, "_parameters", _resolve(self))
+        object.__setattr__(self, "_encoded", self._parameters.encode())  # type: ignore[attr-defined]
 
     @property
     def resolved_aggregation(self) -> str:
@@ -281,13 +283,19 @@ def decode(encoded: str) -> LossParameters:
     return LossParameters(**{name: _FIELDS[name](text) for name, text in texts.items()})
 
 
+def parameters_of(config: GRPOLossConfig) -> LossParameters:
+    """`config` as parameters; counts that are tensors are 0 (see `denominator`)."""
+    parameters: LossParameters = config._parameters  # type: ignore[attr-defined]
+    return parameters
+
+
 def encode(config: GRPOLossConfig) -> str:
-    """`config` as the operators take it; counts that are tensors are 0 (see `denominator`)."""
+    """`config` as the operators take it: its parameters, encoded."""
     encoded: str = config._encoded  # type: ignore[attr-defined]
     return encoded
 
 
-def _parameters_of(config: GRPOLossConfig) -> LossParameters:
+def _resolve(config: GRPOLossConfig) -> LossParameters:
     absolute = config.loss_type == "cispo" and config.cispo_bounds == "absolute"
     return LossParameters(
         loss_type=config.loss_type,

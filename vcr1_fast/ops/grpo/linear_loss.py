@@ -97,12 +97,12 @@ def _run(*arguments: Any) -> tuple[Tensor, ...]:
     loss, grad_logps, grad_entropy, metrics = grpo_loss_op(*inputs, args.parameters)
     if any_gradient and tokens is None:
         # The logits again: keeping them would take the memory that chunks save.
-        grad_entropy = grad_entropy.reshape(-1) if grad_entropy.numel() else None
+        flat_entropy = grad_entropy.reshape(-1) if grad_entropy.numel() else None
         for part in chunks:
             chunk = head.logits(part, buffer, gradient=True)
             statistics = head.forward(chunk)
-            upstream = take(grad_logps.reshape(-1), part), take(grad_entropy, part)
-            gradients.add(chunk, head.backward_(chunk, statistics, *upstream))
+            g, h = grad_logps.reshape(-1).index_select(0, part), take(flat_entropy, part)
+            gradients.add(chunk, head.backward_(chunk, statistics, g, h))
     grad_hidden, grad_weight, grad_bias = gradients.results()
     grad_hidden = grad_hidden.reshape(hidden.shape if needed[0] else (0,))
     return loss, metrics, grad_hidden, grad_weight, grad_bias
@@ -229,6 +229,7 @@ def linear_grpo_loss(
     if not torch.is_grad_enabled():
         # needs_input_grad is true for parameters even then, and the forward pass would compute
         # gradients that nobody can read.
-        hidden, weight, bias = (x if x is None else x.detach() for x in (hidden, weight, bias))
+        hidden, weight = hidden.detach(), weight.detach()
+        bias = None if bias is None else bias.detach()
     loss, metrics = _LinearGRPOLoss.apply(hidden, weight, bias, options, arguments)
     return loss, name_metrics(metrics, config, given, arguments.entropy)

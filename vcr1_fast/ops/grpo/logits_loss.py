@@ -41,7 +41,7 @@ from vcr1_fast.ops.grpo.loss import (
     native_parameters,
     times_upstream,
 )
-from vcr1_fast.ops.grpo.reference import METRICS, Completions, LossInputs
+from vcr1_fast.ops.grpo.reference import METRICS, Completions, LossInputs, map_tensors
 from vcr1_fast.ops.grpo.token_loss import as_tokens, couples_tokens
 
 
@@ -133,10 +133,8 @@ def _one_pass(logits: Tensor, rows: _Rows, grad: Tensor) -> tuple[Tensor, Tensor
     """(loss, metrics); writes the logits' gradient to `grad`, which may be the logits."""
     with_entropy = rows.arguments.entropy
     logps, entropy, lse, stats = allocate(logits, rows.labels, with_entropy)
-    tokens = as_tokens(
-        rows.inputs._replace(logps=logps[..., 0]), decode(rows.arguments.parameters)
-    )
-    dense = LossInputs(*[x if x is None else x.contiguous() for x in tokens.inputs])
+    tokens = as_tokens(rows.inputs._replace(logps=logps[..., 0]), decode(rows.arguments.parameters))
+    dense = map_tensors(Tensor.contiguous, tokens.inputs)
     native.logits_grpo_loss(
         logits=logits,
         labels=rows.labels,

@@ -71,11 +71,10 @@ def _native(*arguments: Any) -> tuple[Tensor, ...]:
         inputs = inputs._replace(cu_seqlens=offsets.to(logps.device, torch.int64))
     if inputs.denominator is not None and not _fits(inputs.denominator, logps.dtype, logps):
         inputs = inputs._replace(denominator=inputs.denominator.to(logps.device, logps.dtype))
-    options = native_parameters(parameters)
     sequences = len(logps) if offsets is None else len(offsets) - 1
     # Packed tensors may hold tokens outside every segment, which the kernel does not visit.
     new = torch.empty_like if offsets is None else torch.zeros_like
-    with_entropy = inputs.entropy is not None and options.entropy_coef
+    with_entropy = inputs.entropy is not None and decode(parameters).entropy_coef
     scratch = sequences * native.grpo_loss_scratch
     outputs = LossOutputs(
         loss=logps.new_empty(()),
@@ -84,7 +83,12 @@ def _native(*arguments: Any) -> tuple[Tensor, ...]:
         metrics=logps.new_empty(len(METRICS)),
         scratch=torch.empty(scratch, dtype=torch.float64, device=logps.device),
     )
-    native.grpo_loss(inputs, options, outputs, torch.get_num_threads())
+    native.grpo_loss(
+        inputs=inputs,
+        parameters=native_parameters(parameters),
+        outputs=outputs,
+        num_threads=torch.get_num_threads(),
+    )
     return outputs.loss, outputs.grad_logps, outputs.grad_entropy, outputs.metrics
 
 
@@ -325,7 +329,10 @@ def _meaningful(
 
 
 # All 256 combinations: a look-up per call instead of a dozen comparisons.
-_NAMED = {key: _meaningful(*key) for key in product(LOSS_TYPES, *[(False, True)] * 5)}
+_FLAGS = (False, True)
+_NAMED = {
+    key: _meaningful(*key) for key in product(LOSS_TYPES, _FLAGS, _FLAGS, _FLAGS, _FLAGS, _FLAGS)
+}
 
 
 class LossArguments(NamedTuple):

@@ -18,6 +18,7 @@ constants of the loss (old, ref, rollout log-probs, advantages, weights) get no 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -71,6 +72,11 @@ class LossInputs(NamedTuple):
     cu_seqlens: Tensor | None = None
     weights: Tensor | None = None
     denominator: Tensor | None = None
+
+
+def map_tensors(fn: Callable[[Tensor], Tensor], inputs: LossInputs) -> LossInputs:
+    """`fn` of each tensor that is there."""
+    return LossInputs(*[x if x is None else fn(x) for x in inputs])  # type: ignore[arg-type]
 
 
 def check_offsets(offsets: Tensor, tokens: int) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from vcr1_fast.ops.gather_logprobs import accumulation_dtype
-from vcr1_fast.ops.grpo.config import GRPOLossConfig, LossParameters, decode, encode
+from vcr1_fast.ops.grpo.config import GRPOLossConfig, LossParameters, parameters_of
 from vcr1_fast.ops.grpo.loss import check_inputs, grpo_loss_op
 from vcr1_fast.ops.grpo.reference import (
     Completions,
@@ -26,6 +26,7 @@ from vcr1_fast.ops.grpo.reference import (
     aggregation_weights,
     clipped_tokens,
     entropy_weights,
+    map_tensors,
     rollout_correction,
     token_terms,
 )
@@ -48,9 +49,9 @@ class _TokenLoss(torch.autograd.Function):
     # kernels' on ties, and keep a few dozen tensors for the backward pass.
     @staticmethod
     def forward(
-        ctx: Any, logps: Tensor, constants: LossInputs, parameters: str
+        ctx: Any, logps: Tensor, constants: LossInputs, p: LossParameters
     ) -> tuple[Tensor, Tensor, Tensor]:
-        p, inputs = decode(parameters), constants._replace(logps=logps)
+        inputs = constants._replace(logps=logps)
         terms = token_terms(inputs, p)
         policy, kl = terms.loss(p, 1.0)
         clipped = torch.zeros_like(policy)
@@ -60,7 +61,7 @@ class _TokenLoss(torch.autograd.Function):
         keep = terms.rows.keep
         kl_value, clipped = keep(terms.kl * terms.correction), keep(clipped)
         ctx.save_for_backward(*inputs)
-        ctx.parameters = parameters
+        ctx.parameters = p
         ctx.mark_non_differentiable(kl_value, clipped)
         ctx.set_materialize_grads(False)
         return policy + kl, kl_value, clipped
@@ -70,9 +71,8 @@ class _TokenLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor | None, _grad_kl: None, _grad_clipped: None) -> Any:
         if grad_loss is None:
             return None, None, None
-        p = decode(ctx.parameters)
-        terms = token_terms(LossInputs(*ctx.saved_tensors), p)
-        return terms.gradient(p, terms.rows.keep(grad_loss)), None, None
+        terms = token_terms(LossInputs(*ctx.saved_tensors), ctx.parameters)
+        return terms.gradient(ctx.parameters, terms.rows.keep(grad_loss)), None, None
 
 
 def grpo_token_loss(
@@ -117,7 +117,7 @@ def grpo_token_loss(
         rollout_logps=constant(rollout_logps),
         token_weights=constant(token_weights),
     )
-    return TokenLosses(*_TokenLoss.apply(logps.to(dtype), constants, encode(config)))
+    return TokenLosses(*_TokenLoss.apply(logps.to(dtype), constants, parameters_of(config)))
 
 
 def couples_tokens(inputs: LossInputs, p: LossParameters) -> bool:
@@ -144,8 +144,8 @@ class TokenInputs(NamedTuple):
 
     def upstream(self, tokens: Tensor, logps: Tensor) -> tuple[Tensor, Tensor | None]:
         """(dloss/dlogp, dloss/dentropy), (n,) each, of the tokens (n,) with logps (n, 1)."""
-        chunk = LossInputs(*[take(x, tokens) for x in self.inputs])
-        columns = LossInputs(*[x if x is None else x[:, None] for x in chunk])
+        chunk = map_tensors(lambda x: x.index_select(0, tokens), self.inputs)
+        columns = map_tensors(lambda x: x[:, None], chunk)
         # The weights are one per completion, (n,), and not one per token of it.
         columns = columns._replace(logps=logps, weights=chunk.weights)
         _, grad_logps, _, _ = grpo_loss_op(*columns, self.parameters)

@@ -27,6 +27,7 @@ from vcr1_fast.ops.grpo.reference import (
     VESPO_LOG_FLOOR,
     LossInputs,
     check_offsets,
+    map_tensors,
     reference,
 )
 
@@ -548,13 +549,13 @@ def grpo_loss(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *tensors, parameters = args
     inputs, p = LossInputs(*tensors), decode(parameters)
     logps = inputs.logps
-    packed = inputs.cu_seqlens is not None
-    sequences = len(inputs.cu_seqlens) - 1 if packed else len(logps)
+    offsets = inputs.cu_seqlens
+    sequences = len(logps) if offsets is None else len(offsets) - 1
     if logps.dtype != torch.float32 or sequences == 0:
         return reference(inputs, p)  # float64 is for tests; a grid of no programs cannot launch
-    if packed:
-        check_offsets(inputs.cu_seqlens, len(logps))
-    inputs = LossInputs(*(x if x is None else x.contiguous() for x in inputs))
+    if offsets is not None:
+        check_offsets(offsets, len(logps))
+    inputs = map_tensors(Tensor.contiguous, inputs)
     if inputs.denominator is not None:
         inputs = inputs._replace(denominator=inputs.denominator.to(logps.device))
     with_entropy = inputs.entropy is not None and p.entropy_coef != 0.0
@@ -571,7 +572,7 @@ def grpo_loss(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     count = given.get(options.aggregation, p.num_sequences)
     if count == 0.0 and options.aggregation not in given and not options.exclude_empty:
         count = float(sequences)
-    columns = 0 if packed else logps.shape[1]
+    columns = logps.shape[1] if offsets is None else 0
     blocks = triton.cdiv(logps.numel(), _FINISH["BLOCK"])
     if inputs.weights is not None and not with_entropy:
         blocks = 1  # nothing to scale
