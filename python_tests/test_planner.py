@@ -7,7 +7,7 @@ import torch
 from tiny_run import configure, write_inputs
 
 from vcr1_fast.model import rollout as rollout_module
-from vcr1_fast.ops.linear_chunks import rows_per_chunk
+from vcr1_fast.ops.lm_head import rows_per_chunk
 from vcr1_fast.train import loop, rollouts, setup
 from vcr1_fast.train.groups import PolicyGroup, step_loss_config
 from vcr1_fast.train.planner import Footprint, Planner, is_out_of_memory

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from vcr1_fast.ops import GRPOLossConfig, grpo_loss
-from vcr1_fast.ops.grpo_config import CLIPPED_LOSSES, DEFAULT_AGGREGATION
+from vcr1_fast.ops.grpo.config import CLIPPED_LOSSES, DEFAULT_AGGREGATION
 
 HOOKS = ("get_off_policy_mask", "get_gamma_weights")
 DIGESTS = ("6278f2efa0e5d410",)

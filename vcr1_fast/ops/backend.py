@@ -15,6 +15,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import typing
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -264,3 +265,40 @@ class Op:
         if reason is not None:
             raise RuntimeError(f"{self.name}: backend {name!r} was chosen, but {reason}")
         return self._implementations[name]
+
+
+_SCHEMA_TYPES: dict[Any, str] = {
+    torch.Tensor: "Tensor",
+    torch.Tensor | None: "Tensor?",
+    float: "float",
+    int: "int",
+    bool: "bool",
+    str: "str",
+    list[bool]: "bool[]",
+}
+
+
+def schema_of(arguments: type) -> str:
+    """The arguments of an operator's schema, from the fields of a NamedTuple.
+
+    The implementation reads `arguments(*args)` by name, so that no second list of names has to
+    follow the order of the schema.
+    """
+    fields = typing.get_type_hints(arguments).items()
+    return ", ".join(f"{_SCHEMA_TYPES[annotation]} {name}" for name, annotation in fields)
+
+
+def opaque(
+    name: str, schema: str, fn: Callable[..., Any], fake: Callable[..., Any]
+) -> Callable[..., Any]:
+    """`fn` as the torch operator `torch.ops.vcr1_fast.<name>`, which compilers do not trace.
+
+    For functions built of ops that a graph cannot express, such as loops over chunks whose number
+    depends on values. No kernel of its own, so no backends: the ops inside choose theirs.
+    """
+    qualified = f"{_NAMESPACE}::{name}"
+    torch.library.define(qualified, schema)
+    torch.library.impl(qualified, "default", fn)
+    torch.library.register_fake(qualified, fake)
+    operator: Callable[..., Any] = getattr(getattr(torch.ops, _NAMESPACE), name)
+    return operator
