@@ -9,6 +9,7 @@ none or more than one.
 import itertools
 import re
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 from vcr1_fast.rewards import parse_label, parse_letter, parse_span, score
 from vcr1_fast.rewards.answer import MAX_MENTIONS
+from vcr1_fast.rewards.text import parse_boolean, parse_number, rouge, word_accuracy
 
 OPTIONS = (
     "the man opens the door",
@@ -1120,3 +1122,32 @@ def test_labels_keep_the_marks_that_are_theirs():
     assert parse_label("**High** quality.") == "high quality"
     assert parse_label('"_low_"') == "low"
     assert parse_label("`x`") == "x"
+
+
+DOCS = Path(__file__).parents[1] / "docs" / "rewards.md"
+_KINDS = "letter|span|number|boolean|ROUGE|word accuracy"
+ROW = re.compile(rf"\| ({_KINDS}) \| `(.+?)`(?: for `(.+)`)? \| (.+) \| (.+) \| (.+) \|")
+CHANGES = [m.groups() for line in DOCS.read_text().splitlines() if (m := ROW.fullmatch(line))]
+
+
+def test_the_table_of_changes_is_whole():
+    assert len(CHANGES) > 45
+    assert all(before != now for _, _, _, before, now, _ in CHANGES)
+
+
+@pytest.mark.parametrize(("kind", "text", "target", "before", "now", "why"), CHANGES)
+def test_documented_changes(kind, text, target, before, now, why):
+    options = ("a red circle", "a blue square", "a green star", "a dog")
+    if kind == "letter":
+        found = parse_letter(text, options)
+    elif kind == "span":
+        span = parse_span(text)
+        found = span and f"{span[0]:g} to {span[1]:g} s"
+    elif kind == "number":
+        number = parse_number(text)
+        found = None if number is None else f"{number:g}"
+    elif kind == "boolean":
+        found = {True: "yes", False: "no", None: None}[parse_boolean(text)]
+    else:
+        found = f"{(rouge if kind == 'ROUGE' else word_accuracy)(text, target):.3g}"
+    assert (found or "-") == now
