@@ -42,9 +42,11 @@ class Quarantine:
             self.items.append(item)
             if self.path is not None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                # One write of a whole line: ranks of one run may append to the same file.
+                line = json.dumps(asdict(item), ensure_ascii=False) + "\n"
+                # One write of a whole line: ranks of one run may append to the same file. Half a
+                # character, in an id or a path, is written as JSON's escape of it.
                 with self.path.open("ab") as file:
-                    file.write((json.dumps(asdict(item), ensure_ascii=False) + "\n").encode())
+                    file.write(line.encode(errors="backslashreplace"))
 
 
 def _complete_lines(path: Path) -> list[tuple[int, str]]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vcr1_fast.data.sampling import FrameConfig
-from vcr1_fast.data.video import Clip, read_clip, read_image
+from vcr1_fast.data.video import Clip, ClipReader, ClipRequest, VideoError, read_image
 from vcr1_fast.evaluate.config import placement
 from vcr1_fast.model.forward import embed, lm_head, prompt_features
 from vcr1_fast.model.packing import prompt_positions
@@ -45,6 +45,7 @@ class ChatConfig:
     folder_fps: float | None = None
     """Frames a second of a folder of images, which does not tell them."""
     frames: FrameConfig = field(default_factory=FrameConfig)
+    decoder: Literal["decord", "pyav"] = "pyav"
     system: str | None = None
     temperature: float = 0.0
     top_p: float = 1.0
@@ -198,15 +199,18 @@ def open_conversation(config: ChatConfig) -> Conversation:
 
     began, clips = time.perf_counter(), []
     if config.video is not None:
-        clips.append(
-            read_clip(
-                config.video,
-                config.frames,
-                start=config.start,
-                end=config.end,
-                folder_fps=config.folder_fps,
-            )
+        request = ClipRequest(
+            config.video,
+            config.frames,
+            start=config.start,
+            end=config.end,
+            folder_fps=config.folder_fps,
         )
+        with ClipReader(backend=config.decoder, workers=0) as reader:
+            clip = next(reader.read([request]))
+        if isinstance(clip, VideoError):
+            raise clip
+        clips.append(clip)
     clips += [read_image(path) for path in config.image]
     for clip in clips:
         height, width = clip.frames.shape[1:3]

@@ -55,7 +55,7 @@ class EvalConfig:
     """Positions as the checkpoints were trained with, or as the installed transformers has them."""
     batch_size: int = 8
     """Prompts decoded together. Part of the result's identity: padding changes rounding."""
-    decoder: Literal["decord", "pyav"] = "decord"
+    decoder: Literal["decord", "pyav"] = "pyav"
     decode_workers: int = 2
     """Processes that read clips ahead; 0 reads in this one, where no time-out can be kept."""
     decode_timeout: float = 60.0

@@ -98,7 +98,7 @@ class DataConfig:
     """Show the video or image before the question, as VideoChat-R1.5 does, rather than after it."""
     system: str | None = None
     frames: FrameConfig = field(default_factory=FrameConfig)
-    decoder: Literal["decord", "pyav"] = "decord"
+    decoder: Literal["decord", "pyav"] = "pyav"
     decode_workers: int = 2
     """Processes that read clips ahead; 0 reads in this one, where no time-out can be kept."""
     decode_timeout: float = 60.0
