@@ -96,6 +96,16 @@ class _Gather:
     def __init__(self, path: str, shrink: Shrink) -> None:
         self.path, self.shrink = path, shrink
         self.shape: tuple[int, ...] | None = None
+        self.is_damaged = False
+
+    def trusts(self, frame: Any) -> bool:
+        """Whether a PyAV frame is whole; to be asked of every frame, in the order of output.
+
+        A damaged frame is concealed by what was there before, and the frames up to the next key
+        frame refer to it, though the decoder calls them sound.
+        """
+        self.is_damaged = frame.is_corrupt or (self.is_damaged and not frame.key_frame)
+        return not self.is_damaged
 
     def add(self, frame: np.ndarray, file: str | None = None) -> np.ndarray:
         self.shape = self.shape or frame.shape
@@ -148,7 +158,7 @@ class _PyavReader:
         wanted, last = set(indices.tolist()), int(indices[-1])
         with open_container(self.path) as (container, stream):
             for number, frame in enumerate(container.decode(stream)):
-                if number in wanted:
+                if gather.trusts(frame) and number in wanted:
                     frames[number] = gather.add(upright(frame))
                 if number == last:
                     return
@@ -157,6 +167,7 @@ class _PyavReader:
         self, indices: np.ndarray, frames: dict[int, np.ndarray], gather: _Gather
     ) -> None:
         numbers = {int(self.timeline.ticks[i]): int(i) for i in indices}
+        gather.is_damaged = False
         with open_container(self.path) as (container, stream):
             for frame in container.decode(stream):
                 _keep(frame, numbers, frames, gather)
@@ -177,6 +188,7 @@ class _PyavReader:
                 wanted = {numbers[int(packets.pts[place])] for place in group}
                 context = stream.codec_context
                 container.seek(int(packets.dts[begin]), stream=stream)
+                gather.is_damaged = False
                 last, is_first = int(packets.pts[max(group)]), True
                 for packet in container.demux(stream):
                     if is_first and packet.pts is not None:
@@ -218,8 +230,8 @@ def _groups(entries: list[int], places: list[int]) -> Iterator[tuple[int, list[i
 def _keep(
     frame: Any, numbers: dict[int, int], frames: dict[int, np.ndarray], gather: _Gather
 ) -> None:
-    number = numbers.get(frame.pts)
-    if number is not None and number not in frames and not frame.is_corrupt:
+    number, is_whole = numbers.get(frame.pts), gather.trusts(frame)
+    if number is not None and number not in frames and is_whole:
         frames[number] = gather.add(upright(frame))
 
 
@@ -299,7 +311,8 @@ def _decord_reader(
         if "cannot find video stream" in str(error):
             reason = f'decord cannot read its codec, {timeline.codec}; use backend="pyav"'
             raise NeedsPyav(path, f"{reason} (data.decoder=pyav)") from error
-        raise VideoError(path, f"decord cannot open it: {message(error)}") from error
+        _hand_over(f"it cannot open them: {message(error).removeprefix(f'[{path}] ')}")
+        return None
     # decord's stamps are float32, and it counts seconds from another zero.
     tolerance = 1e-3 + 1e-6 * timeline.end
     off = stamps - timeline.seconds if total == len(timeline) else np.full(1, np.inf)
@@ -334,6 +347,8 @@ def _decord_differs(path: str, timeline: Timeline) -> str | None:
         return "its packets do not say when frames are shown"
     if not packets.shown.all():
         return "an edit list leaves frames out"
+    if timeline.ticks[0] != 0:
+        return "its time stamps do not begin at 0"  # it would show every frame a few places off
     if timeline.codec not in _DECORD_CODECS or timeline.pix_fmt not in _DECORD_PIXELS:
         return f"it is not exact for {timeline.codec} in {timeline.pix_fmt or 'no'} pixels"
     if timeline.videos > 1:

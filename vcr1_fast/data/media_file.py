@@ -46,4 +46,4 @@ def check_file(path: str) -> None:
     except OSError as error:
         raise VideoError(path, f"cannot be read: {error.strerror or error}") from error
     if fault:
-        raise VideoError(path, f"the file is cut off: {fault}")
+        raise VideoError(path, f"the file is cut off or damaged: {fault}")

@@ -26,9 +26,11 @@ MAX_REORDER = 32
 """Places between the decoding and the showing order of a frame: H.264 and HEVC allow 16."""
 EVEN_TOLERANCE = 1.5
 """Frame periods by which stamps may leave an even grid: one dropped frame, and rounding."""
-HELD_TAIL = 0.05
-"""Share of a file's stated length (at least 2 s) that may lie behind its last packet."""
+HELD_TAIL = (1.0, 0.05, 10.0)
+"""How much may lie behind a file's last packet: at least these seconds, this share of the stated
+length, at most these seconds."""
 _LENGTH_IN_HEADER = {"matroska", "webm", "asf", "flv"}
+_BROADCAST = {"mpegts", "mpeg"}
 _VP8 = {"vp8", "libvpx"}
 _HIDDEN_FRAMES = _VP8 | {"vp9", "libvpx-vp9"}
 _NOT_A_VIDEO = {"tty": "a text", "txt": "a text", "ass": "subtitles", "srt": "subtitles"}
@@ -199,6 +201,10 @@ def _assemble(path: str, container: Any, stream: Any, rows: list[_Row]) -> Timel
     formats = frozenset(container.format.name.split(","))
     shown = [row for row in rows if row.shown]
     first_key = next((i for i, row in enumerate(rows) if row.key), len(rows))
+    if formats & _BROADCAST and first_key < len(rows):
+        # A recording of a broadcast begins anywhere; a player shows it from the first key frame.
+        rows, first_key = rows[first_key:], 0
+        shown = [row for row in rows if row.shown]
     if lost := sum(row.shown for row in rows[:first_key]):
         reason = f"{lost} of its {len(shown)} frames lie before the first key frame"
         raise VideoError(path, f"{reason} and cannot be decoded")
@@ -312,12 +318,17 @@ def _check_whole(path: str, container: Any, stream: Any, rows: list[_Row]) -> No
     if entries > len(rows):
         reason = f"{len(rows)} of {entries} samples could be read"
         raise VideoError(path, f"the file is cut off or damaged: {reason}")
+    slots = max((row.dts for row in rows if row.dts is not None), default=0) + 1
+    if "avi" in formats and stream.frames > slots:  # lost chunks would make later frames early
+        reason = f"{slots} of {stream.frames} chunks could be read"
+        raise VideoError(path, f"the file is cut off or damaged: {reason}")
     if rows[-1].corrupt:
         raise VideoError(path, "the file is cut off: its last packet is incomplete")
     if not formats & _LENGTH_IN_HEADER or container.duration is None:
         return
     claimed = container.duration / 1e6
-    allowed = max(2.0, HELD_TAIL * claimed)
+    least, share, most = HELD_TAIL
+    allowed = min(max(least, share * claimed), most)
     last = max(row.pts or 0 for row in rows) * float(stream.time_base)
     if claimed - last > allowed and (last := _last_second(path)) < claimed - allowed:
         reason = f"its header says {claimed:.1f} s, its last packet is at {last:.1f} s"

@@ -1,15 +1,22 @@
-"""Whether a media file is cut off, by the sizes that its container states.
+"""Whether a media file is cut off or has holes, by the sizes that its container states.
 
-Decoders show the part of a cut-off file that is there and report nothing. These containers state how
-long their parts are, so the check reads a few bytes a part and decodes nothing.
+Decoders show the part of a cut-off file that is there and report nothing. These containers state
+how long their parts are, so the check reads a few bytes a part and decodes nothing.
 """
 
+import mmap
 import os
 from collections.abc import Callable
 from typing import BinaryIO
 
 _MP4_STARTS = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot", b"styp")
+_MP4_BOXES = {
+    *(b"ftyp", b"moov", b"mdat", b"moof", b"mfra", b"free", b"skip", b"wide", b"uuid", b"meta"),
+    *(b"pnot", b"PICT", b"styp", b"sidx", b"ssix", b"prft", b"emsg", b"udta", b"pdin", b"junk"),
+}
 _EBML, _SEGMENT = b"\x1a\x45\xdf\xa3", 0x18538067
+_MASTERS = {_SEGMENT: "segment", 0x1F43B675: "cluster"}
+_FLV_TAGS = (8, 9, 18)
 _ASF = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
 _ASF_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
 _ASF_BROADCAST = 1  # flag: the sizes in the header were never filled in
@@ -18,7 +25,7 @@ _TS_PACKET, _TS_SYNC = 188, 0x47
 
 
 def cut_off(path: str) -> str | None:
-    """What is missing at the end of a file; None for a whole file and for unknown containers."""
+    """What is missing of a file; None for a whole file and for unknown containers."""
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         head = file.read(16)
@@ -40,6 +47,8 @@ def _mp4(file: BinaryIO, size: int) -> str | None:
         length = length or size - position  # 0: up to the end of the file
         if length < 8:
             break
+        if kind not in _MP4_BOXES and b"moov" in kinds and {b"mdat", b"moof"} & set(kinds):
+            break  # no box: something was appended to a whole file
         kinds.append(kind)
         position += length
         if position > size:
@@ -49,43 +58,48 @@ def _mp4(file: BinaryIO, size: int) -> str | None:
 
 
 def _matroska(file: BinaryIO, size: int) -> str | None:
-    position, end = 0, size
-    while position < end:
-        file.seek(position)
-        number, length = _ebml_number(file, keep_marker=True), _ebml_number(file)
-        if number is None or length is None:
-            return f"no element begins at byte {position} of {size}"
-        start = file.tell()
-        is_unknown = length < 0  # a live stream: its children follow
-        if number == _SEGMENT:
-            if not is_unknown and start + length > size:
-                return f"its segment needs {start + length} bytes, the file has {size}"
-            # What follows the segment is no part of the video: some tools append to files.
-            position, end = start, end if is_unknown else start + length
-            continue
-        if is_unknown:
-            position = start
-            continue
-        position = start + length
-        if position > size:
-            return f"an element of it needs {position} bytes, the file has {size}"
+    # Blocks are walked too: FFmpeg skips what it cannot read and goes on without those frames.
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        position, ends = 0, [size]
+        while position < ends[-1]:
+            number, start = _ebml_number(data, position, keep_marker=True)
+            length, start = _ebml_number(data, start)
+            if number is None or length is None:
+                return f"no element begins at byte {position} of {size}"
+            if number in _MASTERS:
+                # -1: a live stream never states the sizes of its segment and clusters.
+                end = size if length < 0 else start + length
+                if end > size:
+                    return f"its {_MASTERS[number]} needs {end} bytes, the file has {size}"
+                if number == _SEGMENT:  # what follows the segment is no part of the video
+                    ends = [end]
+                elif length >= 0:
+                    ends.append(end)
+                position = start
+                continue
+            position = size + 1 if length < 0 else start + length
+            while len(ends) > 1 and position >= ends[-1]:
+                if position > ends.pop():
+                    return f"an element passes the end of its cluster, at byte {start} of {size}"
+            if position > size:
+                return f"an element needs more than the file's {size} bytes"
     return None
 
 
-def _ebml_number(file: BinaryIO, *, keep_marker: bool = False) -> int | None:
-    """A variable-length number; -1: unknown size; None: the file ends here, or it is none."""
-    first = file.read(1)
-    if not first or not first[0]:
-        return None
-    length = 8 - first[0].bit_length() + 1
-    rest = file.read(length - 1)
-    if len(rest) < length - 1:
-        return None
-    value = int.from_bytes(first + rest, "big")
-    if keep_marker:
-        return value
+def _ebml_number(
+    data: mmap.mmap, position: int, *, keep_marker: bool = False
+) -> tuple[int | None, int]:
+    """(a variable-length number, the place behind it); -1: unknown size; None: there is none."""
+    if position >= len(data) or not data[position]:
+        return None, position
+    length = 8 - data[position].bit_length() + 1
+    if position + length > len(data):
+        return None, position
+    value = int.from_bytes(data[position : position + length], "big")
     mask = (1 << 7 * length) - 1
-    return -1 if value & mask == mask else value & mask
+    if not keep_marker:
+        value = -1 if value & mask == mask else value & mask
+    return value, position + length
 
 
 def _riff(file: BinaryIO, size: int) -> str | None:
@@ -121,6 +135,8 @@ def _flv(file: BinaryIO, size: int) -> str | None:
     while position < size:
         file.seek(position)
         header = file.read(11)
+        if header[:1] and header[0] & 0x1F not in _FLV_TAGS:
+            break  # damaged, or appended: left to the comparison with the stated length
         position += 11 + int.from_bytes(header[1:4], "big") + 4
         if len(header) < 11 or position > size:
             return f"its last tag needs {position} bytes, the file has {size}"
