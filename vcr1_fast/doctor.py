@@ -157,11 +157,11 @@ def _patch_rows(name: str, patch: Patch) -> list[tuple[str, str]]:
 
 
 def decoders(problems: list[str]) -> list[tuple[str, str]]:
-    """Which video readers can be imported."""
-    found = {name: importlib.util.find_spec(name) is not None for name in ("decord", "av")}
-    if not any(found.values()):
-        problems.append("no video decoder: pip install decord, or pip install av")
-    names = {"decord": "decord (default)", "av": "pyav"}
+    """Which video decoders can be imported. Every file's timeline is read by PyAV."""
+    found = {name: importlib.util.find_spec(name) is not None for name in ("av", "decord")}
+    if not found["av"]:
+        problems.append("no video decoder: pip install av")
+    names = {"av": "pyav (default)", "decord": "decord (optional)"}
     return [(names[name], "present" if there else "missing") for name, there in found.items()]
 
 
