@@ -108,7 +108,8 @@ def config_error(error: pydantic.ValidationError, where: str, value: Any) -> Con
     cause = context.get("error")
     if isinstance(cause, ConfigError):
         return ConfigError(f"{where}.{cause.field}" if where else cause.field, cause.reason)
-    return ConfigError(where, _reason(kind, first["input"], context, first["msg"]))
+    # A plain ValueError of a __post_init__ names no field: the section stands for it.
+    return ConfigError(where or error.title, _reason(kind, first["input"], context, first["msg"]))
 
 
 def _reason(kind: str, value: Any, context: Mapping[str, Any], message: str) -> str:
