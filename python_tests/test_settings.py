@@ -9,10 +9,10 @@ import pytest
 from pydantic import Field
 
 from vcr1_fast.cli import SETTINGS, parser, settings_of
-from vcr1_fast.config.loader import load_config
+from vcr1_fast.config.loader import dump_config, load_config
 from vcr1_fast.config.section import ConfigError, section
 from vcr1_fast.config.settings import field_docs, sections
-from vcr1_fast.train.config import RolloutConfig, TrainConfig
+from vcr1_fast.train.config import OptimConfig, RolloutConfig, RunConfig, TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -106,11 +106,38 @@ def test_a_section_refuses_in_python_what_it_refuses_in_a_file():
         ({"temperature": float("inf")}, "temperature: expected a finite number, got inf"),
         ({"stop": ("a", 3)}, "stop[1]: expected a text, got 3"),
         ({"stop": ("",)}, "stop: must not hold an empty string, got ['']"),
-        ({"groups": 4}, "groups: unknown field"),
+        ({"groups": 4}, "groups: unknown field; did you mean group_size?"),
     ):
         with pytest.raises(ConfigError) as caught:
             RolloutConfig(**values)
         assert str(caught.value) == told
+
+
+def test_a_wrong_value_is_reported_before_a_missing_one():
+    for values, told in (
+        ({"seed": -1}, "seed: must be at least 0, got -1"),
+        ({"outputs": "o"}, "outputs: unknown field; did you mean output?"),
+        ({}, "output: missing"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            RunConfig(**values)
+        assert str(caught.value) == told
+    with pytest.raises(ConfigError, match=r"^micro_prompts: replaced by tokens_per_microbatch"):
+        OptimConfig(micro_prompts=4)
+
+
+def test_texts_that_look_like_numbers_survive_a_round_trip(tmp_path):
+    config = RunConfig(output="1e5")
+    path = tmp_path / "run.yaml"
+    path.write_text(dump_config(config))
+    assert load_config(RunConfig, path) == config
+    for text, value in (("1e-6", 1e-6), ("1.5E+3", 1500.0), ("2", 2.0), ("-1e5", None)):
+        path.write_text(f"lr: {text}")
+        if value is None:
+            with pytest.raises(ConfigError, match=r"lr: must be above 0, got -100000\.0"):
+                load_config(OptimConfig, path)
+        else:
+            assert load_config(OptimConfig, path).lr == value
 
 
 def test_an_error_of_a_file_names_the_file(tmp_path):

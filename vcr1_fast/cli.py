@@ -268,9 +268,9 @@ def run_convert(options: argparse.Namespace) -> int:
 
 def run_check(options: argparse.Namespace) -> int:
     from json import dumps
-    from pathlib import Path
 
     from vcr1_fast.evaluate.check import check, check_annotations, report_text
+    from vcr1_fast.files import write_atomic
 
     how = {"train": options.train, "media": not options.no_media, "decode": options.decode}
     how["decoder"] = options.decoder
@@ -280,7 +280,7 @@ def run_check(options: argparse.Namespace) -> int:
         report = check_annotations(options.format, options.records, media_root=options.media, **how)
     print(report_text(report))
     if options.json:
-        Path(options.json).write_text(dumps(report.as_json(), indent=1) + "\n")
+        write_atomic(options.json, dumps(report.as_json(), indent=1) + "\n")
     return 0
 
 

@@ -6,7 +6,6 @@ another type cannot be set from outside.
 """
 
 import dataclasses
-import difflib
 import re
 import types
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import pydantic
 import yaml
 
-from vcr1_fast.config.section import PYDANTIC, ConfigError, config_error
+from vcr1_fast.config.section import PYDANTIC, ConfigError, config_error, unknown_field
 
 __all__ = ["ConfigError", "build", "dump_config", "load_config"]
 
@@ -74,7 +73,7 @@ def build(cls: type[T], values: Mapping[str, Any], prefix: str = "", default: T 
     for name, value in values.items():
         where = f"{prefix}{name}"
         if name not in known:
-            raise ConfigError(where, _unknown(cls, str(name), prefix, known))
+            raise unknown_field(cls, str(name), prefix)
         inherited = _default(known[name]) if default is None else getattr(default, name)
         arguments[name] = _value(hints[name], value, where, inherited)
     if default is None:
@@ -132,14 +131,6 @@ def _override(values: dict[str, Any], override: str) -> None:
 def _is_overridden(field: str, overrides: Sequence[str]) -> bool:
     names = [override.partition("=")[0] for override in overrides]
     return any(f"{field}.".startswith(f"{name}.") for name in names)
-
-
-def _unknown(cls: type, name: str, prefix: str, known: Mapping[str, Any]) -> str:
-    replaced: Mapping[str, str] = getattr(cls, "REPLACED", {})
-    if name in replaced:
-        return replaced[name]
-    close = difflib.get_close_matches(name, known, n=1)
-    return "unknown field" + (f"; did you mean {prefix}{close[0]}?" if close else "")
 
 
 def _default(field: "dataclasses.Field[Any]") -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import functools
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -60,6 +62,9 @@ def section(cls: type[T]) -> type[T]:
     # error is made around its __init__, so that code and files get the same one.
     @functools.wraps(validate)
     def __init__(self: Any, **values: Any) -> None:
+        for name in values:
+            if name not in made.__dataclass_fields__:
+                raise unknown_field(made, name)
         try:
             validate(self, **values)
         except pydantic.ValidationError as error:
@@ -69,10 +74,22 @@ def section(cls: type[T]) -> type[T]:
     return made
 
 
+def unknown_field(cls: type, name: str, prefix: str = "") -> ConfigError:
+    """The error of a name that is no field of the dataclass `cls`: what replaced it (the class's
+    `REPLACED`), or the field that it resembles."""
+    replaced: Mapping[str, str] = getattr(cls, "REPLACED", {})
+    if name in replaced:
+        return ConfigError(f"{prefix}{name}", replaced[name])
+    known = [field.name for field in dataclasses.fields(cls) if field.init]
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {prefix}{close[0]}?" if close else ""
+    return ConfigError(f"{prefix}{name}", f"unknown field{hint}")
+
+
 def config_error(error: pydantic.ValidationError, where: str, value: Any) -> ConfigError:
     """The first fault of `error` as a ConfigError; `where` is the dotted name of the validated
     `value`, "" for a section's arguments."""
-    # A missing field comes last: a misspelt one beside it explains it.
+    # A missing field is reported last: the values that are there can be wrong on their own.
     first = min(error.errors(include_url=False), key=lambda fault: fault["type"] == "missing")
     kind, location = str(first["type"]), list(first["loc"])
     if kind == "missing" and location and isinstance(location[-1], int):
@@ -91,7 +108,8 @@ def config_error(error: pydantic.ValidationError, where: str, value: Any) -> Con
     cause = context.get("error")
     if isinstance(cause, ConfigError):
         return ConfigError(f"{where}.{cause.field}" if where else cause.field, cause.reason)
-    return ConfigError(where, _reason(kind, first["input"], context, first["msg"]))
+    # A plain ValueError of a __post_init__ names no field: the section stands for it.
+    return ConfigError(where or error.title, _reason(kind, first["input"], context, first["msg"]))
 
 
 def _reason(kind: str, value: Any, context: Mapping[str, Any], message: str) -> str:
@@ -107,8 +125,6 @@ def _reason(kind: str, value: Any, context: Mapping[str, Any], message: str) -> 
         return f"expected another number of values, got {shown}"
     if kind == "missing":
         return "missing"
-    if kind == "unexpected_keyword_argument":
-        return "unknown field"
     if kind == "value_error":
         return str(context["error"])
     return f"{message}, got {shown}"

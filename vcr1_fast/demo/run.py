@@ -24,6 +24,7 @@ from vcr1_fast.demo.reasoning import with_reasoning
 from vcr1_fast.demo.settings import FRAMES, WARM_START, DemoConfig
 from vcr1_fast.evaluate.config import EvalConfig
 from vcr1_fast.evaluate.run import evaluate_checkpoint
+from vcr1_fast.files import write_atomic
 from vcr1_fast.report.curves import write_curves
 from vcr1_fast.report.rollouts import write_rollouts_html
 from vcr1_fast.report.table import print_table, stages_table
@@ -50,7 +51,7 @@ def main_demo(config: DemoConfig) -> int:
             shutil.rmtree(out / stage, ignore_errors=True)
         (out / "summary.json").unlink(missing_ok=True)
         out.mkdir(parents=True, exist_ok=True)
-        kept.write_text(settings)
+        write_atomic(kept, settings)
     summary = run_demo(config)
     print_table(stages_table([summary["stages"]]))
     print(f"{sum(summary['seconds'].values()):.0f} s in all; wrote {out}/summary.json")
@@ -97,7 +98,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
         },
         "config": dataclasses.asdict(config),
     }
-    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write_atomic(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
 
 
