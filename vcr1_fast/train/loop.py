@@ -45,7 +45,7 @@ def train(config: TrainConfig) -> Path:
     Everything it writes lies in `config.run.output`. ValueError (ConfigError, CheckpointError,
     RecordError among them) names the setting or the file at fault.
     """
-    functions = [load_reward(spec) for spec in config.rewards.functions]
+    functions = [load_reward(spec, config.rewards.timeout) for spec in config.rewards.functions]
     with (
         open_run(config, reference=config.loss.beta != 0) as run,
         open_scoring(run, functions) as scoring,

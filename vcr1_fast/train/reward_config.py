@@ -48,6 +48,8 @@ class RewardsConfig:
     before; 1 where none is given."""
     functions: tuple[str, ...] = ()
     """The user's own rewards, "module:function" or "file.py:function"; see `rewards.plugin`."""
+    timeout: float | None = 600.0
+    """Seconds that one of `functions` may take for one batch; null: no bound."""
     threshold: float = 0.1
     """Accuracy above which a completion counts as right, for the two bonuses (Video-R1: 0.1)."""
     overlong_buffer: int = 0
@@ -66,6 +68,8 @@ class RewardsConfig:
         for name in ("overlong_buffer", "repetition_ngram"):
             if getattr(self, name) < 0:
                 raise ConfigError(name, f"must be at least 0, got {getattr(self, name)}")
+        if self.timeout is not None and not self.timeout > 0:
+            raise ConfigError("timeout", f"must be above 0 or null, got {self.timeout}")
         if self.overlong_limit is not None and self.overlong_limit < max(self.overlong_buffer, 1):
             raise ConfigError(
                 "overlong_limit",
