@@ -221,8 +221,11 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         Without `use_ref_model` the policy is its own reference: no KL, and 0 as its metric.
         ValueError if a reference is to be used and none is given.
         """
-        head = {"temperature": self.temperature, "softcap": self.softcap}
-        head["chunk_rows"] = self.chunk_rows
+        head: dict[str, Any] = {
+            "temperature": self.temperature,
+            "softcap": self.softcap,
+            "chunk_rows": self.chunk_rows,
+        }
         with_kl = self.use_ref_model and self.beta != 0
         if self.use_ref_model and ref_per_token_logps is None and ref_input is None:
             raise ValueError("use_ref_model needs ref_per_token_logps or ref_input")
@@ -231,6 +234,8 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
                 "ref_per_token_logps and ref_input are both given; the former counts", stacklevel=2
             )
         if with_kl and ref_per_token_logps is None:
+            if ref_input is None or ref_weight is None:
+                raise ValueError("ref_input needs ref_weight, got None")
             with torch.no_grad():
                 ref_per_token_logps = linear_logprobs(
                     ref_input,

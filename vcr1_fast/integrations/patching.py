@@ -255,7 +255,8 @@ def _find(swap: Swap) -> _Done:
     if owner is ABSENT or (original is ABSENT and not swap.new):
         raise UnknownContract(f"{swap.target} is not there")
     if swap.parameters is not None:
-        taken = tuple(inspect.signature(getattr(original, "forward", original)).parameters)
+        called: Any = getattr(original, "forward", original)
+        taken = tuple(inspect.signature(called).parameters)
         if taken != swap.parameters:
             raise UnknownContract(f"{swap.target} takes {taken}, expected {swap.parameters}")
     if swap.digests:

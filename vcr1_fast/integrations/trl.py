@@ -206,6 +206,7 @@ def selective_log_softmax_and_entropy(
             entropy=True,
             out_dtype=_out_dtype(logits, index, row_mask),
         )
+        assert found.entropy is not None
         return found.logps, found.entropy if entropy_requires_grad else found.entropy.detach()
 
     return selective_log_softmax_and_entropy
@@ -219,9 +220,11 @@ def entropy_from_logits(original: Callable[..., Tensor]) -> Callable[..., Tensor
         the chunks."""
         if not _are_ours(logits):
             return original(logits, chunk_size)
-        anything = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
+        labels = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
         dtype = _out_dtype(logits, None, None)
-        return gather_logprobs(logits, anything, entropy=True, out_dtype=dtype).entropy
+        found = gather_logprobs(logits, labels, entropy=True, out_dtype=dtype)
+        assert found.entropy is not None
+        return found.entropy
 
     return entropy_from_logits
 

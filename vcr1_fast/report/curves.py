@@ -87,6 +87,7 @@ def write_curves(
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     rows = read_metrics(metrics_path)
     shown = [(panel, series) for panel in panels if (series := panel.series(rows))]
@@ -97,9 +98,9 @@ def write_curves(
 
     def save(pictured: Sequence[tuple[Panel, dict]], path: Path, columns: int) -> Path:
         lines = -(-len(pictured) // columns)
-        figure = Figure(figsize=(4.6 * columns, 3.0 * lines), dpi=DPI, layout="constrained")
+        layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)
+        figure = Figure(figsize=(4.6 * columns, 3.0 * lines), dpi=DPI, layout=layout)
         FigureCanvasAgg(figure)
-        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
         ends = []
         for index, (panel, series) in enumerate(pictured):
             axes = figure.add_subplot(lines, columns, index + 1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def print_table(table: Table, file: TextIO | None = None) -> None:
         console.print(Text(table.title))  # rich would fold a table's title to the table's width
     view = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
     for index, column in enumerate(table.columns):
-        justify = "left" if index in table.left else "right"
+        justify: Literal["left", "right"] = "left" if index in table.left else "right"
         view.add_column(column, justify=justify, no_wrap=True)
     for row in table.rows:
         view.add_row(*(Text(cell) for cell in row))  # Text: brackets are not rich mark-up

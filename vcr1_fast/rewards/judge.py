@@ -145,13 +145,13 @@ class Recorded:
         # Completions of one group are often equal: equal prompts are asked once.
         with self._lock:
             new = {k: p for k, p in zip(keys, prompts, strict=True) if k not in self._replies}
-        if new and self.ask is None:
-            first = next(iter(new.values()))
-            raise ValueError(
-                f"{self.path} holds no reply of {self.model!r} to {len(new)} of "
-                f"{len(set(keys))} prompts, the first being {first[:200]!r}"
-            )
         if new:
+            if self.ask is None:
+                first = next(iter(new.values()))
+                raise ValueError(
+                    f"{self.path} holds no reply of {self.model!r} to {len(new)} of "
+                    f"{len(set(keys))} prompts, the first being {first[:200]!r}"
+                )
             replies = iter(self.ask(list(new.values())))
             for (key, prompt), reply in zip(new.items(), replies, strict=True):
                 self._keep(key, prompt, reply)

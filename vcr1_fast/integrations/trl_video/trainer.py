@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +55,11 @@ class VideoGRPOConfig(GRPOConfig):
         mrope: convention of the positions, "trained" or "installed"; see `model/positions.py`.
     """
 
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*GRPOConfig._VALID_DICT_FIELDS, "frame_kwargs"]
+    # TRL declares it without ClassVar, which would make it a field of the dataclass here.
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [  # type: ignore[misc]
+        *GRPOConfig._VALID_DICT_FIELDS,
+        "frame_kwargs",
+    ]
 
     frame_kwargs: dict[str, Any] | str | None = field(default=None)
     decode_workers: int = field(default=2)
@@ -68,7 +72,7 @@ class Shown:
     """A prompt of a generation batch: `vision` (video tokens, H) of a frozen tower, once known."""
 
     prompt: Prompt
-    duration: float
+    duration: float | None
     vision: Tensor | None = None
 
 
@@ -87,6 +91,12 @@ class VideoGRPOTrainer(GRPOTrainer):
     clips beforehand.
     """
 
+    # What TRL leaves open, as it is after `__init__`.
+    args: VideoGRPOConfig
+    model: nn.Module
+    _signature_columns: Any
+    _buffered_inputs: Any
+
     def __init__(
         self,
         model: Any,
@@ -100,13 +110,14 @@ class VideoGRPOTrainer(GRPOTrainer):
         patch_trl.check_version()
         _check(args, kwargs)
         if isinstance(model, str | Path):
-            dtype = (args.model_init_kwargs or {}).get("dtype", torch.float32)
+            options = cast("dict[str, Any]", args.model_init_kwargs or {})  # parsed by TRL
+            dtype = options.get("dtype", torch.float32)
             model, own = load(model, dtype=dtype)
             processor = processor or own
             args.model_init_kwargs = None
         elif processor is None:
             raise ValueError("a model that is loaded already needs its processor")
-        frames = FrameConfig(**(args.frame_kwargs or {}))
+        frames = FrameConfig(**cast("dict[str, Any]", args.frame_kwargs or {}))
         self.frames = frames
         self.processor = processor.with_frames(frames, media_first=processor.media_first)
         prepare_vision(unwrap(model))
@@ -136,6 +147,7 @@ class VideoGRPOTrainer(GRPOTrainer):
         if not self.model.training:
             return super()._prepare_inputs(generation_batch)
         parts = self.args.steps_per_generation
+        assert parts is not None  # TRL sets it in `__post_init__`
         if self._step % (parts * self.num_iterations) == 0 or self._buffered_inputs is None:
             generated = self._generate_and_score_completions(generation_batch)
             self._buffered_inputs = split_tensor_dict(generated, parts)
@@ -170,7 +182,7 @@ class VideoGRPOTrainer(GRPOTrainer):
         shown = self._shown[self.model.training]
         return [shown[i].prompt.input_ids.tolist() for i in self._rows], None, {}
 
-    def _generate_single_turn(
+    def _generate_single_turn(  # type: ignore[override]
         self,
         prompt_ids: list,
         images: None,
@@ -183,6 +195,7 @@ class VideoGRPOTrainer(GRPOTrainer):
         # A process may hold a part of a group, or one after the other two groups of one prompt.
         size = math.gcd(*counts)
         places = [i for i, count in enumerate(counts) for _ in range(count // size)]
+        assert self.max_completion_length is not None  # `_check` refuses None
         sampling = SamplingConfig(
             temperature=self.temperature,
             top_p=self.top_p,
@@ -250,7 +263,8 @@ class VideoGRPOTrainer(GRPOTrainer):
             found = linear_logprobs(
                 hidden, weight, labels, bias, temperature=self.temperature, entropy=entropy
             )
-            return found.logps, found.entropy if entropy else found.logps.new_zeros(0)
+            none = found.logps.new_zeros(0)
+            return found.logps, none if found.entropy is None else found.entropy
 
         with self.accelerator.autocast():
             if inner is model:
@@ -259,7 +273,9 @@ class VideoGRPOTrainer(GRPOTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
-        self.processor.save_pretrained(output_dir or self.args.output_dir)
+        folder = output_dir or self.args.output_dir
+        assert folder is not None  # TRL's own `_save` needs it too
+        self.processor.save_pretrained(folder)
 
 
 def _check(args: VideoGRPOConfig, arguments: dict[str, Any]) -> None:
@@ -272,5 +288,7 @@ def _check(args: VideoGRPOConfig, arguments: dict[str, Any]) -> None:
     wrong += [f"{name}=…" for name in _UNSUPPORTED_ARGUMENTS if arguments.get(name) is not None]
     if args.mrope not in CONVENTIONS:
         raise ValueError(f"mrope must be one of {CONVENTIONS}, got {args.mrope!r}")
+    if args.max_completion_length is None:
+        raise ValueError("max_completion_length must be a number of tokens, got None")
     if wrong:
         raise ValueError(f"VideoGRPOTrainer does not take {', '.join(wrong)}")
