@@ -1,4 +1,4 @@
-"""What the forms of Liger's GRPO loss share: its options as ours, its metrics from ours."""
+"""Options and metrics that the forms of Liger's GRPO loss share, mapped to ours and back."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def liger_config(
 
 
 def dapo_tokens(loss_type: str, mask: Tensor, num_items: Tensor | float | None) -> Tensor | None:
-    """What dapo, cispo and vespo divide by on this process: `num_items` of all processes, or the
+    """The divisor of dapo, cispo and vespo on this process: `num_items` of all processes, or the
     tokens of all processes' masks, over the number of processes. None: this call's tokens."""
     if loss_type not in ("dapo", "cispo", "vespo"):
         return None

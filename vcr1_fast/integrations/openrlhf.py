@@ -90,7 +90,7 @@ def fused_policy_loss(original: type[torch.nn.Module]) -> type[torch.nn.Module]:
                 advantages,
                 action_mask,
                 GRPOLossConfig(**averaged, **_options(self)),
-                moved_from=old_log_probs,
+                kl_reference_logps=old_log_probs,
                 rollout_logps=rollout if ppo else None,
             )
             gap = filtered = None

@@ -1,4 +1,4 @@
-"""GRPO on video for users of TRL, whose own `GRPOTrainer` takes text and images.
+"""GRPO on video for users of TRL, whose `GRPOTrainer` takes only text and images.
 
     from vcr1_fast.integrations.trl_video import (
         VideoGRPOConfig, VideoGRPOTrainer, task_rewards, video_dataset)
@@ -8,13 +8,13 @@
         "Qwen/Qwen2.5-VL-3B-Instruct", task_rewards(data), VideoGRPOConfig("out"), data)
     trainer.train()
 
-A data set of one's own needs two columns, `prompt` (a user turn of text, a system turn before it if
+Your own data set needs two columns, `prompt` (a user turn of text, a system turn before it if
 need be) and `video` (a path; or `image`), and may have `start` and `end` (seconds); what else it
 holds goes to the reward functions, as everywhere in TRL, and so does `duration` (seconds of the
 part shown).
 
-What is TRL's stays TRL's: arguments, reward functions, advantages, losses, logging, checkpoints,
-PEFT, DDP. What is ours: clips are decoded and cut into patches once for a group; the vision tower
+TRL's arguments, reward functions, advantages, losses, logging, checkpoints, PEFT and DDP are
+unchanged. Ours: clips are decoded and cut into patches once for a group; the vision tower
 and the prompt are run once for its G completions, in the rollout and in the forward pass of policy
 and reference, with the losses and gradients of the plain form (`model/forward.py`).
 

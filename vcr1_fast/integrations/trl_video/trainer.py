@@ -1,4 +1,4 @@
-"""The trainer: TRL's, with our prompts, rollout and forward pass in the places of its own."""
+"""TRL's trainer with our prompts, rollout and forward pass."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from vcr1_fast.model.vision import freeze_vision, prepare_vision
 from vcr1_fast.model.wrapping import unwrap
 from vcr1_fast.ops import linear_logprobs
 
-# Settings of TRL's that have no meaning here, with the value they must keep.
+# TRL's settings that have no effect here, with the value they must keep.
 _UNSUPPORTED = {
     "use_vllm": False,
     "use_transformers_continuous_batching": False,
@@ -69,7 +69,8 @@ class VideoGRPOConfig(GRPOConfig):
 
 @dataclass(eq=False)
 class Shown:
-    """A prompt of a generation batch: `vision` (video tokens, H) of a frozen tower, once known."""
+    """A prompt of a generation batch. `vision`: (video tokens, H) features of a frozen vision
+    encoder; None before the rollout."""
 
     prompt: Prompt
     duration: float | None
@@ -82,7 +83,7 @@ class VideoGRPOTrainer(GRPOTrainer):
     Args:
         model: directory or hub name of a Qwen2.5-VL, or one that was loaded with SDPA, then
             with its `processor`.
-        reward_funcs, args, train_dataset, and further keywords: as TRL takes them.
+        reward_funcs, args, train_dataset, and other keywords: as in TRL.
         processor: the checkpoint's; made from `model` where that is a name.
 
     ValueError for settings of TRL's that do not work here (vLLM, tools, min_p, …), for parameters
@@ -91,7 +92,7 @@ class VideoGRPOTrainer(GRPOTrainer):
     clips beforehand.
     """
 
-    # What TRL leaves open, as it is after `__init__`.
+    # TRL's wider types, narrowed to their values after `__init__`.
     args: VideoGRPOConfig
     model: nn.Module
     _signature_columns: Any
@@ -132,7 +133,7 @@ class VideoGRPOTrainer(GRPOTrainer):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError("every process must hold the whole model: no FSDP, no DeepSpeed")
         if args.freeze_vision:
-            freeze_vision(self.model)  # adapters that peft has put into the tower included
+            freeze_vision(self.model)  # includes peft's adapters of the vision encoder
         if self.ref_model is not None:
             prepare_vision(unwrap(self.ref_model))
         self._reader = ClipReader(workers=args.decode_workers)
