@@ -5,9 +5,10 @@ PY := $(VENV)/bin/python
 CSRC := CMakeLists.txt $(shell find csrc -type f)
 PIP = $(PY) -m pip install --quiet --disable-pip-version-check
 PIP_INSTALL = $(PIP) -c constraints.txt
-# Triton kernels run on the CPU only in a process that never compiles them.
-TRITON_TESTS := $(addprefix python_tests/test_, gather_logprobs.py grpo_loss.py \
-  linear_grpo_loss.py linear_logprobs.py logits_grpo_loss.py)
+# The tests of ops and native code, found by the stem of what they test; "native" and "properties"
+# test all of it.
+OP_STEMS := native properties $(basename $(notdir $(shell find csrc/cpu csrc/cuda csrc/bindings vcr1_fast/ops -type f)))
+OP_TESTS := $(wildcard $(addsuffix .py,$(addprefix python_tests/test_,$(sort $(OP_STEMS)))))
 CLANG_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: build demo test sanitize lint format docs bench gpu-check inplace clean
@@ -39,20 +40,17 @@ demo: $(VENV)/.built  ## Make clips, warm-start, train by GRPO, evaluate; writes
 
 test: $(VENV)/.built $(VENV)/.oracle $(VENV)/.trl-previous  ## Every test that this machine can run.
 	VCR1_TORCHVISION=$(abspath $(VENV)/oracle) $(PY) -m pytest $(ARGS)
-	TRITON_INTERPRET=1 $(PY) -m pytest -q -k triton $(TRITON_TESTS)
-	PYTHONPATH=$(VENV)/oracle $(PY) -m pytest -q -k 'torchvision or transformers' \
-	  python_tests/test_iou.py python_tests/test_video_patches.py
+	# Triton kernels run on the CPU only in a process that never compiles them.
+	TRITON_INTERPRET=1 $(PY) -m pytest -q -k triton $(OP_TESTS)
+	PYTHONPATH=$(VENV)/oracle $(PY) -m pytest -q -k 'torchvision or transformers' $(OP_TESTS)
 	PYTHONPATH=$(VENV)/trl-previous TRITON_INTERPRET=1 $(PY) -m pytest -q \
 	  python_tests/test_trl_patch.py python_tests/test_trl_video.py
 
-# Native code under AddressSanitizer and UBSan, in a build of its own that VCR1_NATIVE names. The
-# runtimes come first because Python itself lacks them, and libstdc++ with them, or exceptions are
-# not seen. Leaks are not looked for: Python never frees all. --capture=sys leaves the report, which
-# a sanitizer writes before it ends the process, on the terminal.
+# Native code under AddressSanitizer and UBSan, in a separate build that VCR1_NATIVE names. The
+# runtimes are preloaded because Python itself lacks them, and libstdc++ too, or they miss
+# exceptions. Leaks are not searched: Python never frees everything. --capture=sys leaves the report,
+# which a sanitizer writes before it ends the process, on the terminal.
 SANITIZERS = $(foreach lib,libasan.so libubsan.so libstdc++.so.6,$(shell $(CXX) -print-file-name=$(lib)))
-OP_TESTS := $(patsubst %,python_tests/test_%.py,native backend gather_logprobs group_advantages \
-  group_attention grpo_clipped grpo_loss grpo_metrics grpo_token_loss host_memory iou linear_grpo_loss linear_logprobs \
-  logits_grpo_loss openmp properties resample_tiles resize_frames video_patches)
 sanitize: $(VENV)/.built  ## The ops' CPU tests on a build that traps memory errors and undefined behaviour.
 	CXX=$(CXX) cmake -S . -B build/sanitize -DCMAKE_BUILD_TYPE=None -DVCR1_CUDA=OFF -DVCR1_SANITIZE=ON \
 	  -DPython_EXECUTABLE=$(abspath $(PY)) \
@@ -67,8 +65,10 @@ lint: $(VENV)/.built
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror $(CLANG_FILES)
+	$(PY) csrc/stubs.py --check
 
 format: $(VENV)/.built
+	$(PY) csrc/stubs.py
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $(CLANG_FILES)

@@ -45,9 +45,7 @@ from trl.trainer import utils  # noqa: E402
 from vcr1_fast.integrations.trl import patch_trl  # noqa: E402
 from vcr1_fast.integrations.trl_video.trainer import Shown, VideoGRPOConfig, VideoGRPOTrainer  # noqa: E402
 from vcr1_fast.model.checkpoint import load  # noqa: E402
-from vcr1_fast.model.packing import prompt_positions  # noqa: E402
-from vcr1_fast.model.positions import SpecialIds  # noqa: E402
-from vcr1_fast.model.tiny import TinyConfig, write_tiny  # noqa: E402
+from vcr1_fast.model.qwen2_5_vl.tiny import TinyConfig, write_tiny  # noqa: E402
 
 # prompt tokens, completion tokens, completions, vocabulary, width, under bfloat16 autocast
 TEXT = (
@@ -274,7 +272,7 @@ def bench_video(bench: Bench, name: str, prompt: int, length: int, count: int) -
     completions = torch.randint(250, (count, length), generator=torch.Generator().manual_seed(0))
     batch = batch_of(shown.input_ids.to(model.device), completions.to(model.device))
 
-    positions = prompt_positions(shown, SpecialIds.from_config(model.config), "trained")
+    positions = shown.positions
     after = positions.max() + 1 + torch.arange(length)
     positions = torch.cat([positions, after.expand(3, -1)], dim=1)
     copies = {

@@ -10,8 +10,8 @@ import torch
 from harness import Bench, arguments, scaled_error
 
 from vcr1_fast import ops
-from vcr1_fast.ops.iou import KINDS
-from vcr1_fast.ops.iou_reference import (
+from vcr1_fast.ops.iou import (
+    KINDS,
     box_iou_reference,
     interval_set_iou_reference,
     temporal_iou_reference,

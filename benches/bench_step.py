@@ -38,13 +38,12 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from vcr1_fast.model import checkpoint
 from vcr1_fast.model.attention import Backend, prepare_attention
-from vcr1_fast.model.forward import prompt_features
+from vcr1_fast.model.forward import completion_logps, prompt_features
+from vcr1_fast.model.qwen2_5_vl.tiny import write_tiny
 from vcr1_fast.model.rollout import SamplingConfig, rollout
-from vcr1_fast.model.tiny import write_tiny
 from vcr1_fast.model.vision import prepare_vision
 from vcr1_fast.ops.memory import available_bytes
 from vcr1_fast.train.planner import GIB, Footprint
-from vcr1_fast.train.step import completion_logps
 
 # model, prompt tokens, completion tokens, completions
 TARGETS = [("0.7M", 2048, 64, 8), ("6M", 2048, 64, 8)]
@@ -179,7 +178,7 @@ def plain_logps(model: nn.Module, case: Case) -> None:
 
 @torch.no_grad()
 def shared_logps(model: nn.Module, case: Case) -> None:
-    completion_logps(model, [case.group], convention="trained")
+    completion_logps(model, [case.group])
 
 
 def bench_stages(bench: Bench, name: str, models: Models, case: Case) -> None:

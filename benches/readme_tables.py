@@ -1,7 +1,7 @@
-"""Fill the tables of README.md from the measurements stored in benches/results/.
+"""Fill the tables of README.md and docs/ops.md from the measurements in benches/results/.
 
     python benches/readme_tables.py            write the tables
-    python benches/readme_tables.py --check    exit 1 when the README differs from them
+    python benches/readme_tables.py --check    exit 1 when a page differs from them
 
 A table stands between `<!-- table:NAME -->` and `<!-- /table -->`. NAME is "demo", made from
 demo_*.json (one file a seed); "integrations", the steps of other trainers with our ops in them;
@@ -23,6 +23,7 @@ from typing import Any
 from vcr1_fast.report.table import Table, markdown_table, stages_table
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGES = (ROOT / "README.md", ROOT / "docs" / "ops.md")
 MARKED = re.compile(r"(<!-- table:([\w.-]+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
 
 
@@ -190,34 +191,35 @@ def demo_markdown(summaries: Sequence[Mapping[str, Any]]) -> str:
     return f"{table}\n\n{kind} {seeds}; {max(minutes):.1f} minutes at most, on the CPU."
 
 
-def fill(readme: str, results: Path) -> str:
-    """The README's text with every marked table made anew; all else as it is."""
-    opened, whole = readme.count("<!-- table:"), len(MARKED.findall(readme))
-    if opened != whole or readme.count("<!-- /table -->") != whole:
+def fill(page: str, results: Path) -> str:
+    """The page's text with every marked table replaced; the rest stays as it is."""
+    opened, whole = page.count("<!-- table:"), len(MARKED.findall(page))
+    if opened != whole or page.count("<!-- /table -->") != whole:
         raise ValueError(f"{opened} table markers open, {whole} are closed properly")
-    return MARKED.sub(lambda m: f"{m[1]}\n{build(m[2], results)}\n\n{m[4]}", readme)
+    return MARKED.sub(lambda m: f"{m[1]}\n{build(m[2], results)}\n\n{m[4]}", page)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 1 when --check finds the README out of date."""
+    """Exit status: 1 when --check finds a page out of date."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--check", action="store_true", help="compare, write nothing")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--pages", type=Path, nargs="+", default=list(PAGES))
     parser.add_argument("--results", type=Path, default=ROOT / "benches" / "results")
     options = parser.parse_args(arguments)
-    old = options.readme.read_text(encoding="utf-8")
-    new = fill(old, options.results)
-    if not options.check:
-        options.readme.write_text(new, encoding="utf-8")
-        return 0
-    drift = difflib.unified_diff(
-        old.splitlines(), new.splitlines(), "README.md", "benches/results", lineterm="", n=0
-    )
-    lines = list(drift)
-    if lines:
-        print("\n".join(lines))
-        print("README.md differs from benches/results: run python benches/readme_tables.py")
-    return 1 if lines else 0
+    stale = 0
+    for page in options.pages:
+        old = page.read_text(encoding="utf-8")
+        new = fill(old, options.results)
+        if not options.check:
+            page.write_text(new, encoding="utf-8")
+        elif old != new:
+            stale = 1
+            drift = difflib.unified_diff(
+                old.splitlines(), new.splitlines(), page.name, "benches/results", lineterm="", n=0
+            )
+            print("\n".join(drift))
+            print(f"{page.name} differs from benches/results: run python benches/readme_tables.py")
+    return stale
 
 
 if __name__ == "__main__":

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from vcr1_fast.model.forward import completion_hidden
-from vcr1_fast.model.packing import Group, prompt_positions
-from vcr1_fast.model.positions import SpecialIds, next_position
-from vcr1_fast.model.tiny import TinyConfig
+from vcr1_fast.model.packing import Group
+from vcr1_fast.model.prompt import next_position
+from vcr1_fast.model.qwen2_5_vl.tiny import TinyConfig
 from vcr1_fast.ops import GRPOLossConfig
-from vcr1_fast.train.step import PolicyGroup, loss_config, policy_loss
+from vcr1_fast.train.groups import PolicyGroup, step_loss_config
+from vcr1_fast.train.loop import policy_loss
 
 MODELS = {
     "0.7M": TinyConfig(hidden_size=64, layers=6, vision_hidden=48, vocab_limit=4096),
@@ -55,7 +56,7 @@ class Case:
         prompt, count = group.prompt, len(group.completions)
         completions = pad_sequence(list(group.completions), batch_first=True)
         mask = torch.arange(completions.shape[1]) < torch.tensor(group.lengths)[:, None]
-        positions = prompt_positions(prompt, SpecialIds.from_config(model.config), "trained")
+        positions = prompt.positions
         after = next_position(positions) + torch.arange(completions.shape[1])
         positions = torch.cat([positions, after.expand(3, -1)], dim=1)
         tokens = torch.cat([prompt.input_ids.expand(count, -1), completions], dim=1)
@@ -119,10 +120,9 @@ def shared_step(model: nn.Module, case: Case) -> None:
     loss, _ = policy_loss(
         model,
         [PolicyGroup(case.group, case.advantages, torch.zeros(tokens))],
-        loss_config(_LOSS, len(case.mask), tokens),
+        step_loss_config(_LOSS, len(case.mask), tokens),
         temperature=1.0,
         on_policy=True,
-        convention="trained",
     )
     loss.backward()
 

@@ -1,7 +1,8 @@
 // Every launcher's signature, CPU beside CUDA: the native table of contents.
 //
 // A launcher takes one struct of pointers, sizes and strides; it allocates nothing and does not
-// synchronise. CPU launchers take the number of threads last, CUDA launchers the stream.
+// synchronise. CPU launchers take the number of threads last, CUDA launchers the stream; the latter
+// exist only in builds with CUDA.
 #pragma once
 
 #include <cstdint>
@@ -10,6 +11,7 @@
 #include "dtype.h"
 #include "group_attention.h"
 #include "grpo_loss.h"
+#include "patch_layout.h"
 
 // Declares `void name(const Args&, int num_threads)` once per instruction set, as CMake's
 // vcr1_cpu_kernel() compiles it, and the function that picks one at run time. _VBMI: with a variant
@@ -109,19 +111,17 @@ VCR1_CPU_LAUNCHER(gather_logprobs, GatherLogprobsForward)
 VCR1_CPU_LAUNCHER(gather_logprobs_backward, GatherLogprobsBackward)
 }  // namespace cpu
 
-#ifdef VCR1_CUDA
 namespace cuda {
 void gather_logprobs(const GatherLogprobsForward& args, void* stream);
 void gather_logprobs_backward(const GatherLogprobsBackward& args, void* stream);
 }  // namespace cuda
-#endif
 
 }  // namespace vcr1
 
 namespace vcr1::cpu {
 
-// One axis of a resize, as ops/resample.py lays it out. Integer tables read pixels in pairs (2k,
-// 2k + 1): first counts pairs, weights are int16 (n_out, parts, 2 * taps), where part 0 of two
+// One axis of a resize, as ops/resize_frames.py lays it out. Integer tables read pixels in pairs
+// (2k, 2k + 1): first counts pairs, weights are int16 (n_out, parts, 2 * taps), where part 0 of two
 // holds w >> 8 and part 1 w & 255. Float tables: first counts pixels, weights are (n_out, taps).
 struct ResizeAxis {
   const int32_t* first;
@@ -163,8 +163,8 @@ struct GatherTables {
 // Where one worker keeps what, in bytes from the start of its part of the scratch memory.
 struct ResizeScratch {
   int64_t source, resized, pointers, row;
-  int64_t ring, ring_bytes;  // two rings, of the two frames that video_patches holds at a time
-  int64_t staged, cast;      // video_patches: a row of patches, and the values of two patches
+  int64_t ring, ring_bytes;  // a ring for each frame that video_patches holds at a time
+  int64_t staged, cast;      // video_patches: a row of patches, and the values of `merge` patches
   int64_t total;             // a multiple of 64
   int64_t ring_size;         // lines of resized rows (int: row pairs) kept for the vertical pass
   int64_t width;             // the output width, padded to whole vectors
@@ -192,22 +192,21 @@ VCR1_CPU_LAUNCHER_VBMI(resize_frames, ResizeFramesArgs)
 
 struct VideoPatchesArgs {
   ResizeArgs resize;
-  void* out;  // (N, 1176)
+  void* out;  // (N, 3 * temporal * patch * patch)
   DType out_dtype;
-  float offset[3], scale[3];  // (x - offset) / scale
+  PatchLayout patches;
 };
 VCR1_CPU_LAUNCHER_VBMI(video_patches, VideoPatchesArgs)
 
 }  // namespace vcr1::cpu
 
-#ifdef VCR1_CUDA
 namespace vcr1::cuda {
 
 // kMatrix16 and kMatrix22 run on the tensor cores, which take weights of 16 and 24 bits by bytes.
 enum class ResizeMethod { kCopy, kMatrix16, kMatrix22, kInt, kFloat, kFloatRounded };
 
 // One axis of a resize. Scalar methods: weights are int32 or float (n_out, taps), first (n_out,)
-// holds the first pixel read. Matrix methods: see vcr1_fast/ops/resample_tiles.py.
+// holds the first pixel read. Matrix methods: see `tile_table` of vcr1_fast/ops/resize_frames.py.
 struct ResizeAxis {
   const int32_t* first;
   const void* weights;
@@ -239,14 +238,13 @@ void resize_frames(const ResizeFramesArgs& args, void* stream);
 
 struct VideoPatchesArgs {
   ResizeArgs resize;
-  void* out;  // (N, 1176)
+  void* out;  // (N, 3 * temporal * patch * patch)
   DType out_dtype;
-  float offset[3], scale[3];  // (x - offset) / scale
+  PatchLayout patches;
 };
 void video_patches(const VideoPatchesArgs& args, void* stream);
 
 }  // namespace vcr1::cuda
-#endif  // VCR1_CUDA
 
 namespace vcr1 {
 
@@ -286,13 +284,11 @@ VCR1_CPU_LAUNCHER(track_iou, TrackIouArgs)
 VCR1_CPU_LAUNCHER(interval_set_iou, IntervalSetIouArgs)
 }  // namespace cpu
 
-#ifdef VCR1_CUDA
 namespace cuda {
 void box_iou(const BoxIouArgs& args, void* stream);
 void track_iou(const TrackIouArgs& args, void* stream);
 void interval_set_iou(const IntervalSetIouArgs& args, void* stream);
 }  // namespace cuda
-#endif
 
 }  // namespace vcr1
 
@@ -340,12 +336,10 @@ struct LogitsGrpoLossArgs {
   RowLayout grad_layout;
 };
 
-#ifdef VCR1_CUDA
 namespace cuda {
 void grpo_loss(const GrpoLossArgs& args, void* stream);
 void logits_grpo_loss(const LogitsGrpoLossArgs& args, void* stream);
 }  // namespace cuda
-#endif
 
 }  // namespace vcr1
 

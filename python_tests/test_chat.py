@@ -18,8 +18,6 @@ from vcr1_fast.evaluate.chat import Conversation, main_chat, open_conversation
 from vcr1_fast.evaluate.config import ChatConfig
 from vcr1_fast.model import checkpoint
 from vcr1_fast.model.forward import embed, lm_head, prompt_features
-from vcr1_fast.model.packing import prompt_positions
-from vcr1_fast.model.positions import SpecialIds
 from vcr1_fast.model.rollout import rollout
 from vcr1_fast.model.sampling import SamplingConfig
 
@@ -67,17 +65,15 @@ def test_a_later_answer_is_that_of_one_pass_over_all_that_was_said(loaded):
     end = torch.tensor([processor.stop_id])
     cut = first if first[-1] == processor.stop_id else torch.cat([first, end])
     tokens, answer = torch.cat([prompt.input_ids, cut, turn]), []
-    ids = SpecialIds.from_config(model.config)
-    positions = prompt_positions(prompt, ids, "trained")
+    positions = prompt.positions
     weight, _ = lm_head(model)
     with torch.no_grad():
         features = prompt_features(model, [prompt])
         for _ in range(GREEDY.max_new_tokens):
+            is_vision = torch.isin(tokens, torch.tensor([processor.video_id, processor.image_id]))
             text = torch.arange(len(tokens) - positions.shape[1]) + int(positions.max()) + 1
             hidden = model.model.language_model(
-                inputs_embeds=embed(
-                    model, tokens[None], torch.ones(1, len(tokens)).bool(), features, ids
-                ),
+                inputs_embeds=embed(model, tokens, is_vision, features)[0][None],
                 position_ids=torch.cat([positions, text.expand(3, -1)], dim=1)[:, None],
                 attention_mask={"full_attention": None},
                 use_cache=False,
@@ -99,7 +95,7 @@ def test_letters_of_several_tokens_come_whole(loaded, monkeypatch):
     talk = Conversation(model, processor, [], GREEDY)
     tokens = processor.tokenizer.encode("a\N{SNOWMAN}b", add_special_tokens=False)
     given = iter([*tokens, processor.stop_id])
-    monkeypatch.setattr(talk, "_draw", lambda hidden: next(given))
+    monkeypatch.setattr(talk, "_sample", lambda hidden: next(given))
     pieces = list(talk.ask("?"))
     assert "".join(pieces) == "a\N{SNOWMAN}b" and not any("\ufffd" in piece for piece in pieces)
 

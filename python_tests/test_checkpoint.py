@@ -13,9 +13,9 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from vcr1_fast.model import checkpoint
 from vcr1_fast.model.checkpoint import CheckpointError
-from vcr1_fast.model.positions import SpecialIds
+from vcr1_fast.model.qwen2_5_vl.positions import SpecialIds
+from vcr1_fast.model.qwen2_5_vl.tiny import TinyConfig, write_tiny
 from vcr1_fast.model.rollout import SamplingConfig, rollout
-from vcr1_fast.model.tiny import TinyConfig, write_tiny
 from vcr1_fast.model.vision import PACKED_ATTENTION
 
 CONFIG = TinyConfig(hidden_size=32, heads=2, kv_heads=1, layers=1, vision_hidden=32)

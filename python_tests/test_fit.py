@@ -13,9 +13,9 @@ from vcr1_fast.data.records import Record, write_records
 from vcr1_fast.data.requests import clip_request
 from vcr1_fast.data.sampling import FrameConfig
 from vcr1_fast.data.video import BACKENDS, ClipReader, VideoError, read_clip, read_image
-from vcr1_fast.model.preprocessor import Fit, ImageProcessorConfig, VideoProcessorConfig
-from vcr1_fast.model.processor import Processor
-from vcr1_fast.model.tiny import TinyConfig, write_tiny
+from vcr1_fast.model.qwen2_5_vl.preprocessor import Fit, ImageProcessorConfig, VideoProcessorConfig
+from vcr1_fast.model.qwen2_5_vl.processor import Processor
+from vcr1_fast.model.qwen2_5_vl.tiny import TinyConfig, write_tiny
 from vcr1_fast.train import setup
 
 av = pytest.importorskip("av")

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from vcr1_fast.model import attention, checkpoint, flex_attention, packing, partial_attention
 from vcr1_fast.model.forward import completion_hidden, lm_head
 from vcr1_fast.model.packing import Group
-from vcr1_fast.model.positions import SpecialIds, mrope_positions
-from vcr1_fast.model.tiny import TinyConfig, write_tiny
+from vcr1_fast.model.qwen2_5_vl.positions import SpecialIds, mrope_positions
+from vcr1_fast.model.qwen2_5_vl.tiny import TinyConfig, write_tiny
 from vcr1_fast.model.vision import encode_videos, freeze_vision
 from vcr1_fast.model.wrapping import checkpoint_activations
 
@@ -225,11 +225,40 @@ def test_backends_that_cannot_run_are_refused(loaded, monkeypatch):
         attention.check_backend("fused", torch.device("cuda"))
     assert attention.resolve_backend("auto", torch.device("cuda")) == "masked"
     assert attention.resolve_backend("auto", torch.device("cpu")) == "fused"
-    monkeypatch.setattr(partial_attention, "_FORWARD", "_no_such_kernel")
-    attention.prepare_attention(model, "masked")
+
+
+@pytest.fixture
+def without_kernels(monkeypatch):
+    """As on a torch release without the private kernels."""
+    monkeypatch.setattr(partial_attention, "_SIGNATURES", {"_no_such_kernel": ()})
+    partial_attention.missing_kernels.cache_clear()
+    yield
+    partial_attention.missing_kernels.cache_clear()
+
+
+def test_private_kernels_that_are_missing_are_replaced_and_reported(loaded, without_kernels):
+    model, processor = loaded
+    groups = _groups(processor, 1, SHAPES["ragged groups"])
+    attention.prepare_attention(model, "masked")  # needs no private kernels: says nothing
     for backend in ("auto", "fused", "merged"):
-        with pytest.raises(ValueError, match=r"no _no_such_kernel: set model\.attention"):
+        with pytest.warns(RuntimeWarning, match="has no aten::_no_such_kernel: attention on the"):
             attention.prepare_attention(model, backend)
+    with pytest.warns(RuntimeWarning, match="plain operators"):
+        shared = _group_log_probs(model, groups)
+    ours = _gradients(model, shared)
+    plain = _plain_log_probs(model, groups)
+    assert (shared - plain).abs().max() < 1e-9
+    _assert_same(ours, _gradients(model, plain))
+
+
+def test_private_kernels_with_other_parameters_are_not_called(monkeypatch):
+    name = partial_attention._FORWARD
+    monkeypatch.setitem(partial_attention._SIGNATURES, name, ("query", "value", "key"))
+    partial_attention.missing_kernels.cache_clear()
+    try:
+        assert "changed the parameters of aten::_scaled" in partial_attention.missing_kernels()
+    finally:
+        partial_attention.missing_kernels.cache_clear()
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-5), ("bfloat16", 0.1)])

@@ -13,9 +13,9 @@ from vcr1_fast.data.video import read_clip
 from vcr1_fast.evaluate.config import EvalConfig
 from vcr1_fast.evaluate.run import evaluate, evaluate_checkpoint
 from vcr1_fast.model import checkpoint
+from vcr1_fast.model.qwen2_5_vl.tiny import TinyConfig, write_tiny
 from vcr1_fast.model.rollout import rollout
 from vcr1_fast.model.sampling import SamplingConfig
-from vcr1_fast.model.tiny import TinyConfig, write_tiny
 from vcr1_fast.tasks import TASKS
 
 av = pytest.importorskip("av")

@@ -14,8 +14,7 @@ from torchvision_shim import require_torchvision
 
 from vcr1_fast import ops
 from vcr1_fast.ops.backend import native
-from vcr1_fast.ops.iou import KINDS, _box
-from vcr1_fast.ops.iou_reference import box_iou_reference
+from vcr1_fast.ops.iou import KINDS, _box, box_iou_reference
 
 DTYPES = [torch.float32, torch.float64]
 EPS = {torch.float32: 2.0**-23, torch.float64: 2.0**-52}

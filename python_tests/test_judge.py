@@ -10,7 +10,7 @@ from itertools import pairwise
 import pytest
 
 from vcr1_fast.model.judge import LocalModel, open_judge
-from vcr1_fast.model.tiny import TinyConfig, write_tiny
+from vcr1_fast.model.qwen2_5_vl.tiny import TinyConfig, write_tiny
 from vcr1_fast.rewards import MatchingJudge, caption_scores, score
 from vcr1_fast.rewards.endpoint import Endpoint
 from vcr1_fast.rewards.judge import MAX_EVENTS, JudgeConfig, JudgeError, ModelJudge, Recorded

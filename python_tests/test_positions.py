@@ -6,7 +6,8 @@ import random
 import pytest
 import torch
 
-from vcr1_fast.model.positions import SpecialIds, mrope_positions, next_position, token_types
+from vcr1_fast.model.prompt import next_position
+from vcr1_fast.model.qwen2_5_vl.positions import SpecialIds, mrope_positions, token_types
 
 IDS = SpecialIds(image=1001, video=1002, vision_start=1003, vision_end=1004, tokens_per_second=2)
 
@@ -137,7 +138,7 @@ def test_installed_convention_follows_transformers(items):
     )
     model = Qwen2_5_VLForConditionalGeneration(config).model
     tokens, videos, seconds, images = _prompt(items)
-    got = mrope_positions(tokens, videos, seconds, images, IDS, convention="installed")
+    got = mrope_positions(tokens, videos, seconds, images, IDS, mrope="installed")
     expected, delta = model.get_rope_index(
         tokens[None],
         mm_token_type_ids=token_types(tokens, IDS)[None],
@@ -153,7 +154,7 @@ def test_installed_convention_follows_transformers(items):
 def test_conventions_differ_on_a_long_clip():
     prompt = _prompt(CASES["long clip"])
     trained = mrope_positions(*prompt, IDS)
-    installed = mrope_positions(*prompt, IDS, convention="installed")
+    installed = mrope_positions(*prompt, IDS, mrope="installed")
     assert torch.equal(trained[:, :186], installed[:, :186])
     assert not torch.equal(trained[:, 186:], installed[:, 186:])
 
@@ -175,6 +176,6 @@ def test_grids_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="1 video grids but 2"):
         mrope_positions(tokens, videos, torch.ones(2), None, IDS)
     with pytest.raises(ValueError, match="'newest'"):
-        mrope_positions(tokens, videos, seconds, None, IDS, convention="newest")
+        mrope_positions(tokens, videos, seconds, None, IDS, mrope="newest")
     with pytest.raises(ValueError, match=r"\(1, 18\)"):
         mrope_positions(tokens[None], videos, seconds, None, IDS)

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from vcr1_fast.model.files import CheckpointError
-from vcr1_fast.model.processor import Processor, VideoProcessorConfig
-from vcr1_fast.model.tiny import TinyConfig, write_tiny
+from vcr1_fast.model.qwen2_5_vl.processor import Processor, VideoProcessorConfig
+from vcr1_fast.model.qwen2_5_vl.tiny import TinyConfig, write_tiny
 
 # transformers' video processor imports torchvision, whose compiled part is not needed (nor, when it
 # was built for another torch, loadable): with its two operators declared, the rest runs. In a
@@ -245,6 +245,9 @@ def test_banned_ids_hold_all_control_tokens_but_the_stop_token(directory):
 def test_saved_processor_is_the_same(directory, tmp_path):
     processor = Processor.from_pretrained(directory)
     processor.save_pretrained(tmp_path)
+    (tmp_path / "bare").mkdir()
+    for folder in (tmp_path, tmp_path / "bare"):  # the model writes it
+        shutil.copy(directory / "config.json", folder)
     again = Processor.from_pretrained(tmp_path)
     clip = _clip(0, (4, 60, 90), 3.0)
     a, b = processor.prompt("When? 3.5", [clip]), again.prompt("When? 3.5", [clip])

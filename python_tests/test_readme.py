@@ -186,7 +186,9 @@ def test_check_finds_drift_and_writing_removes_it(tmp_path, capsys):
     write_demo(tmp_path, 0, 0.5, 0.7)
     readme = tmp_path / "README.md"
     readme.write_text("# Title\n<!-- table:demo -->\nold\n<!-- /table -->\nrest\n")
-    options = ["--readme", str(readme), "--results", str(tmp_path)]
+    other = tmp_path / "ops.md"
+    other.write_text("no table\n")
+    options = ["--pages", str(readme), str(other), "--results", str(tmp_path)]
     assert tables.main([*options, "--check"]) == 1
     assert "-old" in capsys.readouterr().out
     assert tables.main(options) == 0
@@ -195,6 +197,7 @@ def test_check_finds_drift_and_writing_removes_it(tmp_path, capsys):
     assert text.startswith("# Title\n") and text.endswith("\nrest\n") and "0.700" in text
     write_demo(tmp_path, 0, 0.5, 0.69)  # a new measurement makes the README stale
     assert tables.main([*options, "--check"]) == 1
+    assert other.read_text() == "no table\n"
 
 
 def test_unknown_tables_and_open_markers_are_refused(tmp_path):
@@ -208,8 +211,19 @@ needs_readme = pytest.mark.skipif(not README.exists(), reason="this tree has no 
 
 
 @needs_readme
-def test_the_readme_shows_the_stored_measurements():
+def test_the_pages_show_the_stored_measurements():
     assert tables.main(["--check"]) == 0
+    for page, table in zip(tables.PAGES, ("demo", "ops"), strict=True):
+        assert f"<!-- table:{table} -->" in page.read_text(encoding="utf-8")
+
+
+@needs_readme
+def test_the_page_of_ops_names_every_public_op():
+    from vcr1_fast import ops
+
+    text = (ROOT / "docs" / "ops.md").read_text(encoding="utf-8")
+    public = [n for n in ops.__all__ if n.islower() and n != "use"]
+    assert [name for name in public if f"`{name}`" not in text] == []
 
 
 @needs_readme

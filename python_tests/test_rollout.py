@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from vcr1_fast.model import checkpoint, token_step
+from vcr1_fast.model import checkpoint
 from vcr1_fast.model import rollout as rollout_module
 from vcr1_fast.model.forward import completion_hidden, lm_head
 from vcr1_fast.model.packing import Group
+from vcr1_fast.model.qwen2_5_vl.tiny import TinyConfig, write_tiny
 from vcr1_fast.model.rollout import SamplingConfig, rollout
-from vcr1_fast.model.sampling import check_possible, draw, truncate
-from vcr1_fast.model.tiny import TinyConfig, write_tiny
+from vcr1_fast.model.sampling import check_possible, sample, truncate
 from vcr1_fast.model.wrapping import checkpoint_activations
 
 CONFIG = TinyConfig(
@@ -92,9 +92,10 @@ def _flat(nested):
 def test_greedy_agrees_with_generate(exact, bias):
     model, processor = exact
     _often_stop(model, processor, bias)
-    prompts = _prompts(processor)
+    # `generate` counts positions as the installed transformers does.
+    prompts = _prompts(dataclasses.replace(processor, mrope="installed"))
     sampling = SamplingConfig(temperature=0, max_new_tokens=24)
-    ours = rollout(model, processor, prompts, 1, sampling, convention="installed")
+    ours = rollout(model, processor, prompts, 1, sampling)
     banned = processor.banned_ids(model.config.text_config.vocab_size).tolist()
     lengths = set()
     for prompt, (completion,) in zip(prompts, ours.tokens, strict=True):
@@ -126,18 +127,18 @@ def test_greedy_agrees_with_generate(exact, bias):
         assert min(lengths) < 24
 
 
-@pytest.mark.parametrize("convention", ["trained", "installed"])
-def test_log_probs_are_those_of_the_training_forward(exact, convention):
+@pytest.mark.parametrize("mrope", ["trained", "installed"])
+def test_log_probs_are_those_of_the_training_forward(exact, mrope):
     model, processor = exact
     _often_stop(model, processor, 2.5)
-    prompts = _prompts(processor)
+    prompts = _prompts(dataclasses.replace(processor, mrope=mrope))
     sampling = SamplingConfig(temperature=0.7, max_new_tokens=40)
-    got = rollout(model, processor, prompts, 5, sampling, _seeded(), convention=convention)
+    got = rollout(model, processor, prompts, 5, sampling, _seeded())
     lengths = [len(c) for c in _flat(got.tokens)]
     assert len(set(lengths)) > 4 and max(lengths) > 32  # rows left, and the buffer grew
     groups = [Group(p, c) for p, c in zip(prompts, got.tokens, strict=True)]
     with torch.no_grad():
-        hidden, labels, _ = completion_hidden(model, groups, convention=convention)
+        hidden, labels, _ = completion_hidden(model, groups)
         logits = F.linear(hidden, *lm_head(model)) / 0.7
     expected = logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]
     assert torch.allclose(torch.cat(_flat(got.full_logps)), expected, rtol=0, atol=1e-7)
@@ -207,7 +208,7 @@ def test_static_shapes_draw_the_same(exact, bias):
     prompts, sampling = _prompts(processor), SamplingConfig(max_new_tokens=80)
     dynamic = rollout(model, processor, prompts, 6, sampling, _seeded())
     shapes = []
-    original = token_step.TokenStep.__call__
+    original = rollout_module.TokenStep.__call__
 
     def watching(self, *inputs):
         own = self.memory._own[0][0]
@@ -215,7 +216,7 @@ def test_static_shapes_draw_the_same(exact, bias):
         return original(self, *inputs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(token_step.TokenStep, "__call__", watching)
+        patch.setattr(rollout_module.TokenStep, "__call__", watching)
         static = dataclasses.replace(sampling, decoding="static")
         _same(rollout(model, processor, prompts, 6, static, _seeded()), dynamic)
     longest = max(map(len, _flat(dynamic.tokens)))
@@ -277,17 +278,17 @@ def test_graphs_are_recorded_for_each_shape_and_replayed(exact, monkeypatch):
     def recording(graph):
         yield
         graphed = current[-1]
-        reads = [x.data_ptr() for own in graphed.step.memory._own for x in own]
+        reads = [x.data_ptr() for own in graphed.step.memory._own.values() for x in own]
         memory = graphed.step.memory
         # The tensors are the recording's own from here on; `drawn` is set after this block.
         graph.tape = [graphed.step, graphed.inputs, graphed.step.last, memory.version, reads]
 
-    class Step(token_step.TokenStep):
+    class Step(rollout_module.TokenStep):
         def __call__(self, *inputs):
             self.last = super().__call__(*inputs)
             return self.last
 
-    class Graphed(token_step.GraphedStep):
+    class Graphed(rollout_module.GraphedStep):
         def __call__(self, *inputs):
             current.append(self)
             return super().__call__(*inputs)
@@ -303,8 +304,8 @@ def test_graphs_are_recorded_for_each_shape_and_replayed(exact, monkeypatch):
 
 def test_the_default_is_static_on_cuda_alone():
     for device, expected in (("cuda", "static"), ("cpu", "dynamic"), ("mps", "dynamic")):
-        assert token_step.resolve_decoding("auto", torch.device(device)) == expected
-        assert token_step.resolve_decoding("static", torch.device(device)) == "static"
+        assert rollout_module.resolve_decoding("auto", torch.device(device)) == expected
+        assert rollout_module.resolve_decoding("static", torch.device(device)) == "static"
 
 
 # Upper 1e-4 quantiles of chi-square, by degrees of freedom (Wilson and Hilferty's cube, which is
@@ -465,7 +466,7 @@ def test_draws_follow_the_distribution_of_transformers(temperature, top_k, top_p
     uniforms = (torch.arange(count, dtype=torch.float64) + 0.5) / count
     config = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p)
     rows = logits.expand(count, -1).contiguous()
-    tokens, logps, full, possible = draw(rows, uniforms, banned, config)
+    tokens, logps, full, possible = sample(rows, uniforms, banned, config)
     assert possible.all()
     share = torch.bincount(tokens, minlength=12).double() / count
     assert torch.allclose(share, expected, rtol=0, atol=2 / count)
@@ -478,7 +479,7 @@ def test_ends_of_the_unit_interval_give_possible_tokens():
     logits = torch.full((2, 6), -torch.inf)
     logits[:, 1] = logits[:, 4] = 0.0
     uniforms = torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64)
-    tokens, logps, *_ = draw(logits, uniforms, torch.tensor([0, 5]), SamplingConfig())
+    tokens, logps, *_ = sample(logits, uniforms, torch.tensor([0, 5]), SamplingConfig())
     assert tokens.tolist() == [1, 4]
     assert torch.allclose(logps.exp(), torch.tensor([0.5, 0.5]))
 
@@ -489,7 +490,7 @@ def test_logits_without_a_distribution_are_told_of(temperature, value):
     logits = torch.zeros(3, 6)
     logits[1] = value
     uniforms = torch.full((3,), 0.5, dtype=torch.float64)
-    drawn = draw(logits, uniforms, torch.tensor([0]), SamplingConfig(temperature=temperature))
+    drawn = sample(logits, uniforms, torch.tensor([0]), SamplingConfig(temperature=temperature))
     assert drawn.tokens.max() < 6  # an index past the end would end the process on a GPU
     with pytest.raises(ValueError, match=r"nan or infinite in rows \[1\] of 3"):
         check_possible(drawn.possible)

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from vcr1_fast.data.sampling import FrameConfig, frame_indices, smart_nframes, smart_resize
+from vcr1_fast.data.sampling import FrameConfig, frame_indices, smart_nframes
+from vcr1_fast.model.qwen2_5_vl.preprocessor import smart_resize
 
 # A shared machine may stall any example; examples are counted, not timed.
 unhurried = settings(deadline=None)

@@ -8,11 +8,12 @@ import torch
 from test_forward import CONFIG, _groups, _plain_logits, from_the_packs_start
 
 from vcr1_fast.model import checkpoint, packing
-from vcr1_fast.model.tiny import write_tiny
+from vcr1_fast.model.qwen2_5_vl.tiny import write_tiny
 from vcr1_fast.model.vision import freeze_vision
 from vcr1_fast.model.wrapping import checkpoint_activations, unwrap
 from vcr1_fast.ops import GRPOLossConfig
-from vcr1_fast.train.step import PolicyGroup, loss_config, policy_loss
+from vcr1_fast.train.groups import PolicyGroup, step_loss_config
+from vcr1_fast.train.loop import policy_loss
 
 LOSS = GRPOLossConfig(loss_type="grpo", beta=0.05, entropy_coef=0.01)
 TEMPERATURE = 0.8
@@ -84,10 +85,9 @@ def _shared_loss(model, groups):
     loss, metrics = policy_loss(
         model,
         groups,
-        loss_config(LOSS, sequences, tokens),
+        step_loss_config(LOSS, sequences, tokens),
         temperature=TEMPERATURE,
         on_policy=True,
-        convention="trained",
     )
     assert metrics["ratio_max"] == 1.0
     return loss

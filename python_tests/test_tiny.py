@@ -8,7 +8,13 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 from vcr1_fast.model import checkpoint
-from vcr1_fast.model.tiny import SPECIAL_TOKENS, TAGS, TinyConfig, train_tokenizer, write_tiny
+from vcr1_fast.model.qwen2_5_vl.tiny import (
+    SPECIAL_TOKENS,
+    TAGS,
+    TinyConfig,
+    train_tokenizer,
+    write_tiny,
+)
 
 TEXTS = [
     "When is the red circle visible? Give the start and the end in seconds.",

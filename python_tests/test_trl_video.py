@@ -30,7 +30,8 @@ from vcr1_fast.model.checkpoint import load
 from vcr1_fast.model.packing import Group
 from vcr1_fast.ops import GRPOLossConfig
 from vcr1_fast.tasks import TASKS
-from vcr1_fast.train.step import PolicyGroup, policy_loss
+from vcr1_fast.train.groups import PolicyGroup
+from vcr1_fast.train.loop import policy_loss
 
 G = 4
 FRAMES = {"num_frames": 4, "min_pixels": 784, "max_pixels": 3136}
@@ -130,9 +131,7 @@ def test_loss_and_gradients_equal_ours_and_the_plain_form(freeze, inputs, tmp_pa
     config = GRPOLossConfig(
         loss_type="grpo", beta=0.1, kl_input_clamp=None, kl_bias_correction=True
     )
-    step, _ = policy_loss(
-        trainer.model, groups, config, temperature=1.0, on_policy=True, convention="trained"
-    )
+    step, _ = policy_loss(trainer.model, groups, config, temperature=1.0, on_policy=True)
     torch.testing.assert_close(loss, step, check_dtype=False)
     assert_same(own, gradients(trainer.model, step))
 

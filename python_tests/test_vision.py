@@ -5,7 +5,7 @@ import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from vcr1_fast.model import checkpoint, vision
-from vcr1_fast.model.tiny import TinyConfig, write_tiny
+from vcr1_fast.model.qwen2_5_vl.tiny import TinyConfig, write_tiny
 from vcr1_fast.model.vision import (
     PACKED_ATTENTION,
     PatchProjection,

@@ -4,6 +4,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from vcr1_fast.train.stopping import RunStopped
+
 PROG = "vcr1"
 
 SETTINGS = {
@@ -41,7 +43,7 @@ def settings_of(command: str) -> type:
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
     root = _Parser(
-        prog=PROG, description="GRPO fine-tuning of Qwen2.5-VL on video.", allow_abbrev=False
+        prog=PROG, description="GRPO fine-tuning of video language models.", allow_abbrev=False
     )
     commands = root.add_subparsers(dest="command", required=True, metavar="command")
 
@@ -139,25 +141,40 @@ def parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("doctor", help="what is installed, and what is missing")
     command.set_defaults(run=run_doctor)
+    for command in commands.choices.values():
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return root
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; its exit status. A mistake in settings or data, or a package that
-    is not installed, is told in one line."""
+    """Run a command; its exit status. Every error is one line; `--debug` shows its traceback.
+
+    Status: 0; 2 for an error in settings, data, files or installed packages; 1 for any other;
+    128 + the signal's number for a run that a signal ended.
+    """
     options = parser().parse_args(arguments)
     try:
         return options.run(options)
-    except (ValueError, OSError) as error:
-        print(f"{PROG} {options.command}: {error}", file=sys.stderr)
-        return 2
-    except ImportError as error:
-        extras = "pip install 'vcr1_fast[train,report]' brings what the commands use"
-        print(f"{PROG} {options.command}: {error}; {extras}", file=sys.stderr)
-        return 2
+    except RunStopped as stopped:
+        text, status = str(stopped), stopped.code
     except KeyboardInterrupt:
-        print(f"{PROG} {options.command}: interrupted", file=sys.stderr)
-        return 130
+        text, status = "interrupted", 130
+    except Exception as error:
+        if options.debug:
+            raise
+        text, status = _describe(error)
+    print(f"{PROG} {options.command}: {text}", file=sys.stderr)
+    return status
+
+
+def _describe(error: Exception) -> tuple[str, int]:
+    """(one line, exit status) of an error."""
+    if isinstance(error, ImportError):
+        return f"{error}; pip install 'vcr1_fast[train,report]' brings what the commands use", 2
+    if isinstance(error, ValueError | OSError):
+        return str(error), 2
+    line = str(error).partition("\n")[0]
+    return f"{type(error).__name__}: {line} (--debug shows the traceback)", 1
 
 
 def run_training(options: argparse.Namespace) -> int:

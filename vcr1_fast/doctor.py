@@ -15,6 +15,8 @@ import vcr1_fast
 from vcr1_fast import integrations as package
 from vcr1_fast import ops
 from vcr1_fast.integrations.patching import Patch, UnknownContract
+from vcr1_fast.model.family import families
+from vcr1_fast.model.partial_attention import missing_kernels
 from vcr1_fast.ops import backend
 
 # Package -> the extra of ours that asks for it ("" for a dependency of the ops themselves).
@@ -46,6 +48,7 @@ def main() -> int:
         "packages": packages(problems),
         "native module": native(problems),
         "ops: backends by preference (the first one runs)": op_backends(),
+        "models": models(),
         "integrations: release installed, checked ones, what they replace": integrations(),
         "video decoders": decoders(problems),
         "CUDA": cuda(),
@@ -109,6 +112,13 @@ def op_backends() -> list[tuple[str, str]]:
             live.append(f"{device}: {', '.join(names) or 'none'}")
         rows.append((op.name, "; ".join(live)))
     return rows or [("none", f"no op is defined in {ops.__name__}")]
+
+
+def models() -> list[tuple[str, str]]:
+    """Model families, and the kernels that attention on the CPU runs on."""
+    known = ", ".join(sorted(families()))
+    kernels = missing_kernels() or "torch's kernels with log-sum-exp"
+    return [("families by model_type", known), ("attention on the CPU", kernels)]
 
 
 def integrations() -> list[tuple[str, str]]:

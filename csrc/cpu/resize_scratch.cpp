@@ -7,6 +7,16 @@ namespace vcr1::cpu {
 
 namespace {
 constexpr int64_t kBlock = 16;  // rows resized together
+
+// One plan serves every shape: a plan is made before the layout is known, and the largest costs
+// only address space.
+#define VCR1_VALUES_PER_COLUMN(p, m, t) PatchShape<p, m, t>::kValues / p,
+#define VCR1_VALUES_CAST(p, m, t) m *PatchShape<p, m, t>::kValues,
+#define VCR1_FRAMES_HELD(p, m, t) t,
+constexpr int kValuesPerColumn = std::max({VCR1_PATCH_SHAPES(VCR1_VALUES_PER_COLUMN) 0});
+constexpr int kValuesCast = std::max({VCR1_PATCH_SHAPES(VCR1_VALUES_CAST) 0});
+constexpr int kFramesHeld = std::max({VCR1_PATCH_SHAPES(VCR1_FRAMES_HELD) 0});
+
 int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
@@ -39,11 +49,11 @@ void plan_scratch(ResizeArgs& args) {
       round_up(is_float ? plan.ring_size * values * element
                         : std::max(plan.ring_size * values * 2, quad_lines * values * 4),
                64);
-  plan.ring = take(2 * plan.ring_bytes);
+  plan.ring = take(kFramesHeld * plan.ring_bytes);
   // The kernels write whole vectors: up to 64 values past the end.
-  constexpr int64_t kPatch = 14, kPatchValues = 1176, kPad = 64;
-  plan.staged = take((args.horizontal.n_out / kPatch * kPatchValues + kPad) * sizeof(float));
-  plan.cast = take((2 * kPatchValues + kPad) * sizeof(float));
+  constexpr int64_t kPad = 64;
+  plan.staged = take((args.horizontal.n_out * kValuesPerColumn + kPad) * sizeof(float));
+  plan.cast = take((kValuesCast + kPad) * sizeof(float));
   plan.total = end;
 }
 

@@ -1,13 +1,8 @@
-// Resized rows, normalised and cast, to the patch rows of Qwen2-VL and Qwen2.5-VL.
+// Resized rows, normalised, cast and cut into the patch rows of a vision encoder.
 #include "pages.h"
 #include "resize_rows.h"
 
 namespace vcr1::cpu::VCR1_ISA {
-
-constexpr int64_t kPatch = 14, kMerge = 2, kTemporal = 2;
-constexpr int64_t kPlane = kPatch * kPatch;       // values of a channel at one time
-constexpr int64_t kSegment = kTemporal * kPlane;  // a channel of a patch
-constexpr int64_t kPatchValues = 3 * kSegment;
 
 // Round to nearest even; infinities stay, NaN cannot occur.
 inline void cast(const float* from, BFloat16* to, int64_t n) {
@@ -50,16 +45,16 @@ inline void cast(const float* from, Float16* to, int64_t n) {
 }
 #endif
 
-// A segment, normalised and cast: the values of one channel of a patch. May write up to 64 values
-// too many.
-template <typename In, typename Out>
+// Normalises and casts a segment, the values of one channel of a patch. May write up to 64 values
+// past its end: whole vectors are faster than a remainder, and the next segment overwrites them.
+template <typename Shape, typename In, typename Out>
 class Normalise {
  public:
-  explicit Normalise(const VideoPatchesArgs& args) : args_(args) {}
+  explicit Normalise(const PatchLayout& layout) : layout_(layout) {}
 
   void operator()(const In* from, Out* to, int64_t c) const {
-    const float offset = args_.offset[c], scale = args_.scale[c];
-    for (int64_t x = 0; x < kSegment; x += 16) {
+    const float offset = layout_.offset[c], scale = layout_.scale[c];
+    for (int64_t x = 0; x < Shape::kSegment; x += 16) {
       float values[16];
       for (int i = 0; i < 16; ++i) values[i] = (static_cast<float>(from[x + i]) - offset) / scale;
       cast(values, to + x, 16);
@@ -67,22 +62,22 @@ class Normalise {
   }
 
  private:
-  const VideoPatchesArgs& args_;
+  const PatchLayout& layout_;
 };
 
 #if defined(__AVX512VBMI__)
 // A byte has 256 values, a channel therefore too: tables of their two bytes, looked up 64 at a
 // time.
-template <typename Out>
+template <typename Shape, typename Out>
 class ByteTable {
  public:
-  explicit ByteTable(const VideoPatchesArgs& args) {
+  explicit ByteTable(const PatchLayout& layout) {
     for (int c = 0; c < 3; ++c)
       for (int i = 0; i < 256; i += 16) {
         float values[16];
         Out out[16];
         for (int k = 0; k < 16; ++k)
-          values[k] = (static_cast<float>(i + k) - args.offset[c]) / args.scale[c];
+          values[k] = (static_cast<float>(i + k) - layout.offset[c]) / layout.scale[c];
         cast(values, out, 16);
         for (int k = 0; k < 16; ++k) {
           low_[c][i + k] = static_cast<uint8_t>(out[k].bits);
@@ -99,7 +94,7 @@ class ByteTable {
     }
     // The unpacks work on quarters of a vector.
     const __m512i quarters = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
-    for (int64_t x = 0; x < kSegment; x += 64) {
+    for (int64_t x = 0; x < Shape::kSegment; x += 64) {
       const __m512i at = _mm512_permutexvar_epi64(quarters, _mm512_loadu_si512(from + x));
       const __mmask64 bit6 = _mm512_test_epi8_mask(at, _mm512_set1_epi8(64));
       const __mmask64 bit7 = _mm512_movepi8_mask(at);
@@ -121,13 +116,13 @@ class ByteTable {
   alignas(64) uint8_t low_[3][256], high_[3][256];
 };
 
-template <>
-class Normalise<uint8_t, BFloat16> : public ByteTable<BFloat16> {
-  using ByteTable::ByteTable;
+template <typename Shape>
+class Normalise<Shape, uint8_t, BFloat16> : public ByteTable<Shape, BFloat16> {
+  using ByteTable<Shape, BFloat16>::ByteTable;
 };
-template <>
-class Normalise<uint8_t, Float16> : public ByteTable<Float16> {
-  using ByteTable::ByteTable;
+template <typename Shape>
+class Normalise<Shape, uint8_t, Float16> : public ByteTable<Shape, Float16> {
+  using ByteTable<Shape, Float16>::ByteTable;
 };
 #endif
 
@@ -166,71 +161,87 @@ inline void stream_fence() {
 #endif
 }
 
-// Rows of patches: a row's pixels wait as they are, in the order of the patches, until both frames'
-// fourteen rows are there. `In` is what resize_rows emits.
-template <typename In, typename Out>
+// Makes rows of patches. The pixels of a row wait as they are, in the order of the patches, until
+// all rows of the patches are there at every time. `In` is what resize_rows emits.
+template <typename Shape, typename In, typename Out>
 inline void run(const VideoPatchesArgs& args, int num_threads) {
+  constexpr int64_t kPatch = Shape::kPatch, kMerge = Shape::kMerge, kTemporal = Shape::kTemporal;
+  constexpr int64_t kPlane = Shape::kPlane, kSegment = Shape::kSegment, kValues = Shape::kValues;
   const ResizeArgs& resize = args.resize;
   const int64_t rows = resize.vertical.n_out / kPatch, columns = resize.horizontal.n_out / kPatch;
   const int64_t pad = resize.layout.width;
-  const int64_t super_row = columns * kMerge * kPatchValues;  // two rows of patches
+  const int64_t super_row = columns * kMerge * kValues;  // `merge` rows of patches
+  const int64_t groups = (resize.n_frames + kTemporal - 1) / kTemporal;
   Out* const every = static_cast<Out*>(args.out);
-  const int64_t super_rows = (resize.n_frames + 1) / 2 * rows / kMerge;
+  const int64_t super_rows = groups * rows / kMerge;
   const bool fresh = untouched(every + super_rows / 2 * super_row);
-  const Normalise<In, Out> normalise(args);
+  const Normalise<Shape, In, Out> normalise(args.patches);
 
   const auto patch_row = [&](uint8_t* scratch, FrameState* frames, int64_t times, int64_t r,
                              Out* out) {
     In* const staged = reinterpret_cast<In*>(scratch + resize.layout.staged);
     Out* const values = reinterpret_cast<Out*>(scratch + resize.layout.cast);
-    for (int64_t time = 0; time < times; ++time)
+    for (int64_t time = 0; time < times; ++time) {
+      // The clip's last frame also stands at the times that are missing after it.
+      const int64_t copies = time + 1 == times ? kTemporal - time : 1;
       resize_rows<In>(resize, frames[time], r * kPatch, (r + 1) * kPatch, scratch,
                       [&](int64_t y, const In* row) {
                         In* to = staged + time * kPlane + (y - r * kPatch) * kPatch;
                         for (int64_t w = 0; w < columns; ++w)
                           for (int64_t c = 0; c < 3; ++c, to += kSegment)
-                            for (int64_t copy = 0; copy < kTemporal / times; ++copy)
+                            for (int64_t copy = 0; copy < copies; ++copy)
                               std::memcpy(to + copy * kPlane, row + c * pad + w * kPatch,
                                           kPatch * sizeof(In));
                       });
+    }
     for (int64_t w = 0; w < columns; w += kMerge) {
       for (int64_t i = 0; i < 3 * kMerge; ++i)
         normalise(staged + (3 * w + i) * kSegment, values + i * kSegment, i % 3);
-      copy_out(values, kMerge * kPatchValues * sizeof(Out), out + w * kMerge * kPatchValues, fresh);
+      copy_out(values, kMerge * kValues * sizeof(Out), out + w * kMerge * kValues, fresh);
     }
   };
-  share(resize, (resize.n_frames + 1) / 2, rows, num_threads,
-        [&](uint8_t* scratch, int64_t pair, int64_t begin, int64_t end) {
-          // An odd clip's last frame stands at both times of its patches.
-          const int64_t times = least(kTemporal, resize.n_frames - pair * kTemporal);
+  share(resize, groups, rows, num_threads,
+        [&](uint8_t* scratch, int64_t group, int64_t begin, int64_t end) {
+          const int64_t times = least(kTemporal, resize.n_frames - group * kTemporal);
           FrameState frames[kTemporal];
           for (int64_t time = 0; time < times; ++time)
             frames[time] =
-                start_frame(resize, pair * kTemporal + time, scratch, static_cast<int>(time));
+                start_frame(resize, group * kTemporal + time, scratch, static_cast<int>(time));
           for (int64_t r = begin; r < end; ++r) {
-            Out* const out = every + (pair * rows + r) / kMerge * super_row;
+            Out* const out = every + (group * rows + r) / kMerge * super_row;
             if (fresh && (r == begin || r % kMerge == 0)) populate(out, super_row * sizeof(Out));
-            patch_row(scratch, frames, times, r, out + r % kMerge * kMerge * kPatchValues);
+            patch_row(scratch, frames, times, r, out + r % kMerge * kMerge * kValues);
           }
           stream_fence();
         });
 }
 
-template <typename Out>
+template <typename Shape, typename Out>
 inline void run(const VideoPatchesArgs& args, int num_threads) {
-  if (args.resize.mode == ResizeMode::kFloat) return run<float, Out>(args, num_threads);
-  run<uint8_t, Out>(args, num_threads);
+  if (args.resize.mode == ResizeMode::kFloat) return run<Shape, float, Out>(args, num_threads);
+  run<Shape, uint8_t, Out>(args, num_threads);
 }
 
-void video_patches(const VideoPatchesArgs& args, int num_threads) {
+template <typename Shape>
+inline void run(const VideoPatchesArgs& args, int num_threads) {
   switch (args.out_dtype) {
     case DType::kBFloat16:
-      return run<BFloat16>(args, num_threads);
+      return run<Shape, BFloat16>(args, num_threads);
     case DType::kFloat16:
-      return run<Float16>(args, num_threads);
+      return run<Shape, Float16>(args, num_threads);
     default:
-      return run<float>(args, num_threads);
+      return run<Shape, float>(args, num_threads);
   }
+}
+
+// The binding refuses other shapes.
+void video_patches(const VideoPatchesArgs& args, int num_threads) {
+  const PatchLayout& layout = args.patches;
+#define VCR1_RUN(p, m, t)                                             \
+  if (layout.patch == p && layout.merge == m && layout.temporal == t) \
+    return run<PatchShape<p, m, t>>(args, num_threads);
+  VCR1_PATCH_SHAPES(VCR1_RUN)
+#undef VCR1_RUN
 }
 
 }  // namespace vcr1::cpu::VCR1_ISA

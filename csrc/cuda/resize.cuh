@@ -1,5 +1,7 @@
 // Separable resize of RGB frames: the part that resize_frames and video_patches share. A block
 // makes a tile of one resized frame and hands it to a Sink, which normalises, orders and stores it.
+// The scalar methods take the Sink's tile (kTileRows x kTileColumns), the matrix methods the
+// plan's.
 //
 // The integer passes are products with banded matrices, and run on the tensor cores: 16 outputs
 // times 32 inputs are the weights, 32 inputs times 8 are pixels. A weight of 16 or 24 bits is two
@@ -21,7 +23,6 @@ constexpr int kGroup = 16;       // outputs that share a block of weights
 constexpr int kStep = 32;        // inputs of one multiplication
 constexpr int kMatrixWarps = 4;  // at most: one a group of the tile's width
 constexpr int kScalarThreads = 256;
-constexpr int kScalarRows = 14, kScalarColumns = 28;  // the tile of the scalar methods
 
 // Where a tile lies in the output, and how much of it is inside.
 struct Tile {
@@ -268,7 +269,7 @@ __device__ inline void finish(float sum, int, float& out) { out = sum; }
 template <typename Number, typename Value, typename Sink>
 __global__ void __launch_bounds__(kScalarThreads)
     scalar_kernel(const __grid_constant__ ResizeArgs args, const __grid_constant__ Sink sink) {
-  constexpr int kLine = 3 * kScalarColumns, kPlane = kScalarRows * kScalarColumns;
+  constexpr int kLine = 3 * Sink::kTileColumns, kPlane = Sink::kTileRows * Sink::kTileColumns;
   constexpr int kOutputs = (3 * kPlane + kScalarThreads - 1) / kScalarThreads;  // of a thread
   __shared__ __align__(16) uint8_t table[Sink::kTableBytes];
   __shared__ Number strip[kStripRows * kLine];
@@ -276,7 +277,7 @@ __global__ void __launch_bounds__(kScalarThreads)
   sink.prepare(table);
 
   const ResizeAxis &across = args.horizontal, &down = args.vertical;
-  const Tile tile = tile_of(args, kScalarRows, kScalarColumns);
+  const Tile tile = tile_of(args, Sink::kTileRows, Sink::kTileColumns);
   const uint8_t* const frame = args.frames + tile.t * args.frame_stride;
   const auto* const weights_x = static_cast<const Number*>(across.weights);
   const auto* const weights_y = static_cast<const Number*>(down.weights);
@@ -304,7 +305,7 @@ __global__ void __launch_bounds__(kScalarThreads)
 #pragma unroll
     for (int k = 0; k < kOutputs; ++k) {
       const int i = threadIdx.x + k * kScalarThreads;
-      const int c = i / kPlane, y = i % kPlane / kScalarColumns, x = i % kScalarColumns;
+      const int c = i / kPlane, y = i % kPlane / Sink::kTileColumns, x = i % Sink::kTileColumns;
       if (c >= 3 || y >= tile.rows || x >= tile.columns) continue;
       const int first = down.first[tile.y + y], past = min(first + down.taps, bottom);
       const Number* const weights = weights_y + static_cast<int64_t>(tile.y + y) * down.taps;
@@ -320,27 +321,27 @@ __global__ void __launch_bounds__(kScalarThreads)
     if (i < 3 * kPlane) finish(sums[k], down.bits, resized[i]);
   }
   __syncthreads();
-  sink.write(tile, TileValues<Value>{resized, kPlane, kScalarColumns}, table);
+  sink.write(tile, TileValues<Value>{resized, kPlane, Sink::kTileColumns}, table);
 }
 
 template <typename Sink>
 __global__ void __launch_bounds__(kScalarThreads)
     copy_kernel(const __grid_constant__ ResizeArgs args, const __grid_constant__ Sink sink) {
-  constexpr int kPlane = kScalarRows * kScalarColumns;
+  constexpr int kPlane = Sink::kTileRows * Sink::kTileColumns;
   __shared__ __align__(16) uint8_t table[Sink::kTableBytes];
   __shared__ __align__(16) uint8_t pixels[3 * kPlane];
   sink.prepare(table);
-  const Tile tile = tile_of(args, kScalarRows, kScalarColumns);
+  const Tile tile = tile_of(args, Sink::kTileRows, Sink::kTileColumns);
   const uint8_t* const corner = args.frames + tile.t * args.frame_stride +
                                 tile.y * args.row_stride + tile.x * args.column_stride;
   for (int i = threadIdx.x; i < 3 * kPlane; i += kScalarThreads) {
-    const int c = i % 3, x = i / 3 % kScalarColumns, y = i / (3 * kScalarColumns);
+    const int c = i % 3, x = i / 3 % Sink::kTileColumns, y = i / (3 * Sink::kTileColumns);
     if (y >= tile.rows || x >= tile.columns) continue;
-    pixels[c * kPlane + y * kScalarColumns + x] =
+    pixels[c * kPlane + y * Sink::kTileColumns + x] =
         __ldg(corner + y * args.row_stride + x * args.column_stride + c * args.channel_stride);
   }
   __syncthreads();
-  sink.write(tile, TileValues<uint8_t>{pixels, kPlane, kScalarColumns}, table);
+  sink.write(tile, TileValues<uint8_t>{pixels, kPlane, Sink::kTileColumns}, table);
 }
 
 template <typename Sink>
@@ -355,7 +356,7 @@ void launch_matrix(const char* op, void (*kernel)(ResizeArgs, Source, Sink), con
 // Every method whose results are bytes.
 template <typename Sink>
 void launch_bytes(const char* op, const ResizeArgs& args, const Sink& sink, cudaStream_t stream) {
-  const auto tiles = [&] { return count_tiles(op, args, kScalarRows, kScalarColumns); };
+  const auto tiles = [&] { return count_tiles(op, args, Sink::kTileRows, Sink::kTileColumns); };
   switch (args.method) {
     case ResizeMethod::kCopy:
       copy_kernel<<<tiles(), kScalarThreads, 0, stream>>>(args, sink);
@@ -383,7 +384,7 @@ void launch_bytes(const char* op, const ResizeArgs& args, const Sink& sink, cuda
 
 template <typename Sink>
 void launch_floats(const char* op, const ResizeArgs& args, const Sink& sink, cudaStream_t stream) {
-  const unsigned tiles = count_tiles(op, args, kScalarRows, kScalarColumns);
+  const unsigned tiles = count_tiles(op, args, Sink::kTileRows, Sink::kTileColumns);
   scalar_kernel<float, float><<<tiles, kScalarThreads, 0, stream>>>(args, sink);
   CUDA_CHECK(op, cudaGetLastError());
 }

@@ -6,6 +6,7 @@ namespace {
 
 template <typename Out>
 struct FrameSink {
+  static constexpr int kTileRows = 16, kTileColumns = 32;  // of the scalar methods
   static constexpr int kTableBytes = 16;  // none is needed, but an array must have a size
 
   Out* out;

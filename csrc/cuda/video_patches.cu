@@ -1,12 +1,8 @@
-// Resized tiles, normalised and cast, to the patch rows of Qwen2-VL and Qwen2.5-VL.
+// Resized tiles, normalised, cast and cut into the patch rows of a vision encoder.
 #include "resize.cuh"
 
 namespace vcr1::cuda {
 namespace {
-
-constexpr int kPatch = 14, kMerge = 2, kTemporal = 2;
-constexpr int kPlane = kPatch * kPatch;  // values of a channel at one time
-constexpr int kPatchValues = 3 * kTemporal * kPlane;
 
 template <typename T>
 struct alignas(2 * sizeof(T)) Pair {
@@ -14,8 +10,12 @@ struct alignas(2 * sizeof(T)) Pair {
 };
 
 // Out is float, or the bits of a half type.
-template <typename Out>
+template <typename Shape, typename Out>
 struct PatchSink {
+  static constexpr int kPatch = Shape::kPatch, kMerge = Shape::kMerge;
+  static constexpr int kTemporal = Shape::kTemporal, kPlane = Shape::kPlane;
+  static_assert(kPatch % 2 == 0, "write() stores pairs of neighbouring values");
+  static constexpr int kTileRows = kPatch, kTileColumns = 2 * kPatch;  // of the scalar methods
   static constexpr int kTableBytes = 3 * 256 * sizeof(Out);
 
   Out* out;
@@ -54,14 +54,15 @@ struct PatchSink {
     }
   }
 
-  // A warp takes a channel of a patch, whose 196 values lie one after the other. Tiles begin and
-  // end between patches.
+  // A warp takes a channel of a patch at one time, whose values lie one after another. Tiles begin
+  // and end between patches.
   template <typename Value>
   __device__ void write(const Tile& tile, const TileValues<Value>& values,
                         const void* table) const {
     const int columns = tile.columns / kPatch, planes = 3 * columns * (tile.rows / kPatch);
-    // An odd clip's last frame stands at both times of its patches.
-    const bool twice = tile.t % kTemporal == 0 && tile.t + 1 == n_frames;
+    const int time = static_cast<int>(tile.t % kTemporal);
+    // The clip's last frame also stands at the times that are missing after it.
+    const int copies = tile.t + 1 == n_frames ? kTemporal - time : 1;
     for (int i = threadIdx.x / 32; i < planes; i += blockDim.x / 32) {
       const int c = i % 3, column = i / 3 % columns, row = i / 3 / columns;
       const int h = tile.y / kPatch + row, w = tile.x / kPatch + column;
@@ -69,30 +70,29 @@ struct PatchSink {
           (tile.t / kTemporal * (grid_height / kMerge) + h / kMerge) * (grid_width / kMerge) +
           w / kMerge;
       const int64_t patch = (block * kMerge + h % kMerge) * kMerge + w % kMerge;
-      Out* const to = out + patch * kPatchValues + (c * kTemporal + tile.t % kTemporal) * kPlane;
+      Out* const to = out + patch * Shape::kValues + (c * kTemporal + time) * kPlane;
       const Value* const from =
           values.data + c * values.plane + row * kPatch * values.pitch + column * kPatch;
       for (int k = threadIdx.x % 32; k < kPlane / 2; k += 32) {
         const int y = k / (kPatch / 2), x = 2 * (k % (kPatch / 2));
         const auto pair = *reinterpret_cast<const Pair<Value>*>(from + y * values.pitch + x);
         const Pair<Out> result{convert(table, c, pair.first), convert(table, c, pair.second)};
-        store(to + 2 * k, result);
-        if (twice) store(to + kPlane + 2 * k, result);
+        for (int copy = 0; copy < copies; ++copy) store(to + copy * kPlane + 2 * k, result);
       }
     }
   }
 };
 
-template <typename Out>
+template <typename Shape, typename Out>
 void run(const VideoPatchesArgs& args, cudaStream_t stream) {
-  PatchSink<Out> sink;
+  PatchSink<Shape, Out> sink;
   sink.out = static_cast<Out*>(args.out);
   sink.n_frames = args.resize.n_frames;
-  sink.grid_height = args.resize.vertical.n_out / kPatch;
-  sink.grid_width = args.resize.horizontal.n_out / kPatch;
+  sink.grid_height = args.resize.vertical.n_out / Shape::kPatch;
+  sink.grid_width = args.resize.horizontal.n_out / Shape::kPatch;
   for (int c = 0; c < 3; ++c) {
-    sink.offset[c] = args.offset[c];
-    sink.scale[c] = args.scale[c];
+    sink.offset[c] = args.patches.offset[c];
+    sink.scale[c] = args.patches.scale[c];
   }
   sink.bfloat16 = args.out_dtype == DType::kBFloat16;
   sink.pairs = reinterpret_cast<std::uintptr_t>(args.out) % (2 * sizeof(Out)) == 0;
@@ -105,8 +105,14 @@ void run(const VideoPatchesArgs& args, cudaStream_t stream) {
 
 void video_patches(const VideoPatchesArgs& args, void* stream) {
   const auto on = static_cast<cudaStream_t>(stream);
-  if (args.out_dtype == DType::kFloat32) return run<float>(args, on);
-  run<uint16_t>(args, on);
+  const PatchLayout& layout = args.patches;
+  const bool is_float = args.out_dtype == DType::kFloat32;
+#define VCR1_RUN(p, m, t)                                             \
+  if (layout.patch == p && layout.merge == m && layout.temporal == t) \
+    return is_float ? run<PatchShape<p, m, t>, float>(args, on)       \
+                    : run<PatchShape<p, m, t>, uint16_t>(args, on);
+  VCR1_PATCH_SHAPES(VCR1_RUN)
+#undef VCR1_RUN
 }
 
 }  // namespace vcr1::cuda

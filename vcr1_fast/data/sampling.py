@@ -1,9 +1,9 @@
-"""Which frames of a video to look at, and at what size.
+"""Which frames of a video are sampled.
 
-Two rules are in use for Qwen2.5-VL. "linspace" is the rule of qwen-vl-utils (first and last frame
-included), the one its checkpoints and VideoChat-R1 were trained with; "hf" is that of the
-transformers video processor (the last frame is left out). Both are computed in integers here: in
-floating point the "hf" rule runs past the last frame for about 4 % of all (total, count) pairs.
+Two rules are in use. "linspace" is the rule of qwen-vl-utils (first and last frame included), by
+which VideoChat-R1 was trained; "hf" is that of the transformers video processor (the last frame is
+left out). Both are computed in integers here: in floating point the "hf" rule runs past the last
+frame for about 4 % of all (total, count) pairs.
 """
 
 import math
@@ -15,18 +15,16 @@ import numpy as np
 Rule = Literal["linspace", "hf"]
 RULES: tuple[Rule, ...] = ("linspace", "hf")
 
-FRAME_FACTOR = 2  # frames a temporal patch
-SIZE_FACTOR = 28  # 14 pixels a patch, 2 x 2 patches a token
-TOKEN_PIXELS = SIZE_FACTOR * SIZE_FACTOR
-MAX_FRAME_PIXELS = 768 * TOKEN_PIXELS  # the most that qwen-vl-utils gives one frame
-MAX_ASPECT_RATIO = 200
+FRAME_FACTOR = 2  # frames are taken in pairs, which make a temporal patch
 
 
 @dataclass(frozen=True)
 class FrameConfig:
     """How a clip is sampled and how large its frames may be.
 
-    The defaults are those of the VideoChat-R1 recipe: at most 3,584 tokens per video.
+    The defaults are those of the VideoChat-R1 recipe, at whose 784 pixels a token they are 16 to
+    768 tokens for two frames and at most 3,584 tokens a video. A model family with another rule
+    returns a subclass from its processor's `with_frames`, which overrides `count` and `indices`.
     """
 
     fps: float = 2.0
@@ -37,11 +35,11 @@ class FrameConfig:
     """Most frames of a clip."""
     num_frames: int | None = None
     """Frames of every clip, in the place of `fps`, `min_frames` and `max_frames`; null: by them."""
-    min_pixels: int = 16 * TOKEN_PIXELS
+    min_pixels: int = 12_544
     """Fewest pixels of a frame."""
-    max_pixels: int = MAX_FRAME_PIXELS
+    max_pixels: int = 602_112
     """Most pixels of a frame."""
-    total_pixels: int | None = 3584 * TOKEN_PIXELS
+    total_pixels: int | None = 2_809_856
     """Most pixels of a clip, all frames together; null: no limit."""
     rule: Rule = "linspace"
     """Which frames: "linspace" (qwen-vl-utils, first and last included) or "hf" (transformers)."""
@@ -84,16 +82,9 @@ class FrameConfig:
             rule=self.rule,
         )
 
-    def size(self, height: int, width: int, num_frames: int) -> tuple[int, int]:
-        """(height, width) in pixels that the frames are resized to; see `smart_resize`."""
-        return smart_resize(
-            height,
-            width,
-            min_pixels=self.min_pixels,
-            max_pixels=self.max_pixels,
-            total_pixels=self.total_pixels,
-            num_frames=num_frames,
-        )
+    def indices(self, total: int, count: int) -> np.ndarray:
+        """The `count` frames to take of `total`; see `frame_indices`."""
+        return frame_indices(total, count, self.rule)
 
 
 def smart_nframes(
@@ -149,45 +140,6 @@ def frame_indices(total: int, count: int, rule: Rule = "linspace") -> np.ndarray
     nearest = twice // divisor
     is_half = twice % divisor == 0
     return nearest - (is_half & (nearest % 2 == 1))
-
-
-def smart_resize(
-    height: int,
-    width: int,
-    *,
-    factor: int = SIZE_FACTOR,
-    min_pixels: int = 128 * TOKEN_PIXELS,
-    max_pixels: float = MAX_FRAME_PIXELS,
-    total_pixels: int | None = None,
-    num_frames: int | None = None,
-) -> tuple[int, int]:
-    """(height, width) in pixels, multiples of `factor`, as the transformers processor chooses them.
-
-    Both sides are rounded to the nearest multiple (halves to even); where that leaves
-    [min_pixels, max_pixels], the frame is scaled with its aspect ratio kept and the sides are
-    rounded inwards. With `total_pixels` (and `num_frames`) `max_pixels` is first lowered so that
-    the clip fits that budget, as qwen-vl-utils does, but never under 1.05 * min_pixels.
-    ValueError for an empty frame and for an aspect ratio above 200.
-    """
-    if height < 1 or width < 1:
-        raise ValueError(f"expected a frame with pixels, got {height} x {width}")
-    if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
-        raise ValueError(f"aspect ratio of {height} x {width} is above {MAX_ASPECT_RATIO}")
-    if total_pixels is not None:
-        if num_frames is None or num_frames < 1:
-            raise ValueError(f"total_pixels needs num_frames of at least 1, got {num_frames}")
-        budget = min(MAX_FRAME_PIXELS, total_pixels / num_frames * FRAME_FACTOR)
-        max_pixels = min(max_pixels, max(budget, int(min_pixels * 1.05)))
-    rows, columns = round(height / factor) * factor, round(width / factor) * factor
-    if rows * columns > max_pixels:
-        shrink = math.sqrt(height * width / max_pixels)
-        rows = max(factor, math.floor(height / shrink / factor) * factor)
-        columns = max(factor, math.floor(width / shrink / factor) * factor)
-    elif rows * columns < min_pixels:
-        grow = math.sqrt(min_pixels / (height * width))
-        rows = math.ceil(height * grow / factor) * factor
-        columns = math.ceil(width * grow / factor) * factor
-    return rows, columns
 
 
 def _check_rule(rule: str) -> None:

@@ -19,7 +19,7 @@ from vcr1_fast.data.decode import (
     open_picture,
     open_source,
 )
-from vcr1_fast.data.sampling import FrameConfig, frame_indices
+from vcr1_fast.data.sampling import FrameConfig
 from vcr1_fast.data.workers import WorkerDied, WorkerPool, WorkerTimeout
 
 __all__ = [
@@ -121,7 +121,7 @@ def read_clip(
                 count = config.count(stop - first, source.fps)
             except ValueError as error:
                 raise VideoError(path, str(error)) from error
-            indices = first + frame_indices(stop - first, count, config.rule)
+            indices = first + config.indices(stop - first, count)
             fps = count / (stop - first) * source.fps
         else:
             wanted = np.asarray(times(duration) if callable(times) else times, np.float64)

@@ -1,1 +1,1 @@
-"""The demo: a tiny Qwen2.5-VL learns from video by reinforcement, on a CPU."""
+"""The demo: a tiny video language model learns from video by reinforcement, on a CPU."""

@@ -1,5 +1,5 @@
-"""Makes the checkpoint that the demo begins with: a random tiny Qwen2.5-VL, fine-tuned for as long
-as it takes to look at the video at all. The demo then blurs what it knows, and GRPO begins there.
+"""Makes the checkpoint that the demo begins with: a random tiny model, fine-tuned for as long as
+it takes to look at the video at all. The demo then blurs what it knows, and GRPO begins there.
 
 Without it the demo would spend its minutes there: below that point answers sit at the best guess
 that ignores the clip, and GRPO cannot leave it.
@@ -13,8 +13,7 @@ from pathlib import Path
 from vcr1_fast.data.records import Record, load_records, write_records
 from vcr1_fast.data.synth import SynthConfig, write_dataset
 from vcr1_fast.demo.reasoning import with_reasoning
-from vcr1_fast.demo.settings import FRAMES, MODEL, WARM_START, WarmStartConfig
-from vcr1_fast.model.tiny import write_tiny
+from vcr1_fast.demo.settings import FAMILY, FRAMES, MODEL, WARM_START, WarmStartConfig
 from vcr1_fast.tasks import TASKS
 from vcr1_fast.train.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from vcr1_fast.train.sft import right_answer, sft
@@ -30,7 +29,7 @@ def make_warm_start(work: Path, config: WarmStartConfig | None = None) -> Path:
     records = work / "data" / "train" / "chosen.jsonl"
     chosen = with_reasoning(chosen)
     write_records(records, chosen)
-    write_tiny(work / "random", texts=_texts(chosen), seed=config.seed, config=MODEL)
+    FAMILY.write_tiny(work / "random", texts=_texts(chosen), seed=config.seed, config=MODEL)
     trained = sft(
         TrainConfig(
             model=ModelConfig(path=str(work / "random"), dtype="float32", freeze_vision=False),

@@ -16,11 +16,10 @@ from torch import Tensor, nn
 
 from vcr1_fast.data.video import Clip, read_clip, read_image
 from vcr1_fast.evaluate.config import ChatConfig
-from vcr1_fast.model.forward import embed, lm_head, prompt_features
-from vcr1_fast.model.packing import prompt_positions
-from vcr1_fast.model.positions import SpecialIds, next_position
+from vcr1_fast.model.forward import embed, language_model_forward, lm_head, prompt_features
 from vcr1_fast.model.processor import Processor
-from vcr1_fast.model.sampling import SamplingConfig, check_possible, draw
+from vcr1_fast.model.prompt import next_position
+from vcr1_fast.model.sampling import SamplingConfig, check_possible, sample
 from vcr1_fast.model.wrapping import unwrap
 
 _HALF_A_LETTER = "\N{REPLACEMENT CHARACTER}"
@@ -40,18 +39,17 @@ class Conversation:
         sampling: SamplingConfig | None = None,
         *,
         system: str | None = None,
-        convention: str = "trained",
         seed: int = 0,
     ) -> None:
         from transformers import DynamicCache
 
         self.model, self.processor, self.clips = unwrap(model).eval(), processor, clips
         self.sampling = sampling or SamplingConfig(temperature=0.0, max_new_tokens=1024)
-        self.system, self.convention = system, convention
+        self.system = system
         self.messages: list[dict[str, str]] = []
         self._memory = DynamicCache()
         self._position = 0
-        self._chance = torch.Generator().manual_seed(seed)
+        self._generator = torch.Generator().manual_seed(seed)
         self._weight, self._bias = lm_head(self.model)
         self._banned = processor.banned_ids(len(self._weight)).to(self._weight.device)
 
@@ -61,7 +59,7 @@ class Conversation:
         hidden = self._follow_up(question) if self.messages else self._open(question)
         stop, tokens, told = self.processor.stop_id, [], ""
         for _ in range(self.sampling.max_new_tokens):
-            tokens.append(self._draw(hidden))
+            tokens.append(self._sample(hidden))
             if tokens[-1] == stop:
                 break
             text = self.processor.decode(tokens)
@@ -81,34 +79,27 @@ class Conversation:
     def _open(self, question: str) -> Tensor:
         """Read the clips and the first question; hidden state (1, H) of the last token."""
         prompt = self.processor.prompt(question, self.clips, system=self.system)
-        ids = SpecialIds.from_config(self.model.config)
-        positions = prompt_positions(prompt, ids, self.convention)
-        self._position = next_position(positions)
-        features = [f for f in prompt_features(self.model, [prompt]) if f is not None]
-        tokens = prompt.input_ids[None].to(self._weight.device)
-        embeddings = embed(self.model, tokens, torch.ones_like(tokens).bool(), features, ids)
-        return self._run(embeddings, positions)
+        self._position = next_position(prompt.positions)
+        device = self._weight.device
+        features = prompt_features(self.model, [prompt])
+        embeddings, inputs = embed(
+            self.model, prompt.input_ids.to(device), prompt.is_vision.to(device), features
+        )
+        return self._run(embeddings[None], prompt.positions, **inputs)
 
     def _follow_up(self, question: str) -> Tensor:
-        """Read the end of the last turn, which was drawn or cut off but not read, and the next."""
+        """Read the end of the last turn, which the model has not read yet, and the next turn."""
         asked = [*self.messages, {"role": "user", "content": question}]
-        rendered, before = self._render(asked, True), self._render(self.messages, False)
+        rendered = self.processor.render(asked, answer=True)
+        before = self.processor.render(self.messages, answer=False)
         end = self.processor.tokenizer.convert_ids_to_tokens(self.processor.stop_id)
         if not rendered.startswith(before):
             raise ValueError("the checkpoint's chat template rewrites earlier turns")
         turn = rendered[before.rindex(end) :]
-        tokens = torch.tensor(self.processor.tokenizer.encode(turn, add_special_tokens=False))
+        tokens = self.processor.encode(turn)
         if bool(torch.isin(tokens, self._vision_ids()).any()):
             raise ValueError(f"the question holds vision tokens: {question!r}")
         return self._read(tokens)
-
-    def _render(self, messages: Sequence[dict[str, str]], answer: bool) -> str:
-        return self.processor.tokenizer.apply_chat_template(
-            messages,
-            chat_template=self.processor.chat_template,
-            add_generation_prompt=answer,
-            tokenize=False,
-        )
 
     def _vision_ids(self) -> Tensor:
         return torch.tensor([self.processor.video_id, self.processor.image_id])
@@ -121,27 +112,28 @@ class Conversation:
         embeddings = self.model.get_input_embeddings()(tokens[None].to(self._weight.device))
         return self._run(embeddings, positions.expand(3, -1))
 
-    def _run(self, embeddings: Tensor, positions: Tensor) -> Tensor:
+    def _run(self, embeddings: Tensor, positions: Tensor, **inputs: Any) -> Tensor:
         count, before = embeddings.shape[1], self._memory.get_seq_length()
         mask = None
         if before and count > 1:  # what is causal from the first token on needs no mask
             seen = torch.ones(count, before + count, dtype=torch.bool, device=embeddings.device)
             mask = seen.tril(before)[None, None]
-        return self.model.model.language_model(
-            inputs_embeds=embeddings,
-            position_ids=positions[:, None].to(embeddings.device),
-            attention_mask={"full_attention": mask},
-            past_key_values=self._memory,
-            use_cache=True,
-        ).last_hidden_state[:, -1]
+        return language_model_forward(
+            self.model,
+            embeddings,
+            positions[:, None].to(embeddings.device),
+            kv_cache=self._memory,
+            mask=mask,
+            **inputs,
+        )[:, -1]
 
     @torch.no_grad()
-    def _draw(self, hidden: Tensor) -> int:
+    def _sample(self, hidden: Tensor) -> int:
         logits = nn.functional.linear(hidden, self._weight, self._bias)
-        chance = torch.rand(1, dtype=torch.float64, generator=self._chance)
-        drawn = draw(logits, chance.to(logits.device), self._banned, self.sampling)
-        check_possible(drawn.possible)
-        return int(drawn.tokens)
+        uniforms = torch.rand(1, dtype=torch.float64, generator=self._generator)
+        sampled = sample(logits, uniforms.to(logits.device), self._banned, self.sampling)
+        check_possible(sampled.possible)
+        return int(sampled.tokens)
 
 
 def main_chat(config: ChatConfig, questions: TextIO | None = None) -> int:
@@ -161,11 +153,13 @@ def open_conversation(config: ChatConfig) -> Conversation:
     from vcr1_fast.model import checkpoint
 
     began, clips = time.perf_counter(), []
+    # The processor alone first: a clip that cannot be read must not wait for the weights.
+    frames = checkpoint.load_processor(config.model).with_frames(config.frames).frames
     if config.video is not None:
         clips.append(
             read_clip(
                 config.video,
-                config.frames,
+                frames,
                 start=config.start,
                 end=config.end,
                 folder_fps=config.folder_fps,
@@ -179,7 +173,7 @@ def open_conversation(config: ChatConfig) -> Conversation:
             told = f"{len(clip.frames)} frames of {clip.duration:.1f} s, {told}"
         print(f"{clip.path}: {told}", file=sys.stderr)
     dtype, device = config.placement()
-    model, processor = checkpoint.load(config.model, dtype=dtype, device=device)
+    model, processor = checkpoint.load(config.model, dtype=dtype, device=device, mrope=config.mrope)
     processor = processor.with_frames(config.frames)
     print(f"ready in {time.perf_counter() - began:.1f} s", file=sys.stderr)
     return Conversation(
@@ -188,7 +182,6 @@ def open_conversation(config: ChatConfig) -> Conversation:
         clips,
         config.sampling(),
         system=config.system,
-        convention=config.mrope,
         seed=config.seed,
     )
 

@@ -47,7 +47,7 @@ class Look:
     """Another look would show the same again."""
     passes: list[Pass] = field(default_factory=list)
     vision: torch.Tensor | None = None
-    """What the vision tower made of the clip as it is shown now."""
+    """Features of the clip as it is shown now."""
     error: str | None = None
 
     @classmethod
@@ -98,7 +98,8 @@ def greedy_answers(
     sampling = SamplingConfig(temperature=0.0, max_new_tokens=config.max_new_tokens)
 
     def answer(batches: Sequence[Sequence[Record]]) -> Iterator[list[Completion]]:
-        requests = (clip_request(record, config.frames) for batch in batches for record in batch)
+        frames = processor.frames
+        requests = (clip_request(record, frames) for batch in batches for record in batch)
         with (
             prompts_from(config.prompts, TASKS, think=config.think),
             ClipReader(
@@ -141,7 +142,7 @@ def greedy_answers(
         """Read the frames that each look is aimed at."""
         requests = [
             replace(
-                clip_request(look.record, config.frames),
+                clip_request(look.record, processor.frames),
                 times=look.played.real_times(look.plain_times),
             )
             for look in looks
@@ -171,7 +172,6 @@ def greedy_answers(
             1,
             sampling,
             torch.Generator(),  # greedy, but the global generator would be drawn from
-            convention=config.mrope,
             vision=[look.vision for look, _ in prompts],
         )
         share = (time.perf_counter() - began) / len(prompts)

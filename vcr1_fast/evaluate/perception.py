@@ -10,8 +10,8 @@ which maps 0 to 0 and D to D, is linear between the borders of K, and passes the
 slowly as the rest. Frames that the plain rule takes at times s are taken at real(s) instead, so
 there are exactly as many, and r times as many a second inside K as outside.
 
-The model is told the plain times: Qwen2.5-VL knows time by position alone, and its positions are
-even. Seconds in its answers are therefore of the slowed clip, and real() gives what they mean.
+The model gets the plain times: it knows time by position alone, and positions are even. Seconds in
+its answers are therefore of the slowed clip, and real() converts them.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Qwen2.5-VL: the only part of the package that knows the model."""
+"""Models and what runs on them: family-free code here, one folder for each model family."""

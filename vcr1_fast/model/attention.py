@@ -14,7 +14,7 @@ output and log-sum-exp: softmax probabilities are e^(score - L), whichever part 
 parts' gradients add up.
 
 Backends, which compute the same:
-    fused     our own kernel for the CPU (`ops/group_attention.py`), both parts in one pass
+    fused     our kernel for the CPU (`ops/group_attention.py`), both parts in one pass
     merged    as above, with torch's kernels for the CPU, which return the log-sum-exp
     masked    the completions as one masked call over the group's own stretch of keys, on any device
     flex      FlexAttention over the whole pack, blocks that nobody sees left out; needs a GPU for
@@ -22,6 +22,7 @@ Backends, which compute the same:
     auto      fused on the CPU, masked elsewhere
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
@@ -30,24 +31,32 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vcr1_fast.model.decode import SharedPrefix, shared_prefix_attention
+from vcr1_fast.model.family import family_of
 from vcr1_fast.model.flex_attention import flex_group_attention
 from vcr1_fast.model.packing import Span
 from vcr1_fast.model.partial_attention import (
-    check_kernels,
     fold_heads,
     merge,
+    missing_kernels,
     partial,
     partial_backward,
     partial_product,
     unfold_heads,
 )
-from vcr1_fast.model.unread import skip_unread_rows
 from vcr1_fast.model.wrapping import unwrap
 from vcr1_fast.ops.group_attention import group_attention
 
 ATTENTION = "vcr1_shared_prompt"
 Backend = Literal["auto", "fused", "merged", "masked", "flex"]
 _ON_CPU = ("fused", "merged")  # they decode with torch's kernels for the CPU, too
+
+
+def dummy_mask(device: torch.device) -> Tensor:
+    """The 4-D mask (1, 1, 1, 1) that `attention` reads as "no mask": causal, or by its arguments.
+
+    Filled on the device, not copied there: a copy from the host cannot be part of a CUDA graph.
+    """
+    return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
 
 
 def attention(
@@ -62,13 +71,15 @@ def attention(
     shared_prefix: SharedPrefix | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in every layer; query (B, H, N, D), key and value (B, heads, N, D).
+    """Attention that transformers calls in every layer; query (B, H, N, D), key and value
+    (B, heads, N, D).
 
     `spans`: the sequence is a pack of groups. `shared_prefix`: one new token a completion, see
-    `decode.py`. Neither: transformers' own SDPA. Returns (B, N, H, D).
+    `decode.py`. Neither: transformers' own SDPA, causal if the mask is `dummy_mask`. Returns
+    (B, N, H, D).
 
-    Under autocast queries and keys come in float32, which is what the rotation computes in: they
-    take the values' dtype, that of the products.
+    Under autocast queries and keys come in float32, in which the rotation is computed: they take
+    the values' dtype, that of the products.
     """
     kind = value.device.type
     if torch.is_autocast_enabled(kind) and (spans is not None or shared_prefix is not None):
@@ -95,6 +106,8 @@ def attention(
         return out, None
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    if attention_mask is not None and attention_mask.numel() == 1:
+        attention_mask = None  # SDPA is then causal for more than one query
     return sdpa_attention_forward(
         module, query, key, value, attention_mask, scaling=scaling, **kwargs
     )
@@ -103,42 +116,46 @@ def attention(
 def prepare_attention(model: nn.Module, backend: Backend | None = None) -> None:
     """Let the language model of `model`, which was loaded with SDPA, use `attention`.
 
-    It stays so: a backward pass that recomputes activations comes here a second time. backend: None
-    leaves what an earlier call has chosen, at first "auto".
-    ValueError for other attention, for sliding windows, or for a backend that cannot run.
+    It stays so: a backward pass that recomputes activations calls it a second time. backend: None
+    keeps the choice of an earlier call, at first "auto".
+    ValueError for other attention, for layers that cannot share prompts (`Family.kv_layers`), or
+    for a backend that cannot run.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    language_model = unwrap(model).model.language_model
+    family = family_of(model)
+    language_model: Any = family.language_model(unwrap(model))
     config = language_model.config
     if config._attn_implementation not in ("sdpa", ATTENTION):
         raise ValueError(
             f"attention {config._attn_implementation!r} cannot share prompts; load with sdpa"
         )
-    if any(kind != "full_attention" for kind in config.layer_types):
-        raise ValueError(f"sliding-window layers are not supported: {set(config.layer_types)}")
-    layers = [layer.self_attn for layer in language_model.layers]
+    layers = [language_model.layers[index].self_attn for index in family.kv_layers(config)]
     if backend is None and hasattr(layers[0], "vcr1_backend"):
         backend = layers[0].vcr1_backend
     check_backend(backend or "auto", layers[0].q_proj.weight.device)
     for layer in layers:
         layer.vcr1_backend = backend or "auto"
-    skip_unread_rows(language_model.layers[-1])
+    family.prepare_language_model(language_model)
     AttentionInterface.register(ATTENTION, attention)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
     config._attn_implementation = ATTENTION
 
 
 def resolve_backend(backend: Backend, device: torch.device) -> str:
-    """What "auto" stands for on a device."""
+    """The backend that "auto" stands for on a device; any other unchanged."""
     if backend != "auto":
         return backend
     return "fused" if device.type == "cpu" else "masked"
 
 
-def check_backend(backend: str, device: torch.device) -> None:
-    """ValueError, with what to set instead, for one that cannot run there."""
+def check_backend(backend: Backend, device: torch.device) -> None:
+    """ValueError, with what to set instead, for a backend that cannot run on `device`.
+
+    RuntimeWarning, once, where torch lacks the private kernels that the CPU backends call: they
+    then run on plain torch operators, slower and with all scores in memory.
+    """
     if backend not in get_args(Backend):
         raise ValueError(f"attention must be one of {get_args(Backend)}, got {backend!r}")
     if resolve_backend(backend, device) not in _ON_CPU:
@@ -147,7 +164,8 @@ def check_backend(backend: str, device: torch.device) -> None:
         raise ValueError(
             f"attention {backend!r} is for the CPU, the model is on {device}: 'masked'"
         )
-    check_kernels()
+    if (reason := missing_kernels()) is not None:
+        warnings.warn(reason, RuntimeWarning, stacklevel=2)
 
 
 def fused_group_attention(
@@ -160,8 +178,8 @@ def fused_group_attention(
 ) -> Tensor:
     """Attention within a pack. query (1, H, N, D), key and value (1, heads, N, D); (1, N, H, D).
 
-    is_last: of a prompt only the last token's row is read afterwards (see `unread.py`); the others
-    may be anything, and are zero here.
+    is_last: of a prompt only the last token's row is used afterwards; the others may hold anything,
+    and are zero here (`Family.prepare_language_model`).
     """
     parts = [part for span in spans for part in span.parts(is_last)]
     rows = (x[0].transpose(0, 1) for x in (query, key, value))

@@ -1,4 +1,4 @@
-"""Load and save Qwen2.5-VL checkpoints: the standard Hugging Face directory, nothing else.
+"""Load and save checkpoints of any family: the standard Hugging Face directory, nothing else.
 
 config.json, generation_config.json, (sharded) safetensors, tokenizer, chat template and
 preprocessor settings. A directory written here loads in transformers, vLLM and the rest.
@@ -7,6 +7,7 @@ preprocessor settings. A directory written here loads in transformers, vLLM and 
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from torch import nn
 
 from vcr1_fast.files import flush, rename_flushed
 from vcr1_fast.model.attention import prepare_attention
+from vcr1_fast.model.family import Family, family_named
 from vcr1_fast.model.files import CheckpointError, check_weights, read_json, resolve
-from vcr1_fast.model.processor import Processor
+from vcr1_fast.model.processor import Mrope, Processor
 from vcr1_fast.model.vision import prepare_vision
 from vcr1_fast.model.wrapping import unwrap
 
@@ -32,37 +34,36 @@ def load(
     dtype: str | torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     attention: str = "sdpa",
+    mrope: Mrope = "trained",
 ) -> tuple[Any, Processor]:
     """Load a checkpoint for training or inference (in evaluation mode; no dropout is configured).
 
     Args:
-        path: directory, or a hub name such as "Qwen/Qwen2.5-VL-7B-Instruct".
+        path: directory, or a name on the Hugging Face hub.
         dtype: of the weights; float64 is for tests.
         device: where the weights go.
         attention: the language model's attention in transformers' terms: "sdpa", "eager", ...
+        mrope: positions as the checkpoints were trained with, or as the installed transformers has
+            them; the processor writes them into every prompt.
 
     Returns:
-        (model, processor): a `Qwen2_5_VLForConditionalGeneration` and our `Processor`.
+        (model, processor): transformers' model and our `Processor`, of the family that config.json
+        names in `model_type`.
 
     Raises:
         CheckpointError: naming the file that is missing, truncated or does not fit the model.
         ValueError: for an unknown dtype.
     """
-    from transformers import Qwen2_5_VLForConditionalGeneration
-
     if isinstance(dtype, str):
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {dtype!r}")
         dtype = DTYPES[dtype]
     directory = resolve(path)
-    config = read_json(directory / "config.json")
-    if config.get("model_type") != "qwen2_5_vl":
-        found = config.get("model_type")
-        raise CheckpointError(directory / "config.json", f"model_type is {found!r}, not qwen2_5_vl")
+    family = _family(directory)
     files = check_weights(directory)
-    processor = Processor.from_pretrained(directory)
+    processor = family.load_processor(directory, mrope=mrope)
     with _quiet():
-        model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        model, info = family.model_class().from_pretrained(
             directory, dtype=dtype, attn_implementation=attention, output_loading_info=True
         )
     # transformers fills what a file lacks with random numbers and only logs it.
@@ -76,11 +77,17 @@ def load(
     return model.to(device).eval(), processor
 
 
+def load_processor(path: str | Path, *, mrope: Mrope = "trained") -> Processor:
+    """The processor of a checkpoint alone; arguments and errors as `load`."""
+    directory = resolve(path)
+    return _family(directory).load_processor(directory, mrope=mrope)
+
+
 def save(model: nn.Module, processor: Processor, path: str | Path) -> None:
     """Write a checkpoint directory, whole or not at all; an older one at `path` is replaced.
 
-    LoRA adapters (peft) are added into the weights that are written; the model in memory is left as
-    it is. Files are flushed to disk before the directory takes its name.
+    LoRA adapters (peft) are added into the weights that are written; the model in memory does not
+    change. Files are flushed to disk before the directory takes its name.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -128,9 +135,20 @@ def merged_state_dict(model: nn.Module) -> dict[str, torch.Tensor] | None:
     return state
 
 
+def _family(directory: Path) -> Family:
+    """The family that config.json names."""
+    path = directory / "config.json"
+    try:
+        return family_named(read_json(path).get("model_type"))
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(path, str(error)) from error
+
+
 @contextmanager
-def _quiet():
-    """No progress bars of transformers: the caller has its own."""
+def _quiet() -> Iterator[None]:
+    """Hide progress bars of transformers: the caller has its own."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

@@ -18,7 +18,7 @@ _FIRST_CAPACITY = 32
 
 
 class SharedPrefix:
-    """What the model's attention layers keep, in the place of a transformers cache.
+    """Keys and values that the attention layers keep, in the place of a transformers cache.
 
     First pass: keys and values of N prompts of `lengths`, in one sequence without padding. After
     `start_decoding` each `make_room` and pass add one token to every one of the N x G completions
@@ -31,13 +31,20 @@ class SharedPrefix:
 
     def __init__(self, lengths: Sequence[int], *, static: bool = False) -> None:
         self.lengths, self.static = list(lengths), static
-        self.prefix: list[tuple[Tensor, Tensor]] = []  # per layer, each (N, heads, longest, D)
+        # By layer, since only some layers of a hybrid model have keys; (N, heads, longest, D).
+        self.prefix: dict[int, tuple[Tensor, Tensor]] = {}
         self.bias: Tensor | None = None  # (N, 1, 1, P) as the keys: 0, or -inf on padding
         self.own_bias: Tensor | None = None  # (1, 1, 1, capacity) likewise, static only
         self.version = 0  # of the buffers: counts their replacements
-        self._own: list[list[Tensor]] = []  # per layer [keys, values], (rows, heads, capacity, D)
+        self._own: dict[int, list[Tensor]] = {}  # [keys, values], (rows, heads, capacity, D)
+        self._first = 0  # the first layer with keys
         self._used = 0
         self._last = torch.zeros(1, dtype=torch.int64)  # place of the newest token, on the device
+
+    @property
+    def prompts(self) -> int:
+        """Prompts that still have rows, once decoding has started."""
+        return len(self.lengths) if self.bias is None else len(self.bias)
 
     def update(
         self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any
@@ -45,11 +52,11 @@ class SharedPrefix:
         """Called by the model's attention: keep (rows, heads, tokens, D), return all of the row."""
         keys = keys.to(values.dtype)  # under autocast rotating them has made them float32
         if self.bias is None:
-            self.prefix.append((self._by_prompt(keys), self._by_prompt(values)))
+            self.prefix[layer] = self._by_prompt(keys), self._by_prompt(values)
             return keys, values
         own_keys, own_values = self._own[layer]
         if self.static:
-            if layer == 0:
+            if layer == self._first:
                 unused = torch.arange(own_keys.shape[2], device=keys.device) > self._last
                 bias = torch.zeros(unused.shape, dtype=keys.dtype, device=keys.device)
                 self.own_bias = bias.masked_fill(unused, -torch.inf)[None, None, None]
@@ -69,33 +76,35 @@ class SharedPrefix:
         return pad_sequence(parts, batch_first=True).transpose(1, 2).contiguous()
 
     def start_decoding(self, rows: int) -> None:
-        """From here on tokens belong to `rows` completions."""
-        keys = self.prefix[0][0]
+        """From here on, tokens belong to `rows` completions."""
+        self._first = min(self.prefix)
+        keys, _ = self.prefix[self._first]
         lengths = torch.tensor(self.lengths, device=keys.device)
         padding = torch.arange(keys.shape[2], device=keys.device) >= lengths[:, None]
         bias = torch.zeros(padding.shape, dtype=keys.dtype, device=keys.device)
         self.bias = bias.masked_fill(padding, -torch.inf)[:, None, None]
-        # Zeros: what is masked is multiplied all the same, and nan would stay.
+        # Zeros: masked values are multiplied by 0 like all others, and 0 * nan would stay nan.
         shape = (rows, keys.shape[1], _FIRST_CAPACITY, keys.shape[3])
-        self._own = [[keys.new_zeros(shape) for _ in range(2)] for _ in self.prefix]
+        self._own = {layer: [keys.new_zeros(shape) for _ in range(2)] for layer in self.prefix}
         self._last = self._last.to(keys.device)
 
     def make_room(self) -> None:
-        """For one more token of every row; before each pass."""
+        """Make place for one more token of every row; to be called before each pass."""
         self._used += 1
         self._last.fill_(self._used - 1)
-        if self._own[0][0].shape[2] < self._used:
+        if self._own[self._first][0].shape[2] < self._used:
             self.version += 1
-            for own in self._own:
+            for own in self._own.values():
                 own[:] = [torch.cat([x, torch.zeros_like(x)], dim=2) for x in own]
 
     def select(self, prompts: Tensor | None, rows: Tensor) -> None:
         """Keep these prompts (None: all of them) and these rows, in this order; rows may repeat."""
         self.version += 1
         if prompts is not None:
-            self.prefix = [(k[prompts], v[prompts]) for k, v in self.prefix]
-            self.bias = self.bias[prompts]
-        for own in self._own:
+            self.prefix = {i: (k[prompts], v[prompts]) for i, (k, v) in self.prefix.items()}
+            if self.bias is not None:
+                self.bias = self.bias[prompts]
+        for own in self._own.values():
             own[:] = [x[rows] for x in own]
 
 

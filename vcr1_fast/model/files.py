@@ -21,8 +21,8 @@ class CheckpointError(ValueError):
 def resolve(path: str | Path) -> Path:
     """The local directory of a checkpoint: `path` itself, or the snapshot of a hub name.
 
-    "Qwen/Qwen2.5-VL-7B-Instruct" is a hub name unless such a directory exists; it is downloaded to
-    the Hugging Face cache on first use. Anything else that is not a directory is a CheckpointError.
+    "owner/name" is a hub name unless such a directory exists; it is downloaded to the Hugging Face
+    cache on first use. Anything else that is not a directory is a CheckpointError.
     """
     directory = Path(path).expanduser()
     if directory.is_dir():

@@ -1,39 +1,90 @@
-"""One forward pass for prompts and all their completions.
+"""One forward pass for prompts and all their completions, with prefix sharing.
 
 The usual trainer runs G sequences prompt + completion, each with its own copy of the prompt and its
-own pass of the vision tower. Here a group's prompt and completions are parts of one sequence, in
-which a token sees the prompt and the tokens of its own completion before it, and completion tokens
-carry the positions they would have alone. Attention, positions and everything else a token computes
-are those of the plain form, so losses and gradients agree with it to rounding, at the price of
-P + sum(C) tokens instead of G * P + sum(C) and one vision pass instead of G. Several groups make a
-pack, one sequence without padding.
+own pass of the vision encoder. Here a group's prompt and completions are segments of one sequence,
+in which a token sees the prompt and the tokens of its own completion before it, and completion
+tokens carry the positions they would have alone. Attention, positions and everything else a token
+computes are those of the unshared baseline, so losses and gradients agree with it to rounding, at
+the price of P + sum(C) tokens instead of G * P + sum(C) and one vision pass instead of G. Several
+groups make a pack, one sequence without padding.
+
+`language_model_forward` is the one function that calls the language model: for prefill and decode
+of rollouts, policy, reference, evaluation and chat.
 """
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vcr1_fast.model.attention import prepare_attention
+from vcr1_fast.model.attention import ATTENTION, dummy_mask, prepare_attention
+from vcr1_fast.model.family import family_of
 from vcr1_fast.model.packing import Group, pack_groups
-from vcr1_fast.model.positions import SpecialIds, token_types
-from vcr1_fast.model.processor import Prompt
+from vcr1_fast.model.prompt import Prompt
 from vcr1_fast.model.vision import encode_videos
 from vcr1_fast.model.wrapping import unwrap
+from vcr1_fast.ops import linear_logprobs
 
 
-def completion_hidden(
-    model: nn.Module, groups: Sequence[Group], *, convention: str = "trained"
-) -> tuple[Tensor, Tensor, Tensor]:
+def language_model_forward(
+    model: nn.Module,
+    embeddings: Tensor,
+    positions: Tensor,
+    *,
+    kv_cache: Any = None,
+    mask: Tensor | None = None,
+    **inputs: Any,
+) -> Tensor:
+    """Final hidden states (B, T, H), after the final norm, of embeddings (B, T, H).
+
+    Args:
+        model: the bare transformers model.
+        embeddings: (B, T, H) of tokens and vision features.
+        positions: (3, B, T) of time, height and width.
+        kv_cache: keeps keys and values: a `SharedPrefix`, or a cache of transformers; None: none.
+        mask: (B, 1, T, keys) bool; None: causal, or what `spans` and `shared_prefix` say.
+        inputs: keyword arguments that reach the attention (`spans`, `shared_prefix`), and those
+            of the family's `vision_inputs`.
+    """
+    language_model: Any = family_of(model).language_model(model)
+    if language_model.config._attn_implementation != ATTENTION:
+        # Stock attention would read the dummy mask as "every token sees every token".
+        prepare_attention(model)
+    if mask is None:
+        # A 4-D mask is passed on as it is. With None, transformers would ask our cache for sizes
+        # that it does not have, and with a dict some text models fail.
+        mask = dummy_mask(embeddings.device)
+    if kv_cache is not None:
+        inputs[cache_keyword(type(language_model).forward)] = kv_cache
+    # Always three rows: with a fourth, transformers cuts the pack where positions jump.
+    return language_model(
+        inputs_embeds=embeddings,
+        position_ids=positions,
+        attention_mask=mask,
+        use_cache=kv_cache is not None,
+        **inputs,
+    ).last_hidden_state
+
+
+@cache
+def cache_keyword(forward: Callable[..., Any]) -> str:
+    """Name of the parameter of a text model's `forward` that takes the cache: `cache` from
+    transformers 5.24 on, where the old name warns, `past_key_values` before."""
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
+
+
+def completion_hidden(model: nn.Module, groups: Sequence[Group]) -> tuple[Tensor, Tensor, Tensor]:
     """Final hidden states from which each completion token is predicted.
 
     A completion's first token is predicted from the last prompt token, the others from the token
     before them, so a completion's last token is never run through the model.
 
     Args:
-        model: Qwen2.5-VL loaded with SDPA, wrapped by peft or not.
-        groups: all of them in one pass; the caller sees to it that they fit in memory.
-        convention: of the positions, see `positions.py`.
+        model: loaded with SDPA, wrapped by peft or not.
+        groups: all of them in one pass; the caller makes sure that they fit in memory.
 
     Returns:
         hidden (nnz, H), after the final norm, in the model's dtype; multiply by `lm_head`;
@@ -45,18 +96,12 @@ def completion_hidden(
     """
     base = unwrap(model)
     prepare_attention(base)
-    ids = SpecialIds.from_config(base.config)
-    pack = pack_groups(groups, ids, convention, base.get_input_embeddings().weight.device)
-    given = prompt_features(base, [g.prompt for g in groups], [g.vision for g in groups])
-    features = [f for f in given if f is not None]
-    embeddings = embed(base, pack.tokens, pack.is_prompt, features, ids)
-    hidden = base.model.language_model(
-        inputs_embeds=embeddings[None],
-        position_ids=pack.positions[:, None],
-        attention_mask={"full_attention": None},
-        use_cache=False,
-        spans=pack.spans,
-    ).last_hidden_state
+    pack = pack_groups(groups, base.get_input_embeddings().weight.device)
+    features = prompt_features(base, [g.prompt for g in groups], [g.vision for g in groups])
+    embeddings, inputs = embed(base, pack.tokens, pack.is_vision, features)
+    hidden = language_model_forward(
+        base, embeddings[None], pack.positions[:, None], spans=pack.spans, **inputs
+    )
     return hidden[0].index_select(0, pack.sources), pack.labels, pack.cu_seqlens
 
 
@@ -77,12 +122,26 @@ def lm_head(model: nn.Module) -> tuple[Tensor, Tensor | None]:
     return head.weight, head.bias
 
 
+def completion_logps(
+    model: nn.Module,
+    groups: Sequence[Group],
+    *,
+    temperature: float = 1.0,
+) -> Tensor:
+    """(N,) float32 log-probs of all completion tokens, groups and completions in order; with
+    gradient where that is enabled. The logits are never whole in memory."""
+    hidden, labels, _ = completion_hidden(model, groups)
+    weight, bias = lm_head(model)
+    return linear_logprobs(hidden, weight, labels, bias, temperature=temperature).logps
+
+
 def prompt_features(
     model: nn.Module, prompts: Sequence[Prompt], given: Sequence[Tensor | None] | None = None
 ) -> list[Tensor | None]:
-    """Features (vision tokens, H) of each prompt's clips and images; None for one without any.
+    """Features (vision tokens, levels * H) of each prompt's clips and images; None for a prompt
+    without any.
 
-    Those not `given` go through the tower together, with gradient if it is trained.
+    Those not `given` go through the vision encoder together, with gradient if it is trained.
     """
     features = list(given) if given is not None else [None] * len(prompts)
     todo = [i for i, prompt in enumerate(prompts) if features[i] is None and prompt.patches]
@@ -98,20 +157,33 @@ def prompt_features(
 
 
 def embed(
-    model: nn.Module,
-    tokens: Tensor,
-    is_prompt: Tensor,
-    features: Sequence[Tensor],
-    ids: SpecialIds,
-) -> Tensor:
-    """Embeddings (..., H) of tokens (...), those of the prompts' video and image tokens, in order,
-    being `features`, each (vision tokens, H)."""
+    model: nn.Module, tokens: Tensor, is_vision: Tensor, features: Sequence[Tensor | None]
+) -> tuple[Tensor, dict[str, Any]]:
+    """Embeddings of tokens, with vision features in the places of vision tokens.
+
+    Args:
+        model: the bare transformers model.
+        tokens: (N,) int64.
+        is_vision: (N,) bool: which tokens stand for features.
+        features: (vision tokens, levels * H) of each prompt in order, or None where it has none.
+
+    Returns:
+        embeddings (N, H), and keyword arguments for the language model in this pass.
+
+    Raises:
+        ValueError: where features and vision tokens differ in number, or features in width.
+    """
     embeddings = model.get_input_embeddings()(tokens)
-    slots = (token_types(tokens, ids) > 0) & is_prompt
-    count = sum(map(len, features))
-    if int(slots.sum()) != count:
-        raise ValueError(f"{int(slots.sum())} vision tokens but {count} vision features")
-    if not features:
-        return embeddings
-    values = torch.cat(list(features)).to(embeddings.device, embeddings.dtype)
-    return embeddings.masked_scatter(slots[..., None], values)
+    given = [f for f in features if f is not None]
+    count = sum(map(len, given))
+    if int(is_vision.sum()) != count:
+        raise ValueError(f"{int(is_vision.sum())} vision tokens but {count} vision features")
+    if not given:
+        return embeddings, {}
+    family = family_of(model)
+    width = family.feature_levels(model.config) * embeddings.shape[-1]
+    values = torch.cat(given).to(embeddings.device, embeddings.dtype)
+    if values.shape[1] != width:
+        raise ValueError(f"vision features are {values.shape[1]} wide, expected {width}")
+    values, inputs = family.vision_inputs(values, is_vision)
+    return embeddings.masked_scatter(is_vision[..., None], values), inputs

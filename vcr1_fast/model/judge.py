@@ -39,7 +39,7 @@ def _key(config: JudgeConfig) -> str | None:
 
 
 class LocalModel:
-    """A chat model of transformers, text-only or Qwen2.5-VL and its like, answering greedily in
+    """A chat model of transformers, text-only or with vision, that answers greedily in
     batches of `config.concurrency` prompts, the longest reply being `config.max_tokens`."""
 
     def __init__(self, config: JudgeConfig, device: torch.device | str = "cpu") -> None:

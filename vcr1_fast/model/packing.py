@@ -14,16 +14,15 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from vcr1_fast.model.positions import SpecialIds, mrope_positions, next_position
-from vcr1_fast.model.processor import Prompt
+from vcr1_fast.model.prompt import Prompt, next_position
 
 
 @dataclass(frozen=True, eq=False)
 class Group:
     """A prompt with its completions, each (C_j,) int64 with C_j >= 1.
 
-    `vision` (vision tokens, hidden) is what the tower made of the prompt's media; None has
-    `completion_hidden` encode them, with gradient if the tower is trained.
+    vision: features (vision tokens, levels * H) of the prompt's clips and images; None:
+    `completion_hidden` encodes them, with gradient if the vision encoder is trained.
     """
 
     prompt: Prompt
@@ -41,7 +40,7 @@ class Group:
 
     @property
     def patches(self) -> int:
-        """Patches that the tower is still to encode."""
+        """Patches that the vision encoder has yet to encode."""
         return self.prompt.patches if self.vision is None else 0
 
     def part(self, first: int, last: int) -> "Group":
@@ -120,13 +119,14 @@ class Span:
 class Pack:
     """Groups as one sequence of N tokens, on the model's device.
 
-    tokens (N,), is_prompt (N,) bool, positions (3, N); sources (nnz,): the token that predicts each
+    tokens (N,); is_vision (N,) bool: tokens of prompts that stand for vision features (a sampled
+    token never does); positions (3, N); sources (nnz,): the token that predicts each
     of the labels (nnz,), groups and completions in order; cu_seqlens (completions + 1,) int32,
     where each completion starts in them; spans: for attention.
     """
 
     tokens: Tensor
-    is_prompt: Tensor
+    is_vision: Tensor
     positions: Tensor
     sources: Tensor
     labels: Tensor
@@ -134,13 +134,12 @@ class Pack:
     spans: tuple[Span, ...]
 
 
-def pack_groups(
-    groups: Sequence[Group], ids: SpecialIds, convention: str, device: torch.device
-) -> Pack:
+def pack_groups(groups: Sequence[Group], device: torch.device) -> Pack:
     """Lay `groups` out one after another; ValueError for none, or for an empty completion."""
     if not groups:
         raise ValueError("no groups given")
-    tokens, is_prompt, positions, sources, spans = [], [], [], [], []
+    tokens, is_vision, positions, sources = [], [], [], []
+    spans: list[Span] = []
     start = 0
     for group in groups:
         prompt, fed = group.prompt, [len(c) - 1 for c in group.completions]
@@ -149,10 +148,10 @@ def pack_groups(
             raise ValueError(
                 f"a group needs completions of at least one token, got lengths {lengths}"
             )
-        of_prompt = prompt_positions(prompt, ids, convention)
-        resume = next_position(of_prompt)
+        resume = next_position(prompt.positions)
         tokens.append(prompt.input_ids)
-        positions.append(of_prompt)
+        positions.append(prompt.positions)
+        is_vision += [prompt.is_vision, torch.zeros(sum(fed), dtype=torch.bool)]
         place = start + len(prompt)
         for completion, count in zip(group.completions, fed, strict=True):
             tokens.append(completion[:-1].cpu())
@@ -161,29 +160,16 @@ def pack_groups(
             sources.append(torch.tensor([start + len(prompt) - 1]))
             sources.append(torch.arange(place, place + count))
             place += count
-        is_prompt.append(torch.arange(place - start) < len(prompt))
         spans.append(Span(start, len(prompt), tuple(n for n in fed if n), device))
         start = place
     completions = [completion.cpu() for group in groups for completion in group.completions]
     lengths = torch.tensor([0, *map(len, completions)])
     return Pack(
         tokens=torch.cat(tokens).to(device),
-        is_prompt=torch.cat(is_prompt).to(device),
+        is_vision=torch.cat(is_vision).to(device),
         positions=torch.cat(positions, dim=1).to(device),
         sources=torch.cat(sources).to(device),
         labels=torch.cat(completions).to(device),
         cu_seqlens=lengths.cumsum(0, dtype=torch.int32).to(device),
         spans=tuple(spans),
-    )
-
-
-def prompt_positions(prompt: Prompt, ids: SpecialIds, convention: str) -> Tensor:
-    """(3, P) positions of a prompt."""
-    return mrope_positions(
-        prompt.input_ids,
-        prompt.video_grid_thw,
-        prompt.second_per_grid_ts,
-        prompt.image_grid_thw,
-        ids,
-        convention=convention,
     )

@@ -6,27 +6,61 @@ softmax's denominator. Parts over disjoint keys merge exactly:
     lse = log(sum_i e^lse_i),  out = sum_i out_i e^(lse_i - lse)
 
 (the rule by which attention is computed in blocks: Milakov and Gimelshein, arXiv 1805.02867). The
-kernels are torch's own for the CPU, which keep the log-sum-exp.
+kernels are torch's own for the CPU, which keep the log-sum-exp; where a torch release lacks them
+(`missing_kernels`), plain operators compute the same.
 """
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 
 _FORWARD = "_scaled_dot_product_flash_attention_for_cpu"
+# The private kernels' parameters, in the order in which they are called here.
+_SIGNATURES = {
+    _FORWARD: (
+        "query",
+        "key",
+        "value",
+        "dropout_p",
+        "is_causal",
+        "attn_mask",
+        "scale",
+    ),
+    f"{_FORWARD}_backward": (
+        "grad_out",
+        "query",
+        "key",
+        "value",
+        "out",
+        "logsumexp",
+        "dropout_p",
+        "is_causal",
+        "attn_mask",
+        "scale",
+    ),
+}
 
 
-def check_kernels() -> None:
-    """ValueError where this torch lacks the kernels that `partial` and its backward pass call.
+@cache
+def missing_kernels() -> str | None:
+    """Why `partial` and its backward pass run on plain operators, or None where torch's kernels
+    serve them.
 
-    They are not part of torch's public interface: 2.9 to 2.13 have them.
+    The kernels are not part of torch's public interface (2.9 to 2.13 have them): their presence and
+    the names of their parameters are checked, since a changed order would compute silently wrong.
     """
-    for name in (_FORWARD, f"{_FORWARD}_backward"):
-        if not hasattr(torch.ops.aten, name):
-            raise ValueError(
-                f"torch {torch.__version__} has no {name}: set model.attention to 'masked'"
+    for name, expected in _SIGNATURES.items():
+        packet = getattr(torch.ops.aten, name, None)
+        found = packet and tuple(one.name for one in packet.default._schema.arguments)
+        if found != expected:
+            state = "has no" if packet is None else "changed the parameters of"
+            return (
+                f"torch {torch.__version__} {state} aten::{name}: attention on the CPU runs on "
+                "plain operators, slower and with all scores in memory"
             )
+    return None
 
 
 def partial(
@@ -44,7 +78,10 @@ def partial(
     Returns out (B, H, N, D) and lse (B, H, N), in float32, or float64 for such queries.
     """
     share = query.shape[1] // key.shape[1]
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+    forward = plain_forward
+    if missing_kernels() is None:
+        forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    out, lse = forward(
         fold_heads(query, share, causal=causal),
         _fold_keys(key, share, causal),
         _fold_keys(value, share, causal),
@@ -100,7 +137,10 @@ def partial_backward(
     """
     share = query.shape[1] // key.shape[1]
     grad, query, out = (fold_heads(x, share, causal=causal) for x in (grad, query, out))
-    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+    backward = plain_backward
+    if missing_kernels() is None:
+        backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    grads = backward(
         grad,
         query,
         _fold_keys(key, share, causal),
@@ -115,6 +155,62 @@ def partial_backward(
     if causal and share > 1:
         of_key, of_value = (x.unflatten(0, (share, -1)).sum(0) for x in (of_key, of_value))
     return unfold_heads(of_query, share, causal=causal), of_key, of_value
+
+
+def plain_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dropout_p: float,
+    is_causal: bool,
+    *,
+    attn_mask: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """torch's CPU kernel from public operators: out (B, H, N, D) and lse (B, H, N), computed in
+    float32 or more; `dropout_p` must be 0."""
+    scores = _scores(query, key, is_causal, scale)
+    if attn_mask is not None:
+        scores = scores + attn_mask
+    lse = scores.logsumexp(-1, keepdim=True)
+    out = (scores - lse).exp() @ value.to(scores.dtype)
+    return out.to(query.dtype), lse[..., 0]
+
+
+def plain_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    dropout_p: float,
+    is_causal: bool,
+    *,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value, as torch's CPU kernel gives them.
+
+    With p = e^(score - lse): dV = p^T dO, dS = p (dO V^T - rowsum(dO O)), dQ = s dS K,
+    dK = s dS^T Q (Dao et al., arXiv 2205.14135, appendix B.2).
+    """
+    scores = _scores(query, key, is_causal, scale)
+    exact = scores.dtype
+    grad, q, k, v, o = (x.to(exact) for x in (grad_out, query, key, value, out))
+    p = (scores - logsumexp.to(exact)[..., None]).exp()
+    of_scores = p * (grad @ v.mT - (grad * o).sum(-1, keepdim=True)) * scale
+    grads = of_scores @ k, of_scores.mT @ q, p.mT @ grad
+    return grads[0].to(query.dtype), grads[1].to(key.dtype), grads[2].to(value.dtype)
+
+
+def _scores(query: Tensor, key: Tensor, is_causal: bool, scale: float) -> Tensor:
+    """(B, H, N, M) in float32, or float64 for such queries; causal: -inf where m > n."""
+    exact = torch.promote_types(query.dtype, torch.float32)
+    scores = query.to(exact) @ key.to(exact).mT * scale
+    if is_causal:
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(hidden, -torch.inf)
+    return scores
 
 
 def merge(first: Sequence[Tensor], second: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -1,13 +1,12 @@
-"""A tokenised prompt: its tokens, and the patches of its videos and images."""
+"""A tokenised prompt: its tokens, their positions, and the patches of its videos and images."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 IMAGE, VIDEO = 1, 2
-"""How transformers tells vision tokens in `mm_token_type_ids`; 0 is text."""
+"""Values of `mm_token_type_ids` for vision tokens, as in transformers; 0 is text."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -15,14 +14,16 @@ class Prompt:
     """One tokenised prompt with its videos and images, on the CPU. P tokens, n videos, m images.
 
     input_ids (P,) int64; mm_token_type_ids (P,) int64: 0 text, 1 image, 2 video;
-    pixel_values_videos (patches, 1176) or None; video_grid_thw (n, 3) int64, in patches;
-    second_per_grid_ts (n,) float32, seconds from one temporal patch to the next;
-    pixel_values (patches, 1176) or None and image_grid_thw (m, 3), likewise of the images;
+    positions (3, P) int64: of time, height and width, by the family's rule;
+    pixel_values_videos (patches, values of a patch) or None; video_grid_thw (n, 3) int64, in
+    patches; second_per_grid_ts (n,) float32, seconds from one temporal patch to the next;
+    pixel_values (patches, values of a patch) or None and image_grid_thw (m, 3): of the images;
     text: the rendered chat template, before the vision tokens are repeated.
     """
 
     input_ids: Tensor
     mm_token_type_ids: Tensor
+    positions: Tensor
     pixel_values_videos: Tensor | None
     video_grid_thw: Tensor
     second_per_grid_ts: Tensor
@@ -34,23 +35,42 @@ class Prompt:
         return len(self.input_ids)
 
     @property
+    def is_vision(self) -> Tensor:
+        """(P,) bool: which tokens stand for vision features."""
+        return self.mm_token_type_ids > 0
+
+    @property
     def patches(self) -> int:
         """Patches of all videos and images."""
         given = (self.pixel_values_videos, self.pixel_values)
         return sum(len(pixels) for pixels in given if pixels is not None)
 
     def media(self) -> list[tuple[Tensor, Tensor]]:
-        """(patches (N_i, 1176), grid (3,)) of each video and image, in the order of the prompt."""
-        kinds = self.mm_token_type_ids
-        starts = kinds[torch.diff(kinds, prepend=kinds.new_zeros(1)) != 0]
+        """(patches (N_i, values), grid (3,)) of each video and image, in prompt order.
+
+        A clip may be several runs of vision tokens (one for each temporal patch, with its time as
+        text between them): a clip ends when its tokens are used up, not where a run ends.
+        """
         queues = {
-            kind: _split(pixels, grids)
-            for kind, pixels, grids in (
-                (IMAGE, self.pixel_values, self.image_grid_thw),
-                (VIDEO, self.pixel_values_videos, self.video_grid_thw),
-            )
+            IMAGE: _split(self.pixel_values, self.image_grid_thw),
+            VIDEO: _split(self.pixel_values_videos, self.video_grid_thw),
         }
-        return [next(queues[kind]) for kind in starts.tolist() if kind]
+        kinds = self.mm_token_type_ids[self.is_vision].tolist()
+        if not kinds:
+            return []
+        # Patches that make one vision token; the same for clips and images of a family.
+        merged = self.patches // len(kinds)
+        found, token = [], 0
+        while token < len(kinds):
+            found.append(next(queues[kinds[token]]))
+            token += len(found[-1][0]) // merged
+        return found
+
+
+def next_position(positions: Tensor) -> int:
+    """Position, on all axes, of the first token after a prompt with positions (3, P): the largest
+    one plus 1."""
+    return int(positions.max()) + 1
 
 
 def _split(pixels: Tensor | None, grids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -1,34 +1,41 @@
-"""Completions of prompts, drawn from the model: each prompt is read once for its whole group.
+"""Sample completions of prompts: each prompt is read once for its whole group.
 
 Prompts go through the model once, together; then all completions of all prompts advance by a token
-a step. Positions are those of `forward.py`, so rollout and training see the same model. Completions
-that have ended leave the batch.
+a step. Positions are those of the prompts and of `packing.py`, so rollout and training see the same
+model. Completions that have ended leave the batch.
 
-How the loop runs is `SamplingConfig.decoding`; what is drawn is the same:
+`SamplingConfig.decoding` sets how the loop runs; the completions are the same:
     dynamic    a step reads the keys in use; rows leave as soon as a fifth have ended
-    static     shapes stay what they are until rows have halved or the buffer of keys is full
+    static     shapes stay the same until rows have halved or the buffer of keys is full
     graphs     static, each shape's step recorded as a CUDA graph and replayed
     auto       static on CUDA, dynamic elsewhere
+
+A pass over one token a row is a thousand small kernels; launched one by one from Python they take
+longer to launch than to run. With static shapes (`decode.SharedPrefix`) they can be recorded once
+and replayed: `GraphedStep` records a `TokenStep` on inputs that are copied into place.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from vcr1_fast.model.attention import prepare_attention
 from vcr1_fast.model.decode import SharedPrefix
-from vcr1_fast.model.forward import embed, prompt_features
-from vcr1_fast.model.packing import Span, prompt_positions
-from vcr1_fast.model.positions import SpecialIds, next_position
-from vcr1_fast.model.processor import Processor, Prompt
-from vcr1_fast.model.sampling import Drawn, SamplingConfig, check_possible
-from vcr1_fast.model.token_step import TokenStep, resolve_decoding, token_step
+from vcr1_fast.model.forward import embed, language_model_forward, lm_head, prompt_features
+from vcr1_fast.model.packing import Span
+from vcr1_fast.model.processor import Processor
+from vcr1_fast.model.prompt import Prompt, next_position
+from vcr1_fast.model.sampling import Sampled, SamplingConfig, check_possible, sample
 from vcr1_fast.model.wrapping import unwrap
 
 __all__ = ["Rollout", "SamplingConfig", "rollout"]
+
+Step = Callable[[Tensor, Tensor, Tensor], Sampled]
+T = TypeVar("T")
 
 # Rows are moved together when at least this share of them has nothing left to do.
 _COMPACT_AT = 0.2
@@ -39,11 +46,11 @@ class Rollout:
     """Completions by [prompt][completion], on the CPU.
 
     tokens: (C,) int64, with the end-of-turn token where it was reached; logps: (C,)
-    log-probabilities under the distribution they were drawn from; full_logps: under the plain
-    softmax at the sampling temperature, without truncation or banned tokens: what a training
-    forward gives; texts: decoded without special tokens; finished: ended by itself rather than by
-    `max_new_tokens`; vision: for each prompt its video tokens' features, on the model's device, or
-    None.
+    log-probabilities under the distribution they were sampled from; full_logps: under the plain
+    softmax at the sampling temperature, without truncation or banned tokens: the ones that a
+    training forward gives; texts: decoded without special tokens; finished: ended by itself rather
+    than by `max_new_tokens`; vision: for each prompt the features of its clips and images
+    (vision tokens, levels * H), on the model's device, or None.
     """
 
     tokens: list[list[Tensor]]
@@ -63,20 +70,18 @@ def rollout(
     sampling: SamplingConfig,
     generator: torch.Generator | None = None,
     *,
-    convention: str = "trained",
     vision: Sequence[Tensor | None] | None = None,
 ) -> Rollout:
-    """Draw `group_size` completions for every prompt.
+    """Sample `group_size` completions for every prompt.
 
     Args:
-        model: Qwen2.5-VL, wrapped by peft or not; put in evaluation mode meanwhile.
-        processor: for the stop token, the tokens never drawn, and text.
+        model: wrapped by peft or not; in evaluation mode during the rollout.
+        processor: for the stop token, the tokens never sampled, and text.
         prompts: any lengths; read as one sequence without padding.
         group_size: completions a prompt, G >= 1.
-        sampling: all that decides what is drawn, besides
+        sampling: temperature, truncation, length, stop texts, and how the loop runs.
         generator: a CPU generator (None: torch's default). Completion (i, j) uses its own numbers
-            of it, whatever the others do: prompts rolled out one after another draw the same.
-        convention: of the positions, see `positions.py`.
+            of it, whatever the others do: prompts rolled out one after another give the same.
         vision: features of the prompts' clips where they are known (`prompt_features`).
 
     Raises:
@@ -92,19 +97,107 @@ def rollout(
     try:
         features = prompt_features(base, prompts, vision)
         run = _Run(base, processor, sampling, [len(prompt) for prompt in prompts], group_size)
-        hidden = run.prefill(prompts, features, convention)
+        hidden = run.prefill(prompts, features)
         run.decode(hidden.repeat_interleave(group_size, dim=0), group_size, generator)
     finally:
         base.train(training)
     return run.result(group_size, features)
 
 
+class TokenStep:
+    """Feed a token to every row and sample the next. `memory` must have room (`make_room`)."""
+
+    def __init__(
+        self, model: nn.Module, memory: SharedPrefix, banned: Tensor, sampling: SamplingConfig
+    ) -> None:
+        self.model, self.memory = model, memory
+        self.banned, self.sampling = banned, sampling
+        self.embedding = model.get_input_embeddings()
+        self.weight, self.bias = lm_head(model)
+
+    def __call__(self, tokens: Tensor, positions: Tensor, uniforms: Tensor) -> Sampled:
+        """tokens (R,) int64, sampled last; positions (R,) of these, the same on all three axes;
+        uniforms (R,) float64 for `sample`."""
+        hidden = language_model_forward(
+            self.model,
+            self.embedding(tokens[:, None]),
+            positions[None, :, None].expand(3, -1, -1),
+            kv_cache=self.memory,
+            shared_prefix=self.memory,
+        )
+        return self.sample(hidden[:, 0], uniforms)
+
+    def sample(self, hidden: Tensor, uniforms: Tensor) -> Sampled:
+        """The next token of hidden states (R, H)."""
+        logits = nn.functional.linear(hidden, self.weight, self.bias)
+        return sample(logits, uniforms, self.banned, self.sampling)
+
+
+class GraphedStep:
+    """`step` recorded as a CUDA graph, again whenever the memory's buffers have been replaced.
+
+    Recording runs the step twice, which writes the same keys to the same place both times. The next
+    call overwrites what a call returns.
+    """
+
+    def __init__(self, step: TokenStep) -> None:
+        self.step, self.version = step, -1
+        self.graph: Any = None
+        self.inputs: tuple[Tensor, ...] = ()
+        self.sampled: Any = None
+
+    def __call__(self, *inputs: Tensor) -> Sampled:
+        """As `TokenStep`."""
+        if self.version != self.step.memory.version:
+            self._record(inputs)
+        for held, given in zip(self.inputs, inputs, strict=True):
+            held.copy_(given)
+        self.graph.replay()
+        return self.sampled
+
+    def _record(self, inputs: tuple[Tensor, ...]) -> None:
+        # Copied first: they may be outputs of the old graph. Then that graph is dropped, so that
+        # the new one can have its memory.
+        self.inputs = tuple(x.clone() for x in inputs)
+        self.graph = self.sampled = None
+        here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+        aside.wait_stream(here)
+        with torch.cuda.stream(aside):
+            self.step(*self.inputs)  # libraries make their workspaces in a first run
+        here.wait_stream(aside)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.sampled = self.step(*self.inputs)
+        self.version = self.step.memory.version
+
+
+def token_step(step: TokenStep, decoding: str, device: torch.device) -> Step:
+    """`step`, recorded as a graph if `decoding` says so. ValueError for graphs without CUDA."""
+    if decoding != "graphs":
+        return step
+    if device.type != "cuda":
+        raise ValueError(f"decoding 'graphs' needs a CUDA device, the model is on {device}")
+    return GraphedStep(step)
+
+
+def resolve_decoding(decoding: str, device: torch.device) -> str:
+    """The decoding that "auto" stands for: static shapes on CUDA, dynamic ones elsewhere, which are
+    less work.
+
+    Not graphs until their recording has been measured on a GPU: they are asked for by name.
+    """
+    if decoding != "auto":
+        return decoding
+    return "static" if device.type == "cuda" else "dynamic"
+
+
 class _Run:
-    """One rollout's state. Rows are completions of all prompts in order; row `total` is scrap."""
+    """State of one rollout. Rows are completions of all prompts in order; the last row, `total`, is
+    a dummy slot, which rows that have ended write to."""
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         processor: Processor,
         sampling: SamplingConfig,
         lengths: Sequence[int],
@@ -118,8 +211,8 @@ class _Run:
         decoding = resolve_decoding(sampling.decoding, self.device)
         self.memory = SharedPrefix(lengths, static=decoding != "dynamic")
         banned = processor.banned_ids(len(weight)).to(self.device)
-        self.first = TokenStep(model, self.memory, banned, sampling)
-        self.further = token_step(self.first, decoding, self.device)
+        self.first_step = TokenStep(model, self.memory, banned, sampling)
+        self.decode_step = token_step(self.first_step, decoding, self.device)
         shape = (total + 1, sampling.max_new_tokens)
         self.tokens = torch.zeros(shape, dtype=torch.int64, device=self.device)
         exact = torch.promote_types(weight.dtype, torch.float32)
@@ -128,69 +221,67 @@ class _Run:
         self.finished = [False] * total
         self.resume = torch.zeros(0)  # (rows,) position of each row's first token
 
-    def prefill(
-        self, prompts: Sequence[Prompt], features: Sequence[Tensor | None], convention: str
-    ) -> Tensor:
+    def prefill(self, prompts: Sequence[Prompt], features: Sequence[Tensor | None]) -> Tensor:
         """Read the prompts; hidden states (N, H) of their last tokens."""
-        ids = SpecialIds.from_config(self.model.config)
-        positions = [prompt_positions(prompt, ids, convention) for prompt in prompts]
-        self.resume = torch.tensor([next_position(p) for p in positions], device=self.device)
+        starts = [next_position(prompt.positions) for prompt in prompts]
+        self.resume = torch.tensor(starts, device=self.device)
         tokens = torch.cat([prompt.input_ids for prompt in prompts]).to(self.device)
+        is_vision = torch.cat([prompt.is_vision for prompt in prompts]).to(self.device)
+        positions = torch.cat([prompt.positions for prompt in prompts], dim=1).to(self.device)
         ends = list(accumulate(len(prompt) for prompt in prompts))
-        given = [f for f in features if f is not None]
-        embeddings = embed(
-            self.model, tokens, torch.ones_like(tokens, dtype=torch.bool), given, ids
-        )
-        hidden = self.model.model.language_model(
-            inputs_embeds=embeddings[None],
-            position_ids=torch.cat(positions, dim=1)[:, None].to(self.device),
-            attention_mask={"full_attention": None},
-            past_key_values=self.memory,
-            use_cache=True,
+        embeddings, inputs = embed(self.model, tokens, is_vision, features)
+        hidden = language_model_forward(
+            self.model,
+            embeddings[None],
+            positions[:, None],
+            kv_cache=self.memory,
             spans=tuple(
                 Span(end - len(prompt), len(prompt), (), self.device)
                 for end, prompt in zip(ends, prompts, strict=True)
             ),
-        ).last_hidden_state[0]
+            **inputs,
+        )
         self.memory.start_decoding(self.total)
-        return hidden[[end - 1 for end in ends]]
+        return hidden[0][[end - 1 for end in ends]]
 
     def decode(self, hidden: Tensor, group_size: int, generator: torch.Generator | None) -> None:
+        """Sample all completions, the first token from `hidden` (rows, H)."""
         sampling = self.sampling
-        # Prompt by prompt, so that what is drawn does not depend on which others are there.
+        # Prompt by prompt: the numbers of a completion do not depend on which others there are.
         shape = (sampling.max_new_tokens, group_size)
-        chance = [
+        numbers = [
             torch.rand(shape, dtype=torch.float64, generator=generator)
             for _ in range(self.total // group_size)
         ]
-        uniforms = torch.cat(chance, dim=1).to(self.device)
+        uniforms = torch.cat(numbers, dim=1).to(self.device)
         rows = torch.arange(self.total, device=self.device)
         resume = self.resume.repeat_interleave(group_size)
         alive = torch.ones(self.total, dtype=torch.bool)
-        drawn = self.first.draw(hidden, uniforms[0])
+        sampled = self.first_step.sample(hidden, uniforms[0])
         for step in range(sampling.max_new_tokens):
-            tokens = drawn.tokens
+            tokens = sampled.tokens
             self.tokens[rows, step] = tokens
-            self.logps[0, rows, step] = drawn.logps
-            self.logps[1, rows, step] = drawn.full_logps
-            ended = self._ended(drawn, rows, alive, step)
+            self.logps[0, rows, step] = sampled.logps
+            self.logps[1, rows, step] = sampled.full_logps
+            ended = self._ended(sampled, rows, alive, step)
             if bool(ended.any()):
                 alive &= ~ended
                 kept = self._compact(alive)
                 if kept is not None:
                     rows, alive = rows[kept], alive[kept.cpu()]
                     tokens, resume = tokens[kept], resume[kept]
+                # Ended rows that stay in the batch write to the dummy slot.
                 rows = rows.masked_fill(~alive.to(self.device), self.total)
             if not bool(alive.any()) or step + 1 == sampling.max_new_tokens:
                 return
             self.memory.make_room()
-            chance = uniforms[step + 1][rows.clamp(max=self.total - 1)]
-            drawn = self.further(tokens, resume + step, chance)
+            numbers_of_rows = uniforms[step + 1][rows.clamp(max=self.total - 1)]
+            sampled = self.decode_step(tokens, resume + step, numbers_of_rows)
 
-    def _ended(self, drawn: Drawn, rows: Tensor, alive: Tensor, step: int) -> Tensor:
+    def _ended(self, sampled: Sampled, rows: Tensor, alive: Tensor, step: int) -> Tensor:
         """Which of the live rows end with this token; on the CPU (the step's only wait)."""
         ended, possible = torch.stack(
-            [drawn.tokens == self.processor.stop_id, drawn.possible]
+            [sampled.tokens == self.processor.stop_id, sampled.possible]
         ).cpu()
         check_possible(possible)
         ended = ended & alive
@@ -209,7 +300,7 @@ class _Run:
         Groups must stay equally large: one that has fewer live rows than another keeps some of its
         ended rows as filling. With static shapes both numbers go down by halves alone.
         """
-        grid = alive.view(len(self.memory.bias), -1)
+        grid = alive.view(self.memory.prompts, -1)
         counts = grid.sum(dim=1)
         number, size = int((counts > 0).sum()), int(counts.max())
         if number and self.memory.static:
@@ -226,11 +317,11 @@ class _Run:
         self.memory.select(None if whole else prompts.to(self.device), kept)
         return kept
 
-    def result(self, group_size: int, features: list[Tensor | None]) -> Rollout:
+    def result(self, group_size: int, features: Sequence[Tensor | None]) -> Rollout:
         tokens, logps = self.tokens.cpu(), self.logps.cpu()
 
-        def grouped(values):
-            return [values[i : i + group_size] for i in range(0, self.total, group_size)]
+        def grouped(values: Sequence[T]) -> list[list[T]]:
+            return [list(values[i : i + group_size]) for i in range(0, self.total, group_size)]
 
         completions = [tokens[i, :n].clone() for i, n in enumerate(self.lengths)]
         return Rollout(

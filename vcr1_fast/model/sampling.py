@@ -1,4 +1,4 @@
-"""The distribution that completions are drawn from, exactly, and drawing from it."""
+"""The distribution that completions are sampled from, exactly, and sampling from it."""
 
 import math
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ Decoding = Literal["auto", "dynamic", "static", "graphs"]
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How completions are drawn. Nothing is taken from the checkpoint's generation config.
+    """How completions are sampled. Nothing is taken from the checkpoint's generation config.
 
     temperature: 0 takes the most likely token; top_k: 0 keeps all; top_p: 1 keeps all;
     max_new_tokens: the longest completion; stop: a completion also ends once its text holds one of
     these strings (checked by decoding, so leave it empty where the end-of-turn token is enough).
-    decoding: how the loop runs, not what it draws, see `rollout.py`.
+    decoding: how the loop runs; it does not change what is sampled, see `rollout.py`.
     """
 
     temperature: float = 1.0
@@ -42,12 +42,12 @@ class SamplingConfig:
             raise ValueError(f"decoding must be one of {get_args(Decoding)}, got {self.decoding!r}")
 
 
-class Drawn(NamedTuple):
+class Sampled(NamedTuple):
     """One token a row. tokens (R,) int64; logps (R,), their log-probability under the distribution
-    drawn from (0 for temperature 0); full_logps (R,), under the plain softmax of
+    sampled from (0 for temperature 0); full_logps (R,), under the plain softmax of
     logits / temperature over the whole vocabulary (temperature 1 for 0), both in float32, or
-    float64 for such logits; possible (R,) bool: whether there was a distribution at all, without
-    which the others mean nothing."""
+    float64 for such logits; possible (R,) bool: whether there was a distribution at all; where not,
+    the other fields mean nothing."""
 
     tokens: Tensor
     logps: Tensor
@@ -55,12 +55,12 @@ class Drawn(NamedTuple):
     possible: Tensor
 
 
-def draw(logits: Tensor, uniforms: Tensor, banned: Tensor, config: SamplingConfig) -> Drawn:
-    """Draw one token a row, without waiting for the device.
+def sample(logits: Tensor, uniforms: Tensor, banned: Tensor, config: SamplingConfig) -> Sampled:
+    """Sample one token a row, without waiting for the device.
 
     Args:
         logits: (R, V) of the model, any float dtype.
-        uniforms: (R,) float64 in [0, 1): the only source of chance.
+        uniforms: (R,) float64 in [0, 1): the only source of randomness.
         banned: (b,) int64 tokens of probability zero.
         config: temperature, then top-k, then top-p, each renormalised, as transformers orders them.
     """
@@ -71,7 +71,7 @@ def draw(logits: Tensor, uniforms: Tensor, banned: Tensor, config: SamplingConfi
     allowed = scores.index_fill(-1, banned, -torch.inf)
     if config.temperature == 0:
         best, tokens = allowed.max(-1)
-        return Drawn(tokens, torch.zeros_like(best), best - full, (best + full).isfinite())
+        return Sampled(tokens, torch.zeros_like(best), best - full, (best + full).isfinite())
     norm = allowed.logsumexp(-1)
     possible = (full + norm).isfinite()
     if config.top_k or config.top_p < 1:
@@ -85,12 +85,12 @@ def draw(logits: Tensor, uniforms: Tensor, banned: Tensor, config: SamplingConfi
     # Past nan lies an index outside the vocabulary.
     tokens = tokens.clamp(max=logits.shape[-1] - 1)
     chosen = allowed.gather(-1, tokens[:, None])[:, 0]
-    return Drawn(tokens, chosen - norm, chosen - full, possible)
+    return Sampled(tokens, chosen - norm, chosen - full, possible)
 
 
 def check_possible(possible: Tensor) -> None:
     """ValueError for a row without a distribution: a logit that is nan or +inf, or nothing but -inf
-    outside the banned tokens. possible: (R,) bool of `Drawn`."""
+    outside the banned tokens. possible: (R,) bool of `Sampled`."""
     if not bool(possible.all()):
         bad = possible.logical_not().nonzero()[:, 0].tolist()
         raise ValueError(

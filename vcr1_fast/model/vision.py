@@ -1,13 +1,13 @@
-"""The vision tower with its attention batched over windows, and clips encoded by it.
+"""Vision encoders: prepared, frozen, and called; attention batched over their windows.
 
-Qwen2.5-VL's tower attends within windows of a frame (in most layers) or within a frame. Without
-FlashAttention transformers runs these one after another in Python, thousands for a clip of 32
-frames. Here all windows of one size are one batch: the same products, softmax by softmax. On CUDA,
-in half precision, torch's own attention over packed sequences takes them all in one call, where
-this torch has it.
+An encoder attends within windows of a frame or within a frame. Without FlashAttention transformers
+runs these one after another in Python, thousands for a clip of 32 frames. Here all windows of one
+size are one batch: the same products, softmax by softmax. On CUDA, in half precision, torch's own
+attention over packed sequences takes them all in one call, where this torch has it.
 
-The model's own modules run unchanged; they take this attention because it is registered with
-transformers under a name of its own.
+The model's own modules run unchanged; they use this attention because it is registered with
+transformers under its own name. `model/family.py` says which module of a model is the encoder and
+how it is called.
 """
 
 import inspect
@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vcr1_fast.model.family import family_of
 from vcr1_fast.model.wrapping import unwrap
 
 # transformers hands packed sequences with their boundaries, instead of a piece at a time, to every
@@ -41,8 +42,8 @@ def packed_attention(
     """Full attention within each piece of a packed sequence, all pieces of a length as one batch.
 
     query, key, value: (1, heads, N, D); cu_seq_lens_q: (pieces + 1,) boundaries 0 .. N.
-    Returns (1, N, heads, D). `module`, the mask and the other arguments are not used: the tower has
-    neither masks nor dropout.
+    Returns (1, N, heads, D). `module`, the mask and the other arguments are not used: a vision
+    encoder has neither masks nor dropout.
     """
     if takes_varlen(query):
         return varlen_attention(query, key, value, scaling, cu_seq_lens_q), None
@@ -122,80 +123,95 @@ class PatchProjection(nn.Conv3d):
     """
 
     def forward(self, patches: Tensor) -> Tensor:
-        """(N, 3, 2, 14, 14) to (N, channels, 1, 1, 1)."""
+        """Patches (N, 3, temporal, patch, patch) to (N, channels, 1, 1, 1)."""
         out = F.linear(patches.flatten(1), self.weight.flatten(1), self.bias)
         return out[:, :, None, None, None]
 
 
-def prepare_vision(model: nn.Module) -> None:
-    """Let the vision tower of `model` use `packed_attention` and `PatchProjection`.
-
-    Parameters and their names stay as they are; FlashAttention is left in place.
-    """
+def use_packed_attention(encoder: nn.Module) -> None:
+    """Let a vision encoder of transformers use `packed_attention`; FlashAttention stays."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(PACKED_ATTENTION, packed_attention)
-    visual = unwrap(model).model.visual
-    if "flash" not in (visual.config._attn_implementation or ""):
-        visual.config._attn_implementation = PACKED_ATTENTION
-    projection = visual.patch_embed.proj
+    config: Any = encoder.config
+    if "flash" not in (config._attn_implementation or ""):
+        config._attn_implementation = PACKED_ATTENTION
+
+
+def use_patch_projection(patch_embed: nn.Module) -> None:
+    """Compute `patch_embed.proj` by `PatchProjection`; parameters and their names stay."""
+    projection = patch_embed.proj
     if type(projection) is nn.Conv3d and projection.kernel_size == projection.stride:
         projection.__class__ = PatchProjection
 
 
+def vision_encoder(model: nn.Module) -> nn.Module:
+    """The module of a model, wrapped or not, that encodes clips and images."""
+    return family_of(model).vision_encoder(unwrap(model))
+
+
+def prepare_vision(model: nn.Module) -> None:
+    """Put the family's faster attention and modules into the vision encoder of `model`."""
+    family_of(model).prepare_vision(vision_encoder(model))
+
+
+def vision_is_frozen(model: nn.Module) -> bool:
+    """Whether no parameter of the vision encoder is trained, adapters included."""
+    return not any(parameter.requires_grad for parameter in vision_encoder(model).parameters())
+
+
 def freeze_vision(model: nn.Module, *, merger: bool = True) -> None:
-    """Take the vision tower out of training; `merger=False` leaves its projection trainable."""
-    for name, parameter in unwrap(model).model.visual.named_parameters():
-        if merger or not name.startswith("merger."):
+    """Do not train the vision encoder; `merger=False` keeps its projection to the language model
+    trainable."""
+    projection = family_of(model).projection_prefix
+    for name, parameter in vision_encoder(model).named_parameters():
+        if merger or not name.startswith(projection):
             parameter.requires_grad_(False)
 
 
 def encode_videos(model: nn.Module, pixel_values: Tensor, grid_thw: Tensor) -> Sequence[Tensor]:
-    """Encode clips, and images as clips of one temporal patch, in one pass of the vision tower.
+    """Encode clips, and images as clips of one temporal patch, in one pass of the vision encoder.
 
     Args:
-        model: Qwen2.5-VL, wrapped or not.
-        pixel_values: (N, 1176) patches of all clips, any float dtype, any device.
+        model: wrapped or not.
+        pixel_values: (N, values of a patch) patches of all clips, any float dtype, any device.
         grid_thw: (n, 3) patches along time, height and width of each clip.
 
     Returns:
-        For each clip (tokens, hidden) in the tower's dtype, on its device: one row a video token.
-        With gradient only if the tower has parameters to train.
+        For each clip its features (vision tokens, levels * H), in the encoder's dtype, on its
+        device. With gradient only if the encoder has parameters to train.
     """
-    visual = unwrap(model).model.visual
-    trained = torch.is_grad_enabled() and any(p.requires_grad for p in visual.parameters())
-    grid_thw = grid_thw.to(visual.device)
+    encoder: Any = vision_encoder(model)
+    trained = torch.is_grad_enabled() and not vision_is_frozen(model)
     with torch.set_grad_enabled(trained):
-        hidden = visual(
-            pixel_values.to(visual.device, visual.dtype), grid_thw=grid_thw
-        ).pooler_output
-    counts = grid_thw.prod(dim=1) // visual.spatial_merge_size**2
-    return torch.split(hidden, counts.tolist())
+        pixels = pixel_values.to(encoder.device, encoder.dtype)
+        return family_of(model).encode(encoder, pixels, grid_thw.to(encoder.device))
 
 
-def reorder_frames(
-    features: Tensor, grid_thw: Tensor, orders: Sequence[Sequence[int]], *, merge: int = 2
-) -> Tensor:
-    """Features of clips whose temporal patches (pairs of frames) stand in another order, from those
+def reorder_frames(features: Tensor, grid_thw: Tensor, orders: Sequence[Sequence[int]]) -> Tensor:
+    """Features of clips with their temporal patches in another order, computed from the features
     of the clips as they are.
 
-    Exact: no block of the tower looks beyond a temporal patch, and its positions are those of
-    height and width alone, so what it makes of one does not depend on when it is shown.
+    Exact for an encoder that never looks beyond a temporal patch and takes its positions from
+    height and width alone: what it makes of a temporal patch does not depend on its place.
 
     Args:
-        features: (tokens, hidden) of one or more clips in a row, as `encode_videos` gives them.
+        features: (tokens, levels * H) of one or more clips in a row, as `encode_videos` gives them.
         grid_thw: (n, 3) patches along time, height and width of each clip.
         orders: for each clip, which temporal patch comes first, second, ...
-        merge: patches along an edge that make a token.
 
     Raises:
         ValueError: where an order is no permutation of its clip's temporal patches.
     """
+    patches = int(grid_thw.prod(dim=1).sum())
+    merged, rest = divmod(patches, len(features))  # patches that make a token
+    if rest:
+        raise ValueError(f"{len(features)} features do not divide {patches} patches")
     parts, start = [], 0
     for (frames, height, width), order in zip(grid_thw.tolist(), orders, strict=True):
         if sorted(order) != list(range(frames)):
             raise ValueError(f"{list(order)} is no order of {frames} temporal patches")
-        size = height * width // merge**2
+        size = height * width // merged
         clip = features[start : start + frames * size].unflatten(0, (frames, size))
         parts.append(clip[list(order)].flatten(0, 1))
         start += frames * size

@@ -6,7 +6,7 @@ from torch import nn
 
 
 def unwrap(model: nn.Module) -> Any:
-    """The `Qwen2_5_VLForConditionalGeneration` inside a peft, DDP or compiled wrapper."""
+    """The bare transformers model inside a peft, DDP or compile wrapper."""
     while True:
         if hasattr(model, "get_base_model"):
             model = model.get_base_model()
@@ -21,7 +21,7 @@ def unwrap(model: nn.Module) -> Any:
 def checkpoint_activations(model: nn.Module) -> None:
     """Recompute each layer's activations in the backward pass instead of keeping them.
 
-    Takes effect in training mode (`model.train()`), in the language model and the vision tower.
+    Takes effect in training mode (`model.train()`), in the language model and the vision encoder.
     Works with frozen parameters and adapters, because the non-reentrant form is used.
     """
     base = unwrap(model)

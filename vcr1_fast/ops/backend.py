@@ -141,7 +141,7 @@ def _serves(backend: str, device: str) -> bool:
 
 # Of an op's arguments in eager mode. Subclasses of Tensor (fake, traced, distributed) dispatch.
 _PLAIN_TYPES = frozenset(
-    (torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, list, tuple)
+    (torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str, list, tuple)
 )
 
 
@@ -178,9 +178,10 @@ class Op:
         _ops.append(self)
 
     def register(self, backend: str, fn: Callable[..., Any]) -> None:
-        """Adds the implementation `fn` (called with the schema's arguments by position).
+        """Add the implementation `fn`.
 
-        Register unconditionally: whether the backend can run here is checked at the call.
+        It gets the schema's arguments by position, those after `*` by name. Register
+        unconditionally: the call checks whether the backend can run here.
         """
         if backend not in BACKENDS:
             raise ValueError(f"unknown backend {backend!r}: expected one of {', '.join(BACKENDS)}")
@@ -198,8 +199,8 @@ class Op:
     def forget_choice(self) -> None:
         self._chosen.clear()
 
-    def __call__(self, *args: Any) -> Any:
-        return self._call(*args)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(*args, **kwargs)
 
     def direct(self, *args: Any) -> Any:
         """As a call, but past torch's dispatcher where nobody would notice: for an op without side
@@ -211,9 +212,9 @@ class Op:
         return (run or self._call)(*args)
 
     def _runner(self, device: str) -> Callable[..., Any]:
-        def run(*args: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
             fn = self._chosen.get(device)
-            return (fn or self._choose(device))(*args)
+            return (fn or self._choose(device))(*args, **kwargs)
 
         return run
 

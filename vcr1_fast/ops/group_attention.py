@@ -142,9 +142,17 @@ def _forward_cpu(
 ) -> tuple[Tensor, Tensor]:
     out = _new(query, parts)
     lse = query.new_full((query.shape[1], len(query)), -torch.inf, dtype=_accumulated(query))
-    inputs = [_dense_rows(x) for x in (query, key, value)]
-    scratch = _scratch(query, key, 0)
-    native.group_attention(inputs, parts, scale, out, lse, scratch, torch.get_num_threads())
+    native.group_attention(
+        query=_dense_rows(query),
+        key=_dense_rows(key),
+        value=_dense_rows(value),
+        parts=parts,
+        scale=scale,
+        out=out,
+        lse=lse,
+        scratch=_scratch(query, key, 0),
+        num_threads=torch.get_num_threads(),
+    )
     return out, lse
 
 
@@ -158,22 +166,26 @@ def _backward_cpu(
     parts: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grads = [_new(query, parts), *(x.new_empty(x.shape) for x in (key, value))]
-    inputs = [_dense_rows(x) for x in (query, key, value)]
+    grad_query = _new(query, parts)
+    grad_key, grad_value = (x.new_empty(x.shape) for x in (key, value))
     tasks = -(-_TASKS // key.shape[1])
     native.group_attention_backward(
-        inputs,
-        parts,
-        scale,
-        out,
-        lse,
-        _dense_rows(grad),
-        grads,
-        _scratch(query, key, tasks),
-        tasks,
-        torch.get_num_threads(),
+        query=_dense_rows(query),
+        key=_dense_rows(key),
+        value=_dense_rows(value),
+        parts=parts,
+        scale=scale,
+        out=out,
+        lse=lse,
+        grad=_dense_rows(grad),
+        grad_query=grad_query,
+        grad_key=grad_key,
+        grad_value=grad_value,
+        scratch=_scratch(query, key, tasks),
+        tasks=tasks,
+        num_threads=torch.get_num_threads(),
     )
-    return tuple(grads)
+    return grad_query, grad_key, grad_value
 
 
 def _fake_forward(

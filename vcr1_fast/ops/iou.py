@@ -19,100 +19,218 @@ NaN, and 1e-7 is added to l^2 and to 1 - IoU + v.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from vcr1_fast.ops.backend import Op, native
-from vcr1_fast.ops.iou_reference import (
-    angle,
-    box_iou_reference,
-    interval_set_iou_reference,
-    temporal_iou_reference,
-    track_iou_reference,
-)
 
 KINDS = ("iou", "giou", "diou", "ciou")
 CONVENTIONS = ("zero", "torchvision")
+_TORCHVISION_EPS = 1e-7
+
+# Plain torch: the specification, the gradient, and the backend "reference".
+
+
+def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """numerator / denominator, and 0 where the denominator is not a positive finite number."""
+    usable = (denominator > 0) & denominator.isfinite()
+    # `where` alone would not do: 0 * NaN, the gradient of the branch not taken, is NaN.
+    return torch.where(usable, numerator / torch.where(usable, denominator, 1.0), 0.0)
+
+
+def _pair_up(a: Tensor, b: Tensor, pairwise: bool) -> tuple[Tensor, Tensor]:
+    return (a[:, None], b[None]) if pairwise else (a, b)
+
+
+def temporal_iou_reference(pred: Tensor, target: Tensor, pairwise: bool) -> Tensor:
+    pred, target = _pair_up(pred, target, pairwise)
+    length_pred = (pred[..., 1] - pred[..., 0]).clamp(min=0)
+    length_target = (target[..., 1] - target[..., 0]).clamp(min=0)
+    first_end = torch.minimum(pred[..., 1], target[..., 1])
+    last_start = torch.maximum(pred[..., 0], target[..., 0])
+    shared = (first_end - last_start).clamp(min=0)
+    return _ratio(shared, length_pred + length_target - shared)
+
+
+def _angle(wh: Tensor, exact: bool) -> Tensor:
+    width, height = wh.unbind(-1)
+    return torch.atan(width / height) if exact else torch.atan2(width, height)
+
+
+def _ciou_penalty(wh_a: Tensor, wh_b: Tensor, iou: Tensor, eps: float) -> Tensor:
+    angle_a, angle_b = (_angle(wh, bool(eps)) for wh in (wh_a, wh_b))
+    v = (4 / math.pi**2) * (angle_a - angle_b) ** 2
+    if not eps:
+        v = torch.where(v.isfinite(), v, 0.0)
+    with torch.no_grad():  # alpha weighs the penalty v; the formula takes it as a constant
+        alpha = v / (1 - iou + v + eps) if eps else _ratio(v, 1 - iou + v)
+    return alpha * v
+
+
+def box_iou_reference(a: Tensor, b: Tensor, kind: str, pairwise: bool, convention: str) -> Tensor:
+    a, b = _pair_up(a, b, pairwise)
+    exact = convention == "torchvision"
+    wh_a, wh_b = a[..., 2:] - a[..., :2], b[..., 2:] - b[..., :2]
+    if not exact:
+        wh_a, wh_b = wh_a.clamp(min=0), wh_b.clamp(min=0)
+    wh = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(
+        min=0
+    )
+    shared = wh[..., 0] * wh[..., 1]
+    union = wh_a[..., 0] * wh_a[..., 1] + wh_b[..., 0] * wh_b[..., 1] - shared
+    divide = torch.div if exact else _ratio
+    iou = divide(shared, union)
+    if kind == "iou":
+        return iou
+
+    low, high = torch.minimum(a[..., :2], b[..., :2]), torch.maximum(a[..., 2:], b[..., 2:])
+    if not exact:  # the hull of reversed corners, too: it keeps the penalties within [0, 1]
+        low = torch.minimum(low, torch.minimum(a[..., 2:], b[..., 2:]))
+        high = torch.maximum(high, torch.maximum(a[..., :2], b[..., :2]))
+    hull = (high - low).clamp(min=0)
+    if kind == "giou":
+        area = hull[..., 0] * hull[..., 1]
+        return iou - divide(area - union, area)
+    eps = _TORCHVISION_EPS if exact else 0.0
+    diagonal = hull[..., 0] ** 2 + hull[..., 1] ** 2 + eps
+    centres = (a[..., :2] + a[..., 2:]) / 2 - (b[..., :2] + b[..., 2:]) / 2
+    iou_minus_distance = iou - divide(centres[..., 0] ** 2 + centres[..., 1] ** 2, diagonal)
+    if kind == "diou":
+        return iou_minus_distance
+    return iou_minus_distance - _ciou_penalty(wh_a, wh_b, iou, eps)
+
+
+def track_iou_reference(pred: Tensor, target: Tensor, lengths: Tensor) -> Tensor:
+    # Summed in float64, as the kernels do: all backends round once, at the end.
+    iou = box_iou_reference(pred, target, "iou", False, "zero").double()
+    counted = torch.arange(pred.shape[1], device=pred.device) < lengths[:, None]
+    total = torch.where(counted, iou, 0.0).sum(-1)
+    return (total / lengths.clamp(min=1)).to(pred.dtype)
+
+
+def _merge(spans: Tensor) -> tuple[Tensor, Tensor]:
+    """The union of (n, 2) spans as disjoint pieces (starts, ends), some of them empty."""
+    start, end = spans[spans[:, 0].argsort()].unbind(-1)
+    reached = torch.cat([start[:1], end.cummax(0).values[:-1]])
+    start = torch.maximum(start, reached)
+    return start, torch.maximum(start, end)
+
+
+def _check_offsets(
+    pred: Tensor, pred_offsets: Tensor, target: Tensor, target_offsets: Tensor
+) -> None:
+    for name, spans, offsets in (
+        ("pred_offsets", pred, pred_offsets),
+        ("target_offsets", target, target_offsets),
+    ):
+        first, last = offsets[0], offsets[-1]
+        if first != 0 or last != len(spans) or (offsets[1:] < offsets[:-1]).any():
+            raise ValueError(
+                f"{name} must rise from 0 to {len(spans)}, the number of spans; got "
+                f"{offsets.tolist()}"
+            )
+
+
+def interval_set_iou_reference(
+    pred: Tensor, pred_offsets: Tensor, target: Tensor, target_offsets: Tensor, empty: float
+) -> Tensor:
+    _check_offsets(pred, pred_offsets, target, target_offsets)
+    result = []
+    for p0, p1, t0, t1 in zip(
+        pred_offsets[:-1].tolist(),
+        pred_offsets[1:].tolist(),
+        target_offsets[:-1].tolist(),
+        target_offsets[1:].tolist(),
+        strict=True,
+    ):
+        p, t = pred[p0:p1].double(), target[t0:t1].double()
+        p, t = p[p[:, 1] > p[:, 0]], t[t[:, 1] > t[:, 0]]
+        (p_start, p_end), (t_start, t_end) = _merge(p), _merge(t)
+        overlap = torch.minimum(p_end[:, None], t_end) - torch.maximum(p_start[:, None], t_start)
+        shared = overlap.clamp(min=0).sum()
+        union = (p_end - p_start).sum() + (t_end - t_start).sum() - shared
+        # Sums of rounded differences may exceed the union by an ulp.
+        iou = _ratio(shared, union).clamp(max=1)
+        result.append(torch.where(union == 0, empty, iou))
+    if not result:
+        return pred.new_empty(0)
+    return torch.stack(result).to(pred.dtype)
+
+
+# CPU and CUDA: one binding serves both, on the device of its tensors.
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1]).contiguous()
 
 
 def _planes(x: Tensor, kind: str, exact: bool) -> Tensor:
-    """(n, k) to contiguous (k, n): one array a coordinate; for CIoU the angle is one more."""
+    """(n, k) to contiguous (k, n), one array a coordinate; for CIoU the angle is one more."""
     if kind == "ciou":
+        # The only transcendental function: torch's is vectorised, and n + m values are far fewer
+        # than the n * m pairs that use them.
         wh = x[:, 2:] - x[:, :2]
-        column = angle(wh if exact else wh.clamp(min=0), exact)[:, None]
+        column = _angle(wh if exact else wh.clamp(min=0), exact)[:, None]
         x = torch.cat([x, column], dim=1)
     return x.t().contiguous()
 
 
-def _box_cpu(a: Tensor, b: Tensor, kind: str, pairwise: bool, convention: str) -> Tensor:
+def _box_native(a: Tensor, b: Tensor, kind: str, pairwise: bool, convention: str) -> Tensor:
     out = _fake_pairs(a, b, pairwise)
-    exact = convention == "torchvision"
     if out.numel() == 0:
         return out
-    sides = [x.reshape(-1, x.shape[-1]) for x in (a, b)]
-    if pairwise or kind == "ciou":
-        sides = [_planes(x, kind, exact) for x in sides]
-    else:
-        sides = [x.contiguous() for x in sides]
-    native.box_iou(*sides, out, kind, pairwise, exact, torch.get_num_threads())
+    exact = convention == "torchvision"
+    a, b = (_rows(x) for x in (a, b))
+    if a.device.type == "cpu" and (pairwise or kind == "ciou"):
+        # A vector of the CPU takes one coordinate of several boxes.
+        a, b = (_planes(x, kind, exact) for x in (a, b))
+    native.box_iou(
+        a=a,
+        b=b,
+        out=out,
+        kind=kind,
+        pairwise=pairwise,
+        torchvision=exact,
+        num_threads=torch.get_num_threads(),
+    )
     return out
 
 
-def _temporal_cpu(pred: Tensor, target: Tensor, pairwise: bool) -> Tensor:
-    return _box_cpu(pred, target, "span", pairwise, "zero")
+def _temporal_native(pred: Tensor, target: Tensor, pairwise: bool) -> Tensor:
+    return _box_native(pred, target, "span", pairwise, "zero")
 
 
-def _track_cpu(pred: Tensor, target: Tensor, lengths: Tensor) -> Tensor:
+def _track_native(pred: Tensor, target: Tensor, lengths: Tensor) -> Tensor:
     out = pred.new_empty(pred.shape[0])
-    inputs = (x.contiguous() for x in (pred, target, lengths))
-    native.track_iou(*inputs, out, torch.get_num_threads())
+    native.track_iou(
+        pred=pred.contiguous(),
+        target=target.contiguous(),
+        lengths=lengths.contiguous(),
+        out=out,
+        num_threads=torch.get_num_threads(),
+    )
     return out
 
 
-def _sets_cpu(
+def _sets_native(
     pred: Tensor, pred_offsets: Tensor, target: Tensor, target_offsets: Tensor, empty: float
 ) -> Tensor:
-    spans, out = _sets_memory(pred, pred_offsets, target, target_offsets)
-    native.interval_set_iou(*spans, empty, out, torch.get_num_threads())
-    return out.to(pred.dtype)
-
-
-def _sets_memory(
-    pred: Tensor, pred_offsets: Tensor, target: Tensor, target_offsets: Tensor
-) -> tuple[list[Tensor], Tensor]:
-    """The spans as copies in float64, which the kernels sort and merge in place; the result."""
     out = pred.new_empty(pred_offsets.shape[0] - 1, dtype=torch.float64)
+    # Copies: the kernel sorts and merges the spans in place.
     p, t = (
         torch.empty(x.shape, dtype=torch.float64, device=x.device).copy_(x) for x in (pred, target)
     )
-    return [p, pred_offsets.contiguous(), t, target_offsets.contiguous()], out
-
-
-def _box_cuda(a: Tensor, b: Tensor, kind: str, pairwise: bool, convention: str) -> Tensor:
-    out = _fake_pairs(a, b, pairwise)
-    if out.numel() > 0:
-        rows = (x.reshape(-1, x.shape[-1]).contiguous() for x in (a, b))
-        native.box_iou_cuda(*rows, out, kind, pairwise, convention == "torchvision")
-    return out
-
-
-def _temporal_cuda(pred: Tensor, target: Tensor, pairwise: bool) -> Tensor:
-    return _box_cuda(pred, target, "span", pairwise, "zero")
-
-
-def _track_cuda(pred: Tensor, target: Tensor, lengths: Tensor) -> Tensor:
-    out = pred.new_empty(pred.shape[0])
-    if out.numel() > 0:
-        native.track_iou_cuda(*(x.contiguous() for x in (pred, target, lengths)), out)
-    return out
-
-
-def _sets_cuda(
-    pred: Tensor, pred_offsets: Tensor, target: Tensor, target_offsets: Tensor, empty: float
-) -> Tensor:
-    spans, out = _sets_memory(pred, pred_offsets, target, target_offsets)
-    if out.numel() > 0:
-        native.interval_set_iou_cuda(*spans, empty, out)
+    native.interval_set_iou(
+        pred=p,
+        pred_offsets=pred_offsets.contiguous(),
+        target=t,
+        target_offsets=target_offsets.contiguous(),
+        empty=empty,
+        out=out,
+        num_threads=torch.get_num_threads(),
+    )
     return out.to(pred.dtype)
 
 
@@ -136,20 +254,20 @@ def _fake_sets(
 
 _temporal = Op("temporal_iou", "(Tensor pred, Tensor target, bool pairwise) -> Tensor", _fake_pairs)
 _temporal.register("reference", temporal_iou_reference)
-_temporal.register("cpu", _temporal_cpu)
-_temporal.register("cuda", _temporal_cuda)
+_temporal.register("cpu", _temporal_native)
+_temporal.register("cuda", _temporal_native)
 _box = Op(
     "box_iou",
     "(Tensor a, Tensor b, str kind, bool pairwise, str convention) -> Tensor",
     _fake_boxes,
 )
 _box.register("reference", box_iou_reference)
-_box.register("cpu", _box_cpu)
-_box.register("cuda", _box_cuda)
+_box.register("cpu", _box_native)
+_box.register("cuda", _box_native)
 _track = Op("track_iou", "(Tensor pred, Tensor target, Tensor lengths) -> Tensor", _fake_tracks)
 _track.register("reference", track_iou_reference)
-_track.register("cpu", _track_cpu)
-_track.register("cuda", _track_cuda)
+_track.register("cpu", _track_native)
+_track.register("cuda", _track_native)
 _sets = Op(
     "interval_set_iou",
     "(Tensor pred, Tensor pred_offsets, Tensor target, Tensor target_offsets, float empty)"
@@ -157,8 +275,8 @@ _sets = Op(
     _fake_sets,
 )
 _sets.register("reference", interval_set_iou_reference)
-_sets.register("cpu", _sets_cpu)
-_sets.register("cuda", _sets_cuda)
+_sets.register("cpu", _sets_native)
+_sets.register("cuda", _sets_native)
 
 
 def _check_floats(names: str, a: Tensor, b: Tensor, width: int) -> None:
@@ -193,14 +311,14 @@ def temporal_iou(pred: Tensor, target: Tensor, *, pairwise: bool = False) -> Ten
 
     pred, target: (..., 2) of one shape, or (N, 2) and (M, 2) with pairwise=True; float32 or
         float64, (start, end) in any unit.
-    Returns (...) or (N, M), of their dtype. Differentiable (as plain torch, whatever the backend).
+    Returns (...) or (N, M), of their dtype. Differentiable (in plain torch, whatever the backend).
     Raises ValueError for other shapes and dtypes.
     """
     _check_floats("pred and target", pred, target, 2)
     _check_shapes("pred and target", pred, target, pairwise)
     if _needs_gradient(pred, target):
         return temporal_iou_reference(pred, target, pairwise)
-    return _temporal(pred, target, pairwise)
+    return _temporal.direct(pred, target, pairwise)
 
 
 def box_iou(
@@ -217,7 +335,7 @@ def box_iou(
         (x0, y0, x1, y1) in any unit.
     kind: "iou" in [0, 1], "giou" and "diou" in [-1, 1], "ciou" in [-1.5, 1].
     convention: for empty boxes: "zero" or "torchvision"; see the module's docstring.
-    Returns (...) or (N, M), of their dtype. Differentiable (as plain torch, whatever the backend),
+    Returns (...) or (N, M), of their dtype. Differentiable (in plain torch, whatever the backend),
     so 1 - box_iou(a, b, kind="giou") is a loss. Raises ValueError for other shapes and dtypes.
     """
     _check_floats("a and b", a, b, 4)
@@ -229,7 +347,7 @@ def box_iou(
         )
     if _needs_gradient(a, b):
         return box_iou_reference(a, b, kind, pairwise, convention)
-    return _box(a, b, kind, pairwise, convention)
+    return _box.direct(a, b, kind, pairwise, convention)
 
 
 def track_iou(pred: Tensor, target: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -237,8 +355,8 @@ def track_iou(pred: Tensor, target: Tensor, lengths: Tensor | None = None) -> Te
 
     pred, target: (B, L, 4) float32 or float64 boxes (x0, y0, x1, y1).
     lengths: (B,) int64, boxes that count in each track, 0..L; None counts all.
-    Returns (B,); a track of length 0 has 0. Differentiable (as plain torch, whatever the backend).
-    Raises ValueError for other shapes and dtypes; lengths outside 0..L are cut to it.
+    Returns (B,); a track of length 0 has 0. Differentiable (in plain torch, whatever the backend).
+    Raises ValueError for other shapes and dtypes; lengths are clamped to 0..L.
     """
     _check_floats("pred and target", pred, target, 4)
     if pred.dim() != 3 or pred.shape != target.shape:
@@ -256,7 +374,7 @@ def track_iou(pred: Tensor, target: Tensor, lengths: Tensor | None = None) -> Te
         lengths = lengths.clamp(0, steps)
     if _needs_gradient(pred, target):
         return track_iou_reference(pred, target, lengths)
-    return _track(pred, target, lengths)
+    return _track.direct(pred, target, lengths)
 
 
 def interval_set_iou(
@@ -274,9 +392,8 @@ def interval_set_iou(
     empty: the value where both sets are empty (VideoChat-R1's reward gives 1).
     Returns (N,), summed in float64. Not differentiable.
     Raises ValueError for other shapes and dtypes, for offsets that do not run from 0 to the number
-    of spans without falling, and for inputs that require gradients. On a GPU, where the host would
-    have to wait for them, offsets are not refused: a set whose own two are no part of the spans
-    has NaN.
+    of spans without falling, and for inputs that require gradients. On a GPU the host does not wait
+    to check offsets: a set whose two offsets lie outside the spans has NaN.
     """
     _check_floats("pred and target", pred, target, 2)
     if pred.dim() != 2 or target.dim() != 2:
@@ -296,4 +413,4 @@ def interval_set_iou(
             raise ValueError(
                 f"{name} must be int64 (N + 1,), got {offsets.dtype} {tuple(offsets.shape)}"
             )
-    return _sets(pred, pred_offsets, target, target_offsets, empty)
+    return _sets.direct(pred, pred_offsets, target, target_offsets, empty)

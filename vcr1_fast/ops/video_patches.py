@@ -1,71 +1,126 @@
-"""Video frames to the patch rows that Qwen2-VL and Qwen2.5-VL read, in one pass.
+"""Video frames to the patch rows that a vision encoder reads, in one pass.
 
-    resize (resize_frames.py) -> repeat the last frame if T is odd -> (x - 255 mean_c) / (255 std_c)
-    in fp32 -> cut into patches -> cast
+    resize (resize_frames.py) -> repeat the last frame until T divides by TP
+    -> (x - 255 mean_c) / (255 std_c) in fp32 -> cut into patches -> cast
 
-With patch P = 14, merge M = 2 and temporal patch TP = 2, pixel (t, h, w, c) of the resized clip
-goes to
+With patch P, merge M and temporal patch TP, pixel (t, h, w, c) of the resized clip goes to
 
     row     (((t // TP * (grid_h // M) + h // PM) * (grid_w // M) + w // PM) * M + h // P % M) * M
             + w // P % M
     column  ((c * TP + t % TP) * P + h % P) * P + w % P
 
-so that four neighbouring rows make one token of the language model.
+so M * M neighbouring rows make one token of the language model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from vcr1_fast.ops.backend import Op, native
 from vcr1_fast.ops.host_memory import empty
-from vcr1_fast.ops.resample import RESAMPLE, ROUNDING, native_plan
-from vcr1_fast.ops.resample_tiles import cuda_plan
 from vcr1_fast.ops.resize_frames import (
+    RESAMPLE,
+    ROUNDING,
     as_thwc,
     check_choice,
     check_out,
     check_size,
-    reference_resize,
+    cpu_plan,
+    cuda_plan,
+    resize_reference,
     scratch,
 )
 
 if TYPE_CHECKING:
     import numpy as np
 
-PATCH, MERGE, TEMPORAL_PATCH = 14, 2, 2
-PATCH_VALUES = 3 * TEMPORAL_PATCH * PATCH * PATCH  # 1176
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def pixel_scale(mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of a channel in units of pixel values, rounded to fp32 before the 255."""
-    return torch.tensor(mean) * 255.0, torch.tensor(std) * 255.0
+@dataclass(frozen=True)
+class PatchLayout:
+    """How a model family cuts frames into patches and normalises them.
+
+    patch: side of a square patch in pixels; merge: side, in patches, of the square that makes one
+    token; temporal: frames in a patch; mean, std: of the three channels, in units of 0..1.
+    The native kernels are compiled for the shapes of csrc/patch_layout.h, (patch, merge, temporal)
+    = (14, 2, 2) and (16, 2, 2); the backend "reference" takes any.
+    Raises ValueError for counts below 1, another number of channels, or a std that is not positive.
+    """
+
+    patch: int
+    merge: int
+    temporal: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        for name in ("patch", "merge", "temporal"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if len(self.mean) != 3 or len(self.std) != 3 or not all(s > 0 for s in self.std):
+            raise ValueError(
+                f"mean and std must be three numbers, std > 0; got {self.mean} and {self.std}"
+            )
+
+    @property
+    def token(self) -> int:
+        """Side of a token's square in pixels; frame sizes are multiples of it."""
+        return self.patch * self.merge
+
+    @property
+    def values(self) -> int:
+        """Values of a patch: columns of the result."""
+        return 3 * self.temporal * self.patch * self.patch
+
+    def grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """Patches along time, height and width of a clip; their product counts the rows."""
+        return -(-frames // self.temporal), height // self.patch, width // self.patch
 
 
-def reference(
+CLIP_14 = PatchLayout(
+    patch=14,
+    merge=2,
+    temporal=2,
+    mean=(0.48145466, 0.4578275, 0.40821073),
+    std=(0.26862954, 0.26130258, 0.27577711),
+)
+"""Default layout of `video_patches`: patches of 14 with CLIP's normalisation."""
+
+
+def pixel_scale(layout: PatchLayout) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of the channels in units of pixel values."""
+    # Rounded to fp32 before the 255, as transformers does: the other order changes the last bit.
+    # Named dtype and device: the caller's defaults must not reach the pixels.
+    mean, std = (
+        torch.tensor(x, dtype=torch.float32, device="cpu") for x in (layout.mean, layout.std)
+    )
+    return mean * 255.0, std * 255.0
+
+
+def video_patches_reference(
     frames: Tensor,
     out: Tensor,
     size: Sequence[int],
     resample: str,
     rounding: str,
-    mean: Sequence[float],
-    std: Sequence[float],
+    layout: PatchLayout,
 ) -> None:
-    x = reference_resize(frames, size, resample, True, rounding)
-    if len(x) % TEMPORAL_PATCH:
-        x = torch.cat([x, x[-1:]])
-    offset, scale = (v.to(x.device) for v in pixel_scale(mean, std))
+    p, m, tp = layout.patch, layout.merge, layout.temporal
+    x = resize_reference(frames, size, resample, True, rounding)
+    missing = -len(x) % tp
+    x = torch.cat([x, x[-1:].expand(missing, -1, -1, -1)])
+    offset, scale = (v.to(x.device) for v in pixel_scale(layout))
     x = (x.float() - offset) / scale
-    rows, columns = size[0] // PATCH, size[1] // PATCH
-    x = x.view(-1, TEMPORAL_PATCH, rows // MERGE, MERGE, PATCH, columns // MERGE, MERGE, PATCH, 3)
-    out.copy_(x.permute(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(-1, PATCH_VALUES))
+    rows, columns = size[0] // p, size[1] // p
+    x = x.view(-1, tp, rows // m, m, p, columns // m, m, p, 3)
+    out.copy_(x.permute(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(-1, layout.values))
 
 
 def _cpu(
@@ -74,13 +129,18 @@ def _cpu(
     size: Sequence[int],
     resample: str,
     rounding: str,
-    mean: Sequence[float],
-    std: Sequence[float],
+    layout: PatchLayout,
 ) -> None:
-    plan = native_plan(tuple(frames.shape[1:3]), tuple(size), resample, True, rounding)
+    plan = cpu_plan(tuple(frames.shape[1:3]), tuple(size), resample, True, rounding)
     threads = torch.get_num_threads()
-    scale = torch.stack(pixel_scale(mean, std))
-    native.video_patches(frames, out, plan, scale, scratch(plan, threads), threads)
+    native.video_patches(
+        frames=frames,
+        out=out,
+        plan=plan,
+        scratch=scratch(plan, threads),
+        num_threads=threads,
+        **_native_layout(layout),
+    )
 
 
 def _cuda(
@@ -89,74 +149,108 @@ def _cuda(
     size: Sequence[int],
     resample: str,
     rounding: str,
-    mean: Sequence[float],
-    std: Sequence[float],
+    layout: PatchLayout,
 ) -> None:
     sizes = tuple(frames.shape[1:3]), tuple(size)
-    plan = cuda_plan(*sizes, resample, True, rounding, frames.device)
-    offset, scale = (v.tolist() for v in pixel_scale(mean, std))
-    native.video_patches_cuda(frames, out, plan, offset, scale)
+    # Tiles of whole patches: a block writes a patch's channel without its neighbours' values.
+    plan = cuda_plan(*sizes, resample, True, rounding, frames.device, unit=layout.patch)
+    native.video_patches(frames=frames, out=out, plan=plan, **_native_layout(layout))
 
 
-def _fake(
-    frames: Tensor,
-    out: Tensor,
-    size: Sequence[int],
-    resample: str,
-    rounding: str,
-    mean: Sequence[float],
-    std: Sequence[float],
-) -> None:
+@functools.lru_cache(maxsize=64)  # a process has a layout or two; the tensors cost 10 us a call
+def _native_layout(layout: PatchLayout) -> dict[str, Any]:
+    offset, scale = (v.tolist() for v in pixel_scale(layout))
+    return {
+        "patch": layout.patch,
+        "merge": layout.merge,
+        "temporal": layout.temporal,
+        "offset": offset,
+        "scale": scale,
+    }
+
+
+_layout = functools.lru_cache(maxsize=64)(PatchLayout)
+
+
+def _with_layout(fn: Callable[..., None]) -> Callable[..., None]:
+    """`fn` for the op's schema, which has no dataclasses: a layout's fields come by name."""
+
+    def run(
+        frames: Tensor,
+        out: Tensor,
+        size: Sequence[int],
+        resample: str,
+        rounding: str,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        **counts: int,
+    ) -> None:
+        layout = _layout(mean=tuple(mean), std=tuple(std), **counts)
+        fn(frames, out, size, resample, rounding, layout)
+
+    return run
+
+
+def _fake(frames: Tensor, out: Tensor, *_: Any, **__: Any) -> None:
     return None
 
 
 _op = Op(
     "video_patches",
-    "(Tensor frames, Tensor(a!) out, int[] size, str resample, str rounding, "
-    "float[] mean, float[] std) -> ()",
+    "(Tensor frames, Tensor(a!) out, int[] size, str resample, str rounding, *, "
+    "int patch, int merge, int temporal, float[] mean, float[] std) -> ()",
     _fake,
 )
-_op.register("reference", reference)
-_op.register("cpu", _cpu)
-_op.register("cuda", _cuda)
+_op.register("reference", _with_layout(video_patches_reference))
+_op.register("cpu", _with_layout(_cpu))
+_op.register("cuda", _with_layout(_cuda))
 
 
 def video_patches(
     frames: Tensor | np.ndarray,
     size: Sequence[int] | None = None,
     *,
+    layout: PatchLayout = CLIP_14,
     resample: str = "bicubic",
     rounding: str = "u8",
     dtype: torch.dtype = torch.bfloat16,
-    mean: Sequence[float] = CLIP_MEAN,
-    std: Sequence[float] = CLIP_STD,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Resize, normalise and cut a clip into the rows of `pixel_values_videos`.
+    """Resize, normalise and cut a clip into patch rows.
 
     frames: uint8, (T, H, W, 3) or (T, 3, H, W) with any strides, or a numpy array (not copied).
-    size: (height, width) in pixels, multiples of 28; None: no resize, the frames' own is checked.
+    size: (height, width) in pixels, multiples of `layout.token`; None: no resize, the frames' own
+        size is checked.
+    layout: patch sizes and normalisation. The default gives the `pixel_values_videos` of Qwen2-VL
+        and Qwen2.5-VL.
     resample, rounding: as in `resize_frames`; always antialiased. The default gives what
         transformers' processor gives on CPU, to the bit, rounded once to `dtype`.
     dtype: float32, bfloat16 or float16.
-    mean, std: of the three channels, in units of 0..1.
-    out: where to write: contiguous (N, 1176) of `dtype`. Without it, large results on the CPU take
-        the memory of earlier ones that are gone (see `host_memory`).
+    mean, std: of the three channels, in units of 0..1, instead of the layout's.
+    out: where to write: contiguous (N, layout.values) of `dtype`. Without it, large results on the
+        CPU reuse the memory of earlier, released ones (see `host_memory`).
 
-    Returns patches (N, 1176) and grid_thw, int64 (3,) on the CPU: (ceil(T / 2), height / 14,
-    width / 14), whose product is N.
-    Raises ValueError for another dtype, rank, size, option or `out`, and for empty frames.
+    Returns patches (N, layout.values) and grid_thw, int64 (3,) on the CPU: (ceil(T / temporal),
+    height / patch, width / patch), whose product is N.
+    Raises ValueError for another dtype, rank, size, option or `out`, for empty frames, and for a
+    layout that the kernels are not compiled for.
     """
     frames, _ = as_thwc(frames)
-    height, width = check_size(frames.shape[1:3] if size is None else size, multiple=PATCH * MERGE)
+    if mean is not None or std is not None:
+        mean = layout.mean if mean is None else tuple(mean)
+        std = layout.std if std is None else tuple(std)
+        layout = replace(layout, mean=mean, std=std)
+    given = frames.shape[1:3] if size is None else size
+    height, width = check_size(given, multiple=layout.token)
     check_choice("resample", resample, tuple(RESAMPLE))
     check_choice("rounding", rounding, ROUNDING)
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
-    if len(mean) != 3 or len(std) != 3 or not all(s > 0 for s in std):
-        raise ValueError(f"mean and std must be three numbers, std > 0; got {mean} and {std}")
-    grid = (-(-frames.shape[0] // TEMPORAL_PATCH), height // PATCH, width // PATCH)
-    shape = (grid[0] * grid[1] * grid[2], PATCH_VALUES)
+    grid = layout.grid(frames.shape[0], height, width)
+    shape = (grid[0] * grid[1] * grid[2], layout.values)
     if out is None:
         on_cpu = frames.device.type == "cpu"
         out = empty(shape, dtype) if on_cpu else frames.new_empty(shape, dtype=dtype)
@@ -164,5 +258,16 @@ def video_patches(
         check_out(out, shape, dtype, frames.device)
         if not out.is_contiguous():
             raise ValueError(f"out must be contiguous, got strides {out.stride()}")
-    _op(frames, out, [height, width], resample, rounding, list(mean), list(std))
+    _op(
+        frames,
+        out,
+        [height, width],
+        resample,
+        rounding,
+        patch=layout.patch,
+        merge=layout.merge,
+        temporal=layout.temporal,
+        mean=list(layout.mean),
+        std=list(layout.std),
+    )
     return out, torch.tensor(grid, dtype=torch.int64, device="cpu")

@@ -23,27 +23,19 @@ class ModelConfig(PositionConfig):
     """The checkpoint that is trained, and how."""
 
     path: str
-    """A checkpoint directory, or a hub name such as Qwen/Qwen2.5-VL-7B-Instruct."""
+    """A checkpoint directory, or its name on the Hugging Face hub."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of the weights; the optimiser keeps float32 masters."""
     lora_rank: NonNegativeInt = 0
     """Rank of low-rank adapters, which are trained instead of the weights; 0: no adapters."""
     lora_alpha: PositiveFloat = 32.0
     """The adapters' output is scaled by lora_alpha / lora_rank."""
-    lora_targets: tuple[str, ...] = (
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "o_proj",
-        "gate_proj",
-        "up_proj",
-        "down_proj",
-    )
-    """Linear layers that get adapters, by the last part of their name."""
+    lora_targets: tuple[str, ...] | None = None
+    """Linear layers that get adapters, by the last part of their name; null: the family's."""
     freeze_vision: bool = False
-    """Leave the vision tower and its projection as they are."""
+    """Do not train the vision encoder and its projection."""
     vision_cache_mb: NonNegativeInt = 1024
-    """MiB of main memory for a frozen tower's features of the clips, kept over epochs."""
+    """MiB of main memory for a frozen vision encoder's clip features, kept over epochs."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     attention: Backend = "auto"
@@ -52,7 +44,7 @@ class ModelConfig(PositionConfig):
     def __post_init__(self) -> None:
         if not self.path:
             raise ConfigError("path", "must not be empty")
-        if self.lora_rank and not self.lora_targets:
+        if self.lora_rank and self.lora_targets is not None and not self.lora_targets:
             raise ConfigError("lora_targets", "must name a layer when lora_rank is not 0")
 
 
@@ -144,7 +136,8 @@ class OptimConfig:
     """AdamW, its schedule, and how a step is cut up."""
 
     REPLACED: ClassVar = {
-        "micro_prompts": "replaced by tokens_per_microbatch, which counts tokens, not prompts"
+        "micro_prompts": "replaced by tokens_per_microbatch, which counts tokens, not prompts",
+        "skip_nonfinite": "replaced by max_skipped_updates: 0 stops at the first such step",
     }
 
     steps: PositiveInt = 1000
@@ -176,8 +169,9 @@ class OptimConfig:
     """AdamW's decoupled weight decay."""
     max_grad_norm: PositiveFloat = 1.0
     """The gradient of all parameters is scaled down to this norm."""
-    skip_nonfinite: bool = True
-    """Leave out (and count) an optimiser step whose gradient is not finite, rather than stop."""
+    max_skipped_updates: NonNegativeInt = 10
+    """Optimiser steps skipped in a row, because loss or gradient was not finite, after which the
+    run stops; their completions are in skipped.jsonl."""
 
     def __post_init__(self) -> None:
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -203,6 +197,9 @@ class RunConfig:
     """Newest checkpoints that are kept."""
     resume: bool = True
     """Go on from the newest whole checkpoint in `output`, where there is one."""
+    stop_grace: NonNegativeFloat = 20.0
+    """Seconds that a step in progress may still take after SIGTERM, SIGHUP or Ctrl-C before it is
+    given up; then the run saves a checkpoint and ends. Several processes always finish the step."""
     log_rollouts_every: NonNegativeInt = 1
     """Steps between those whose completions are written to rollouts.jsonl; 0: never."""
     tensorboard: bool = True

@@ -193,7 +193,7 @@ class PromptSource:
                     requested[key] = slot
                     waiting.append((key, slot))
                     in_a_row = 0
-                    yield clip_request(record, self.config.frames)
+                    yield clip_request(record, self.processor.frames)
                 if in_a_row == MAX_CACHED_IN_A_ROW:
                     return
             ended = True

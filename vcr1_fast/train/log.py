@@ -19,10 +19,10 @@ PLAIN_EVERY = 5.0
 
 
 class Stopwatch:
-    """Seconds of each stage of a step."""
+    """Seconds of each stage of a step; keyword arguments are stages timed elsewhere."""
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+    def __init__(self, **seconds: float) -> None:
+        self.seconds = seconds
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -63,7 +63,7 @@ class RunLog:
             return
         self.output = Path(output)
         self.output.mkdir(parents=True, exist_ok=True)
-        for name in ("metrics.jsonl", "rollouts.jsonl"):
+        for name in ("metrics.jsonl", "rollouts.jsonl", "skipped.jsonl"):
             _cut_after(self.output / name, done)
         if tensorboard:
             self._board = self._open_board()
@@ -78,22 +78,20 @@ class RunLog:
         self.done = metrics["step"]
         if not self.active:
             return
-        # JSON has no nan: what cannot be told is null.
-        finite = {
-            n: v if not isinstance(v, float) or math.isfinite(v) else None
-            for n, v in metrics.items()
-        }
-        append_jsonl(self.output / "metrics.jsonl", [finite])
+        append_jsonl(self.output / "metrics.jsonl", [_finite(metrics)])
         if self._board is not None:
             for name, value in metrics.items():
                 if isinstance(value, int | float) and name != "step":
                     self._board.add_scalar(name, value, self.done)
         self._show(metrics)
 
-    def rollouts(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Keep completions, one row each."""
+    def rollouts(self, rows: Iterable[Mapping[str, Any]], *, skipped: bool = False) -> None:
+        """Append completions, a row each, to rollouts.jsonl, or to skipped.jsonl those of a step
+        whose update was skipped."""
         if self.active:
-            append_jsonl(self.output / "rollouts.jsonl", rows)
+            # JSON has no nan, and a skipped step's advantages may be nan.
+            finite = (_finite(row) for row in rows) if skipped else rows
+            append_jsonl(self.output / ("skipped.jsonl" if skipped else "rollouts.jsonl"), finite)
 
     def _show(self, metrics: Mapping[str, Any]) -> None:
         text = "  ".join(f"{name} {metrics[name]:.4g}" for name in SHOWN if name in metrics)
@@ -132,6 +130,14 @@ class RunLog:
             self._bar.stop()
         if self._board is not None:
             self._board.close()
+
+
+def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row with null for numbers that JSON does not have."""
+    return {
+        name: value if not isinstance(value, float) or math.isfinite(value) else None
+        for name, value in row.items()
+    }
 
 
 def _cut_after(path: Path, step: int) -> None:

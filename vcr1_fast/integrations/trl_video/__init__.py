@@ -5,7 +5,7 @@
 
     data = video_dataset("train.jsonl")
     trainer = VideoGRPOTrainer(
-        "Qwen/Qwen2.5-VL-3B-Instruct", task_rewards(data), VideoGRPOConfig("out"), data)
+        "path/to/checkpoint", task_rewards(data), VideoGRPOConfig("out"), data)
     trainer.train()
 
 A data set of one's own needs two columns, `prompt` (a user turn of text, a system turn before it if
@@ -14,9 +14,9 @@ holds goes to the reward functions, as everywhere in TRL, and so does `duration`
 part shown).
 
 What is TRL's stays TRL's: arguments, reward functions, advantages, losses, logging, checkpoints,
-PEFT, DDP. What is ours: clips are decoded and cut into patches once for a group; the vision tower
-and the prompt are run once for its G completions, in the rollout and in the forward pass of policy
-and reference, with the losses and gradients of the plain form (`model/forward.py`).
+PEFT, DDP. What is ours: clips are decoded and cut into patches once for a group; the vision
+encoder and the prompt run once for its G completions, in the rollout and in the forward pass of
+policy and reference, with the losses and gradients of the unshared baseline (`model/forward.py`).
 
 Groups stay together: a generation batch is split in its order, not shuffled row by row. A prompt is
 shared by those of its completions that are in one micro-batch, so `per_device_train_batch_size`

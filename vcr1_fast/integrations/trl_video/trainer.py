@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +23,7 @@ from vcr1_fast.integrations.trl_video.data import COLUMNS, clip_request, prompt_
 from vcr1_fast.model.checkpoint import load
 from vcr1_fast.model.forward import completion_hidden, lm_head
 from vcr1_fast.model.packing import Group
-from vcr1_fast.model.positions import CONVENTIONS
-from vcr1_fast.model.processor import Processor, Prompt
+from vcr1_fast.model.processor import Mrope, Processor, Prompt
 from vcr1_fast.model.rollout import SamplingConfig, rollout
 from vcr1_fast.model.vision import freeze_vision, prepare_vision
 from vcr1_fast.model.wrapping import unwrap
@@ -52,7 +52,8 @@ class VideoGRPOConfig(GRPOConfig):
             and how large.
         decode_workers: processes that read clips; 0 reads in this one.
         freeze_vision: train the language model alone.
-        mrope: convention of the positions, "trained" or "installed"; see `model/positions.py`.
+        mrope: "trained" or "installed": positions as the checkpoints were trained with, or as the
+            installed transformers has them.
     """
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*GRPOConfig._VALID_DICT_FIELDS, "frame_kwargs"]
@@ -65,7 +66,8 @@ class VideoGRPOConfig(GRPOConfig):
 
 @dataclass(eq=False)
 class Shown:
-    """A prompt of a generation batch: `vision` (video tokens, H) of a frozen tower, once known."""
+    """A prompt of a generation batch: `vision`: features of its clip, once known, where the
+    vision encoder is frozen."""
 
     prompt: Prompt
     duration: float
@@ -76,7 +78,7 @@ class VideoGRPOTrainer(GRPOTrainer):
     """`GRPOTrainer` for prompts with a clip, each read once for its group.
 
     Args:
-        model: directory or hub name of a Qwen2.5-VL, or one that was loaded with SDPA, then
+        model: directory or hub name of a checkpoint, or a model that was loaded with SDPA, then
             with its `processor`.
         reward_funcs, args, train_dataset, and further keywords: as TRL takes them.
         processor: the checkpoint's; made from `model` where that is a name.
@@ -107,8 +109,9 @@ class VideoGRPOTrainer(GRPOTrainer):
         elif processor is None:
             raise ValueError("a model that is loaded already needs its processor")
         frames = FrameConfig(**(args.frame_kwargs or {}))
-        self.frames = frames
-        self.processor = processor.with_frames(frames, media_first=processor.media_first)
+        shown = processor.with_frames(frames, media_first=processor.media_first)
+        self.processor = dataclasses.replace(shown, mrope=args.mrope)
+        self.frames = self.processor.frames
         prepare_vision(unwrap(model))
         super().__init__(
             model=model,
@@ -121,7 +124,7 @@ class VideoGRPOTrainer(GRPOTrainer):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError("every process must hold the whole model: no FSDP, no DeepSpeed")
         if args.freeze_vision:
-            freeze_vision(self.model)  # adapters that peft has put into the tower included
+            freeze_vision(self.model)  # also adapters that peft has put into the encoder
         if self.ref_model is not None:
             prepare_vision(unwrap(self.ref_model))
         self._reader = ClipReader(workers=args.decode_workers)
@@ -196,7 +199,6 @@ class VideoGRPOTrainer(GRPOTrainer):
                 [shown[i].prompt for i in places],
                 size,
                 sampling,
-                convention=self.args.mrope,
             )
         if self.args.freeze_vision:
             for i, vision in zip(places, drawn.vision, strict=True):
@@ -246,7 +248,7 @@ class VideoGRPOTrainer(GRPOTrainer):
             weight, bias = lm_head(inner)
             if not groups:  # zeros that a backward pass can begin at
                 return weight.float().sum() * 0 * weight.new_zeros(0), weight.new_zeros(0)
-            hidden, labels, _ = completion_hidden(inner, groups, convention=self.args.mrope)
+            hidden, labels, _ = completion_hidden(inner, groups)
             found = linear_logprobs(
                 hidden, weight, labels, bias, temperature=self.temperature, entropy=entropy
             )
@@ -270,7 +272,7 @@ def _check(args: VideoGRPOConfig, arguments: dict[str, Any]) -> None:
         if getattr(args, name) != value
     ]
     wrong += [f"{name}=…" for name in _UNSUPPORTED_ARGUMENTS if arguments.get(name) is not None]
-    if args.mrope not in CONVENTIONS:
-        raise ValueError(f"mrope must be one of {CONVENTIONS}, got {args.mrope!r}")
+    if args.mrope not in get_args(Mrope):
+        raise ValueError(f"mrope must be one of {get_args(Mrope)}, got {args.mrope!r}")
     if wrong:
         raise ValueError(f"VideoGRPOTrainer does not take {', '.join(wrong)}")

@@ -1,15 +1,7 @@
-// Python bindings of attention within packs; bindings.cpp makes the module.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
+// Python bindings of group_attention.
 #include <algorithm>
-#include <vector>
 
-#include "kernels.h"
-#include "tensor.h"
-
-namespace py = pybind11;
-using vcr1::Tensor;
+#include "bindings.h"
 
 namespace {
 
@@ -63,12 +55,12 @@ void* log_sums(const Tensor& lse, const vcr1::GroupAttentionInput& in) {
   return accumulators(lse, in, heads * rows, "lse");
 }
 
-// inputs: query, key, value. The parts must rise, and stay within the rows; what is returned points
-// to `blocks`, which are filled from them.
-vcr1::GroupAttentionInput attention_input(const std::vector<Tensor>& inputs, const Tensor& parts,
-                                          double scale, const Tensor& scratch, int64_t tasks,
+// Checks that the parts rise and stay within the rows. The result points to `blocks`, which are
+// filled from them.
+vcr1::GroupAttentionInput attention_input(const Tensor& query, const Tensor& key,
+                                          const Tensor& value, const Tensor& parts, double scale,
+                                          const Tensor& scratch, int64_t tasks,
                                           std::vector<vcr1::GroupAttentionBlock>& blocks) {
-  const Tensor &query = inputs.at(0), &key = inputs.at(1), &value = inputs.at(2);
   vcr1::GroupAttentionInput in{};
   in.dtype = query.dtype();
   VCR1_CHECK(in.dtype == vcr1::DType::kFloat64 || in.dtype == vcr1::DType::kFloat32 ||
@@ -112,43 +104,44 @@ vcr1::GroupAttentionInput attention_input(const std::vector<Tensor>& inputs, con
 
 }  // namespace
 
-void bind_attention(py::module_& m) {
+VCR1_BINDINGS(group_attention, m) {
   m.def("group_attention_scratch", &vcr1::group_attention_scratch, py::arg("rows"),
         py::arg("kv_heads"), py::arg("dim"), py::arg("tasks"));
   m.def(
       "group_attention",
-      [](const std::vector<Tensor>& inputs, const Tensor& parts, double scale, const Tensor& out,
-         const Tensor& lse, const Tensor& scratch, int num_threads) {
+      [](const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& parts,
+         double scale, const Tensor& out, const Tensor& lse, const Tensor& scratch,
+         int num_threads) {
         vcr1::GroupAttentionForward args{};
         std::vector<vcr1::GroupAttentionBlock> blocks;
-        args.in = attention_input(inputs, parts, scale, scratch, 0, blocks);
+        args.in = attention_input(query, key, value, parts, scale, scratch, 0, blocks);
         args.out = heads_view(out, args.in, args.in.heads, "out");
         args.lse = log_sums(lse, args.in);
-        const py::gil_scoped_release released;
-        vcr1::cpu::group_attention(args, num_threads);
+        vcr1::launch_cpu("group_attention", out, &vcr1::cpu::group_attention, args, num_threads);
       },
-      py::arg("inputs"), py::arg("parts"), py::arg("scale"), py::arg("out"), py::arg("lse"),
-      py::arg("scratch"), py::arg("num_threads"));
+      py::arg("query"), py::arg("key"), py::arg("value"), py::arg("parts"), py::arg("scale"),
+      py::arg("out"), py::arg("lse"), py::arg("scratch"), py::arg("num_threads"));
   m.def(
       "group_attention_backward",
-      [](const std::vector<Tensor>& inputs, const Tensor& parts, double scale, const Tensor& out,
-         const Tensor& lse, const Tensor& grad, const std::vector<Tensor>& grads,
+      [](const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& parts,
+         double scale, const Tensor& out, const Tensor& lse, const Tensor& grad,
+         const Tensor& grad_query, const Tensor& grad_key, const Tensor& grad_value,
          const Tensor& scratch, int64_t tasks, int num_threads) {
         VCR1_CHECK(tasks > 0 && tasks <= 1024, "tasks: expected 1 to 1024, got ", tasks);
         vcr1::GroupAttentionBackward args{};
         std::vector<vcr1::GroupAttentionBlock> blocks;
-        args.in = attention_input(inputs, parts, scale, scratch, tasks, blocks);
+        args.in = attention_input(query, key, value, parts, scale, scratch, tasks, blocks);
         args.out = heads_view(out, args.in, args.in.heads, "out");
         args.grad = heads_view(grad, args.in, args.in.heads, "grad");
         args.lse = log_sums(lse, args.in);
-        args.grad_query = heads_view(grads.at(0), args.in, args.in.heads, "grad_query");
-        args.grad_key = heads_view(grads.at(1), args.in, args.in.kv_heads, "grad_key");
-        args.grad_value = heads_view(grads.at(2), args.in, args.in.kv_heads, "grad_value");
+        args.grad_query = heads_view(grad_query, args.in, args.in.heads, "grad_query");
+        args.grad_key = heads_view(grad_key, args.in, args.in.kv_heads, "grad_key");
+        args.grad_value = heads_view(grad_value, args.in, args.in.kv_heads, "grad_value");
         args.tasks = tasks;
-        const py::gil_scoped_release released;
-        vcr1::cpu::group_attention_backward(args, num_threads);
+        vcr1::launch_cpu("group_attention_backward", out, &vcr1::cpu::group_attention_backward,
+                         args, num_threads);
       },
-      py::arg("inputs"), py::arg("parts"), py::arg("scale"), py::arg("out"), py::arg("lse"),
-      py::arg("grad"), py::arg("grads"), py::arg("scratch"), py::arg("tasks"),
-      py::arg("num_threads"));
+      py::arg("query"), py::arg("key"), py::arg("value"), py::arg("parts"), py::arg("scale"),
+      py::arg("out"), py::arg("lse"), py::arg("grad"), py::arg("grad_query"), py::arg("grad_key"),
+      py::arg("grad_value"), py::arg("scratch"), py::arg("tasks"), py::arg("num_threads"));
 }

@@ -1,4 +1,4 @@
-"""The last layer's rows where passes over other packs come between a pass and its gradients."""
+"""The last layer's rows when passes over other packs come between a pass and its gradients."""
 
 import copy
 
@@ -88,15 +88,15 @@ def test_a_copy_of_the_model_has_rows_of_its_own(loaded, packs):
         expected = _group_log_probs(model, packs[1])
         twin = copy.deepcopy(model)
         last, other = (m.model.language_model.layers[-1] for m in (model, twin))
-        assert other.self_attn.vcr1_unread is other.mlp.vcr1_unread
-        assert other.mlp.vcr1_unread is not last.mlp.vcr1_unread
-        before = last.mlp.vcr1_unread.rows
+        assert other.self_attn.vcr1_used_rows is other.mlp.vcr1_used_rows
+        assert other.mlp.vcr1_used_rows is not last.mlp.vcr1_used_rows
+        before = last.mlp.vcr1_used_rows.rows
         seen = []
         other.mlp.gate_proj.register_forward_pre_hook(
             lambda module, inputs: seen.append(inputs[0].shape[1])
         )
         assert torch.equal(_group_log_probs(twin, packs[1]), expected)
-        assert last.mlp.vcr1_unread.rows is before
-        assert seen == [len(other.mlp.vcr1_unread.rows)]
+        assert last.mlp.vcr1_used_rows.rows is before
+        assert seen == [len(other.mlp.vcr1_used_rows.rows)]
         completion_hidden(twin, packs[0])
-        assert not torch.equal(last.mlp.vcr1_unread.rows, other.mlp.vcr1_unread.rows)
+        assert not torch.equal(last.mlp.vcr1_used_rows.rows, other.mlp.vcr1_used_rows.rows)

@@ -1,17 +1,24 @@
-"""How a checkpoint wants its images and clips: sizes and normalisation, read from its files."""
+"""Sizes and normalisation of images and clips, read from a checkpoint's settings files."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
-from vcr1_fast.data.sampling import smart_resize
 from vcr1_fast.model.files import CheckpointError, read_json
 from vcr1_fast.ops.resize_frames import resize_frames
-from vcr1_fast.ops.video_patches import CLIP_MEAN, CLIP_STD, MERGE, PATCH, TEMPORAL_PATCH
+from vcr1_fast.ops.video_patches import PatchLayout
 
+LAYOUT = PatchLayout(
+    patch=14,
+    merge=2,
+    temporal=2,
+    mean=(0.48145466, 0.4578275, 0.40821073),  # CLIP's
+    std=(0.26862954, 0.26130258, 0.27577711),
+)
 VIDEO_FILE, BOTH_FILE, IMAGE_FILE = (
     "video_preprocessor_config.json",
     "processor_config.json",
@@ -23,6 +30,49 @@ _SETTINGS_FILES = {
     "image_processor": (BOTH_FILE, IMAGE_FILE),
 }
 _RESAMPLE = {2: "bilinear", 3: "bicubic"}
+_TOKEN_PIXELS = LAYOUT.token**2
+_MAX_FRAME_TOKENS = 768  # the most that qwen-vl-utils gives one frame
+_MAX_ASPECT_RATIO = 200
+
+
+def smart_resize(
+    height: int,
+    width: int,
+    *,
+    factor: int = LAYOUT.token,
+    min_pixels: int = 128 * _TOKEN_PIXELS,
+    max_pixels: float = _MAX_FRAME_TOKENS * _TOKEN_PIXELS,
+    total_pixels: int | None = None,
+    num_frames: int | None = None,
+) -> tuple[int, int]:
+    """(height, width) in pixels, multiples of `factor`, as the transformers processor chooses them.
+
+    Both sides are rounded to the nearest multiple (halves to even); where that leaves
+    [min_pixels, max_pixels], the frame is scaled with its aspect ratio kept and the sides are
+    rounded inwards. With `total_pixels` (and `num_frames`) `max_pixels` is first lowered so that
+    the clip fits that budget, as qwen-vl-utils does, but never under 1.05 * min_pixels.
+    ValueError for an empty frame and for an aspect ratio above 200.
+    """
+    if height < 1 or width < 1:
+        raise ValueError(f"expected a frame with pixels, got {height} x {width}")
+    if max(height, width) > _MAX_ASPECT_RATIO * min(height, width):
+        raise ValueError(f"aspect ratio of {height} x {width} is above {_MAX_ASPECT_RATIO}")
+    if total_pixels is not None:
+        if num_frames is None or num_frames < 1:
+            raise ValueError(f"total_pixels needs num_frames of at least 1, got {num_frames}")
+        most = _MAX_FRAME_TOKENS * factor**2
+        budget = min(most, total_pixels / num_frames * LAYOUT.temporal)
+        max_pixels = min(max_pixels, max(budget, int(min_pixels * 1.05)))
+    rows, columns = round(height / factor) * factor, round(width / factor) * factor
+    if rows * columns > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        rows = max(factor, math.floor(height / shrink / factor) * factor)
+        columns = max(factor, math.floor(width / shrink / factor) * factor)
+    elif rows * columns < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        rows = math.ceil(height * grow / factor) * factor
+        columns = math.ceil(width * grow / factor) * factor
+    return rows, columns
 
 
 @dataclass(frozen=True)
@@ -37,8 +87,7 @@ class ImageProcessorConfig:
     max_pixels: int = 1280 * 28 * 28
     resample: str = "bicubic"
     rounding: str = "u8"
-    mean: tuple[float, float, float] = CLIP_MEAN
-    std: tuple[float, float, float] = CLIP_STD
+    layout: PatchLayout = LAYOUT
     dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
@@ -50,9 +99,15 @@ class ImageProcessorConfig:
 
     def size(self, frames: int, height: int, width: int) -> tuple[int, int]:
         """(height, width) in pixels that frames of this size are resized to."""
-        return smart_resize(height, width, min_pixels=self.min_pixels, max_pixels=self.max_pixels)
+        return smart_resize(
+            height,
+            width,
+            factor=self.layout.token,
+            min_pixels=self.min_pixels,
+            max_pixels=self.max_pixels,
+        )
 
-    def as_json(self) -> dict:
+    def as_json(self) -> dict[str, Any]:
         """As in a checkpoint's settings file."""
         kind = "video" if isinstance(self, VideoProcessorConfig) else "image"
         return {
@@ -60,12 +115,12 @@ class ImageProcessorConfig:
             "processor_class": "Qwen2_5_VLProcessor",
             "min_pixels": self.min_pixels,
             "max_pixels": self.max_pixels,
-            "patch_size": PATCH,
-            "temporal_patch_size": TEMPORAL_PATCH,
-            "merge_size": MERGE,
+            "patch_size": self.layout.patch,
+            "temporal_patch_size": self.layout.temporal,
+            "merge_size": self.layout.merge,
             "resample": {name: number for number, name in _RESAMPLE.items()}[self.resample],
-            "image_mean": list(self.mean),
-            "image_std": list(self.std),
+            "image_mean": list(self.layout.mean),
+            "image_std": list(self.layout.std),
         }
 
 
@@ -84,6 +139,7 @@ class VideoProcessorConfig(ImageProcessorConfig):
         return smart_resize(
             height,
             width,
+            factor=self.layout.token,
             min_pixels=self.min_pixels,
             max_pixels=self.max_pixels,
             total_pixels=self.total_pixels,
@@ -120,34 +176,39 @@ class Fit:
 C = TypeVar("C", bound=ImageProcessorConfig)
 
 
-def read_sources(directory: Path) -> dict[str, dict]:
+def read_sources(directory: Path) -> dict[str, dict[str, Any]]:
     """The settings files that a checkpoint directory has, by name."""
     names = (VIDEO_FILE, BOTH_FILE, IMAGE_FILE)
     return {name: read_json(directory / name) for name in names if (directory / name).exists()}
 
 
-def parse_settings(directory: Path, sources: dict[str, dict], kind: type[C]) -> C:
-    """Those of images or of clips, by `kind`, from the files that `read_sources` found.
+def parse_settings(directory: Path, sources: dict[str, dict[str, Any]], default: C) -> C:
+    """Settings of images or of clips, by the kind of `default`, from the files that `read_sources`
+    found; what they leave open is as in `default`.
 
     CheckpointError names the file without them, or with a value that is not supported.
     """
-    section = "video_processor" if kind is VideoProcessorConfig else "image_processor"
+    section = "video_processor" if isinstance(default, VideoProcessorConfig) else "image_processor"
     for name in _SETTINGS_FILES[section]:
         settings = sources.get(name, {})
         if name == BOTH_FILE:
             settings = settings.get(section, {})
         if settings:
-            return _parse(directory / name, settings, kind)
+            return _parse(directory / name, settings, default)
     what = section.partition("_")[0]
     raise CheckpointError(directory / IMAGE_FILE, f"missing (no {what} settings)")
 
 
-def _parse(path: Path, settings: dict, kind: type[C]) -> C:
-    expected = {"patch_size": PATCH, "temporal_patch_size": TEMPORAL_PATCH, "merge_size": MERGE}
+def _parse(path: Path, settings: dict[str, Any], default: C) -> C:
+    layout = default.layout
+    expected = {
+        "patch_size": layout.patch,
+        "temporal_patch_size": layout.temporal,
+        "merge_size": layout.merge,
+    }
     for key, value in expected.items():
         if settings.get(key, value) != value:
             raise CheckpointError(path, f"{key} {settings[key]} is not supported, only {value}")
-    default = kind()
     size = settings.get("size") or {}
     resample = settings.get("resample", 3)
     if resample not in _RESAMPLE:
@@ -158,12 +219,16 @@ def _parse(path: Path, settings: dict, kind: type[C]) -> C:
         return value if value is not None else size.get(edge, size.get(name, otherwise))
 
     try:
-        return kind(
+        return replace(
+            default,
             min_pixels=pixels("min_pixels", "shortest_edge", default.min_pixels),
             max_pixels=pixels("max_pixels", "longest_edge", default.max_pixels),
             resample=_RESAMPLE[resample],
-            mean=tuple(settings.get("image_mean", default.mean)),
-            std=tuple(settings.get("image_std", default.std)),
+            layout=replace(
+                layout,
+                mean=tuple(settings.get("image_mean", layout.mean)),
+                std=tuple(settings.get("image_std", layout.std)),
+            ),
         )
     except ValueError as error:
         raise CheckpointError(path, str(error)) from error

@@ -8,9 +8,9 @@ t,
     height = s + y
     width  = s + x
 
-and, by the convention the released checkpoints were trained with, the text after it resumes at the
+and, as the released checkpoints were trained (`mrope` "trained"), the text after it resumes at the
 largest position so far, over all axes, plus one. (transformers from 5.3 on resumes at
-s + max(rows, columns), so that text after a long clip falls among the clip's own times; convention
+s + max(rows, columns), so that text after a long clip falls among the clip's own times; `mrope`
 "installed" follows whatever transformers is installed.) An image is a video of one grid at time s.
 
 Source of the formula: section 2.1.2 of the Qwen2.5-VL report (multimodal rotary embedding aligned
@@ -21,11 +21,12 @@ grid times on an integer boundary fall on the same side.
 from dataclasses import dataclass
 from itertools import pairwise
 from types import MethodType, SimpleNamespace
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-CONVENTIONS = ("trained", "installed")
+from vcr1_fast.model.processor import Mrope
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class SpecialIds:
     tokens_per_second: float = 2.0
 
     @classmethod
-    def from_config(cls, config) -> "SpecialIds":
+    def from_config(cls, config: Any) -> "SpecialIds":
         """Read them from a `Qwen2_5_VLConfig`."""
         return cls(
             image=config.image_token_id,
@@ -59,7 +60,7 @@ def mrope_positions(
     image_grid_thw: Tensor | None,
     ids: SpecialIds,
     *,
-    convention: str = "trained",
+    mrope: Mrope = "trained",
 ) -> Tensor:
     """Positions of one prompt.
 
@@ -69,7 +70,7 @@ def mrope_positions(
         second_per_grid_ts: (n,) seconds from one temporal grid to the next; None means one second.
         image_grid_thw: (m, 3), likewise for images.
         ids: from the model's configuration.
-        convention: "trained" or "installed", see above.
+        mrope: "trained" or "installed", see above.
 
     Returns:
         (3, P) int64 on the device of `input_ids`.
@@ -77,8 +78,8 @@ def mrope_positions(
     Raises:
         ValueError: when the pad tokens and the grids do not match in number.
     """
-    if convention not in CONVENTIONS:
-        raise ValueError(f"convention must be one of {CONVENTIONS}, got {convention!r}")
+    if mrope not in get_args(Mrope):
+        raise ValueError(f"mrope must be one of {get_args(Mrope)}, got {mrope!r}")
     if input_ids.dim() != 1:
         raise ValueError(f"input_ids must be (P,), got shape {tuple(input_ids.shape)}")
     device = input_ids.device
@@ -87,7 +88,7 @@ def mrope_positions(
     runs, grids, seconds = _vision_runs(
         kinds, video_grid_thw, second_per_grid_ts, image_grid_thw, ids
     )
-    if convention == "installed" and runs:
+    if mrope == "installed" and runs:
         return _installed(
             tokens, kinds, video_grid_thw, second_per_grid_ts, image_grid_thw, ids
         ).to(device)
@@ -108,15 +109,6 @@ def mrope_positions(
     return positions.to(device)
 
 
-def next_position(positions: Tensor) -> int:
-    """Where a completion of the prompt with these (3, P) positions starts, on all axes.
-
-    After the largest position of the prompt: in convention "trained" that is the last prompt
-    token's position plus one; in "installed" it is what `generate` of transformers continues from.
-    """
-    return int(positions.max()) + 1
-
-
 def token_types(input_ids: Tensor, ids: SpecialIds) -> Tensor:
     """(..., P) int64: 0 for text, 1 for an image pad token, 2 for a video pad token."""
     return (input_ids == ids.image).long() + 2 * (input_ids == ids.video).long()
@@ -127,7 +119,13 @@ def _fill_text(positions: Tensor, begin: int, end: int, position: int) -> int:
     return position + end - begin
 
 
-def _vision_runs(kinds, video_grid_thw, second_per_grid_ts, image_grid_thw, ids):
+def _vision_runs(
+    kinds: Tensor,
+    video_grid_thw: Tensor | None,
+    second_per_grid_ts: Tensor | None,
+    image_grid_thw: Tensor | None,
+    ids: SpecialIds,
+) -> tuple[list[tuple[int, int]], list[tuple[int, int, int]], list[float]]:
     """Runs of pad tokens as (start, length), with each run's merged grid and seconds per grid."""
     bounds = torch.nonzero(torch.diff(kinds, prepend=kinds.new_zeros(1))).flatten().tolist()
     bounds.append(len(kinds))
@@ -161,11 +159,18 @@ def _vision_runs(kinds, video_grid_thw, second_per_grid_ts, image_grid_thw, ids)
     return runs, grids, intervals
 
 
-def _installed(tokens, kinds, video_grid_thw, second_per_grid_ts, image_grid_thw, ids) -> Tensor:
-    """What the installed transformers computes, by its own method on a stand-in model."""
+def _installed(
+    tokens: Tensor,
+    kinds: Tensor,
+    video_grid_thw: Tensor | None,
+    second_per_grid_ts: Tensor | None,
+    image_grid_thw: Tensor | None,
+    ids: SpecialIds,
+) -> Tensor:
+    """Positions by the installed transformers: its own method, called on a stand-in model."""
     from transformers import Qwen2_5_VLModel
 
-    model = SimpleNamespace(
+    model: Any = SimpleNamespace(
         config=SimpleNamespace(
             vision_config=SimpleNamespace(
                 spatial_merge_size=ids.merge_size, tokens_per_second=ids.tokens_per_second

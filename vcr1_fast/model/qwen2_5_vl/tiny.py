@@ -9,9 +9,12 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 # Qwen2.5-VL's control tokens. As there, they follow the text vocabulary.
 SPECIAL_TOKENS = (
@@ -68,7 +71,7 @@ _CHAT_TEMPLATE = """\
 
 @dataclass(frozen=True)
 class TinyConfig:
-    """Sizes of the random model; `window` (of the vision tower's attention) is in pixels.
+    """Sizes of the random model; `window` (of the vision encoder's attention) is in pixels.
 
     `mrope_section` splits half a head over (time, height, width); None uses Qwen's 2:3:3.
     `vocab_limit` bounds the text vocabulary before the special tokens are added.
@@ -89,6 +92,7 @@ class TinyConfig:
     vision_mlp_ratio: float = 3.0
     vision_full_attention: tuple[int, ...] = (1,)
     window: int = 112
+    patch: int = 14
     tokens_per_second: int = 2
     initializer_range: float = 0.05
     max_positions: int = 32_768
@@ -122,18 +126,21 @@ class TinyConfig:
     @property
     def sections(self) -> tuple[int, int, int]:
         if self.mrope_section is not None:
-            return tuple(self.mrope_section)
+            time, height, width = self.mrope_section
+            return time, height, width
         half = self.head_dim // 2
         time = max(half // 4, 1)
         height = (half - time) // 2
         return (time, height, half - time - height)
 
 
-def train_tokenizer(texts: Iterable[str], vocab_limit: int) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], vocab_limit: int) -> "Tokenizer":
     """Byte-level BPE over `texts`, at most `vocab_limit` text tokens, then Qwen's special tokens.
 
     A number that occurs in `texts` is one token as long as the limit leaves room for its merges.
     """
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     if vocab_limit < len(alphabet):
         raise ValueError(
@@ -202,11 +209,11 @@ def write_tiny(
     _write_json(path / "preprocessor_config.json", _preprocessor_config(config))
 
 
-def _write_json(path: Path, value: dict) -> None:
+def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def _model_config(config: TinyConfig, vocab_size: int, ids: dict[str, int]):
+def _model_config(config: TinyConfig, vocab_size: int, ids: dict[str, int]) -> Any:
     from transformers import Qwen2_5_VLConfig
 
     text = {
@@ -235,6 +242,7 @@ def _model_config(config: TinyConfig, vocab_size: int, ids: dict[str, int]):
         "out_hidden_size": config.hidden_size,
         "fullatt_block_indexes": list(config.vision_full_attention),
         "window_size": config.window,
+        "patch_size": config.patch,
         "tokens_per_second": config.tokens_per_second,
         "initializer_range": config.initializer_range,
     }
@@ -251,7 +259,7 @@ def _model_config(config: TinyConfig, vocab_size: int, ids: dict[str, int]):
     )
 
 
-def _tokenizer_config(config: TinyConfig, ids: dict[str, int]) -> dict:
+def _tokenizer_config(config: TinyConfig, ids: dict[str, int]) -> dict[str, Any]:
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": None,
@@ -265,13 +273,13 @@ def _tokenizer_config(config: TinyConfig, ids: dict[str, int]) -> dict:
     }
 
 
-def _preprocessor_config(config: TinyConfig) -> dict:
+def _preprocessor_config(config: TinyConfig) -> dict[str, Any]:
     return {
         "image_processor_type": "Qwen2VLImageProcessor",
         "processor_class": "Qwen2_5_VLProcessor",
         "min_pixels": config.min_pixels,
         "max_pixels": config.max_pixels,
-        "patch_size": 14,
+        "patch_size": config.patch,
         "temporal_patch_size": 2,
         "merge_size": 2,
         "image_mean": [0.48145466, 0.4578275, 0.40821073],

@@ -1,16 +1,10 @@
-// Python bindings of csrc/cpu/pages.h; bindings.cpp makes the module.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
+// Python bindings of reused host memory (csrc/cpu/pages.h).
 #include <map>
 #include <memory>
 #include <string>
-#include <vector>
 
-#include "cpu/pages.h"
-#include "tensor.h"
-
-namespace py = pybind11;
+#include "../cpu/pages.h"
+#include "bindings.h"
 
 namespace {
 
@@ -65,7 +59,7 @@ py::capsule take_block(const std::vector<int64_t>& shape, const std::string& dty
 
 }  // namespace
 
-void bind_memory(py::module_& m) {
+VCR1_BINDINGS(host_memory, m) {
   m.def("take_block", &take_block, py::arg("shape"), py::arg("dtype"),
         "A DLPack capsule of CPU memory with any contents, kept for the next call once released.");
   m.def("drop_kept_blocks", &vcr1::cpu::drop_kept_blocks,

@@ -1,0 +1,149 @@
+"""A model family: what the package must know of an architecture, and how it is found.
+
+One folder `model/<name>/` holds all of a family. Its `__init__.py` offers `FAMILY`, a `Family`;
+nothing else in the package names the architecture. `family_of(model)` chooses by the `model_type`
+of the model's configuration. A family outside the package calls `register_family` when imported.
+
+What the folder fills in:
+
+    processor        text, clips and images -> `Prompt`: sizes, patches, placeholder tokens, M-RoPE
+                     positions (`mrope` is set once, when the checkpoint is loaded)
+    vision           how the vision encoder is prepared and called, and the width of its features
+    language model   which layers keep keys and values, what else is patched, how features enter
+    training         LoRA targets, parameters to freeze, layer sizes for the memory planner
+    tiny             a random model of the family, for tests and demos
+
+Features of clips are always one tensor (vision tokens, levels * H). A family whose vision encoder
+feeds several layers (DeepStack) stores all levels side by side and splits them in `vision_inputs`;
+caches, packing and frame shuffling see nothing but the width.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from vcr1_fast import model as package
+from vcr1_fast.model.processor import Processor
+from vcr1_fast.model.wrapping import unwrap
+from vcr1_fast.ops.video_patches import PatchLayout
+
+
+@dataclass(frozen=True)
+class LayerSizes:
+    """Equal transformer layers, for estimates of memory.
+
+    depth: layers; width: H; keys: width of all key heads together; mlp: width inside the MLP.
+    """
+
+    depth: int
+    width: int
+    keys: float
+    mlp: int
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """Sizes from which the planner computes bytes; vocabulary: rows of the head."""
+
+    text: LayerSizes
+    vision: LayerSizes
+    vocabulary: int
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture. Every field is data or a function without state.
+
+    In the functions below `config` is the model's transformers configuration, and `model` the bare
+    transformers model, without a peft, DDP or compile wrapper.
+    """
+
+    model_types: tuple[str, ...]
+    """Values of `model_type` in config.json that this family serves."""
+    model_class: Callable[[], type[Any]]
+    """The class in transformers; a function, so that transformers is imported late."""
+    layout: PatchLayout
+    """How frames are cut into the rows of pixel values; a checkpoint may bring its own mean and
+    std."""
+    load_processor: Callable[..., Processor]
+    """(directory, *, mrope) -> the checkpoint's processor; CheckpointError for unusable files."""
+
+    vision_encoder: Callable[[Any], nn.Module]
+    """(model) -> the module that encodes clips."""
+    prepare_vision: Callable[[nn.Module], None]
+    """(vision encoder): put faster modules and attention in place; parameters keep their names."""
+    encode: Callable[[nn.Module, Tensor, Tensor], Sequence[Tensor]]
+    """(vision encoder, pixel values (N, patch values), grids (n, 3)) -> for each clip its features
+    (vision tokens, levels * H)."""
+    feature_levels: Callable[[Any], int]
+    """(config) -> levels of features side by side: 1, or 1 + the layers of DeepStack."""
+    vision_inputs: Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Any]]]
+    """(features (V, levels * H), slots (N,) bool: which tokens are vision tokens) -> embeddings of
+    these tokens (V, H), and keyword arguments for the language model in the pass that reads them.
+    """
+
+    language_model: Callable[[Any], nn.Module]
+    """(model) -> the module that turns embeddings into final hidden states."""
+    kv_layers: Callable[[Any], Sequence[int]]
+    """(config of the language model) -> layers with keys and values. ValueError for layers that
+    cannot share prompts."""
+    prepare_language_model: Callable[[nn.Module], None]
+    """(language model): what a pass over packed groups needs besides the attention function. Called
+    again for a model that is prepared already."""
+
+    lora_targets: tuple[str, ...]
+    """Names of the linear layers that adapters are added to where the run names none."""
+    vision_pattern: str
+    """Regular expression of module names inside the vision encoder: adapters leave them out when
+    it is frozen."""
+    projection_prefix: str
+    """Parameters of the vision encoder whose names start so project features to the language
+    model; `freeze_vision(merger=False)` keeps them trainable."""
+    sizes: Callable[[Any], ModelSizes]
+    """(config) -> sizes for the memory planner."""
+
+    tiny_config: Callable[..., Any]
+    """(**sizes) -> settings of a random model; all have defaults."""
+    write_tiny: Callable[..., None]
+    """(path, *, texts, seed=0, config=None): write a random checkpoint, tokenizer included."""
+
+
+_REGISTERED: dict[str, Family] = {}
+
+
+def register_family(family: Family) -> None:
+    """Make `family` known under its model types. ValueError for a type that another family has."""
+    for model_type in family.model_types:
+        if _REGISTERED.setdefault(model_type, family) != family:
+            raise ValueError(f"model_type {model_type!r} is registered by another family")
+
+
+def families() -> Mapping[str, Family]:
+    """All families by model type: the registered ones and every folder of `model/` that has one."""
+    for info in pkgutil.iter_modules(package.__path__):
+        if info.ispkg:
+            found = importlib.import_module(f"{package.__name__}.{info.name}")
+            if isinstance(getattr(found, "FAMILY", None), Family):
+                register_family(found.FAMILY)
+    return dict(_REGISTERED)
+
+
+def family_named(model_type: str | None) -> Family:
+    """The family that serves `model_type`; ValueError, listing the known types, if none does."""
+    # The folders are listed only for a type that is not known yet: `family_of` is called in every
+    # pass, and listing reads the disk.
+    known: Mapping[str, Family] = _REGISTERED
+    if model_type not in known:
+        known = families()
+    if model_type is None or model_type not in known:
+        raise ValueError(f"model_type is {model_type!r}, known are {', '.join(sorted(known))}")
+    return known[model_type]
+
+
+def family_of(model: nn.Module) -> Family:
+    """The family of a model, wrapped or not, by `config.model_type`."""
+    return family_named(unwrap(model).config.model_type)
