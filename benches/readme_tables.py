@@ -1,4 +1,4 @@
-"""Fill the tables of README.md and docs/ops.md from the measurements in benches/results/.
+"""Fill the tables of README.md and docs/ from the measurements in benches/results/.
 
     python benches/readme_tables.py            write the tables
     python benches/readme_tables.py --check    exit 1 when a page differs from them
@@ -23,7 +23,7 @@ from typing import Any
 from vcr1_fast.report.table import Table, markdown_table, stages_table
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "ops.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "integrations.md", ROOT / "docs" / "ops.md")
 MARKED = re.compile(r"(<!-- table:([\w.-]+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
 
 

@@ -213,7 +213,7 @@ needs_readme = pytest.mark.skipif(not README.exists(), reason="this tree has no 
 @needs_readme
 def test_the_pages_show_the_stored_measurements():
     assert tables.main(["--check"]) == 0
-    for page, table in zip(tables.PAGES, ("demo", "ops"), strict=True):
+    for page, table in zip(tables.PAGES, ("demo", "integrations", "ops"), strict=True):
         assert f"<!-- table:{table} -->" in page.read_text(encoding="utf-8")
 
 

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from vcr1_fast.files import flush, rename_flushed
+from vcr1_fast.files import flush, rename_flushed, write_atomic
 
 PREFIX = "step-"
 _PARTIAL = ".partial-"
@@ -66,8 +66,7 @@ def save_checkpoint(
         if rank == 0:
             files = sorted(partial.iterdir())
             manifest = {file.name: _fingerprint(file) for file in files}
-            (partial / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-            flush(partial / "manifest.json")
+            write_atomic(partial / "manifest.json", json.dumps(manifest, indent=1) + "\n")
             shutil.rmtree(final, ignore_errors=True)
             rename_flushed(partial, final)
     except OSError:

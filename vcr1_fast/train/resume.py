@@ -12,6 +12,7 @@ from torch import nn
 
 from vcr1_fast.config.loader import dump_config
 from vcr1_fast.data.records import Record
+from vcr1_fast.files import write_atomic
 from vcr1_fast.train.config import TrainConfig
 
 FIXED = (
@@ -77,8 +78,8 @@ def keep_settings(output: Path, config: TrainConfig, step: int) -> None:
     """Write config.yaml; settings that held until `step` stay as config-until-step-N.yaml."""
     path, text = output / "config.yaml", dump_config(config)
     if path.exists() and (old := path.read_text(encoding="utf-8")) != text:
-        path.with_name(f"config-until-step-{step:08d}.yaml").write_text(old, encoding="utf-8")
-    path.write_text(text, encoding="utf-8")
+        write_atomic(path.with_name(f"config-until-step-{step:08d}.yaml"), old)
+    write_atomic(path, text)
 
 
 def flat_settings(text: str) -> dict[str, Any]:
