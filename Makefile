@@ -61,13 +61,15 @@ sanitize: $(VENV)/.built  ## The ops' CPU tests on a build that traps memory err
 	  VCR1_NATIVE=$$(ls $(CURDIR)/build/sanitize/_C*.so) \
 	  $(PY) -m pytest -q --capture=sys -m "not gpu" $(OP_TESTS) $(ARGS)
 
-lint: $(VENV)/.built
+lint: $(VENV)/.built  ## Style, spelling and types of everything; changes nothing.
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror $(CLANG_FILES)
 	$(PY) csrc/stubs.py --check
+	$(VENV)/bin/codespell
+	$(VENV)/bin/mypy
 
-format: $(VENV)/.built
+format: $(VENV)/.built  ## Rewrite every file in the project's style.
 	$(PY) csrc/stubs.py
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .

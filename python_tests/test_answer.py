@@ -9,6 +9,7 @@ none or more than one.
 import itertools
 import re
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 from vcr1_fast.rewards import parse_label, parse_letter, parse_span, score
 from vcr1_fast.rewards.answer import MAX_MENTIONS
+from vcr1_fast.rewards.text import parse_boolean, parse_number, rouge, word_accuracy
 
 OPTIONS = (
     "the man opens the door",
@@ -816,6 +818,22 @@ SPANS = {
         '00:01:05,500 to 00:01:20,000',
     ],
     (3, 5): [
+        'The event occurs between 3 and 5 seconds.',
+        'It starts at 3 seconds and ends at 5 seconds.',
+        'It starts at 0:03 and ends at 0:05',
+        'starting at 3 and ending at 5',
+        'start at 3s, end at 5s',
+        '[3.0s - 5.0s]',
+        'The 2 dogs run from 3 to 5 seconds',
+        'During 3-5s, the man sits',
+        'from 3 s up to 5 s',
+        'from t=3 to t=5',
+        '第3秒到第5秒',
+        '3~5秒之间',
+        '大约3秒到5秒',
+        '3 to 5: the dog runs',
+        '3 to 5 — he sits',
+        '3 sec → 5 sec',
         '3s-5s',
         '3 to 5',
         '3to5',
@@ -846,6 +864,16 @@ SPANS = {
         '1.5 to 2 minutes',
     ],
     None: [
+        'a 3 to 5 year old boy',
+        'aged 3 to 5',
+        '3 out of 5',
+        'between 3 or 5',
+        'the ratio is 3:5',
+        '3x5',
+        '2 x 3 to 5 x 6',
+        'version 3.1.2 to 3.1.5',
+        'from 3 to',
+        'from 3 to 5, and again from 7 to 9',
         '',
         'no idea',
         '5',
@@ -1120,3 +1148,32 @@ def test_labels_keep_the_marks_that_are_theirs():
     assert parse_label("**High** quality.") == "high quality"
     assert parse_label('"_low_"') == "low"
     assert parse_label("`x`") == "x"
+
+
+DOCS = Path(__file__).parents[1] / "docs" / "rewards.md"
+_KINDS = "letter|span|number|boolean|ROUGE|word accuracy"
+ROW = re.compile(rf"\| ({_KINDS}) \| `(.+?)`(?: for `(.+)`)? \| (.+) \| (.+) \| (.+) \|")
+CHANGES = [m.groups() for line in DOCS.read_text().splitlines() if (m := ROW.fullmatch(line))]
+
+
+def test_the_table_of_changes_is_whole():
+    assert len(CHANGES) > 45
+    assert all(before != now for _, _, _, before, now, _ in CHANGES)
+
+
+@pytest.mark.parametrize(("kind", "text", "target", "before", "now", "why"), CHANGES)
+def test_documented_changes(kind, text, target, before, now, why):
+    options = ("a red circle", "a blue square", "a green star", "a dog")
+    if kind == "letter":
+        found = parse_letter(text, options)
+    elif kind == "span":
+        span = parse_span(text)
+        found = span and f"{span[0]:g} to {span[1]:g} s"
+    elif kind == "number":
+        number = parse_number(text)
+        found = None if number is None else f"{number:g}"
+    elif kind == "boolean":
+        found = {True: "yes", False: "no", None: None}[parse_boolean(text)]
+    else:
+        found = f"{(rouge if kind == 'ROUGE' else word_accuracy)(text, target):.3g}"
+    assert (found or "-") == now

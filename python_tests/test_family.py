@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_run import configure
 
 from vcr1_fast.data.sampling import FrameConfig
 from vcr1_fast.model import checkpoint
@@ -27,6 +28,7 @@ from vcr1_fast.model.prompt import next_position
 from vcr1_fast.model.rollout import SamplingConfig, rollout
 from vcr1_fast.model.vision import freeze_vision
 from vcr1_fast.train.planner import Footprint
+from vcr1_fast.train.setup import prepare_model
 
 PACKAGE = Path(__file__).resolve().parents[1] / "vcr1_fast"
 SIZES = {
@@ -208,6 +210,21 @@ def test_the_planner_counts_the_familys_patches(loaded, fake):
         assert Footprint.of(model).per_patch == 0
     finally:
         model.requires_grad_(True)
+
+
+def test_the_settings_of_training_reach_the_processor(fake, tmp_path):
+    fake_family.write_checkpoint(fake, tmp_path / "model", ["When?"], **SIZES)
+    assert checkpoint.load_processor(tmp_path / "model", mrope="installed").mrope == "installed"
+    config = configure(tmp_path / "model", tmp_path / "r.jsonl", tmp_path / "run")
+    assert prepare_model(config, torch.device("cpu"))[1].mrope == "trained"
+    changes = ["model.mrope=installed", "model.lora_rank=2", "model.freeze_vision=true"]
+    config = configure(tmp_path / "model", tmp_path / "r.jsonl", tmp_path / "run", *changes)
+    model, processor = prepare_model(config, torch.device("cpu"))
+    assert processor.mrope == "installed"
+    assert processor.frames == config.data.frames
+    adapted = {name.split(".lora_A")[0] for name, p in model.named_parameters() if "lora_A" in name}
+    assert len(adapted) == 2 * len(fake.lora_targets)  # two layers, none in the encoder
+    assert {name.rpartition(".")[2] for name in adapted} == set(fake.lora_targets)
 
 
 @pytest.mark.parametrize("mrope", ["trained", "installed"])

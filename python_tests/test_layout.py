@@ -57,6 +57,12 @@ def graph():
     return edges
 
 
+def test_import_of_the_ops_creates_no_cuda_context():
+    code = "import torch, vcr1_fast.ops; print(torch.cuda.is_initialized())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "False", done.stdout + done.stderr
+
+
 def test_every_part_has_a_layer():
     assert set(parts()) - {"__init__"} <= set(LEVEL)
 

@@ -7,7 +7,7 @@ import torch
 from tiny_run import configure, write_inputs
 
 from vcr1_fast.model import rollout as rollout_module
-from vcr1_fast.ops.linear_chunks import rows_per_chunk
+from vcr1_fast.ops.lm_head import rows_per_chunk
 from vcr1_fast.train import loop, rollouts, setup
 from vcr1_fast.train.groups import PolicyGroup, step_loss_config
 from vcr1_fast.train.planner import Footprint, Planner, is_out_of_memory
@@ -107,7 +107,9 @@ def test_the_prediction_of_a_rollout_is_near_what_it_keeps(run, monkeypatch):
     rollouts.sample_group(
         run, samples, [None] * 3, settings.group_size, torch.Generator().manual_seed(0)
     )
-    pairs = [pair for memory in memories for pair in [*memory.prefix, *memory._own]]
+    pairs = [
+        pair for memory in memories for pair in [*memory.prefix.values(), *memory._own.values()]
+    ]
     kept = sum(x.nbytes for pair in pairs for x in pair)
     foot, lengths = run.planner.footprint, [len(sample.prompt) for sample in samples]
     rows = 3 * settings.group_size

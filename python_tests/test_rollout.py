@@ -248,7 +248,7 @@ class _FakeGraph:
         step, inputs, outputs, version, reads = self.tape
         # What a real graph would have read, it must still be allowed to read.
         assert version == step.memory.version
-        assert [x.data_ptr() for own in step.memory._own for x in own] == reads
+        assert [x.data_ptr() for own in step.memory._own.values() for x in own] == reads
         for held, new in zip(outputs, step(*inputs), strict=True):
             held.copy_(new)
 

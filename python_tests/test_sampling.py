@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from vcr1_fast.data.sampling import FrameConfig, frame_indices, smart_nframes
-from vcr1_fast.model.qwen2_5_vl.preprocessor import smart_resize
+from vcr1_fast.model.qwen2_5_vl.preprocessor import VideoProcessorConfig, smart_resize
 
 # A shared machine may stall any example; examples are counted, not timed.
 unhurried = settings(deadline=None)
@@ -117,7 +117,10 @@ def test_default_config_is_the_videochat_r1_budget():
     config = FrameConfig()
     frames = config.count(900, 30.0)
     assert frames == 60
-    rows, columns = config.size(360, 640, frames)
+    bounds = VideoProcessorConfig(
+        min_pixels=config.min_pixels, max_pixels=config.max_pixels, total_pixels=config.total_pixels
+    )
+    rows, columns = bounds.size(frames, 360, 640)
     tokens = frames // 2 * (rows // 28) * (columns // 28)
     assert 3000 < tokens <= 3584
 

@@ -125,6 +125,9 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--media", help="folder of the videos (default: the records' own)")
     command.add_argument("--no-media", action="store_true", help="do not open the media")
     command.add_argument("--decode", action="store_true", help="also decode what is shown")
+    command.add_argument(
+        "--decoder", choices=("pyav", "decord"), default="pyav", help="default: %(default)s"
+    )
     command.add_argument("--json", help="write the report to this file")
     command.set_defaults(run=run_check)
 
@@ -270,6 +273,7 @@ def run_check(options: argparse.Namespace) -> int:
     from vcr1_fast.files import write_atomic
 
     how = {"train": options.train, "media": not options.no_media, "decode": options.decode}
+    how["decoder"] = options.decoder
     if options.format is None:
         report = check(options.records, media_root=options.media, **how)
     else:

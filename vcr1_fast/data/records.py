@@ -109,7 +109,10 @@ def parse_record(row: Any, media_root: str | os.PathLike[str] = ".") -> Record:
     """A checked Record from one decoded JSON object; FieldError names the field at fault."""
     if not isinstance(row, dict):
         raise FieldError("", f"expected an object, got {describe(row)}")
-    for name in row:
+    for name, value in row.items():
+        if half := _half_character(name) or _half_character(value):
+            reason = f"holds half a character ({half}), which no file or tokenizer can take"
+            raise FieldError(ascii(name)[1:-1], reason)
         if name not in _FIELDS:
             raise FieldError(name, f"unknown; the fields are {', '.join(_FIELDS)}")
     for name in _REQUIRED:
@@ -168,6 +171,23 @@ def _decode(line: bytes) -> Any:
         return json.loads(line.decode("utf-8-sig"), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise FieldError("", f"not JSON: {error}") from None
+
+
+def _half_character(value: Any) -> str | None:
+    """The first lone surrogate in a JSON value, as it is escaped there; None for sound texts."""
+    waiting = [value]  # a stack: rows may be nested deeper than Python can call
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, str) and not part.isascii():
+            try:
+                part.encode()
+            except UnicodeEncodeError as error:
+                return ascii(part[error.start])[1:-1]
+        elif isinstance(part, dict):
+            waiting += [*part, *part.values()]
+        elif isinstance(part, list | tuple):
+            waiting += part
+    return None
 
 
 def _refuse_constant(name: str) -> None:

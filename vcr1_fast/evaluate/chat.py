@@ -14,7 +14,7 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor, nn
 
-from vcr1_fast.data.video import Clip, read_clip, read_image
+from vcr1_fast.data.video import Clip, ClipReader, ClipRequest, VideoError, read_image
 from vcr1_fast.evaluate.config import ChatConfig
 from vcr1_fast.model.forward import embed, language_model_forward, lm_head, prompt_features
 from vcr1_fast.model.processor import Processor
@@ -156,15 +156,18 @@ def open_conversation(config: ChatConfig) -> Conversation:
     # The processor alone first: a clip that cannot be read must not wait for the weights.
     frames = checkpoint.load_processor(config.model).with_frames(config.frames).frames
     if config.video is not None:
-        clips.append(
-            read_clip(
-                config.video,
-                frames,
-                start=config.start,
-                end=config.end,
-                folder_fps=config.folder_fps,
-            )
+        request = ClipRequest(
+            config.video,
+            frames,
+            start=config.start,
+            end=config.end,
+            folder_fps=config.folder_fps,
         )
+        with ClipReader(backend=config.decoder, workers=0) as reader:
+            clip = next(reader.read([request]))
+        if isinstance(clip, VideoError):
+            raise clip
+        clips.append(clip)
     clips += [read_image(path) for path in config.image]
     for clip in clips:
         height, width = clip.frames.shape[1:3]

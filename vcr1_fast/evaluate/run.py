@@ -147,9 +147,7 @@ def load_answers(model_path: str | Path, config: EvalConfig) -> Answer:
         from vcr1_fast.model import checkpoint  # as in _model_answers
 
         dtype, device = config.placement()
-        model, processor = checkpoint.load(
-            model_path, dtype=dtype, device=device, mrope=config.mrope
-        )
+        model, processor = checkpoint.load(model_path, dtype=dtype, device=device)
         model.eval()
         yield from _model_answers(model, processor, config)(batches)
 

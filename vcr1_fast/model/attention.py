@@ -1,7 +1,7 @@
 """The language model's attention: over groups that share their prompts, or as transformers has it.
 
-In a pack (`packing.py`) a token sees its group's prompt, and the tokens before it of its own
-completion. With queries Q, keys K and values V of the prompt (p) and of the completions (s):
+In a pack (`packing.py`) a token sees its group's prompt and the earlier tokens of its completion.
+With queries Q, keys K and values V of the prompt (p) and of the completions (s):
 
     prompt        softmax(Q_p K_p^T, causal) V_p
     completions   two partial attentions, a = (Q_s on K_p, V_p), all of it, and
@@ -274,7 +274,7 @@ class _MergedParts(torch.autograd.Function):
             of_answers = [x[:, :, answers] for x in saved]
             own = [_to_batch(x, span) for x in of_answers]
             if span.is_ragged:
-                # What stands in for padding must not send gradients to the keys before it.
+                # Padding repeats a token: it must not send gradients to the keys before it.
                 own[0] = own[0] * span.valid[:, None, :, None]
             parts = partial_backward(*own, ctx.scaling, causal=True)
             for whole, part in zip(grads, parts, strict=True):

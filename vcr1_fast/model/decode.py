@@ -34,7 +34,7 @@ class SharedPrefix:
         # By layer, since only some layers of a hybrid model have keys; (N, heads, longest, D).
         self.prefix: dict[int, tuple[Tensor, Tensor]] = {}
         self.bias: Tensor | None = None  # (N, 1, 1, P) as the keys: 0, or -inf on padding
-        self.own_bias: Tensor | None = None  # (1, 1, 1, capacity) likewise, static only
+        self.own_bias: Tensor | None = None  # the same for (1, 1, 1, capacity), static only
         self.version = 0  # of the buffers: counts their replacements
         self._own: dict[int, list[Tensor]] = {}  # [keys, values], (rows, heads, capacity, D)
         self._first = 0  # the first layer with keys

@@ -4,7 +4,7 @@ One folder `model/<name>/` holds all of a family. Its `__init__.py` offers `FAMI
 nothing else in the package names the architecture. `family_of(model)` chooses by the `model_type`
 of the model's configuration. A family outside the package calls `register_family` when imported.
 
-What the folder fills in:
+The folder fills in:
 
     processor        text, clips and images -> `Prompt`: sizes, patches, placeholder tokens, M-RoPE
                      positions (`mrope` is set once, when the checkpoint is loaded)

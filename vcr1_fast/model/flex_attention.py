@@ -25,7 +25,7 @@ def flex_group_attention(
 ) -> Tensor:
     """query (1, H, N, D), key and value (1, heads, N, D); returns (1, N, H, D).
 
-    Compiled on a GPU; elsewhere it runs as plain torch, with all scores in memory and without a
+    Compiled on a GPU; elsewhere plain torch operators run, with all scores in memory and without a
     backward pass.
     """
     mask = getattr(spans[0], "_flex_mask", None)
@@ -74,5 +74,5 @@ def token_owners(spans: Sequence[Span]) -> tuple[Tensor, Tensor]:
 def _kernel(device: str) -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
-    # Lengths differ from pass to pass: without `dynamic` each would be compiled anew.
+    # Lengths differ from pass to pass: without `dynamic` each would be compiled again.
     return torch.compile(flex_attention, dynamic=True) if device == "cuda" else flex_attention

@@ -26,7 +26,7 @@ Mrope = Literal["trained", "installed"]
 
 
 class ClipLike(Protocol):
-    """What the processor reads of a clip, or of an image: T = 1, without a rate.
+    """The part of a clip that the processor reads; an image has T = 1 and no rate.
 
     `fitted`, where there is one, tells whether the frames have been resized already (`fit`).
     """

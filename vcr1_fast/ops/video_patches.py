@@ -224,8 +224,7 @@ def video_patches(
     frames: uint8, (T, H, W, 3) or (T, 3, H, W) with any strides, or a numpy array (not copied).
     size: (height, width) in pixels, multiples of `layout.token`; None: no resize, the frames' own
         size is checked.
-    layout: patch sizes and normalisation. The default gives the `pixel_values_videos` of Qwen2-VL
-        and Qwen2.5-VL.
+    layout: patch sizes and normalisation; a model family has its own. The default is CLIP_14.
     resample, rounding: as in `resize_frames`; always antialiased. The default gives what
         transformers' processor gives on CPU, to the bit, rounded once to `dtype`.
     dtype: float32, bfloat16 or float16.

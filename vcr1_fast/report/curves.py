@@ -1,4 +1,4 @@
-"""Training curves: metrics.jsonl -> PNG.
+"""Plots training curves: metrics.jsonl -> PNG.
 
 One picture of all panels, and each panel alone. Lines carry their names at their right end, in
 their colour, so there is no legend to look up.
@@ -202,8 +202,8 @@ def _label_lines(axes: Axes, ends: Sequence[tuple[str, float, str]]) -> None:
     wanted = [(axes.transData.transform((0, y))[1] - bottom) * to_points for _, y, _ in ends]
     placed = spread(wanted, 9.5)
     # Names pushed above the panel would run into its neighbour's title.
-    room = axes.get_window_extent().height * to_points
-    excess = max(0.0, max(placed, default=0.0) - room)
+    available = axes.get_window_extent().height * to_points
+    excess = max(0.0, max(placed, default=0.0) - available)
     for (label, _, colour), height in zip(ends, placed, strict=True):
         axes.annotate(
             label,

@@ -48,12 +48,13 @@ _ORDER = ("h", "min", "s", "ms")
 _BELOW = {"min": 60, "s": 60, "ms": 1000}  # "1 min 75 s" is no time, as 1:75 is none
 
 _SEPARATORS = frozenset(
-    "to and until till through thru → ~ 〜 至 到 から 부터 에서 bis à hasta до".split()
+    "to and up until till through thru → ~ 〜 至 到 から 부터 에서 bis à hasta до".split()
 )
 # May stand between a separator and its number: "to about 5", "to t = 5", "and ends at 5".
 _FILLERS = frozenset(
     """
     about approximately approx around roughly the at t time timestamp = + ≈ ~ : mark
+    end ends ending finishes stops 第
     """.split()
 )
 # Words after a span in a sentence. Any other word is what the numbers count: "3 to 5 apples".
@@ -273,6 +274,8 @@ def _chains(text: str) -> list[_Chain]:
             prefix = _UNIT[value]
         elif value in _FILLERS and state != "number":
             is_negative = False
+        elif state == "separator" and value == "to":  # "up to"
+            pass
         else:
             state, is_negative, prefix = "text", False, ""
             recent = [] if value in ",.;:!?" else [*recent[-5:], value]

@@ -12,7 +12,7 @@ from vcr1_fast.config.section import ConfigError, section
 from vcr1_fast.config.sections import LengthConfig, PositionConfig, ReadingConfig
 from vcr1_fast.model.attention import Backend
 from vcr1_fast.model.sampling import Decoding
-from vcr1_fast.ops.grpo_config import GRPOLossConfig
+from vcr1_fast.ops.grpo.config import GRPOLossConfig
 from vcr1_fast.train.reward_config import RewardsConfig
 
 Ratio = Annotated[float, Field(ge=0, le=1)]

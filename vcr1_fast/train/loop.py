@@ -41,7 +41,7 @@ def train(config: TrainConfig) -> Path:
     Everything it writes lies in `config.run.output`. ValueError (ConfigError, CheckpointError and
     RecordError are ones) names the setting or file at fault.
     """
-    user_rewards = [load_reward(spec) for spec in config.rewards.functions]
+    user_rewards = [load_reward(spec, config.rewards.timeout) for spec in config.rewards.functions]
     with (
         open_run(config, reference=config.loss.beta != 0) as run,
         Scoring(config, user_rewards, run.tasks, run.accelerator.device) as scoring,

@@ -31,7 +31,7 @@ from torch import nn
 from vcr1_fast.model.family import LayerSizes, family_of
 from vcr1_fast.model.vision import vision_is_frozen
 from vcr1_fast.model.wrapping import unwrap
-from vcr1_fast.ops.linear_chunks import most_bytes
+from vcr1_fast.ops.lm_head import most_bytes
 from vcr1_fast.ops.memory import available_bytes
 from vcr1_fast.train.optim import MasterAdamW
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import field
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, NonNegativeInt
+from pydantic import BeforeValidator, NonNegativeInt, PositiveFloat
 
 from vcr1_fast.config.section import ConfigError, section
 from vcr1_fast.rewards import TERMS
@@ -67,6 +67,8 @@ class RewardsConfig:
     take precedence; 1 where none is given."""
     functions: tuple[str, ...] = ()
     """The user's own rewards, "module:function" or "file.py:function"; see `rewards.plugin`."""
+    timeout: PositiveFloat | None = 600.0
+    """Seconds that one of `functions` may take for one batch; null: no bound."""
     threshold: float = 0.1
     """Accuracy above which a completion counts as right, for the two bonuses (Video-R1: 0.1)."""
     overlong_buffer: NonNegativeInt = 0

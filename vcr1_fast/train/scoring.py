@@ -193,6 +193,8 @@ class Scoring:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if kind is not None and isinstance(self.judge, ModelJudge):
+            self.judge.close()  # or the exit would wait for its replies
         self._thread.shutdown(wait=kind is None, cancel_futures=True)
 
 

@@ -68,7 +68,7 @@ def mrope_positions(
         input_ids: (P,) int64, with every image and video pad token already expanded.
         video_grid_thw: (n, 3) patches along time, height and width of each video, in prompt order.
         second_per_grid_ts: (n,) seconds from one temporal grid to the next; None means one second.
-        image_grid_thw: (m, 3), likewise for images.
+        image_grid_thw: (m, 3), the same for images.
         ids: from the model's configuration.
         mrope: "trained" or "installed", see above.
 
