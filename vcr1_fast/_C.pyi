@@ -63,12 +63,11 @@ def group_attention_backward(
 
 grpo_loss_scratch: int
 
+class GrpoParameters:
+    def __init__(self, **kwargs: str | bool | float) -> None: ...
+
 def grpo_loss(
-    inputs: list[Tensor | None],
-    kinds: list[int],
-    values: list[float],
-    outputs: list[Tensor],
-    num_threads: int,
+    inputs: object, parameters: GrpoParameters, outputs: object, num_threads: int
 ) -> None: ...
 def logits_grpo_loss(
     logits: Tensor,
@@ -76,11 +75,9 @@ def logits_grpo_loss(
     mask: Tensor | None,
     row_temperature: Tensor | None,
     temperature: float,
-    tokens: list[Tensor | None],
-    kinds: Sequence[int],
-    values: Sequence[float],
-    grad_entropy: Tensor | None,
-    outputs: list[Tensor | None],
+    tokens: object,
+    parameters: GrpoParameters,
+    outputs: object,
 ) -> None: ...
 
 class ResizePlan:
