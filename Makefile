@@ -51,7 +51,7 @@ test: $(VENV)/.built $(VENV)/.oracle $(VENV)/.trl-previous  ## Every test that t
 # a sanitizer writes before it ends the process, on the terminal.
 SANITIZERS = $(foreach lib,libasan.so libubsan.so libstdc++.so.6,$(shell $(CXX) -print-file-name=$(lib)))
 OP_TESTS := $(patsubst %,python_tests/test_%.py,native backend gather_logprobs group_advantages \
-  group_attention grpo_clipped grpo_loss grpo_token_loss host_memory iou linear_grpo_loss linear_logprobs \
+  group_attention grpo_clipped grpo_loss grpo_metrics grpo_token_loss host_memory iou linear_grpo_loss linear_logprobs \
   logits_grpo_loss openmp properties resample_tiles resize_frames video_patches)
 sanitize: $(VENV)/.built  ## The ops' CPU tests on a build that traps memory errors and undefined behaviour.
 	CXX=$(CXX) cmake -S . -B build/sanitize -DCMAKE_BUILD_TYPE=None -DVCR1_CUDA=OFF -DVCR1_SANITIZE=ON \
