@@ -1,9 +1,13 @@
 """grpo_loss against a float64 autograd loop, in both layouts and for every backend."""
 
+import copy
 import dataclasses
+import io
 import itertools
+import json
 import math
 import os
+import pickle
 
 import numpy as np
 import pytest
@@ -13,12 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vcr1_fast import ops
 from vcr1_fast.ops import GRPOLossConfig, grpo_loss
 from vcr1_fast.ops.backend import native
-from vcr1_fast.ops.grpo.config import LOSS_TYPES, encode
+from vcr1_fast.ops.grpo.config import LOSS_TYPES, decode, encode, parameters_of
 from vcr1_fast.ops.grpo.loss import LossOutputs, grpo_loss_op, native_parameters
 from vcr1_fast.ops.grpo.reference import METRICS, LossInputs
 
@@ -858,3 +863,84 @@ def test_call_errors():
 
 def test_metric_names_are_unique():
     assert len(set(METRICS)) == len(METRICS)
+
+
+def _stored(metrics):
+    file = io.BytesIO()
+    torch.save(metrics, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+READERS = {
+    "json": lambda metrics: json.loads(json.dumps(metrics, default=float)),
+    "pytree": lambda metrics: pytree.tree_map(float, metrics),
+    "torch.load": _stored,
+    "pickle": lambda metrics: pickle.loads(pickle.dumps(metrics)),
+    "deepcopy": copy.deepcopy,
+}
+
+
+def _small_metrics():
+    return grpo_loss(torch.zeros(2, 3, requires_grad=True), None, torch.ones(2), None)[1]
+
+
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+def test_metrics_are_a_plain_dict(read):
+    metrics = _small_metrics()
+    assert type(metrics) is dict
+    assert all(value.shape == () and not value.requires_grad for value in metrics.values())
+    expected = {name: float(value) for name, value in metrics.items()}
+    assert expected["num_tokens"] == 6
+    got = read(_small_metrics())  # which nobody has read yet
+    assert {name: float(value) for name, value in got.items()} == expected
+
+
+def test_parameters_survive_encoding_bit_for_bit():
+    """Operators take parameters as text; 0.1 + 0.2 and infinities must come back as they were."""
+    config = GRPOLossConfig(
+        loss_type="cispo", beta=0.1 + 0.2, delta=None, rollout_min=1e-300, exclude_empty=True,
+        rollout_correction="sequence_icepop", rollout_max=1 / 3, kl_straight_through=True,
+    )  # fmt: skip
+    parameters = decode(encode(config))
+    assert parameters == parameters_of(config)
+    assert parameters.beta == 0.1 + 0.2 and parameters.delta == math.inf
+    assert parameters.exclude_empty is True and parameters.kl_bias_correction is False
+    with pytest.raises(ValueError, match="unknown fields beta"):
+        decode(encode(config).replace("beta=", "beta_="))
+
+
+@pytest.mark.skipif(native is None, reason="the native module is not built")
+def test_native_parameters_are_bound_by_name():
+    fields = vars(parameters_of(GRPOLossConfig()))
+    native.GrpoParameters(**dict(reversed(fields.items())))  # any order
+    with pytest.raises(ValueError, match="beta is missing"):
+        native.GrpoParameters(**{n: v for n, v in fields.items() if n != "beta"})
+    with pytest.raises(ValueError, match="expected 30 fields, got 31"):
+        native.GrpoParameters(**fields, other=1.0)
+    with pytest.raises(ValueError, match="unknown loss_type 'ppo'"):
+        native.GrpoParameters(**{**fields, "loss_type": "ppo"})
+
+
+@pytest.mark.skipif(native is None, reason="the native module is not built")
+def test_native_tensors_are_checked_by_name():
+    x = torch.zeros(2, 3)
+    inputs = LossInputs(x, x, torch.zeros(2), None)
+    scratch = torch.zeros(2 * native.grpo_loss_scratch, dtype=torch.float64)
+    outputs = LossOutputs(torch.zeros(()), x.clone(), x[:0], torch.zeros(len(METRICS)), scratch)
+    parameters = native_parameters(encode(GRPOLossConfig()))
+    native.grpo_loss(inputs, parameters, outputs, 1)
+    for name, wrong, message in (
+        ("old_logps", torch.zeros(2, 4), "old_logps: expected 6 elements, got 8"),
+        ("ref_logps", x.double(), "ref_logps: expected float32, got float64"),
+        ("advantages", None, "advantages: expected a tensor, got None"),
+        ("mask", torch.zeros(5, dtype=torch.bool), "mask: expected 6 elements"),
+        ("logps", torch.zeros(3, 2).T, "logps: expected a contiguous tensor"),
+        ("logps", torch.zeros(6), "logps: expected \\(B, T\\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            native.grpo_loss(inputs._replace(**{name: wrong}), parameters, outputs, 1)
+    with pytest.raises(TypeError, match="mask: expected a tensor, got"):
+        native.grpo_loss(inputs._replace(mask=[True]), parameters, outputs, 1)
+    with pytest.raises(ValueError, match="metrics: expected 20 elements, got 19"):
+        native.grpo_loss(inputs, parameters, outputs._replace(metrics=torch.zeros(19)), 1)

@@ -138,10 +138,11 @@ def reference_forward(
     mean_d = ((d - log_sum).exp() * d.masked_fill(d == -torch.inf, 0)).sum(-1, keepdim=True)
     # A row of only -inf: the shifted logits are NaN, the sum of no terms is -inf.
     lse = torch.where(top == -torch.inf, top, top / t + log_sum)
-    out = (logps, log_sum - mean_d, lse, torch.cat([top, log_sum, mean_d], -1))
+    row_entropy, stats = log_sum - mean_d, torch.cat([top, log_sum, mean_d], -1)
     if mask is not None:
-        out = tuple(x.masked_fill(~mask[..., None], 0) for x in out)
-    logps, row_entropy, lse, stats = out
+        logps, row_entropy, lse, stats = (
+            x.masked_fill(~mask[..., None], 0) for x in (logps, row_entropy, lse, stats)
+        )
     return logps, row_entropy[..., 0] if entropy else lse.new_empty(0), lse[..., 0], stats
 
 

@@ -224,6 +224,7 @@ def _dense(logits: Tensor) -> tuple[Tensor, _Layout]:
     if layout is None:
         logits = logits.contiguous()
         layout = _layout(logits)
+        assert layout is not None  # contiguous rows always merge into one dimension
     return logits, layout
 
 
