@@ -75,8 +75,8 @@ class Span:
     def is_ragged(self) -> bool:
         return len(set(self.lengths)) > 1
 
-    def parts(self, is_last: bool) -> list[tuple[int, ...]]:
-        """For `ops.group_attention`. is_last: of the prompt's queries only the last one counts."""
+    def parts(self, is_last: bool) -> list[tuple[int, int, int, int]]:
+        """Parts of `ops.group_attention`. is_last: of the prompt's queries only the last counts."""
         last = self.middle - 1
         parts = [(last, self.middle, self.start, last)]
         if not is_last:
@@ -144,9 +144,8 @@ def pack_groups(groups: Sequence[Group], device: torch.device) -> Pack:
     for group in groups:
         prompt, fed = group.prompt, [len(c) - 1 for c in group.completions]
         if not fed or min(fed) < 0:
-            lengths = [len(c) for c in group.completions]
             raise ValueError(
-                f"a group needs completions of at least one token, got lengths {lengths}"
+                f"a group needs completions of at least one token, got lengths {group.lengths}"
             )
         resume = next_position(prompt.positions)
         tokens.append(prompt.input_ids)

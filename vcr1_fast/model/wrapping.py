@@ -7,15 +7,16 @@ from torch import nn
 
 def unwrap(model: nn.Module) -> Any:
     """The bare transformers model inside a peft, DDP or compile wrapper."""
+    inner: Any = model
     while True:
-        if hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif hasattr(model, "module"):
-            model = model.module
+        if hasattr(inner, "get_base_model"):
+            inner = inner.get_base_model()
+        elif hasattr(inner, "_orig_mod"):
+            inner = inner._orig_mod
+        elif hasattr(inner, "module"):
+            inner = inner.module
         else:
-            return model
+            return inner
 
 
 def checkpoint_activations(model: nn.Module) -> None:

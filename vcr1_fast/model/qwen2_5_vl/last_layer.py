@@ -11,17 +11,17 @@ The model's own modules run: hooks choose their rows.
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class _UsedRows:
     """State that the hooks of one layer share: the rows the MLP runs on, out of `size`."""
 
     rows: Tensor | None = None  # None: all
-    size = 0
+    size: int = 0
 
 
-def skip_unused_rows(layer: nn.Module) -> None:
+def skip_unused_rows(layer: Any) -> None:
     """Skip unused rows of `layer`, the last decoder layer, in passes over a pack: those that say
     where its groups lie by the keyword argument `spans`. Other passes run every row.
 
@@ -39,23 +39,23 @@ def skip_unused_rows(layer: nn.Module) -> None:
     layer.mlp.register_forward_hook(_put_rows)
 
 
-def _note_rows(attention: nn.Module, _: Any, kwargs: dict[str, Any]) -> None:
+def _note_rows(attention: Any, _: Any, kwargs: dict[str, Any]) -> None:
     """Runs in every pass, also in one that recomputes activations."""
     spans = kwargs.get("spans")
     rows = None if spans is None else torch.cat([span.read for span in spans])
     attention.vcr1_used_rows.rows = rows
 
 
-def _take_rows(mlp: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
-    used = mlp.vcr1_used_rows
+def _take_rows(mlp: Any, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
+    used: _UsedRows = mlp.vcr1_used_rows
     if used.rows is None:
         return None
     used.size = inputs[0].shape[1]
     return (inputs[0].index_select(1, used.rows),)
 
 
-def _put_rows(mlp: nn.Module, _: tuple[Tensor], out: Tensor) -> Tensor | None:
-    used = mlp.vcr1_used_rows
+def _put_rows(mlp: Any, _: tuple[Tensor], out: Tensor) -> Tensor | None:
+    used: _UsedRows = mlp.vcr1_used_rows
     if used.rows is None:
         return None
     whole = out.new_zeros(out.shape[0], used.size, out.shape[2])
