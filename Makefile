@@ -10,7 +10,7 @@ TRITON_TESTS := $(addprefix python_tests/test_, gather_logprobs.py grpo_loss.py 
   linear_grpo_loss.py linear_logprobs.py logits_grpo_loss.py)
 CLANG_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build demo test sanitize lint format bench gpu-check inplace clean
+.PHONY: build demo test odd-media sanitize lint format bench gpu-check inplace clean
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -44,6 +44,9 @@ test: $(VENV)/.built $(VENV)/.oracle $(VENV)/.trl-previous  ## Every test that t
 	  python_tests/test_iou.py python_tests/test_video_patches.py
 	PYTHONPATH=$(VENV)/trl-previous TRITON_INTERPRET=1 $(PY) -m pytest -q \
 	  python_tests/test_trl_patch.py python_tests/test_trl_video.py
+
+odd-media: $(VENV)/.built  ## Every file of the generator of odd and broken media (needs ffmpeg), minutes.
+	VCR1_ODD_MEDIA=full $(PY) -m pytest -q python_tests/test_odd_media.py $(ARGS)
 
 # Native code under AddressSanitizer and UBSan, in a build of its own that VCR1_NATIVE names. The
 # runtimes come first because Python itself lacks them, and libstdc++ with them, or exceptions are
