@@ -10,13 +10,16 @@ import numpy as np
 from vcr1_fast.data.video import Clip, VideoError
 
 
-def by_name(path, config, *, start=None, end=None, times=None, backend="decord", **more):
+def by_name(path, config, *, start=None, end=None, times=None, backend="pyav", **more):
     """What the path says: ok-<n> gives a clip filled with n, from this process."""
     action, _, number = path.partition("-")
     if action == "hang":
         ctypes.PyDLL(None).sleep(600)  # holds the interpreter's lock, as a decoder's loop does
     if action == "slow":
         time.sleep(0.3)
+    if action == "once" and not os.path.exists(number):
+        with open(number, "w"):
+            os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does when memory runs out
     if action == "crash":
         os.kill(os.getpid(), signal.SIGSEGV)
     if action == "bad":
@@ -25,6 +28,6 @@ def by_name(path, config, *, start=None, end=None, times=None, backend="decord",
         raise TypeError("a fault of the program")
     if action == "local":
         raise type("Local", (Exception,), {})("cannot travel")
-    value = int(number or 0)
+    value = int(number) if number.isdigit() else 0
     frames = np.full((2, 300, 400, 3), value, np.uint8)
     return Clip(frames, np.arange(2.0), float(os.getpid()), 2.0, path)

@@ -374,7 +374,7 @@ def _same_stamps(path: Path) -> Path:
     place = data.index(b"stts") + 8
     count = int.from_bytes(data[place : place + 4], "big")
     steps = np.frombuffer(data, ">u4", 2 * count, place + 4).reshape(count, 2).copy()
-    unit = int(steps[:, 1].min()) // 10
+    unit = int(steps[1, 1]) // 10
     moved = {10 * unit: 0, 30 * unit: 40 * unit}
     steps[:, 1] = [moved.get(int(step), int(step)) for step in steps[:, 1]]
     made.write_bytes(data[: place + 4] + steps.tobytes() + data[place + 4 + 8 * count :])
@@ -399,30 +399,35 @@ MATRICES = {
 """(a, b, c, d) of display matrices: x' = a x + c y, y' = b x + d y."""
 
 
-def turned(path: Path, name: str) -> Path:
-    """An mp4 that is stored as a viewer who undoes the matrix `name` must see it: upright."""
+def stored(upright: np.ndarray, name: str) -> np.ndarray:
+    """The frame that the display matrix `name` shows as `upright`."""
     a, b, c, d = MATRICES[name]
+    # Pixel (x, y) of the stored frame is shown at (a x + c y, b x + d y), moved into the frame.
+    if a:
+        return upright[:: 1 if d > 0 else -1, :: 1 if a > 0 else -1]
+    return upright[:: 1 if b > 0 else -1, :: 1 if c > 0 else -1].transpose(1, 0, 2)
 
-    def stored(upright: np.ndarray) -> np.ndarray:
-        # Pixel (x, y) of the stored frame is shown at (a x + c y, b x + d y), moved into the frame.
-        if a:
-            return upright[:: 1 if d > 0 else -1, :: 1 if a > 0 else -1]
-        rows = upright[:: 1 if b > 0 else -1, :: 1 if c > 0 else -1]
-        return rows.transpose(1, 0, 2)
 
-    first = stored(picture(0))
-    height, width = first.shape[:2]
-    target = path.with_suffix(".mp4")
-    size = ("-s", f"{width}x{height}", "-r", str(FPS))
-    options = ("-c:v", "libx264", "-crf", "12", "-pix_fmt", "yuv420p", "-g", str(GOP))
-    frames = (np.ascontiguousarray(stored(picture(i))) for i in range(COUNT))
-    raw = ("-f", "rawvideo", "-pix_fmt", "rgb24", *size, "-i", "-")
-    ffmpeg(*raw, *options, str(target), frames=frames)
-    data = bytearray(target.read_bytes())
+def write_matrix(path: Path, name: str) -> None:
+    """Write a display matrix into the track header of an mp4."""
+    a, b, c, d = MATRICES[name]
+    data = bytearray(path.read_bytes())
     place = data.index(b"tkhd") + 44  # 16.16 fixed point, the last column 2.30
     matrix = [a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30]
     data[place : place + 36] = b"".join(v.to_bytes(4, "big", signed=True) for v in matrix)
-    target.write_bytes(data)
+    path.write_bytes(data)
+
+
+def turned(path: Path, name: str) -> Path:
+    """An mp4 that is upright only by its display matrix."""
+    height, width = stored(picture(0), name).shape[:2]
+    target = path.with_suffix(".mp4")
+    size = ("-s", f"{width}x{height}", "-r", str(FPS))
+    options = ("-c:v", "libx264", "-crf", "12", "-pix_fmt", "yuv420p", "-g", str(GOP))
+    frames = (np.ascontiguousarray(stored(picture(i), name)) for i in range(COUNT))
+    raw = ("-f", "rawvideo", "-pix_fmt", "rgb24", *size, "-i", "-")
+    ffmpeg(*raw, *options, str(target), frames=frames)
+    write_matrix(target, name)
     return target
 
 

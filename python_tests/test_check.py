@@ -9,7 +9,9 @@ import pytest
 
 from vcr1_fast import cli
 from vcr1_fast.data.convert import convert
+from vcr1_fast.data.media_file import VideoError
 from vcr1_fast.data.synth import SynthConfig, write_dataset
+from vcr1_fast.evaluate import faults
 from vcr1_fast.evaluate.check import check, check_annotations, report_text
 
 ANNOTATIONS = Path(os.environ.get("VCR1_TEST_DATA", "../shared/data")) / "annotations"
@@ -82,6 +84,25 @@ def test_every_fault_is_found_and_nothing_else(dataset):
     assert report.records == len(rows(dataset["train"])) + 6
 
 
+def test_a_file_that_kills_its_decoder_is_one_fault(dataset, monkeypatch):
+    def dying(videos, *, backend):
+        for path, _ in videos:
+            yield VideoError(path, "its worker died (signal 6, SIGABRT)")
+
+    monkeypatch.setattr(faults, "probe_all", dying)
+    report = check(dataset["test"])
+    assert set(report.counts()) == {"unreadable video"}
+    assert "its worker died (signal 6, SIGABRT)" in report.faults[0].detail
+
+
+def test_videos_are_opened_in_other_processes(dataset, monkeypatch):
+    def opened_here(*arguments, **more):
+        raise AssertionError("a crash here would end the check")
+
+    monkeypatch.setattr("vcr1_fast.data.video.open_source", opened_here)
+    assert check(dataset["test"], train=None).faults == []
+
+
 def test_decoding_finds_what_opening_does_not(tmp_path):
     av = pytest.importorskip("av")
     import numpy as np
@@ -107,8 +128,8 @@ def test_decoding_finds_what_opening_does_not(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert check(path).faults == []
-    faults = check(path, decode=True).faults
-    assert [(fault.kind, fault.record) for fault in faults] == [("undecodable video", "bad")]
+    found = check(path, decode=True).faults
+    assert [(fault.kind, fault.record) for fault in found] == [("undecodable video", "bad")]
 
 
 def test_folders_of_frames_are_as_long_as_their_rate_says(tmp_path):
@@ -125,8 +146,8 @@ def test_folders_of_frames_are_as_long_as_their_rate_says(tmp_path):
     ]
     path = tmp_path / "data.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    faults = check(path, decode=True).faults
-    assert [(fault.kind, fault.record) for fault in faults] == [("duration mismatch", "r3")]
+    found = check(path, decode=True).faults
+    assert [(fault.kind, fault.record) for fault in found] == [("duration mismatch", "r3")]
     for picture in (tmp_path / "frames").iterdir():
         picture.unlink()
     kinds = [fault.kind for fault in check(path).faults]

@@ -273,3 +273,31 @@ def test_bad_records_are_not_written(tmp_path):
     with pytest.raises(ValueError, match=r"record 'b': field 'answer': start 3"):
         write_records(path, [bad])
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"prompt": {"event": "half \ud83d an emoji"}}, "prompt"),
+        ({"id": "\udc80"}, "id"),
+        ({"video": "\ud800.mp4"}, "video"),
+        ({"metadata": {"deep": [[{"\udfff": 1}]]}}, "metadata"),
+        ({"\ud800": 1}, ".*ud800"),
+    ],
+)
+def test_half_a_character_is_refused_and_can_be_listed(tmp_path, changes, field):
+    whole = {"id": "b", "prompt": {"event": "a whole \U0001f600 and \u00e9"}}
+    path = write(tmp_path / "data.jsonl", row(**changes), row(**whole))
+    with pytest.raises(
+        RecordError, match=rf"data\.jsonl:1: field '{field}': holds half a character"
+    ):
+        load_records(path)
+    listed = tmp_path / "quarantine.jsonl"
+    quarantine = Quarantine(listed)
+    (kept,) = load_records(path, on_error="quarantine", quarantine=quarantine)
+    assert kept.prompt == whole["prompt"]
+    assert listed.read_bytes().decode()  # it is UTF-8
+    assert Quarantine(listed).items == quarantine.items
+    with pytest.raises(ValueError, match="half a character"):
+        write_records(tmp_path / "out.jsonl", [Record(**{**vars(kept), "id": "\ud800"})])
+    assert not (tmp_path / "out.jsonl").exists()

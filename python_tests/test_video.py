@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vcr1_fast.data import workers
 from vcr1_fast.data.sampling import FrameConfig
 from vcr1_fast.data.video import (
     BACKENDS,
@@ -42,13 +43,15 @@ def write(
     stamps=None,
     options=(),
     movflags="",
+    muxing=None,
     size=SIZE,
     suffix="mp4",
 ) -> str:
     """A file, by default H.264 in mp4, whose frame i is grey of level i * STEP; `stamps` in ms."""
     codec = "mpeg4" if suffix == "avi" else "libx264"
     path = path.with_suffix("." + suffix)
-    with av.open(str(path), "w", options={"movflags": movflags} if movflags else {}) as container:
+    moov = {"movflags": movflags} if movflags else {}
+    with av.open(str(path), "w", options=muxing or moov) as container:
         stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
         if stamps is not None:
@@ -132,6 +135,7 @@ RATES = {
     "AVI": {"suffix": "avi", "options": {"b": "4000000", "bf": "0"}},
     "uneven": {"stamps": [0, 33, 133, 150, 400, 500, 533, 900, 1000, 1033, 2000, 2100]},
     "late start": {"stamps": list(range(500, 1700, 100))},
+    "no edit list": {"options": {"bf": "3"}, "muxing": {"use_editlist": "0"}},
 }
 
 
@@ -161,6 +165,9 @@ def test_decord_refuses_what_it_would_show_wrong(tmp_path):
     assert shown(read_clip(path, EVERY, backend="pyav")) == list(range(30))
     with pytest.raises(VideoError, match=r'v\.ts: .*not exact for mpegts .*backend="pyav"'):
         read_clip(path, EVERY, backend="decord")
+    with ClipReader(backend="decord", workers=0) as reader:
+        (clip,) = reader.read([ClipRequest(path, EVERY)])
+    assert shown(clip) == list(range(30))
 
 
 @pytest.mark.parametrize("turn", [90, 180, 270])
@@ -365,6 +372,30 @@ def test_a_crash_costs_one_clip_and_a_bug_stops_the_run():
         with pytest.raises(AttributeError, match="lambda"):  # cannot be sent to a worker
             list(reader.read([ClipRequest("ok-1", times=lambda length: [0.0])]))
         assert (next(reader.read(requests("ok-9"))).frames == 9).all()
+
+
+def test_a_worker_that_is_killed_from_outside_costs_no_clip(tmp_path):
+    asked = requests(f"once-{tmp_path / 'first'}", "ok-2", f"once-{tmp_path / 'second'}")
+    with ClipReader(workers=2, timeout=60, reader=fake_readers.by_name) as reader:
+        got = list(reader.read(asked))
+    assert [type(clip) for clip in got] == [Clip, Clip, Clip]
+    assert (tmp_path / "first").exists() and (tmp_path / "second").exists()
+
+
+def test_a_worker_that_starts_too_slowly_is_started_once_more(monkeypatch):
+    waits = iter([0.0, 120.0])
+    ask = workers._Worker.ask
+
+    def impatient(self, item, timeout):
+        return ask(self, item, next(waits) if timeout == workers.START_TIMEOUT else timeout)
+
+    monkeypatch.setattr(workers._Worker, "ask", impatient)
+    with ClipReader(workers=1, timeout=60, reader=fake_readers.by_name) as reader:
+        assert isinstance(next(reader.read(requests("ok-1"))), Clip)
+    waits = iter([0.0, 0.0])
+    with ClipReader(workers=1, timeout=60, reader=fake_readers.by_name) as reader:
+        (error,) = reader.read(requests("ok-1"))
+    assert str(error) == "ok-1: its worker did not start within 120 s"
 
 
 def not_importable(path, config, **arguments):

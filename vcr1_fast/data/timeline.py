@@ -26,6 +26,8 @@ MAX_REORDER = 32
 """Places between the decoding and the showing order of a frame: H.264 and HEVC allow 16."""
 EVEN_TOLERANCE = 1.5
 """Frame periods by which stamps may leave an even grid: one dropped frame, and rounding."""
+MAX_OFF = 0.5
+"""Most seconds by which they may leave it, however slow the rate."""
 HELD_TAIL = (1.0, 0.05, 10.0)
 """How much may lie behind a file's last packet: at least these seconds, this share of the stated
 length, at most these seconds."""
@@ -100,7 +102,7 @@ def is_even(seconds: np.ndarray, fps: float, begin: float | None = None) -> bool
     if len(seconds) < 2:
         return True
     off = seconds - np.arange(len(seconds)) / fps
-    tolerance = EVEN_TOLERANCE / fps
+    tolerance = min(EVEN_TOLERANCE / fps, MAX_OFF)
     late = 0.0 if begin is None else seconds[0] - begin
     return float(off.max() - off.min()) <= 2 * tolerance and late <= tolerance
 
@@ -318,10 +320,12 @@ def _check_whole(path: str, container: Any, stream: Any, rows: list[_Row]) -> No
     if entries > len(rows):
         reason = f"{len(rows)} of {entries} samples could be read"
         raise VideoError(path, f"the file is cut off or damaged: {reason}")
-    slots = max((row.dts for row in rows if row.dts is not None), default=0) + 1
-    if "avi" in formats and stream.frames > slots:  # lost chunks would make later frames early
-        reason = f"{slots} of {stream.frames} chunks could be read"
-        raise VideoError(path, f"the file is cut off or damaged: {reason}")
+    if "avi" in formats:  # lost chunks would make later frames early
+        slots = np.unique([row.dts for row in rows if row.dts is not None])
+        reached = int(slots[-1] + np.diff(slots).max(initial=1)) if len(slots) else 0
+        if stream.frames > reached:
+            reason = f"{reached} of {stream.frames} chunks could be read"
+            raise VideoError(path, f"the file is cut off or damaged: {reason}")
     if rows[-1].corrupt:
         raise VideoError(path, "the file is cut off: its last packet is incomplete")
     if not formats & _LENGTH_IN_HEADER or container.duration is None:
