@@ -694,7 +694,7 @@ _AFTER_A = re.compile(
     r"describes|shows|says|contradicts|fails|lacks|than|due|from|in|also|with|if|though|although)\b"
 )
 _ENDS_LETTER = re.compile(
-    rf"[)\]}}\"'”’]*\s*(?:$|[.,:;!?/=)\]}}\n(–—…&+。、✓✔✅☑✗✘❌×-]|[{SPACELESS}]|"
+    rf"[)\]}}\"'”’]*\s*(?:$|[.,:;!?/=)\]}}>|\n(–—…&+。、✓✔✅☑✗✘❌×-]|[{SPACELESS}]|"
     r"[\uac00-\ud7af]|['’]s )"
 )
 # Words before a letter that make it part of a name: "type A", "person B".
