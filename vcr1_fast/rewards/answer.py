@@ -43,7 +43,7 @@ _UNITS: dict[str, tuple[str, ...]] = {
     "%": ("%", "percent", "per cent", "pct", "パーセント", "퍼센트"),
 }
 _UNIT = {name: unit for unit, names in _UNITS.items() for name in names}
-_SECONDS = {"h": 3600.0, "min": 60.0, "s": 1.0, "ms": 0.001}
+_SECONDS = {"h": 3600.0, "min": 60.0, "s": 1.0}  # ms are divided
 _ORDER = ("h", "min", "s", "ms")
 _BELOW = {"min": 60, "s": 60, "ms": 1000}  # "1 min 75 s" is no time, as 1:75 is none
 
@@ -164,7 +164,7 @@ class _Quantity:
             return self.parts[0][0] if self.unit in ("", "s", "min") else None
         total = 0.0
         for index, (value, own) in enumerate(self.parts):
-            if (own or unit) not in _SECONDS:
+            if (own or unit) not in _ORDER:
                 return None
             if index and value >= _BELOW[own]:
                 return None
