@@ -507,6 +507,17 @@ LETTERS = {
         'so the answer must be (B) the man closes the window, not (A) the man opens the door.',
     ],
     'C': [
+        "I'm not sure about A, so I say C",
+        'A is plausible; C',
+        'A seems right at first; the answer is C',
+        'Is it C? Yes. D shows a street.',
+        'A: 2 s, C ✓, D: 5 s',
+        'The choice is C; A comes later',
+        'The correct option C, D comes later',
+        'A happens first, so C',
+        'Respuesta: C. A muestra una puerta.',
+        'C正确，D显示街道',
+        'Cです。Dは後',
         'C',
         '(C) the man sits down',
         'The answer is C (the man sits down).',
@@ -538,6 +549,10 @@ LETTERS = {
         'It is D.',
     ],
     None: [
+        'The answer would have been A',
+        'There is no B',
+        'see question B',
+        'If A happens then C follows',
         'I think both options could work',
         'There is not enough information',
         "It isn't any of A, B, C or D",
@@ -992,6 +1007,10 @@ SPANS = {
         '1.5 to 2 minutes',
     ],
     None: [
+        '1 min 60 s to 3 min',
+        '1.5 to 1:30',
+        '3 5 to 8',
+        'second 3 min to second 5 min',
         'a 3 to 5 year old boy',
         'aged 3 to 5',
         '3 out of 5',
@@ -1182,6 +1201,7 @@ def test_reasons_after_a_letter_never_flip_it(other, reason):
         assert parse_letter(verdict + reason.format(other), OPTIONS) == "A"
 
 
+@settings(deadline=None)
 @given(st.text(max_size=60))
 def test_reasoning_before_the_answer_never_changes_it(reasoning):
     from vcr1_fast.rewards.strict import read_letter, read_span
@@ -1229,7 +1249,7 @@ def test_any_text_is_read_without_an_exception(pieces, spaced):
     parse_label(text)
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(
     st.integers(0, 7200_000), st.integers(0, 7200_000),
     st.sampled_from([" to ", " - ", "-", "–", " until ", "到", " and "]),

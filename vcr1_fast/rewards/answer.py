@@ -783,7 +783,7 @@ def parse_letter(text: str, options: Sequence[str] = ()) -> str | None:
         return None
     for match in reversed(list(_CORRECTION.finditer(text.lower()))):
         later = [m for m in mentions if m.start >= match.end()]
-        if later and len(later) < len(mentions):
+        if later:
             mentions = later
             break
     return _valid(_decide(text, mentions), options)
