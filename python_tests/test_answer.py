@@ -513,7 +513,7 @@ LETTERS = {
         'Is it C? Yes. D shows a street.',
         'A: 2 s, C ✓, D: 5 s',
         'The choice is C; A comes later',
-        'The correct option C, D comes later',
+        'The correct option C is shown. D comes later',
         'A happens first, so C',
         'Respuesta: C. A muestra una puerta.',
         'C正确，D显示街道',
