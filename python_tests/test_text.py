@@ -68,7 +68,7 @@ ALPHABET = [
 ]  # fmt: skip
 
 
-@settings(max_examples=500)
+@settings(max_examples=500, deadline=None)
 @given(st.lists(st.sampled_from(ALPHABET) | st.text(max_size=3), max_size=16).map("".join))
 def test_any_text_is_read_without_an_exception(text):
     parse_boolean(text)

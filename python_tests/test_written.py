@@ -97,6 +97,7 @@ def test_a_target_earns_its_own_reward(name, data):
     assert thinking == task.score(f"<think>why</think>{completion}", record, None, True) == scores
 
 
+@settings(deadline=None)
 @given(numbers)
 def test_numbers_are_written_in_digits_and_read_back(value):
     text = number_text(value)
@@ -132,6 +133,7 @@ def test_decimals_grow_only_where_rounding_costs():
     assert box_text([0.996, 0.2, 1.0, 0.3]) == "[0.996, 0.200, 1.000, 0.300]"
 
 
+@settings(deadline=None)
 @given(st.lists(spans, min_size=1, max_size=5), boxes)
 def test_what_is_written_overlaps_what_is_annotated(rows, box):
     written = [list(map(float, texts)) for texts in span_texts(rows)]

@@ -43,7 +43,7 @@ _UNITS: dict[str, tuple[str, ...]] = {
     "%": ("%", "percent", "per cent", "pct", "パーセント", "퍼센트"),
 }
 _UNIT = {name: unit for unit, names in _UNITS.items() for name in names}
-_SECONDS = {"h": 3600.0, "min": 60.0, "s": 1.0, "ms": 0.001}
+_SECONDS = {"h": 3600.0, "min": 60.0, "s": 1.0}  # ms are divided
 _ORDER = ("h", "min", "s", "ms")
 _BELOW = {"min": 60, "s": 60, "ms": 1000}  # "1 min 75 s" is no time, as 1:75 is none
 
@@ -164,7 +164,7 @@ class _Quantity:
             return self.parts[0][0] if self.unit in ("", "s", "min") else None
         total = 0.0
         for index, (value, own) in enumerate(self.parts):
-            if (own or unit) not in _SECONDS:
+            if (own or unit) not in _ORDER:
                 return None
             if index and value >= _BELOW[own]:
                 return None
@@ -466,6 +466,12 @@ _RULES: tuple[tuple[str, str, str, str], ...] = (
         r"would (?:be|have been)\b[^.;!?\n]{0,40}\bif)\b",
         "a condition asserts nothing",
     ),
+    (
+        DOUBTFUL,
+        "before",
+        rf"\b(?:which(?: one)? is|what about|how about|why not|could it be)\s+{_OPEN}",
+        "a question",
+    ),
     (DOUBTFUL, "before", rf"\bwould have been\s+{_OPEN}", "said of what did not happen"),
     (DOUBTFUL, "before", rf"\bno\s+{_OPEN}", '"A, no B" corrects or negates'),
     (DOUBTFUL, "before", r"\bquestion[^.;!?\n]{0,20}$", "names a question, not an option"),
@@ -481,13 +487,13 @@ _RULES: tuple[tuple[str, str, str, str], ...] = (
         r"(?:\bnot|n[’']t|\bcannot|\bnever|\bneither|\bnor|\brather than|\binstead of|\bover|"
         r"\bthan|"
         r"\bexcept(?: for)?|\bexcluding|\bwithout|\bunlike|\bhardly|\brul(?:e|es|ed|ing) out|"
-        r"\beliminat(?:e|es|ed|ing)|\breject(?:s|ed|ing)?|\bdiscard(?:s|ed|ing)?|\bexcludes?|"
+        r"\beliminat(?:e|es|ed|ing)|\breject(?:s|ed|ing)?|\bdiscard(?:s|ed|ing)?|\bexclud(?:e|es|ed)|"
         r"\bdismiss(?:es|ed|ing)?|\bignor(?:e|es|ed|ing)|\bavoid(?:s|ed|ing)?|\bdisagree with|"
         r"\b(?:cross|strike)(?:es|ed|ing)? out|\bnone of|\b(?:less|least) likely|"
         r"\bagainst|\b(?:all|anything|everything) but|"
         r"(?<!no )(?<!without )\bdoubt(?: that| if)?|\bunlikely|\bimpossible|\bimprobable|"
         r"(?<!is )(?<!are )(?<!was )(?<!were )\b(?:wrong|incorrect|false)"
-        r"(?: answer| option| choice)?s?(?:\s*(?:is|are|was|:))?)\s+"
+        r"(?: answer| option| choice)?s?(?:\s*(?:is|are|was))?)\s*:?\s+"
         rf"{_FILL}{_OPEN}",
         "negated, set aside or compared against",
     ),
@@ -506,13 +512,24 @@ _RULES: tuple[tuple[str, str, str, str], ...] = (
         rf"(?:(?:la|el|le|der|die|das|opci[oó]n|option|вариант|ответ)\s+){{0,2}}{_OPEN}",
         "negated, in Spanish, Italian, Portuguese, German, French, Russian",
     ),
-    (REJECTED, "after", rf"{_CLOSE}(?:{_BE}\s+)?{_SURE}{_WRONG}(?!\s*:)", "said to be wrong"),
-    (REJECTED, "after", rf"{_CLOSE}not (?:[a-z]+ )?(?:{_RIGHT}|possible)", "said not to be right"),
+    (
+        REJECTED,
+        "after",
+        rf"{_CLOSE}(?:[-–—(]+\s*)?(?:{_BE}\s+)?{_SURE}{_WRONG}(?!\s*:)",
+        "said to be wrong",
+    ),
+    (
+        REJECTED,
+        "after",
+        rf"{_CLOSE}(?:[-–—(]+\s*)?not (?:[a-z]+ )?(?:{_RIGHT}|possible|shown|seen|present|visible|"
+        r"mentioned|depicted|described|the answer|a match)",
+        "said not to be right",
+    ),
     (
         REJECTED,
         "after",
         rf"{_CLOSE}(?:(?:is|are|was|were|does|do|did|has|have|can|could|would|will|should|might|may)"
-        r"(?:\s+\w+ly)?(?:n[’']t|\s+not)\b|cannot\b|can[’']t\b|won[’']t\b)(?! only)",
+        r"(?:\s+\w+ly)?(?:n[’']t|\s+not|\s+no)\b|cannot\b|can[’']t\b|won[’']t\b)(?! only)",
         "negated by its verb",
     ),
     (
@@ -524,8 +541,8 @@ _RULES: tuple[tuple[str, str, str, str], ...] = (
     (
         REJECTED,
         "after",
-        r"^[)\]」』”\"’':]*\s*(?:选项|選項|项)?(?:是|为|显然|明显|肯定|都|也)*(?:错|錯|不对|不對|不正确|"
-        r"不正確|不符|不是(?!\s*[(「]?$)|不成立|不可能|不合|不应|有误|被排除|可以?排除)",
+        r"^[)\]」』”\"’':。]*\s*(?:选项|選項|项)?(?:是|为|显然|明显|肯定|都|也|并|完全)*(?:错|錯|有误|"
+        r"不(?:太|完全|是很)?(?:对|對|正确|正確|符|成立|可能|合|应|是(?!\s*[(「]?$))|被排除|可以?排除)",
         "said to be wrong, in Chinese",
     ),
     (
@@ -677,7 +694,7 @@ _AFTER_A = re.compile(
     r"describes|shows|says|contradicts|fails|lacks|than|due|from|in|also|with|if|though|although)\b"
 )
 _ENDS_LETTER = re.compile(
-    rf"[)\]}}\"'”’]*\s*(?:$|[.,:;!?/=)\]}}\n(–—…&+。、✓✔✅☑✗✘❌×-]|[{SPACELESS}]|"
+    rf"[)\]}}\"'”’]*\s*(?:$|[.,:;!?/=)\]}}>|\n(–—…&+。、✓✔✅☑✗✘❌×-]|[{SPACELESS}]|"
     r"[\uac00-\ud7af]|['’]s )"
 )
 # Words before a letter that make it part of a name: "type A", "person B".
@@ -766,7 +783,7 @@ def parse_letter(text: str, options: Sequence[str] = ()) -> str | None:
         return None
     for match in reversed(list(_CORRECTION.finditer(text.lower()))):
         later = [m for m in mentions if m.start >= match.end()]
-        if later and len(later) < len(mentions):
+        if later:
             mentions = later
             break
     return _valid(_decide(text, mentions), options)
