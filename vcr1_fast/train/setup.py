@@ -24,7 +24,7 @@ from vcr1_fast.model.processor import Processor
 from vcr1_fast.model.vision import freeze_vision
 from vcr1_fast.model.wrapping import checkpoint_activations, unwrap
 from vcr1_fast.tasks import TASKS
-from vcr1_fast.tasks.wording import prompts_from
+from vcr1_fast.tasks.prompt_template import prompts_from
 from vcr1_fast.train.build import dump_config
 from vcr1_fast.train.checkpoint import (
     checkpoints,
