@@ -12,8 +12,11 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "vcr1_fast"
 LAYERS = (
     {"_C"},
-    {"ops", "rewards"},
-    {"data", "model", "tasks"},
+    {"ops"},
+    {"rewards"},
+    {"tasks"},
+    {"data"},
+    {"model"},
     {"evaluate", "report", "train"},
     {"bench", "cli", "demo", "doctor", "integrations"},
 )
@@ -68,7 +71,7 @@ def test_imports_go_down_only():
         if LEVEL[other] > LEVEL[part]
     ]
     assert not upward, f"imports that go up: {upward}"
-    assert graph()["rewards"] == set()
+    assert graph()["rewards"] <= {"ops"}
     assert graph()["ops"] <= {"_C"}
 
 
@@ -88,7 +91,7 @@ def test_the_reader_of_imports_sees_them_all():
             "vcr1_fast.ops",
             ["transformers", "decord", "av", "accelerate", "peft", "triton", "vcr1_fast.data"],
         ),
-        ("vcr1_fast.rewards", ["torch", "numpy"]),
+        ("vcr1_fast.rewards", ["torch", "numpy", "vcr1_fast.tasks"]),
         ("vcr1_fast.tasks", ["torch", "transformers", "decord"]),
         ("vcr1_fast.data.records", ["torch", "transformers", "decord"]),
         ("vcr1_fast.cli", ["torch", "transformers", "numpy"]),

@@ -54,8 +54,11 @@ requests."""
 def score(
     answered: Sequence[tuple[Record, Completion]], measure: Measure = Task.measure
 ) -> list[Scored]:
-    """Parse and score completions by their tasks, in order. An unreadable completion has the metrics
-    of the prediction None (zero); the summary also counts it as a parse failure."""
+    """Parse and score completions by their tasks, in order.
+
+    An unreadable completion has the metrics of the prediction None (zero); the summary also counts
+    it as a parse failure.
+    """
     by_task: dict[str, list[int]] = defaultdict(list)
     for index, (record, _) in enumerate(answered):
         by_task[record.task].append(index)
@@ -182,8 +185,10 @@ def means_and_intervals(
 
 
 def with_f1(means: dict[str, Any]) -> dict[str, Any]:
-    """Replace F1 by the harmonic mean of mean precision and mean recall, where both are there: F1 of
-    a split is not the mean of its samples' (DREAM-1k, arXiv 2407.00634). 0 where both are 0."""
+    """Replace F1 by the harmonic mean of mean precision and mean recall, where both are there.
+
+    F1 of a split is not the mean of its samples' (DREAM-1k, arXiv 2407.00634). 0 where both are 0.
+    """
     if not {"precision", "recall"} <= set(means):
         return means
     precision, recall = (np.asarray(means[name], np.float64) for name in ("precision", "recall"))

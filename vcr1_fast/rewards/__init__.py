@@ -1,8 +1,7 @@
 """Rewards: reading a completion, and how well its answer agrees with the target.
 
-`score` rewards a batch of completions by task: `vcr1_fast.rewards.score(task, completions, targets)`.
-It needs the tasks, which are above this package, so it lives in `vcr1_fast.tasks.score` and is
-looked up here at its first use.
+`score(task, completions, targets)` rewards a batch of completions by task. It needs the tasks,
+which are above this package, so it lives in `vcr1_fast.tasks.score` and is looked up at first use.
 """
 
 from importlib import import_module

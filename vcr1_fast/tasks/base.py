@@ -183,12 +183,10 @@ class Task:
         return columns
 
     def format_reward(self, answer: Answer, think: bool | None) -> float:
-        """1 for exactly the tags asked for around a readable answer, else 0; `think` as in `score`."""
-        well_formed = (think is not True and answer.plain) or (
-            think is not False and answer.reasoned
-        )
+        """1 for exactly the tags asked for around a readable answer; `think` as for `score`."""
+        plain, reasoned = think is not True and answer.plain, think is not False and answer.reasoned
         readable = answer.prediction is not None and self.complete(answer.prediction)
-        return 1.0 if well_formed and readable else 0.0
+        return 1.0 if readable and (plain or reasoned) else 0.0
 
     def score_one(
         self,

@@ -1,8 +1,8 @@
 """Numbers that are right or wrong, such as counts: equal to two decimals."""
 
 from vcr1_fast.rewards.text import parse_number
-from vcr1_fast.tasks.record import is_number
 from vcr1_fast.tasks.blind import most_common
+from vcr1_fast.tasks.record import is_number
 from vcr1_fast.tasks.single_answer import SingleAnswer, each
 
 TASK = SingleAnswer(

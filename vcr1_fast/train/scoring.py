@@ -61,8 +61,11 @@ class Scoring:
         drawn: Sequence[Rollout],
         shuffled: Sequence[Rollout | None],
     ) -> None:
-        """Score the groups of a chunk's samples, `drawn` being their completions and `shuffled` those
-        sampled with shuffled frames, None for a sample without."""
+        """Score the groups of a chunk's samples.
+
+        drawn: their completions. shuffled: those sampled with shuffled frames, None for a sample
+        without.
+        """
         part = self._thread.submit(self.score, samples, drawn, shuffled)
         if self.config.rewards.judge.kind == "local" or self.config.rewards.mode == "legacy":
             wait([part])
@@ -105,10 +108,9 @@ class Scoring:
             group = range(first, first + len(one.texts[0]))
             compared = [next(others)[0] for _ in (other.texts[0] if other else ())]
             self._shape(sample, one, [rewards[i] for i in group], compared)
-            scored += self._scored(
-                sample, one, rewards[first : group.stop], own[first : group.stop]
-            )
-            first = group.stop
+            last = group.stop
+            scored += self._scored(sample, one, rewards[first:last], own[first:last])
+            first = last
         return scored
 
     def _add_users(self, answers: Sequence[Answer], rewards: list[dict[str, float]]) -> None:
