@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 THINK = "think"
 """Tag of the reasoning."""
+_LONGEST = 4 * 16 + 1
+"""Pieces of 16 blocks: orders of more tags are not kept in memory."""
 
 
 class Scan(NamedTuple):
@@ -19,9 +21,9 @@ class Scan(NamedTuple):
     blocks: tag -> text inside its last closed block after the reasoning. Whatever stands inside a
         closed `<think>` block is reasoning, not an answer. Of nested blocks the innermost counts;
         an unclosed block (a truncated completion) does not.
-    sequence: tags of the blocks in order, if the completion is blocks and nothing else: each
-        opens and closes once, is not blank and holds no other tag, and only white space stands
-        outside. None for any other text.
+    sequence: tags of the blocks in order, if the completion is at most 16 blocks and nothing else:
+        each tag opens and closes once, no block is blank or holds another tag, and only white space
+        stands outside. None for any other text.
     """
 
     blocks: dict[str, str]
@@ -30,40 +32,53 @@ class Scan(NamedTuple):
 
 def scan(completion: str, tags: Iterable[str]) -> Scan:
     """Scan a completion for `<think>` and `tags`, names without brackets; other tags are text."""
+    # Text and tags in turn, a closing tag as "/name".
+    pieces = _pattern(tuple(tags)).split(completion)
+    # Most completions of a trained model are a few blocks one after the other.
+    sequence = _sequence(tuple(pieces[1::2])) if len(pieces) <= _LONGEST else None
+    if (
+        sequence is not None
+        and all(map(str.strip, pieces[2::4]))
+        and not "".join(pieces[0::4]).strip()
+    ):
+        return Scan(dict(zip(sequence, pieces[2::4], strict=True)), sequence)
+    return Scan(_last_blocks(completion, pieces), None)
+
+
+@lru_cache(maxsize=256)
+def _sequence(tags: tuple[str, ...]) -> tuple[str, ...] | None:
+    """Tags of blocks one after the other, each once; None for any other order of tags."""
+    opening = tags[0::2]
+    blocks = len(set(opening)) == len(opening) and tags[1::2] == tuple(f"/{t}" for t in opening)
+    return opening if blocks else None
+
+
+def _last_blocks(completion: str, pieces: Sequence[str]) -> dict[str, str]:
+    """Last closed block of each tag, in a text that is not a sequence of blocks."""
+    closes_think = [i for i, piece in enumerate(pieces) if i % 2 and piece == f"/{THINK}"]
+    last_close = closes_think[-1] if closes_think else -1
     blocks: dict[str, str] = {}
     opened: dict[str, int] = {}  # tag -> where the content of its open block begins
-    sequence: list[str] = []
-    exact, inside, end = True, "", 0
-    thinking = False
-    closing_think: int | None = None  # place of the last one; looked up once, to stay linear
-    for match in _pattern(tuple(tags)).finditer(completion):
-        closes, tag = match.groups()
-        start = match.start()
-        if exact:
-            blank = start == end or completion[end:start].isspace()
-            exact = (tag == inside and not blank) if closes else (not inside and blank)
-            inside, end = "" if closes else tag, match.end()
-            if not closes:
-                sequence.append(tag)
+    thinking, end = False, 0
+    for i, piece in enumerate(pieces):
+        if i % 2 == 0:
+            end += len(piece)
+            continue
+        start, end = end, end + len(f"<{piece}>")
+        closes, tag = piece.startswith("/"), piece.removeprefix("/")
         if tag == THINK:
-            if closes:
-                thinking = False
-                if THINK in opened:
-                    blocks[THINK] = completion[opened[THINK] : start]
-                opened = {}
-            else:
-                if closing_think is None:
-                    closing_think = completion.rfind(f"</{THINK}>")
-                # A reasoning block that is never closed hides nothing: the format is wrong already.
-                thinking = start < closing_think
-                opened = {THINK: match.end()}
-        elif not thinking:
-            if not closes:
-                opened[tag] = match.end()
-            elif tag in opened:
-                blocks[tag] = completion[opened.pop(tag) : start]
-    exact = exact and not inside and (end == len(completion) or completion[end:].isspace())
-    return Scan(blocks, tuple(sequence) if exact else None)
+            if closes and THINK in opened:
+                blocks[THINK] = completion[opened[THINK] : start]
+            opened = {} if closes else {THINK: end}
+            # A reasoning block that is never closed hides nothing: the format is wrong already.
+            thinking = not closes and i < last_close
+        elif thinking:
+            continue
+        elif not closes:
+            opened[tag] = end
+        elif tag in opened:
+            blocks[tag] = completion[opened.pop(tag) : start]
+    return blocks
 
 
 def last_block(completion: str, tag: str) -> str | None:
@@ -78,4 +93,5 @@ def well_formed(completion: str, tags: Sequence[str]) -> bool:
 
 @lru_cache(maxsize=256)
 def _pattern(tags: tuple[str, ...]) -> re.Pattern[str]:
-    return re.compile(f"<(/?)({'|'.join(map(re.escape, dict.fromkeys((THINK, *tags))))})>")
+    names = "|".join(map(re.escape, dict.fromkeys((THINK, *tags))))
+    return re.compile(f"<(/?(?:{names}))>")

@@ -148,7 +148,7 @@ class Task:
 
     def answer(self, text: str, record: Record) -> Answer:
         """Parse a completion: one scan of its tags, one reading of its blocks."""
-        blocks, sequence = scan(text, (*SHARED_TAGS, *self.tags))
+        blocks, sequence = scan(text, SHARED_TAGS + self.tags)
         prediction = self.read(blocks, record)
         return Answer(prediction, sequence == self.tags, sequence == (THINK, *self.tags))
 
