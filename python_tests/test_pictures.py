@@ -10,7 +10,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from vcr1_fast.rewards.strict import GroundedAnswer
 
 from vcr1_fast.data.records import Record, write_records
 from vcr1_fast.data.video import Clip, VideoError
@@ -20,6 +19,7 @@ from vcr1_fast.evaluate.run import evaluate_predictions
 from vcr1_fast.report.pictures import COLOURS, HEIGHT, Pictures, boxes_at, spans_of
 from vcr1_fast.report.rollouts import write_predictions_html, write_rollouts_html
 from vcr1_fast.tasks import TASKS
+from vcr1_fast.tasks.grounded_qa import GroundedAnswer
 
 image = pytest.importorskip("PIL.Image")
 

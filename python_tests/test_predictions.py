@@ -345,7 +345,7 @@ def test_published_numbers_do_not_stand_beside_a_part_of_their_split():
         assert len(result.notes) == bool(failing)
 
 
-def test_published_numbers_and_floors_are_in_one_table():
+def test_published_numbers_and_baselines_are_in_one_table():
     records = split_of(180, benchmark="got10k")
     text = f"<answer>{[HALF] * 8}</answer>"
 
@@ -357,7 +357,7 @@ def test_published_numbers_and_floors_are_in_one_table():
     *_, table = summary_tables(json.loads(json.dumps(result.summary())))
     assert "2504.06958" in table.title
     rows = {row[0]: dict(zip(table.columns, row, strict=True)) for row in table.rows}
-    assert rows["this run"]["AO"] == "1.000" and rows["no look"]["AO"] == "1.000"
+    assert rows["this run"]["AO"] == "1.000" and rows["blind baseline"]["AO"] == "1.000"
     assert rows["VideoChat-R1"]["R@0.5"] == "0.382"
     assert rows["VideoChat-R1"]["R@0.7"] == "\N{EN DASH}"
     assert "VideoChat-R1-thinking" in markdown_table(table)

@@ -46,7 +46,7 @@ class EvalConfig:
     think: bool = False
     """Ask for reasoning before the answer."""
     prompts: str | None = None
-    """File of other wordings (YAML or JSON), by task; default: the tasks' own."""
+    """File of other prompt templates (YAML or JSON), by task; default: the tasks' own."""
     media_first: bool = False
     """Show the video or image before the question, as VideoChat-R1.5 does, rather than after it."""
     system: str | None = None
@@ -64,7 +64,7 @@ class EvalConfig:
     """Ask again about records whose clip or prompt failed in an earlier run of this folder."""
     perception: PerceptionConfig = field(default_factory=PerceptionConfig)
     train_records: str | None = None
-    """Records on which the no-look floor is fitted; default: the evaluated records themselves."""
+    """Records on which the blind baseline is fitted; default: the evaluated records themselves."""
     shard_index: int = 0
     shard_count: int = 1
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -54,10 +54,15 @@ def parse_tube(text: str) -> Tube | None:
         return None
     if len(boxes) > MAX_SECONDS or not all(map(_SECOND.fullmatch, boxes)):
         return None
-    rows = {int(second): _row(box, 4) for second, box in boxes.items()}
-    if None in rows.values() or len(rows) < len(boxes):  # "4" and "04"
+    rows: dict[int, Box] = {}
+    for second, box in boxes.items():
+        row = _row(box, 4)
+        if row is None:
+            return None
+        rows[int(second)] = (row[0], row[1], row[2], row[3])
+    if len(rows) < len(boxes):  # "4" and "04"
         return None
-    return Tube(time, rows)
+    return Tube((time[0], time[1]), rows)
 
 
 def tube_ious(

@@ -93,7 +93,7 @@ class DataConfig:
     think: bool = False
     """Ask for reasoning before the answer."""
     prompts: str | None = None
-    """File of other wordings (YAML or JSON), by task; default: the tasks' own."""
+    """File of other prompt templates (YAML or JSON), by task; default: the tasks' own."""
     media_first: bool = False
     """Show the video or image before the question, as VideoChat-R1.5 does, rather than after it."""
     system: str | None = None
