@@ -239,7 +239,7 @@ def test_all_predictions_of_a_task_are_measured_at_once_and_keep_their_order():
 
     def measure(task, predictions, records):
         calls.append((task.name, [record.id for record in records]))
-        return [{"length": float(len(str(prediction)))} for prediction in predictions]
+        return {"length": [float(len(str(prediction))) for prediction in predictions]}
 
     scored = score(answered, measure)
     assert calls == [
