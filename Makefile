@@ -11,7 +11,7 @@ OP_STEMS := native properties $(basename $(notdir $(shell find csrc/cpu csrc/cud
 OP_TESTS := $(wildcard $(addsuffix .py,$(addprefix python_tests/test_,$(sort $(OP_STEMS)))))
 CLANG_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build demo test sanitize lint format bench gpu-check inplace clean
+.PHONY: build demo test sanitize lint format docs bench gpu-check inplace clean
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -61,17 +61,22 @@ sanitize: $(VENV)/.built  ## The ops' CPU tests on a build that traps memory err
 	  VCR1_NATIVE=$$(ls $(CURDIR)/build/sanitize/_C*.so) \
 	  $(PY) -m pytest -q --capture=sys -m "not gpu" $(OP_TESTS) $(ARGS)
 
-lint: $(VENV)/.built
+lint: $(VENV)/.built  ## Style, spelling and types of everything; changes nothing.
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror $(CLANG_FILES)
 	$(PY) csrc/stubs.py --check
+	$(VENV)/bin/codespell
+	$(VENV)/bin/mypy
 
-format: $(VENV)/.built
+format: $(VENV)/.built  ## Rewrite every file in the project's style.
 	$(PY) csrc/stubs.py
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $(CLANG_FILES)
+
+docs: $(VENV)/.built  ## The pages of docs/ that the code writes.
+	$(PY) docs/write_config.py
 
 # What the benches compare with. Not part of the build: nothing else needs them.
 $(VENV)/.peers: $(VENV)/.built

@@ -38,12 +38,12 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from vcr1_fast.model import checkpoint
 from vcr1_fast.model.attention import Backend, prepare_attention
-from vcr1_fast.model.forward import prompt_features
+from vcr1_fast.model.forward import completion_logps, prompt_features
 from vcr1_fast.model.qwen2_5_vl.tiny import write_tiny
 from vcr1_fast.model.rollout import SamplingConfig, rollout
 from vcr1_fast.model.vision import prepare_vision
-from vcr1_fast.train.planner import GIB, Footprint, free_bytes
-from vcr1_fast.train.step import completion_logps
+from vcr1_fast.ops.memory import available_bytes
+from vcr1_fast.train.planner import GIB, Footprint
 
 # model, prompt tokens, completion tokens, completions
 TARGETS = [("0.7M", 2048, 64, 8), ("6M", 2048, 64, 8)]
@@ -101,7 +101,7 @@ def bench_policy(bench: Bench, name: str, models: Models, case: Case, *, stock: 
     plain: dict[str, Callable | str] = {"plain": plain_step}
     if needed > LARGE_BATCH:
         plain["plain, by sequence"] = plain_by_sequence
-    if needed > 0.7 * free_bytes(models.plain.device):
+    if needed > 0.7 * available_bytes(models.plain.device):
         plain["plain"] = f"its batch needs {needed / GIB:.0f} GiB"
     models.clear()
     shared_step(models.ours, case)

@@ -18,7 +18,8 @@ from vcr1_fast.model.packing import Group
 from vcr1_fast.model.prompt import next_position
 from vcr1_fast.model.qwen2_5_vl.tiny import TinyConfig
 from vcr1_fast.ops import GRPOLossConfig
-from vcr1_fast.train.step import PolicyGroup, loss_config, policy_loss
+from vcr1_fast.train.groups import PolicyGroup, step_loss_config
+from vcr1_fast.train.loop import policy_loss
 
 MODELS = {
     "0.7M": TinyConfig(hidden_size=64, layers=6, vision_hidden=48, vocab_limit=4096),
@@ -119,7 +120,7 @@ def shared_step(model: nn.Module, case: Case) -> None:
     loss, _ = policy_loss(
         model,
         [PolicyGroup(case.group, case.advantages, torch.zeros(tokens))],
-        loss_config(_LOSS, len(case.mask), tokens),
+        step_loss_config(_LOSS, len(case.mask), tokens),
         temperature=1.0,
         on_policy=True,
     )

@@ -13,9 +13,9 @@ from vcr1_fast.data.synth import SynthConfig, write_dataset
 from vcr1_fast.demo.run import grpo_config
 from vcr1_fast.demo.settings import WARM_START, DemoConfig
 from vcr1_fast.model.vision import prepare_vision
-from vcr1_fast.train import loop, setup, update
+from vcr1_fast.train import loop, rollouts, setup
+from vcr1_fast.train.groups import PolicyGroup, step_loss_config
 from vcr1_fast.train.log import Stopwatch
-from vcr1_fast.train.step import loss_config
 
 
 def bench_demo(bench: Bench, folder: Path) -> None:
@@ -36,25 +36,27 @@ def bench_demo(bench: Bench, folder: Path) -> None:
     with setup.open_run(config, reference=False) as run:
         samples = next(iter(run.batches()))
 
-        def draw() -> list[loop.Rollout]:
-            parts = loop.sample_completions(run, samples, 0, Stopwatch())
-            return [one for _, part, _ in parts for one in part]
+        def draw() -> list[rollouts.Rollout]:
+            parts = rollouts.sample_completions(run, samples, 0, Stopwatch())
+            return [one for chunk in parts for one in chunk.rollouts]
 
-        def groups_of(drawn: list[loop.Rollout]) -> list:
+        def groups_of(drawn: list[rollouts.Rollout]) -> list:
             # No group is silent, so that both sides run all of them.
             count = demo.group_size * len(samples)
             advantages = torch.linspace(-1, 1, count)
-            return loop.with_advantages(loop.make_groups(samples, drawn), advantages)
+            return PolicyGroup.with_advantages(
+                list(map(PolicyGroup.from_rollout, samples, drawn)), advantages
+            )
 
         drawn = draw()
         groups = groups_of(drawn)
         cases = [Case.make(plain, one.group, one.advantages) for one in groups]
         tokens = sum(sum(one.lengths) for one in groups)
-        settings = loss_config(config.loss, demo.group_size * len(samples), tokens)
+        settings = step_loss_config(config.loss, demo.group_size * len(samples), tokens)
 
         def policy(of: list) -> None:
             run.optimizer.zero_grad()
-            update.gradients(run, of, settings, on_policy=True)
+            loop.accumulate_gradients(run, of, settings, on_policy=True)
 
         def plain_policy() -> None:
             plain.zero_grad(set_to_none=True)

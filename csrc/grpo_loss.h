@@ -1,16 +1,17 @@
-// The options of the GRPO loss as vcr1_fast/ops/grpo_config.py encodes them (KINDS and VALUES), and
-// the order of its metrics (METRICS of grpo_reference.py). Absent bounds are infinite, counts 0.
+// The options of the GRPO loss: LossParameters of vcr1_fast/ops/grpo/config.py, field by field.
+// csrc/bindings/grpo_loss.cpp fills it by name. Absent bounds are infinite, absent counts 0. Also
+// the order of the loss's metrics (METRICS of vcr1_fast/ops/grpo/reference.py).
 #pragma once
 
 #include <cstdint>
 
 namespace vcr1::grpo {
 
-enum Loss : int64_t { kGrpo, kBnpo, kDrGrpo, kDapo, kCispo, kSapo, kLuspo, kVespo };
-enum Level : int64_t { kToken, kSequence, kSequenceToken };
-enum Kl : int64_t { kK1, kK2, kK3, kAbs };
-enum Aggregation : int64_t { kSequenceMean, kTokenMean, kSequenceSum, kMaxLength, kNumItems };
-enum Rollout : int64_t {
+enum Loss { kGrpo, kBnpo, kDrGrpo, kDapo, kCispo, kSapo, kLuspo, kVespo };
+enum Level { kToken, kSequence, kSequenceToken };
+enum Kl { kK1, kK2, kK3, kAbs };
+enum Aggregation { kSequenceMean, kTokenMean, kSequenceSum, kMaxLength, kNumItems };
+enum Rollout {  // by sequence from kSequenceTruncate on
   kNone,
   kTokenTruncate,
   kTokenMask,
@@ -20,16 +21,18 @@ enum Rollout : int64_t {
   kSequenceIcepop,
 };
 
-struct Kinds {
-  int64_t loss, level, kl, aggregation, rollout, entropy_token_mean, kl_bias_correction,
-      kl_straight_through, rollout_after_kl, exclude_empty;
-};
-
-struct Values {
-  double ratio_low, ratio_high, delta, beta, kl_input_clamp, kl_output_clamp, log_ratio_clamp,
-      sapo_tau_pos, sapo_tau_neg, vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg,
-      rollout_min, rollout_max, off_policy_threshold, entropy_coef, max_length, num_items,
-      num_sequences;
+struct Parameters {
+  Loss loss_type;
+  Level level;
+  Kl kl;
+  Aggregation aggregation;
+  Rollout rollout_correction;
+  bool entropy_token_mean, kl_bias_correction, kl_straight_through, rollout_after_kl, exclude_empty;
+  double ratio_low, ratio_high, delta, beta, kl_input_clamp, kl_output_clamp, log_ratio_clamp;
+  double sapo_tau_pos, sapo_tau_neg;
+  double vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg;
+  double rollout_min, rollout_max, off_policy_threshold;
+  double entropy_coef, max_length, num_items, num_sequences;
 };
 
 enum Metric {
@@ -56,8 +59,8 @@ enum Metric {
   kMetrics,
 };
 
-// Doubles of scratch memory a completion: its metrics' sums, its loss and its entropy weight. CUDA
-// kernels keep there too what the second one needs of a completion, to weigh it.
+// Doubles of scratch memory per completion: its metrics' sums, its loss and its entropy weight. The
+// first CUDA kernel also leaves there what the second one needs to weight the completion.
 enum {
   kLossSum = kMetrics,
   kEntropyWeight,

@@ -1,6 +1,6 @@
-// The GRPO loss of one token, the same source for CPU loops and CUDA kernels: see
-// vcr1_fast/ops/grpo_terms.py for the maths and these names. Exponentials are the caller's, who may
-// have them by vectors. Everything has internal linkage: it is compiled once per instruction set.
+// The GRPO loss of one token, the same source for CPU loops and CUDA kernels. The maths, with these
+// names, is in vcr1_fast/ops/grpo/reference.py. The caller computes exponentials, some in vectors.
+// Everything has internal linkage: it is compiled once per instruction set.
 #pragma once
 
 #include <cmath>
@@ -42,7 +42,7 @@ template <typename T>
 VCR1_HOST_DEVICE static inline Token<T> load_token(const GrpoLossArgs& a, int64_t b, int64_t i,
                                                    bool counts, T logp) {
   const T* const rollout = static_cast<const T*>(a.rollout_logps);
-  const T limit = static_cast<T>(a.values.log_ratio_clamp);
+  const T limit = static_cast<T>(a.parameters.log_ratio_clamp);
   Token<T> t;
   t.counts = counts;
   t.logp = logp;
@@ -65,8 +65,9 @@ VCR1_HOST_DEVICE static inline Token<T> load_token(const GrpoLossArgs& a, int64_
 
 // Whether tokens can only be weighed after sums over their completion.
 VCR1_HOST_DEVICE static inline bool shares_statistics(const GrpoLossArgs& a) {
-  return a.kinds.level != kToken || a.kinds.loss == kVespo ||
-         std::isfinite(a.values.off_policy_threshold) || a.kinds.rollout >= kSequenceTruncate;
+  const Parameters& p = a.parameters;
+  return p.level != kToken || p.loss_type == kVespo || std::isfinite(p.off_policy_threshold) ||
+         p.rollout_correction >= kSequenceTruncate;
 }
 
 // Sums over a completion: of log-ratios, of those within +-20, of old - rollout, and of
@@ -78,17 +79,18 @@ struct Statistics {
 template <typename T>
 VCR1_HOST_DEVICE static inline void set_statistics(const GrpoLossArgs& a, const Statistics& sums,
                                                    Completion& c) {
-  const Values& v = a.values;
+  const Parameters& p = a.parameters;
   c.log_ratio = sums.log_ratio / c.tokens;
-  c.off_policy = sums.drift / c.tokens > v.off_policy_threshold;
+  c.off_policy = sums.drift / c.tokens > p.off_policy_threshold;
   c.correction = 1.0;
-  if (a.kinds.rollout < kSequenceTruncate) return;
-  const double tested =
-      static_cast<T>(std::exp(a.kinds.rollout == kSequenceIcepop ? sums.gap / c.tokens : sums.gap));
-  c.dropped = tested < v.rollout_min || tested > v.rollout_max;
-  c.correction = a.kinds.rollout == kSequenceTruncate ? clamp(tested, v.rollout_min, v.rollout_max)
-                 : c.dropped                          ? 0.0
-                                                      : tested;
+  if (p.rollout_correction < kSequenceTruncate) return;
+  const double tested = static_cast<T>(
+      std::exp(p.rollout_correction == kSequenceIcepop ? sums.gap / c.tokens : sums.gap));
+  c.dropped = tested < p.rollout_min || tested > p.rollout_max;
+  c.correction = p.rollout_correction == kSequenceTruncate
+                     ? clamp(tested, p.rollout_min, p.rollout_max)
+                 : c.dropped ? 0.0
+                             : tested;
 }
 
 VCR1_HOST_DEVICE static inline double vespo_log(double weight) {
@@ -96,13 +98,13 @@ VCR1_HOST_DEVICE static inline double vespo_log(double weight) {
 }
 
 // bounded: the sum of that name; log_weight: that of vespo_log of the rollout corrections.
-VCR1_HOST_DEVICE static inline void set_vespo(const Values& v, double bounded, double log_weight,
-                                              Completion& c) {
+VCR1_HOST_DEVICE static inline void set_vespo(const Parameters& p, double bounded,
+                                              double log_weight, Completion& c) {
   const double log_w = clamp(bounded + log_weight, kVespoFloor, kVespoCeiling);
-  const double lambda_pos = v.vespo_lambda_pos > 1e-4 ? v.vespo_lambda_pos : 1e-4;
-  const double lambda_neg = v.vespo_lambda_neg > 1e-4 ? v.vespo_lambda_neg : 1e-4;
-  c.phi_pos = std::exp(lambda_pos + v.vespo_k_pos * log_w - lambda_pos * std::exp(log_w));
-  c.phi_neg = std::exp(lambda_neg + v.vespo_k_neg * log_w - lambda_neg * std::exp(log_w));
+  const double lambda_pos = p.vespo_lambda_pos > 1e-4 ? p.vespo_lambda_pos : 1e-4;
+  const double lambda_neg = p.vespo_lambda_neg > 1e-4 ? p.vespo_lambda_neg : 1e-4;
+  c.phi_pos = std::exp(lambda_pos + p.vespo_k_pos * log_w - lambda_pos * std::exp(log_w));
+  c.phi_neg = std::exp(lambda_neg + p.vespo_k_neg * log_w - lambda_neg * std::exp(log_w));
 }
 
 template <typename T>
@@ -114,15 +116,18 @@ struct Correction {
 template <typename T>
 VCR1_HOST_DEVICE static inline Correction<T> token_correction(const GrpoLossArgs& a,
                                                               const Completion& c, T x) {
-  const T low = static_cast<T>(a.values.rollout_min), high = static_cast<T>(a.values.rollout_max);
-  const bool outside = a.kinds.rollout == kSequenceIcepop ? c.dropped : x < low || x > high;
-  const T weight = a.kinds.rollout == kTokenTruncate ? clamp(x, low, high) : outside ? T{0} : x;
+  const Parameters& p = a.parameters;
+  const T low = static_cast<T>(p.rollout_min), high = static_cast<T>(p.rollout_max);
+  const bool outside = p.rollout_correction == kSequenceIcepop ? c.dropped : x < low || x > high;
+  const T weight = p.rollout_correction == kTokenTruncate ? clamp(x, low, high)
+                   : outside                              ? T{0}
+                                                          : x;
   return {weight, static_cast<T>(outside)};
 }
 
 // Of a correction that is one number a completion.
-VCR1_HOST_DEVICE static inline bool corrects_whole(const Kinds& k) {
-  return k.rollout == kSequenceTruncate || k.rollout == kSequenceMask;
+VCR1_HOST_DEVICE static inline bool corrects_whole(const Parameters& p) {
+  return p.rollout_correction == kSequenceTruncate || p.rollout_correction == kSequenceMask;
 }
 
 // Value, derivative in the ratio, direct derivative in the log-prob.
@@ -163,14 +168,14 @@ struct KlTerm {
 
 // raw = ref - logp; d: raw within +-limit; e = e^d, needed for k3 only.
 template <typename T>
-VCR1_HOST_DEVICE static inline KlTerm<T> kl_term(const Kinds& k, T raw, T d, T e, T limit,
+VCR1_HOST_DEVICE static inline KlTerm<T> kl_term(const Parameters& p, T raw, T d, T e, T limit,
                                                  T bound) {
   T value = std::abs(d), slope = d > 0 ? T{1} : d < 0 ? T{-1} : T{0};
-  if (k.kl == kK1) value = -d, slope = -1;
-  if (k.kl == kK2) value = T{0.5} * d * d, slope = d;
-  if (k.kl == kK3) value = e - d - 1, slope = e - 1;
+  if (p.kl == kK1) value = -d, slope = -1;
+  if (p.kl == kK2) value = T{0.5} * d * d, slope = d;
+  if (p.kl == kK3) value = e - d - 1, slope = e - 1;
   bool inside = std::abs(raw) <= limit;
-  if (k.kl_straight_through)
+  if (p.kl_straight_through)
     slope = d;
   else
     inside = inside && std::abs(value) <= bound;
@@ -185,13 +190,13 @@ struct Part {
 
 // factor: F of the reference; correction: the token's rollout weight.
 template <typename T>
-VCR1_HOST_DEVICE static inline Part<T> combine(const Kinds& k, T weight, T beta, T factor,
+VCR1_HOST_DEVICE static inline Part<T> combine(const Parameters& p, T weight, T beta, T factor,
                                                T correction, T ratio, const Policy<T>& policy,
                                                const KlTerm<T>& kl) {
-  const T bias = k.kl_bias_correction ? ratio : T{1};
-  const T kl_weight = beta * (k.rollout_after_kl && k.loss != kVespo ? correction : T{1});
+  const T bias = p.kl_bias_correction ? ratio : T{1};
+  const T kl_weight = beta * (p.rollout_after_kl && p.loss_type != kVespo ? correction : T{1});
   T through = factor * policy.d_ratio;
-  if (k.kl_bias_correction) through += kl_weight * kl.value;
+  if (p.kl_bias_correction) through += kl_weight * kl.value;
   Part<T> out;
   out.policy = policy.value * (factor * weight);
   out.loss = out.policy + weight * kl_weight * kl.value * bias;

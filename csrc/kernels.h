@@ -312,8 +312,7 @@ struct GrpoLossArgs {
   const void* token_weights;
   const void* weights;      // (B,), instead of the aggregation
   const void* denominator;  // one number, instead of the count the aggregation divides by
-  grpo::Kinds kinds;
-  grpo::Values values;
+  grpo::Parameters parameters;
   void* loss;
   void* grad_logps;    // written at the completions' tokens only
   void* grad_entropy;  // likewise

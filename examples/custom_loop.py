@@ -1,9 +1,9 @@
-"""GRPO in a training loop of your own: the ops alone, on a toy policy, in a few seconds.
+"""GRPO in your own training loop: the ops alone, on a toy policy, in a few seconds.
 
     python examples/custom_loop.py
 
 The policy is a table of logits for each prompt; the reward counts how often a completion says its
-prompt's own token. The reward rises from chance, 1 / 8, to almost 1.
+prompt's token. The reward rises from 1 / 8, that of random tokens, to almost 1.
 """
 
 import torch
@@ -23,7 +23,7 @@ def main(steps: int = 60, seed: int = 0) -> list[float]:
     mask = torch.ones(len(prompts), LENGTH, dtype=torch.bool)
     history = []
     for _ in range(steps):
-        # Rollout: a group of completions for each prompt, with the log-probs they were drawn with.
+        # Rollout: a group of completions a prompt, with the log-probs they were sampled with.
         with torch.no_grad():
             logits = policy[prompts]
             tokens = torch.distributions.Categorical(logits=logits).sample()

@@ -14,7 +14,8 @@ from vcr1_fast import cli
 from vcr1_fast.data.records import load_records
 from vcr1_fast.data.sampling import FrameConfig
 from vcr1_fast.data.video import read_clip
-from vcr1_fast.evaluate.chat import ChatConfig, Conversation, main_chat, open_conversation
+from vcr1_fast.evaluate.chat import Conversation, main_chat, open_conversation
+from vcr1_fast.evaluate.config import ChatConfig
 from vcr1_fast.model import checkpoint
 from vcr1_fast.model.forward import embed, lm_head, prompt_features
 from vcr1_fast.model.rollout import rollout
@@ -147,7 +148,7 @@ def test_images_are_shown_to_the_model(inputs, tmp_path, capsys):
 def test_images_and_videos_have_bounds_of_their_own(inputs):
     bounds = {"min_pixels": 784, "image_min_pixels": 1568, "image_max_pixels": 6272}
     frames = FrameConfig(max_pixels=3136, **bounds)
-    config = ChatConfig(str(inputs[0]), frames=frames, dtype="float32", device="cpu")
+    config = ChatConfig(model=str(inputs[0]), frames=frames, dtype="float32", device="cpu")
     processor = open_conversation(config).processor
     assert (processor.video.min_pixels, processor.video.max_pixels) == (784, 3136)
     assert (processor.image.min_pixels, processor.image.max_pixels) == (1568, 6272)
@@ -160,8 +161,8 @@ def test_a_folder_of_frames_is_read_at_the_rate_that_is_told(inputs, tmp_path, c
     asked = ["chat", "--model", str(inputs[0]), "--video", str(tmp_path), "--question", FIRST]
     assert cli.main([*asked, *SETTINGS, "folder_fps=3"]) == 0
     assert "4 frames of 4.0 s" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="folder_fps must be a positive number, got 0"):
-        ChatConfig("m", folder_fps=0)
+    with pytest.raises(ValueError, match="folder_fps: must be above 0, got 0"):
+        ChatConfig(model="m", folder_fps=0)
 
 
 def test_sampling_repeats_with_its_seed(inputs, capsys):
@@ -169,7 +170,12 @@ def test_sampling_repeats_with_its_seed(inputs, capsys):
     outputs = []
     for seed in (1, 1, 2):
         config = ChatConfig(
-            str(model), video, frames=FRAMES, temperature=2.0, max_new_tokens=12, seed=seed
+            model=str(model),
+            video=video,
+            frames=FRAMES,
+            temperature=2.0,
+            max_new_tokens=12,
+            seed=seed,
         )
         assert main_chat(config, io.StringIO(FIRST + "\n")) == 0
         outputs.append(capsys.readouterr().out)

@@ -93,7 +93,7 @@ def test_mistakes_are_told_in_one_line(arguments, told, capsys, tmp_path, monkey
 
 def test_a_missing_package_is_named_with_what_installs_it(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "yaml", None)
-    monkeypatch.delitem(sys.modules, "vcr1_fast.train.build", raising=False)
+    monkeypatch.delitem(sys.modules, "vcr1_fast.config.loader", raising=False)
     assert cli.main(["train"]) == 2
     told = capsys.readouterr().err
     assert "yaml" in told

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from vcr1_fast.train.build import ConfigError, build, dump_config, load_config
+from vcr1_fast.config.loader import ConfigError, build, dump_config, load_config
 from vcr1_fast.train.config import TrainConfig
 
 NEEDED = ["model.path=m", "data.train=d.jsonl", "run.output=o"]

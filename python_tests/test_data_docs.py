@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from vcr1_fast.cli import parser
+from vcr1_fast.config.loader import load_config
 from vcr1_fast.data.formats import FORMATS
 from vcr1_fast.data.records import Record
 from vcr1_fast.tasks import TASKS
 from vcr1_fast.tasks.wording import load_prompts
-from vcr1_fast.train.build import load_config
 from vcr1_fast.train.config import DataConfig, TrainConfig
 
 TEXT = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
@@ -74,7 +74,7 @@ def test_the_difficulty_settings_load(tmp_path):
     (tmp_path / "c.yaml").write_text(example + "model: {path: m}\nrun: {output: o}\n")
     data = load_config(TrainConfig, tmp_path / "c.yaml").data
     assert (data.difficulty_range, data.order) == ((0.0, 1.0), "easy_first")
-    assert data.order_window == DataConfig("t").order_window
+    assert data.order_window == DataConfig(train="t").order_window
 
 
 def test_formats(capsys):

@@ -5,8 +5,8 @@ import json
 import pytest
 from tiny_run import configure, write_inputs
 
+from vcr1_fast.config.loader import build
 from vcr1_fast.data.records import Record, load_records
-from vcr1_fast.train.build import build
 from vcr1_fast.train.config import DataConfig
 from vcr1_fast.train.dataset import Sampler
 from vcr1_fast.train.difficulty import read_scores, select
@@ -29,7 +29,7 @@ def write(path, scores):
 
 
 def settings(file, **fields):
-    return DataConfig("train.jsonl", difficulty=str(file), **fields)
+    return DataConfig(train="train.jsonl", difficulty=str(file), **fields)
 
 
 def ids(chosen, first=0, count=None):
@@ -52,7 +52,7 @@ def test_records_strictly_inside_the_range_are_trained_on_and_the_others_counted
 
 
 def test_without_scores_nothing_changes():
-    chosen = select(RECORDS, DataConfig("train.jsonl"), seed=3)
+    chosen = select(RECORDS, DataConfig(train="train.jsonl"), seed=3)
     assert (chosen.records, chosen.sampler, chosen.notes) == (RECORDS, Sampler(7, 3), [])
 
 

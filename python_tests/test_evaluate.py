@@ -335,7 +335,7 @@ def test_main_eval_prints_scores_floor_and_quarantine(folder, capsys):
     )
     assert main_eval(run) == 0
     out = capsys.readouterr().out
-    assert "no look" in out and "mIoU" in out and "multiple_choice" in out
+    assert "blind" in out and "mIoU" in out and "multiple_choice" in out
     assert "quarantined q7: v1.mp4: cannot be decoded" in out
 
 

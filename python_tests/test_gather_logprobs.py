@@ -12,8 +12,7 @@ import torch
 
 from vcr1_fast import ops
 from vcr1_fast.ops import backend, gather_logprobs
-from vcr1_fast.ops.gather_logprobs import backward_op, forward_op
-from vcr1_fast.ops.gather_reference import allocate, reference
+from vcr1_fast.ops.gather_logprobs import allocate, backward_op, forward_op, reference
 
 HALVES = [torch.bfloat16, torch.float16]
 DTYPES = [torch.float32, *HALVES]

@@ -243,11 +243,14 @@ def test_opcheck_and_compile(backend, estimator):
         )
 
     with ops.use(backend):
-        options = [estimator, DEFAULT_SCALE[estimator], "error", "zero"]
+        options = {"estimator": estimator, "scale": DEFAULT_SCALE[estimator], "nan": "error"}
+        options |= {"singleton": "zero", "eps": 1e-4, "guard": 0.0}
+        options |= {"weights": None, "lengths": lengths, "stds": None}
         for groups, size in ((None, 4), (index, 0)):
             torch.library.opcheck(
                 torch.ops.vcr1_fast.group_advantages.default,
-                (rewards, groups, None, lengths, size, options, 1e-4),
+                (rewards,),
+                {"group_index": groups, "group_size": size, **options},
             )
         compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(rewards), step(rewards))

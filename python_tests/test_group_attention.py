@@ -462,7 +462,7 @@ def test_the_binding_checks_what_the_kernel_trusts():
     good = torch.tensor([[0, 4, 0, 0]])
 
     def forward(query=x, key=x, parts=good, out=x, lse=lse, scratch=scratch):
-        native.group_attention([query, key, key], parts, 1.0, out, lse, scratch, 1)
+        native.group_attention(query, key, key, parts, 1.0, out, lse, scratch, 1)
 
     forward()
     for wrong, message in (
@@ -482,7 +482,7 @@ def test_the_binding_checks_what_the_kernel_trusts():
 
     def backward(tasks, scratch=scratch):
         grads = [torch.zeros(4, 2, 8) for _ in range(3)]
-        native.group_attention_backward([x, x, x], good, 1.0, x, lse, x, grads, scratch, tasks, 1)
+        native.group_attention_backward(x, x, x, good, 1.0, x, lse, x, *grads, scratch, tasks, 1)
 
     backward(3, torch.zeros(4 * 256))
     with pytest.raises(ValueError, match="scratch: expected 1024 elements"):

@@ -11,9 +11,9 @@ import torch
 from vcr1_fast import ops
 from vcr1_fast.ops import GRPOLossConfig, grpo_loss
 from vcr1_fast.ops.backend import native
-from vcr1_fast.ops.grpo_config import parameters
-from vcr1_fast.ops.grpo_loss import grpo_loss_op
-from vcr1_fast.ops.grpo_reference import METRICS
+from vcr1_fast.ops.grpo.config import encode
+from vcr1_fast.ops.grpo.loss import LossOutputs, grpo_loss_op, native_parameters
+from vcr1_fast.ops.grpo.reference import METRICS, LossInputs
 
 pytestmark = pytest.mark.skipif(native is None, reason="the native module is not built")
 
@@ -174,13 +174,13 @@ def test_writes_its_tokens_and_no_others(columns):
     rows = 3
     x = torch.rand(rows, columns)
     advantages, entropy = torch.rand(rows), torch.rand(rows, columns)
-    p = parameters(GRPOLossConfig(beta=0.1, entropy_coef=0.1))
+    parameters = native_parameters(encode(GRPOLossConfig(beta=0.1, entropy_coef=0.1)))
     buffers = [torch.full((rows * columns + 64,), 7.0) for _ in range(2)]
     grad, grad_entropy = (b[32:-32].view(rows, columns) for b in buffers)
     scratch = torch.empty(rows * native.grpo_loss_scratch, dtype=torch.float64)
-    outputs = [torch.empty(()), grad, grad_entropy, torch.empty(len(METRICS)), scratch]
-    inputs = [x, x.clone(), advantages, None, x.clone(), entropy, *[None] * 5]
-    native.grpo_loss(inputs, p.kinds, p.values, outputs, 1)
+    outputs = LossOutputs(torch.empty(()), grad, grad_entropy, torch.empty(len(METRICS)), scratch)
+    inputs = LossInputs(x, x.clone(), advantages, None, x.clone(), entropy)
+    native.grpo_loss(inputs, parameters, outputs, 1)
     for buffer in buffers:
         assert (buffer[:32] == 7).all() and (buffer[-32:] == 7).all()
         assert (buffer[32:-32] != 7).all()

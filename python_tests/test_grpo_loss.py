@@ -18,9 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vcr1_fast import ops
 from vcr1_fast.ops import GRPOLossConfig, grpo_loss
 from vcr1_fast.ops.backend import native
-from vcr1_fast.ops.grpo_config import LOSS_TYPES, parameters
-from vcr1_fast.ops.grpo_loss import grpo_loss_op
-from vcr1_fast.ops.grpo_reference import METRICS
+from vcr1_fast.ops.grpo.config import LOSS_TYPES, encode
+from vcr1_fast.ops.grpo.loss import LossOutputs, grpo_loss_op, native_parameters
+from vcr1_fast.ops.grpo.reference import METRICS, LossInputs
 
 LENGTHS = (7, 0, 1, 40, 12)
 # Interpreted Triton is tested in a process of its own, alone and in float32, all that it computes
@@ -292,14 +292,14 @@ def test_triton_with_weights_by_completion():
     batch = make_batch((1,) * 70)
     tokens = {n: x[:, :1] if x.ndim == 2 else x for n, x in batch.items()}
     weights = torch.rand(70, dtype=torch.float64)
-    p = parameters(GRPOLossConfig(beta=0.1, level="token"))
+    parameters = encode(GRPOLossConfig(beta=0.1, level="token"))
     names = ("logps", "old", "advantages", "mask", "ref")
     results = {}
     for backend, dtype in (("reference", torch.float64), ("triton", torch.float32)):
         inputs = [tokens[n] if n == "mask" else tokens[n].to(dtype) for n in names]
         with ops.use(backend):
             results[backend] = grpo_loss_op(
-                *inputs, *[None] * 4, weights.to(dtype), None, p.kinds, p.values
+                *inputs, *[None] * 4, weights.to(dtype), None, parameters
             )
     for got, want in zip(results["triton"], results["reference"], strict=True):
         near(got, want, 10.0)
@@ -581,16 +581,17 @@ def test_writes_nothing_outside_the_segments():
     """Outputs are views of larger buffers, whose other elements stay as they were."""
     batch = make_batch()
     packed, cu_seqlens = pack(batch)
-    p = parameters(GRPOLossConfig())
     n = len(packed["logps"])
     buffer = torch.full((n + 64,), 7.0, dtype=torch.float64)
     metrics = torch.full((len(METRICS) + 8,), 7.0, dtype=torch.float64)
     loss = torch.zeros((), dtype=torch.float64)
     count = len(cu_seqlens) - 1
     scratch = torch.zeros(count * native.grpo_loss_scratch, dtype=torch.float64)
-    inputs = [packed["logps"], packed["old"], packed["advantages"], *[None] * 5]
-    outputs = [loss, buffer[32:-32], buffer[:0], metrics[4:-4], scratch]
-    native.grpo_loss([*inputs, cu_seqlens.long(), None, None], p.kinds, p.values, outputs, 1)
+    inputs = LossInputs(
+        packed["logps"], packed["old"], packed["advantages"], None, cu_seqlens=cu_seqlens.long()
+    )
+    outputs = LossOutputs(loss, buffer[32:-32], buffer[:0], metrics[4:-4], scratch)
+    native.grpo_loss(inputs, native_parameters(encode(GRPOLossConfig())), outputs, 1)
     assert (buffer[:32] == 7).all() and (buffer[-32:] == 7).all()
     assert (metrics[:4] == 7).all() and (metrics[-4:] == 7).all()
     expected = grpo_loss(
@@ -651,10 +652,9 @@ def test_no_gradient_where_none_is_asked(backend):
 def op_arguments(config):
     batch = make_batch(lengths=(3, 0, 5))
     tensors = {n: x if n == "mask" else x.nan_to_num(0, 0, 0).float() for n, x in batch.items()}
-    p = parameters(config)
     return (
         tensors["logps"], tensors["old"], tensors["advantages"], tensors["mask"], tensors["ref"],
-        tensors["entropy"], tensors["rollout"], None, None, None, None, p.kinds, p.values,
+        tensors["entropy"], tensors["rollout"], None, None, None, None, encode(config),
     )  # fmt: skip
 
 

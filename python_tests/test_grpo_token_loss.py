@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vcr1_fast.ops import GRPOLossConfig, grpo_loss, grpo_token_loss
-from vcr1_fast.ops.grpo_token_loss import backward_op, forward_op
 
 B, T = 3, 6
 MASK = torch.arange(T) < torch.tensor([6, 3, 0])[:, None]
@@ -71,19 +71,16 @@ def test_its_average_is_the_loss(loss_type):
     assert not any(x[~MASK].any() for x in (*out, a.grad))
 
 
-def test_the_operator_contract_and_one_graph():
-    tensors, upstream = make(torch.float32)
-    inputs = [
-        tensors["logps"], tensors["old_logps"], tensors["advantages"], MASK, tensors["ref_logps"],
-        None, None,
-    ]  # fmt: skip
-    encoded = GRPOLossConfig(beta=0.1)._parameters
-    arguments = (*inputs, list(encoded.kinds), list(encoded.values))
-    checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.vcr1_fast.grpo_token_loss, arguments, test_utils=checks)
-    backward = torch.ops.vcr1_fast.grpo_token_loss_backward
-    torch.library.opcheck(backward, (upstream, *arguments), test_utils=checks)
-    assert forward_op(*arguments)[0].shape == backward_op(upstream, *arguments).shape == (B, T)
+def test_fake_tensors_have_its_shapes():
+    """It is plain torch: shapes alone pass through it, forward and backward."""
+    tensors, _ = make(torch.float32)
+    with FakeTensorMode() as mode:
+        fake = {name: mode.from_tensor(x) for name, x in tensors.items()}
+        logps = fake.pop("logps").requires_grad_()
+        config = GRPOLossConfig(beta=0.1)
+        out = grpo_token_loss(logps, mask=mode.from_tensor(MASK), config=config, **fake)
+        out.loss.sum().backward()
+    assert {x.shape for x in (*out, logps.grad)} == {(B, T)}
 
 
 # torch's tracer makes a Function object while it looks at one, and warns about it.

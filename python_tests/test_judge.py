@@ -304,9 +304,13 @@ def test_one_failure_for_good_ends_the_waits_of_the_others(server):
         ([(503, "down")] * 9, 3, r"HTTP 503 'down', 3 times"),
         ([(401, "bad key")], 1, r"HTTP 401 'bad key'"),
         ([(307, "")], 1, "HTTP 307"),  # and not with the key to wherever it points
-        ([(200, "{}")], 1, r"no choices\[0\]\.message\.content in b'{}'"),
+        ([(200, "{}")], 1, r"no choices\[0\]\.message\.content in '{}'"),
         ([(200, "<html>")], 1, "no choices"),
-        ([(200, '{"choices": [{"message": {"content": null}}]}')], 1, "no text, None"),
+        (
+            [(200, '{"choices": [{"message": {"content": null}}]}')],
+            1,
+            "expected text as content, got NoneType",
+        ),
     ],
 )
 def test_failures_name_the_endpoint_and_the_fault(server, plan, requests, message):

@@ -10,9 +10,9 @@ from grpo_oracle import loop_loss
 
 from vcr1_fast import ops
 from vcr1_fast.ops import GRPOLossConfig, grpo_loss, linear_grpo_loss
-from vcr1_fast.ops.grpo_config import LOSS_TYPES, parameters
-from vcr1_fast.ops.grpo_loss import grpo_loss_op
-from vcr1_fast.ops.linear_head import HeadGradients
+from vcr1_fast.ops.grpo.config import LOSS_TYPES, encode
+from vcr1_fast.ops.grpo.loss import grpo_loss_op
+from vcr1_fast.ops.lm_head import HeadGradients
 
 HIDDEN, VOCAB = 12, 37
 LENGTHS = (5, 0, 1, 9)
@@ -396,17 +396,15 @@ def test_second_backward_and_tensor_counts(backend):
 @pytest.mark.parametrize("backend", EACH)
 def test_opcheck(backend):
     batch = make_batch(torch.float32)
-    p = parameters(GRPOLossConfig(beta=0.1))
     x = {n: t.nan_to_num(0) if t.is_floating_point() else t for n, t in batch.items()}
     with ops.use(backend):
         torch.library.opcheck(
             torch.ops.vcr1_fast.linear_grpo_loss.default,
             (
-                *(x[n] for n in ("hidden", "weight")),
-                x["labels"].clamp(min=0),
-                *(x["bias"], None, x["old_logps"], x["advantages"], x["mask"], x["ref_logps"]),
-                *(None, None, None, None, 1.0, 5.0, False, 4, [True, True, False]),
-                *(p.kinds, p.values),
+                *(x["hidden"], x["weight"], x["bias"], 5.0, 4, [True, True, False]),
+                *(x["labels"].clamp(min=0), None, x["old_logps"], x["advantages"], x["mask"]),
+                *(x["ref_logps"], None, None, None, None, 1.0, False),
+                encode(GRPOLossConfig(beta=0.1)),
             ),
         )
 

@@ -3,10 +3,11 @@ import pytest
 import torch
 
 from vcr1_fast import ops
-from vcr1_fast.ops import gather_logprobs, linear_chunks, linear_logprobs
+from vcr1_fast.ops import gather_logprobs, linear_logprobs, lm_head
 from vcr1_fast.ops.gather_logprobs import forward_op as gather_op
-from vcr1_fast.ops.linear_chunks import free_bytes, rows_per_chunk
 from vcr1_fast.ops.linear_logprobs import backward_op, forward_op, reference
+from vcr1_fast.ops.lm_head import rows_per_chunk
+from vcr1_fast.ops.memory import available_bytes
 
 DTYPES = [torch.float32, torch.bfloat16]
 N, H, V = 13, 16, 97
@@ -206,7 +207,7 @@ def test_wrong_arguments_are_refused():
 def test_chunks_bound_the_memory(monkeypatch):
     hidden, vocab = torch.zeros(1, 8), 151_936
     free = {"bytes": 64 << 30}
-    monkeypatch.setattr(linear_chunks, "free_bytes", lambda _: free["bytes"])
+    monkeypatch.setattr(lm_head, "available_bytes", lambda _: free["bytes"])
     rows = rows_per_chunk(hidden, vocab, 0)
     assert rows > 400 and rows * vocab * 4 <= 256 << 20
     assert rows_per_chunk(hidden, vocab, 0, doubled=True) == rows // 2
@@ -223,7 +224,7 @@ def test_chunks_bound_the_memory(monkeypatch):
 
 
 def test_free_memory_is_read():
-    assert 1 << 20 < free_bytes(torch.device("cpu")) < 1 << 50
+    assert 1 << 20 < available_bytes(torch.device("cpu")) < 1 << 50
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -268,8 +269,8 @@ def test_opcheck(backend_name):
     args = (hidden, weight, bias, labels, mask, temperatures, 1.0, 5.0, True, 4)
     torch.library.opcheck(torch.ops.vcr1_fast.linear_logprobs.default, args)
     logps, _, lse, stats = forward_op(*args)
-    args = (hidden, weight, bias, labels, logps, stats, mask, temperatures, 1.0, 5.0, 4)
-    args = (*args, [True, True, False], torch.ones_like(logps), torch.ones_like(lse), None)
+    needed = [True, True, False]
+    args = (*args, logps, stats, needed, torch.ones_like(logps), torch.ones_like(lse), None)
     torch.library.opcheck(torch.ops.vcr1_fast.linear_logprobs_backward.default, args)
     assert [g.shape for g in backward_op(*args)] == [hidden.shape, weight.shape, (0,)]
 

@@ -1,4 +1,4 @@
-"""grpo_loss_from_logits against the float64 loop over completions, for every backend."""
+"""logits_grpo_loss against the float64 loop over completions, for every backend."""
 
 import dataclasses
 import math
@@ -10,11 +10,11 @@ from gpu_backend import device_of, needs_gpu, with_cuda
 from grpo_oracle import loop_loss
 
 from vcr1_fast import ops
-from vcr1_fast.ops import GRPOLossConfig, grpo_loss_from_logits
+from vcr1_fast.ops import GRPOLossConfig, logits_grpo_loss
 from vcr1_fast.ops.backend import native
-from vcr1_fast.ops.grpo_config import LOSS_TYPES, parameters
-from vcr1_fast.ops.grpo_loss import grpo_loss_op
-from vcr1_fast.ops.logits_grpo_loss import reference
+from vcr1_fast.ops.grpo.config import LOSS_TYPES, encode
+from vcr1_fast.ops.grpo.logits_loss import reference
+from vcr1_fast.ops.grpo.loss import grpo_loss_op
 
 VOCAB, LENGTHS = 37, (5, 0, 1, 9)
 BACKENDS = [name for name in with_cuda(grpo_loss_op) if name != "triton"]
@@ -88,7 +88,7 @@ def pack(batch):
 def call(batch, config, *, temperature=1.0, inplace=False, scale=3.0):
     """(loss, gradient of the logits, metrics), the first two on the CPU."""
     leaf = batch["logits"].clone().requires_grad_()
-    loss, metrics = grpo_loss_from_logits(
+    loss, metrics = logits_grpo_loss(
         leaf * 1, batch["labels"], batch["advantages"], batch["mask"],
         **{n: batch[n] for n in ("old_logps", "ref_logps", "rollout_logps", "token_weights")},
         cu_seqlens=batch.get("cu_seqlens"), temperature=temperature, inplace=inplace,
@@ -164,7 +164,7 @@ def test_matches_the_reference_with_its_metrics(name, backend):
     options = {**{n: batch[n] for n in names}, "config": config}
     args = [batch[n] for n in ("logits", "labels", "advantages", "mask")]
     with ops.use(backend):
-        loss, metrics = grpo_loss_from_logits(*args, **options, entropy=True)
+        loss, metrics = logits_grpo_loss(*args, **options, entropy=True)
     with ops.use("reference"):
         expected, expected_metrics = reference(*args, **options)
     torch.testing.assert_close(loss, expected)
@@ -182,13 +182,13 @@ def test_memory_of_the_logits(backend):
     before = logits.detach().clone()
     with ops.use(backend):
         with torch.no_grad():  # nothing to make a gradient of: left alone
-            grpo_loss_from_logits(logits, *args, inplace=True)
+            logits_grpo_loss(logits, *args, inplace=True)
         assert torch.equal(logits, before)
-        loss, _ = grpo_loss_from_logits(logits, *args, inplace=True)
+        loss, _ = logits_grpo_loss(logits, *args, inplace=True)
         assert not torch.equal(logits, before)
         assert not loss.isnan()
         squared = leaf**2 * 1
-        total = (squared**2).sum() + grpo_loss_from_logits(squared, *args, inplace=True)[0]
+        total = (squared**2).sum() + logits_grpo_loss(squared, *args, inplace=True)[0]
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             total.backward()
 
@@ -200,7 +200,7 @@ def test_bits_repeat_and_kept_graphs(backend):
     leaf = batch["logits"].clone().requires_grad_()
     with ops.use(backend):
         first, second = (call(batch, CONFIGS["grpo"])[:2] for _ in range(2))
-        loss, _ = grpo_loss_from_logits(leaf, *args)
+        loss, _ = logits_grpo_loss(leaf, *args)
         (one,) = torch.autograd.grad(loss, leaf, retain_graph=True)
         kept = one.clone()
         one.zero_()
@@ -212,11 +212,11 @@ def test_bits_repeat_and_kept_graphs(backend):
 @pytest.mark.parametrize("backend", [*BACKENDS, *TRITON])
 def test_opcheck(backend):
     batch = moved(make_batch(torch.float32), backend)
-    p = parameters(GRPOLossConfig(beta=0.1, entropy_coef=0.1))
+    parameters = encode(GRPOLossConfig(beta=0.1, entropy_coef=0.1))
     x = {n: t.nan_to_num(0) if t.is_floating_point() else t for n, t in batch.items()}
     args = (
         x["logits"], x["labels"].clamp(min=0), None, x["old_logps"], x["advantages"], x["mask"],
-        x["ref_logps"], None, None, None, None, 1.0, True, p.kinds, p.values,
+        x["ref_logps"], None, None, None, None, 1.0, True, parameters,
     )  # fmt: skip
     with ops.use(backend):
         torch.library.opcheck(torch.ops.vcr1_fast.logits_grpo_loss.default, (*args, True))
@@ -231,7 +231,7 @@ def test_compiles_whole(backend):
     batch["logits"] = batch["logits"].nan_to_num(0)
 
     def step(logits):
-        loss, metrics = grpo_loss_from_logits(
+        loss, metrics = logits_grpo_loss(
             logits * 1.0, batch["labels"], batch["advantages"], batch["mask"], inplace=True
         )
         return loss * 2, metrics["ratio_mean"]
@@ -309,7 +309,7 @@ def test_one_pass_in_rows_of_any_alignment(vocab, dtype, one_pass_calls):
     leaf = values.double().requires_grad_()
     options = {"config": CONFIGS["entropy"], "temperature": 0.9}
     with ops.use("reference"):
-        expected, _ = grpo_loss_from_logits(leaf, labels, advantages, mask, **options)
+        expected, _ = logits_grpo_loss(leaf, labels, advantages, mask, **options)
         expected.backward()
     rest = [x.to(device_of("cuda")) for x in (labels, advantages, mask)]
     for start in (0, 1, 8):
@@ -317,7 +317,7 @@ def test_one_pass_in_rows_of_any_alignment(vocab, dtype, one_pass_calls):
             buffer = torch.full((2, 4, vocab + 11), 77.0, dtype=dtype, device=device_of("cuda"))
             view = buffer[:, :3, start : start + vocab].requires_grad_()
             view.detach().copy_(values)
-            loss, _ = grpo_loss_from_logits(view, *rest, inplace=inplace, **options)
+            loss, _ = logits_grpo_loss(view, *rest, inplace=inplace, **options)
             (grad,) = torch.autograd.grad(loss, view)
             torch.testing.assert_close(loss.cpu().double(), expected, rtol=1e-5, atol=1e-6)
             error = (grad.cpu().double() - leaf.grad).norm()
@@ -342,4 +342,4 @@ def test_errors():
         ({"config": dataclasses.replace(CONFIGS["grpo"])}, "needs ref_logps"),
     ):
         with pytest.raises(ValueError, match=message):
-            grpo_loss_from_logits(**{**args, **changes})
+            logits_grpo_loss(**{**args, **changes})

@@ -139,10 +139,10 @@ def swap(**changes):
     [
         (swap(parameters=("x", "scale")), r"takes \('x',\), expected \('x', 'scale'\)"),
         (swap(digests=("0" * 16,)), "has another body"),
-        (swap(name="treble"), "fakepkg.core.treble is not there"),
-        (swap(owner="fakepkg.core:Nothing"), "fakepkg.core.Nothing.double is not there"),
+        (swap(name="treble"), "fakepkg.core.treble does not exist"),
+        (swap(owner="fakepkg.core:Nothing"), "fakepkg.core.Nothing.double does not exist"),
         (swap(owner="fakepkg.gone"), "does not import"),
-        (swap(new=True), "is there already"),
+        (swap(new=True), "already exists"),
     ],
 )
 def test_an_unknown_contract_changes_nothing(package, bad, message):

@@ -171,7 +171,7 @@ def test_a_page_shows_where_each_look_was_aimed(tmp_path):
     path = tmp_path / "p.html"
     lines = [line(item, passes=looks)]
     write_predictions_html(lines, {"q": item}, path, think=False, reader=Reader())
-    assert bars(path.read_text())["look 2 aims"] == [(20.0, 30.0, COLOURS[1])]
+    assert bars(path.read_text())["pass 2 aims"] == [(20.0, 30.0, COLOURS[1])]
 
 
 def test_rollouts_are_drawn_best_first_for_records_that_are_known(tmp_path, monkeypatch):

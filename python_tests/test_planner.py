@@ -7,11 +7,11 @@ import torch
 from tiny_run import configure, write_inputs
 
 from vcr1_fast.model import rollout as rollout_module
-from vcr1_fast.ops.linear_chunks import rows_per_chunk
-from vcr1_fast.train import loop, setup, update
+from vcr1_fast.ops.lm_head import rows_per_chunk
+from vcr1_fast.train import loop, rollouts, setup
+from vcr1_fast.train.groups import PolicyGroup, step_loss_config
 from vcr1_fast.train.planner import Footprint, Planner, is_out_of_memory
 from vcr1_fast.train.sft import update as sft_update
-from vcr1_fast.train.step import loss_config
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,9 @@ def test_the_prediction_of_a_rollout_is_near_what_it_keeps(run, monkeypatch):
     monkeypatch.setattr(rollout_module, "SharedPrefix", Kept)
     samples = next(iter(run.batches()))[:3]
     settings = run.config.rollout
-    loop.draw(run, samples, [None] * 3, settings.group_size, torch.Generator().manual_seed(0))
+    rollouts.sample_group(
+        run, samples, [None] * 3, settings.group_size, torch.Generator().manual_seed(0)
+    )
     pairs = [
         pair for memory in memories for pair in [*memory.prefix.values(), *memory._own.values()]
     ]
@@ -123,7 +125,7 @@ def test_the_prediction_of_a_rollout_is_near_what_it_keeps(run, monkeypatch):
 def test_a_rollout_that_runs_out_of_memory_draws_the_same_by_halves(run, monkeypatch):
     samples = next(iter(run.batches()))[:3]
     told = []
-    run.planner.tell = told.append
+    run.planner.log = told.append
 
     def drawn(most):
         def limited(model, processor, prompts, count, sampling, chance, **kwargs):
@@ -134,15 +136,15 @@ def test_a_rollout_that_runs_out_of_memory_draws_the_same_by_halves(run, monkeyp
                 model, processor, prompts, count, sampling, chance, **kwargs
             )
 
-        monkeypatch.setattr(loop, "rollout", limited)
+        monkeypatch.setattr(rollouts, "rollout", limited)
         generator = torch.Generator().manual_seed(0)
-        return loop.draw(run, samples, [None] * 3, 4, generator)
+        return rollouts.sample_group(run, samples, [None] * 3, 4, generator)
 
     whole = drawn(3)
     assert not told
     halves = drawn(1)
     assert told == [
-        f"out of memory with rollouts of {n} prompts: going on by halves" for n in (3, 2)
+        f"out of memory with rollouts of {n} prompts: retrying by halves" for n in (3, 2)
     ]
     assert [one.texts for one in halves] == [one.texts for one in whole]
     with pytest.raises(MemoryError):
@@ -182,16 +184,17 @@ def saved_bytes(run, groups):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        update.gradients(run, groups, run.config.loss, on_policy=False)
+        loop.accumulate_gradients(run, groups, run.config.loss, on_policy=False)
     weights = {p.untyped_storage().data_ptr() for p in run.model.parameters()}
     return sum(size for where, (size, _) in kept.items() if where not in weights)
 
 
 def groups_of(run, count=4):
     samples = next(iter(run.batches()))[:count]
-    parts = loop.sample_completions(run, samples, 0, loop.Stopwatch())
-    groups = loop.make_groups(samples, [one for _, drawn, _ in parts for one in drawn])
-    return loop.with_advantages(groups, torch.tensor([1.0, -1.0, 0.5, -0.5] * len(samples)))
+    parts = rollouts.sample_completions(run, samples, 0, loop.Stopwatch())
+    sampled = [one for chunk in parts for one in chunk.rollouts]
+    groups = list(map(PolicyGroup.from_rollout, samples, sampled))
+    return PolicyGroup.with_advantages(groups, torch.tensor([1.0, -1.0, 0.5, -0.5] * len(samples)))
 
 
 def test_the_prediction_is_near_what_autograd_keeps(run):
@@ -211,7 +214,7 @@ def test_the_prediction_is_near_what_autograd_keeps(run):
 def settings_of(run, groups):
     """Counts of the whole, so that micro-batches are parts of one loss."""
     tokens = sum(sum(one.lengths) for one in groups)
-    return loss_config(run.config.loss, 4 * len(groups), tokens)
+    return step_loss_config(run.config.loss, 4 * len(groups), tokens)
 
 
 def collect(run):
@@ -226,11 +229,11 @@ def test_out_of_memory_halves_the_budget_and_keeps_the_gradient(run, monkeypatch
     run.planner.tokens = 130
     groups = groups_of(run)
     fresh, settings = [one.with_vision(None) for one in groups], settings_of(run, groups)
-    update.gradients(run, fresh, settings, on_policy=True)
+    loop.accumulate_gradients(run, fresh, settings, on_policy=True)
     expected = collect(run)
     told, calls, alone = [], [], []
-    run.planner.tell = told.append
-    right = update.policy_loss
+    run.planner.log = told.append
+    right = loop.policy_loss
 
     def failing(model, part, *args, **kwargs):
         calls.append(sum(one.prompt_tokens + sum(one.lengths) for one in part))
@@ -250,8 +253,8 @@ def test_out_of_memory_halves_the_budget_and_keeps_the_gradient(run, monkeypatch
 
         return hook
 
-    monkeypatch.setattr(update, "policy_loss", failing)
-    update.gradients(run, groups, settings, on_policy=True)
+    monkeypatch.setattr(loop, "policy_loss", failing)
+    loop.accumulate_gradients(run, groups, settings, on_policy=True)
     for ours, theirs in zip(collect(run), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
     assert run.planner.tokens == max(calls[:2]) // 2
@@ -268,9 +271,9 @@ def test_other_errors_are_not_taken_for_it(run, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr(update, "policy_loss", fail)
+    monkeypatch.setattr(loop, "policy_loss", fail)
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        update.gradients(run, groups_of(run), run.config.loss, on_policy=True)
+        loop.accumulate_gradients(run, groups_of(run), run.config.loss, on_policy=True)
     assert not is_out_of_memory(RuntimeError("shapes do not match"))
     assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"))
     assert is_out_of_memory(RuntimeError("CUDA error: out of memory\nCUDA kernel errors might"))
@@ -283,9 +286,9 @@ def test_memory_that_never_suffices_is_told(run, monkeypatch):
     def fail(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(update, "policy_loss", fail)
+    monkeypatch.setattr(loop, "policy_loss", fail)
     with pytest.raises(ValueError, match="one completion at a time"):
-        update.gradients(run, groups_of(run), run.config.loss, on_policy=True)
+        loop.accumulate_gradients(run, groups_of(run), run.config.loss, on_policy=True)
 
 
 @pytest.mark.parametrize(
@@ -304,7 +307,7 @@ def test_fine_tuning_survives_it_too(run, monkeypatch, error):
     run.planner.tokens = 200
     monkeypatch.setattr(sft, "clipped_step", lambda *args: 0.0)
     told = []
-    run.planner.tell = told.append
+    run.planner.log = told.append
     expected_loss = sft_update(run, groups, 0.0)["loss"]
     expected = collect(run)
     right, calls = sft.completion_logps, []

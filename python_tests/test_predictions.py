@@ -123,7 +123,7 @@ def test_pictures_of_shards_that_finish_together_are_whole(folder, monkeypatch):
     from vcr1_fast.evaluate import command
 
     paths = (str(folder / "test.jsonl"), str(folder / "out"))
-    run = EvalRun(paths[0], paths[1], predictions=str(folder / "said.jsonl"))
+    run = EvalRun(records=paths[0], output=paths[1], predictions=str(folder / "said.jsonl"))
     assert command.main_eval(run) == 0
     names = ("scores.png", "predictions.html")
     before = {name: (folder / "out" / name).read_bytes() for name in names}
@@ -158,15 +158,15 @@ def test_parts_of_a_split_by_metadata(folder):
     ("lines", "told"),
     [
         ([{"id": "a", "completion": "x"}], "1 records have no completion, first 'b'"),
-        ([{"id": n, "text": "x"} for n in "aab"], "row 2 answers 'a' again"),
+        ([{"id": n, "text": "x"} for n in "aab"], ":2: answers 'a' again"),
         ([{"id": n, "text": "x"} for n in "abc"], "1 ids are of no record, first 'c'"),
-        ([{"id": "a"}], "row 1 lacks a text `id` or `completion`"),
-        ([{"id": 1, "text": "x"}], "row 1 lacks"),
-        ([{"id": "a", "text": "x", "tokens": None}], r"said\.jsonl: row 1 needs .* `tokens` None"),
-        ([{"id": "a", "text": "x", "tokens": "12"}], "row 1 needs .* `tokens` '12'"),
-        ([{"id": "a", "text": "x", "tokens": True}], "row 1 needs .* `tokens` True"),
-        ([{"id": "a", "text": "x", "finished": "false"}], "row 1 needs .* `finished` 'false'"),
-        ([{"id": "a", "text": "x", "finished": None}], "row 1 needs .* `finished` None"),
+        ([{"id": "a"}], ":1: lacks a text `id` or `completion`"),
+        ([{"id": 1, "text": "x"}], ":1: lacks"),
+        ([{"id": "a", "text": "x", "tokens": None}], r"said\.jsonl:1: needs .* `tokens` None"),
+        ([{"id": "a", "text": "x", "tokens": "12"}], ":1: needs .* `tokens` '12'"),
+        ([{"id": "a", "text": "x", "tokens": True}], ":1: needs .* `tokens` True"),
+        ([{"id": "a", "text": "x", "finished": "false"}], ":1: needs .* `finished` 'false'"),
+        ([{"id": "a", "text": "x", "finished": None}], ":1: needs .* `finished` None"),
     ],
 )
 def test_files_that_would_change_the_denominator_are_refused(tmp_path, lines, told):
@@ -357,7 +357,7 @@ def test_published_numbers_and_floors_are_in_one_table():
     *_, table = summary_tables(json.loads(json.dumps(result.summary())))
     assert "2504.06958" in table.title
     rows = {row[0]: dict(zip(table.columns, row, strict=True)) for row in table.rows}
-    assert rows["this run"]["AO"] == "1.000" and rows["no look"]["AO"] == "1.000"
+    assert rows["this run"]["AO"] == "1.000" and rows["blind"]["AO"] == "1.000"
     assert rows["VideoChat-R1"]["R@0.5"] == "0.382"
     assert rows["VideoChat-R1"]["R@0.7"] == "\N{EN DASH}"
     assert "VideoChat-R1-thinking" in markdown_table(table)

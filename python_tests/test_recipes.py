@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from vcr1_fast.cli import parser
+from vcr1_fast.config.loader import load_config
 from vcr1_fast.evaluate.config import EvalRun
 from vcr1_fast.evaluate.published import benchmarks
-from vcr1_fast.train.build import load_config
 from vcr1_fast.train.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]

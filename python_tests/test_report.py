@@ -10,6 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
+from vcr1_fast.files import read_jsonl
 from vcr1_fast.report.curves import (
     DPI,
     Panel,
@@ -19,7 +20,6 @@ from vcr1_fast.report.curves import (
     spread,
     write_curves,
 )
-from vcr1_fast.report.jsonl import read_jsonl
 from vcr1_fast.report.rollouts import write_rollouts_html
 from vcr1_fast.report.scores import draw_task, write_scores
 from vcr1_fast.report.table import Table, evaluation_table, markdown_table, print_table
@@ -94,7 +94,7 @@ def test_a_malformed_line_is_named(tmp_path, line):
 
 def test_a_torn_last_line_of_a_running_file_is_left_out(tmp_path):
     path = write_lines(tmp_path / "m.jsonl", [{"step": 1}], tail='{"step": 2, "k')
-    assert read_jsonl(path) == [{"step": 1}]
+    assert read_jsonl(path, torn="skip") == [(1, {"step": 1})]
 
 
 def test_a_row_without_a_step_or_a_file_without_metrics_is_refused(tmp_path):
@@ -139,9 +139,9 @@ def test_evaluation_table_puts_the_primary_metric_first_with_interval_and_floor(
     table = evaluation_table(SUMMARY)
     first, second = (dict(zip(table.columns, row, strict=True)) for row in table.rows)
     assert first["metric"] == "mIoU" and first["score"] == "0.412"
-    assert first["95 %"] == "0.300 to 0.520" and first["no look"] == "0.333"
+    assert first["95 %"] == "0.300 to 0.520" and first["blind"] == "0.333"
     assert first["n"] == "40" and first["unparsed"] == "5.0 %" and first["cut off"] == "2"
-    assert second["metric"] == "R@0.5" and second["no look"] == "\N{EN DASH}"
+    assert second["metric"] == "R@0.5" and second["blind"] == "\N{EN DASH}"
     assert "1 quarantined" in table.title
 
 
@@ -157,7 +157,7 @@ def test_the_picture_of_scores_has_every_number_at_its_place(tmp_path):
     assert [[0.3333, 0]] in points  # the floor is known of one metric
     assert [[0.2, 0]] in points and points.count([[0.6, 0], [0.7, 1]]) == 2
     names = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert "no look: whole video" in names and "published: new" in names
+    assert "blind: whole video" in names and "published: new" in names
     summary = {"level": 0.9, "tasks": {"temporal_grounding": task}, "published": {}}
     path = write_scores(summary, tmp_path / "scores.png")
     assert path.read_bytes().startswith(b"\x89PNG")

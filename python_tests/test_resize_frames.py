@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -27,6 +28,8 @@ from vcr1_fast.ops.resize_frames import (
     tile_table,
 )
 
+# vcr1_fast.ops.resize_frames is the function.
+resize_frames_module = sys.modules["vcr1_fast.ops.resize_frames"]
 PILLOW = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 SIZES = [  # (T, H, W), (h, w)
     ((2, 90, 160), (31, 56)),  # the ratio 2.86 of 720p to 252 x 448
@@ -525,3 +528,42 @@ def test_plans_fit_the_shared_memory():
     for height, width in ((4320, 7680), (308, 30_000), (60_000, 532)):
         plan = cuda_plan((height, width), (308, 532), "bicubic", True, "pil", device)
         assert plan.shared_bytes <= SHARED_LIMIT
+
+
+class RecordedAxis:
+    """Stands in for the native classes of a CUDA plan, which a build without CUDA cannot make."""
+
+    def __init__(self, **fields):
+        vars(self).update(fields)
+
+
+class RecordedPlan(RecordedAxis):
+    @property
+    def shared_bytes(self):  # larger tiles never fit: every tile is tried
+        return SHARED_LIMIT + (self.vertical.tile > self.least)
+
+
+@pytest.mark.parametrize("unit", [14, 16])
+def test_cuda_tiles_are_whole_units_and_four_groups_at_most(unit, monkeypatch):
+    tried = []
+
+    def plan(**fields):
+        tried.append(RecordedPlan(least=unit, **fields))
+        return tried[-1]
+
+    fake = RecordedAxis(ResizeAxis=RecordedAxis, CudaResizePlan=plan)
+    monkeypatch.setattr(resize_frames_module, "native", fake)
+    device = torch.device("cpu")
+    build = cuda_plan.__wrapped__  # plans of the stand-in must not stay in the cache
+    chosen = build((45, 80), (32 * unit, 48 * unit), "bicubic", True, "u8", device, unit=unit)
+    assert (chosen.method, chosen.vertical.tile, chosen.horizontal.tile) == (
+        "matrix16",
+        unit,
+        4 * unit,
+    )
+    for each in tried:
+        for axis in (each.vertical, each.horizontal):
+            assert axis.tile % unit == 0 and axis.groups == -(-axis.tile // GROUP) <= 4
+        assert (each.vertical.n_in, each.vertical.n_out) == (45, 32 * unit)
+        assert (each.horizontal.n_in, each.horizontal.n_out) == (80, 48 * unit)
+        assert each.vertical.first.dtype == torch.int32 and each.horizontal.bits > 0

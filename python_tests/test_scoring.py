@@ -7,7 +7,6 @@ import threading
 import time
 from dataclasses import fields, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,22 +14,22 @@ import torch
 from tiny_run import configure, write_inputs
 
 from vcr1_fast.cli import main, parser
+from vcr1_fast.config.loader import ConfigError, dump_config, load_config
 from vcr1_fast.data.records import Record
 from vcr1_fast.model.rollout import Rollout, rollout
 from vcr1_fast.rewards import MatchingJudge, score
 from vcr1_fast.rewards.judge import JudgeConfig, ModelJudge
 from vcr1_fast.rewards.plugin import load_reward
 from vcr1_fast.tasks import TASKS, FieldError
-from vcr1_fast.train import loop, setup
-from vcr1_fast.train.build import ConfigError, dump_config, load_config
+from vcr1_fast.train import loop, rollouts, setup
+from vcr1_fast.train.advantages import TaskScales, advantages_of
 from vcr1_fast.train.config import TrainConfig
 from vcr1_fast.train.dataset import Sample
 from vcr1_fast.train.loop import train
+from vcr1_fast.train.metrics import task_metrics
 from vcr1_fast.train.reward_config import RewardsConfig, TemporalConfig
-from vcr1_fast.train.scales import TaskScales
-from vcr1_fast.train.scoring import Scoring
-from vcr1_fast.train.shuffle import another_order
-from vcr1_fast.train.step import Scored, task_metrics
+from vcr1_fast.train.rollouts import another_order
+from vcr1_fast.train.scoring import Scored, Scoring
 
 NEEDED = ("model.path=m", "data.train=d.jsonl", "run.output=o", "rollout.max_new_tokens=100")
 SPAN = Record("s", "temporal_grounding", "v.mp4", {"event": "x"}, [2.0, 6.0])
@@ -162,7 +161,7 @@ def test_weights_are_in_the_sum_and_in_the_advantages():
     assert [one.total for one in found] == [1.5, 0.0, 3.5, 0.0]
     assert found[0].rewards == {"format": 1.0, "iou": 1.0}  # shown as they are
     settings = config("advantage.scale=none", "rollout.group_size=2")
-    advantages = loop.own_advantages(SimpleNamespace(config=settings, rank=0), found, found)
+    advantages = advantages_of(found, settings.advantage, 2, TaskScales())
     assert advantages.tolist() == [0.75, -0.75, 1.75, -1.75]
     metrics = task_metrics(found)
     assert metrics["reward/multiple_choice"] == 1.75
@@ -377,21 +376,20 @@ def test_scales_are_onethinkers():
 
 def test_tasks_weigh_alike_by_their_own_spread():
     """One task's rewards are a tenth of the other's; their advantages are not."""
-
     settings = config("advantage.scale=task_ema", "rollout.group_size=4", "advantage.eps=1e-9")
-    run = SimpleNamespace(config=settings, scales=TaskScales(), rank=0)
+    scales = TaskScales()
     values = [0.0, 1.0, 1.0, 2.0, 0.0, 2.0, 1.0, 1.0]
     everyone = [Scored("a", {"r": value}, {}, 5, True) for value in values]
     everyone += [Scored("b", {"r": value / 10}, {}, 5, True) for value in values]
-    got = loop.own_advantages(run, everyone, everyone)
+    got = advantages_of(everyone, settings.advantage, 4, scales)
     expected = (np.array(values) - 1.0) / np.std(values)
     np.testing.assert_allclose(got, np.tile(expected, 2), rtol=1e-5)
-    assert run.scales.std("b") == pytest.approx(run.scales.std("a") / 10)
+    assert scales.std("b") == pytest.approx(scales.std("a") / 10)
     # One far apart from what its task was so far takes its group's own spread, under the guard.
     far = [Scored("b", {"r": value}, {}, 5, True) for value in (-5.0, 5.0, -5.0, 5.0)]
     calm = [Scored("b", {"r": 0.1}, {}, 5, True)] * 2000
-    got = loop.own_advantages(run, far, [*far, *calm])
-    np.testing.assert_allclose(got, [-1, 1, -1, 1], rtol=1e-5)
+    got = advantages_of([*far, *calm], settings.advantage, 4, scales)
+    np.testing.assert_allclose(got[:4], [-1, 1, -1, 1], rtol=1e-5)
 
 
 # --- whole runs
@@ -452,7 +450,7 @@ def test_shuffled_completions_are_those_of_the_reordered_clip(inputs, tmp_path):
     settings = configure(*inputs, tmp_path / "run", "rewards.temporal.rollouts=3", "loss.beta=0")
     with setup.open_run(settings, reference=False) as run:
         samples = next(iter(run.batches()))
-        ((_, _, shuffled),) = loop.sample_completions(run, samples, 0, loop.Stopwatch())
+        (chunk,) = rollouts.sample_completions(run, samples, 0, loop.Stopwatch())
         generator = torch.Generator().manual_seed(~0 % 2**63)
         prompts = []
         for sample in samples:
@@ -463,9 +461,9 @@ def test_shuffled_completions_are_those_of_the_reordered_clip(inputs, tmp_path):
             prompts.append(
                 type(sample.prompt)(**vars(sample.prompt) | {"pixel_values_videos": mixed})
             )
-        sampling = loop.SamplingConfig(max_new_tokens=8)
+        sampling = rollouts.SamplingConfig(max_new_tokens=8)
         expected = rollout(run.model, run.processor, prompts, 3, sampling, generator)
-    assert [one.texts[0] for one in shuffled] == expected.texts
+    assert [one.texts[0] for one in chunk.shuffled] == expected.texts
     assert len({text for group in expected.texts for text in group}) > 3
 
 

@@ -12,7 +12,8 @@ from vcr1_fast.model.qwen2_5_vl.tiny import write_tiny
 from vcr1_fast.model.vision import freeze_vision
 from vcr1_fast.model.wrapping import checkpoint_activations, unwrap
 from vcr1_fast.ops import GRPOLossConfig
-from vcr1_fast.train.step import PolicyGroup, loss_config, policy_loss
+from vcr1_fast.train.groups import PolicyGroup, step_loss_config
+from vcr1_fast.train.loop import policy_loss
 
 LOSS = GRPOLossConfig(loss_type="grpo", beta=0.05, entropy_coef=0.01)
 TEMPERATURE = 0.8
@@ -84,7 +85,7 @@ def _shared_loss(model, groups):
     loss, metrics = policy_loss(
         model,
         groups,
-        loss_config(LOSS, sequences, tokens),
+        step_loss_config(LOSS, sequences, tokens),
         temperature=TEMPERATURE,
         on_policy=True,
     )

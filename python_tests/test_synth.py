@@ -1,7 +1,6 @@
 """Synthetic data sets: real H.264 files whose pixels agree with the records' answers."""
 
 import dataclasses
-import io
 import json
 import re
 from pathlib import Path
@@ -9,8 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vcr1_fast.data import progress as progress_module
-from vcr1_fast.data.progress import Progress
 from vcr1_fast.data.records import load_records
 from vcr1_fast.data.sampling import FrameConfig
 from vcr1_fast.data.scenes import COLORS, SceneConfig, render, sample_scene
@@ -170,45 +167,6 @@ def test_written_video_shows_what_was_drawn(tmp_path):
     with pytest.raises(ValueError, match="uint8"):
         write_video(path, frames.astype(np.float32), 10.0)
     assert [file.name for file in tmp_path.iterdir()] == ["v.mp4"]
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
-    return now
-
-
-def test_progress_on_a_pipe_is_a_few_plain_lines(clock):
-    stream = io.StringIO()
-    with Progress(100, "clips", stream) as progress:
-        for _ in range(50):
-            clock[0] += 0.5
-            progress.advance(2)
-    lines = stream.getvalue().splitlines()
-    assert lines == [
-        "clips: 40/100, 0:15 left",
-        "clips: 80/100, 0:05 left",
-        "clips: 100/100 in 0:25",
-    ]
-    assert "\r" not in stream.getvalue() and "\x1b" not in stream.getvalue()
-
-
-def test_progress_on_a_terminal_redraws_one_line(clock):
-    stream = Terminal()
-    with Progress(4, "clips", stream) as progress:
-        for _ in range(2):
-            clock[0] += 1000
-            progress.advance()
-    assert stream.getvalue().endswith("[############------------] clips: 2/4, 33:20 left\n")
-    assert stream.getvalue().count("\n") == 1 and stream.getvalue().count("\r") == 3
-    with Progress(0, "clips", io.StringIO()) as progress:
-        progress.advance(0)
 
 
 def test_equal_frames_give_equal_files(tmp_path):

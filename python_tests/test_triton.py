@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from vcr1_fast.ops import GRPOLossConfig, backend
-from vcr1_fast.ops.grpo_config import parameters
+from vcr1_fast.ops.grpo.config import encode
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux"),
@@ -101,10 +101,9 @@ def test_grpo_loss_compiles_once_for_all_lengths_and_values(target, name):
         x = torch.zeros((rows * columns,) if packed else (rows, columns))
         offsets = torch.arange(0, rows * columns + 1, columns) if packed else None
         more = None if name == "default" else x
-        p = parameters(config)
         module.grpo_loss(
             x, x, torch.zeros(rows), x == 0, more, more, more, more, offsets, None, None,
-            p.kinds, p.values,
+            encode(config),
         )  # fmt: skip
 
     with compiling_for(target, module) as kernels:

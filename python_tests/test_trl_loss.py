@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vcr1_fast.ops import GRPOLossConfig, grpo_loss
-from vcr1_fast.ops.grpo_config import LOSS_TYPES
+from vcr1_fast.ops.grpo.config import LOSS_TYPES
 
 B, T, MAX_LENGTH = 6, 23, 31
 ACCUMULATION, ITEMS = 1, 200.0

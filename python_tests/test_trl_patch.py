@@ -20,7 +20,7 @@ from vcr1_fast.integrations import patching
 from vcr1_fast.integrations.patching import UnknownContract
 from vcr1_fast.integrations.trl import _is_ours, _out_dtype, patch_trl
 from vcr1_fast.integrations.trl_loss import compute_loss
-from vcr1_fast.ops.grpo_config import LOSS_TYPES
+from vcr1_fast.ops.grpo.config import LOSS_TYPES
 
 utils = importlib.import_module("trl.trainer.utils")
 grpo = importlib.import_module("trl.trainer.grpo_trainer")

@@ -30,7 +30,8 @@ from vcr1_fast.model.checkpoint import load
 from vcr1_fast.model.packing import Group
 from vcr1_fast.ops import GRPOLossConfig
 from vcr1_fast.tasks import TASKS
-from vcr1_fast.train.step import PolicyGroup, policy_loss
+from vcr1_fast.train.groups import PolicyGroup
+from vcr1_fast.train.loop import policy_loss
 
 G = 4
 FRAMES = {"num_frames": 4, "min_pixels": 784, "max_pixels": 3136}

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
+from vcr1_fast.config.loader import load_config
 from vcr1_fast.data.records import load_records
 from vcr1_fast.data.scenes import SceneConfig
 from vcr1_fast.data.synth import SynthConfig, write_dataset
 from vcr1_fast.model.qwen2_5_vl.tiny import TinyConfig, write_tiny
 from vcr1_fast.tasks import TASKS
-from vcr1_fast.train.build import load_config
 from vcr1_fast.train.config import TrainConfig
 
 MODEL = TinyConfig(

@@ -16,7 +16,7 @@ def bench_folder() -> Path:
         if (root / "benches" / "harness.py").exists():
             return root / "benches"
     raise ValueError(
-        "no benches/ here: they come with the source, not with the package; run this in a clone"
+        "no benches/ here: only the source tree has them, not the package; run this in a clone"
     )
 
 

@@ -4,12 +4,45 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from vcr1_fast.train.stopping import RunStopped
+
 PROG = "vcr1"
+
+SETTINGS = {
+    "train": ("vcr1_fast.train.config", "TrainConfig"),
+    "sft": ("vcr1_fast.train.config", "TrainConfig"),
+    "eval": ("vcr1_fast.evaluate.config", "EvalRun"),
+    "chat": ("vcr1_fast.evaluate.config", "ChatConfig"),
+    "data synth": ("vcr1_fast.data.synth", "SynthConfig"),
+}
+"""The dataclass of each command's settings, by module and name."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Lists a command's settings below its options. They are imported only for that."""
+
+    def format_help(self) -> str:
+        text = super().format_help()
+        command = self.prog.removeprefix(f"{PROG} ")
+        if command in SETTINGS:
+            from vcr1_fast.config.settings import help_text
+
+            text += "\n" + help_text(settings_of(command))
+        return text
+
+
+def settings_of(command: str) -> type:
+    """The dataclass of a command's settings."""
+    from importlib import import_module
+
+    module, name = SETTINGS[command]
+    found: type = getattr(import_module(module), name)
+    return found
 
 
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    root = argparse.ArgumentParser(
+    root = _Parser(
         prog=PROG, description="GRPO fine-tuning of video language models.", allow_abbrev=False
     )
     commands = root.add_subparsers(dest="command", required=True, metavar="command")
@@ -92,6 +125,9 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--media", help="folder of the videos (default: the records' own)")
     command.add_argument("--no-media", action="store_true", help="do not open the media")
     command.add_argument("--decode", action="store_true", help="also decode what is shown")
+    command.add_argument(
+        "--decoder", choices=("pyav", "decord"), default="pyav", help="default: %(default)s"
+    )
     command.add_argument("--json", help="write the report to this file")
     command.set_defaults(run=run_check)
 
@@ -108,29 +144,44 @@ def parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("doctor", help="what is installed, and what is missing")
     command.set_defaults(run=run_doctor)
+    for command in commands.choices.values():
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return root
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; its exit status. A mistake in settings or data, or a package that
-    is not installed, is told in one line."""
+    """Run a command; its exit status. Every error is one line; `--debug` shows its traceback.
+
+    Status: 0; 2 for an error in settings, data, files or installed packages; 1 for any other;
+    128 + the signal's number for a run that a signal ended.
+    """
     options = parser().parse_args(arguments)
     try:
         return options.run(options)
-    except (ValueError, OSError) as error:
-        print(f"{PROG} {options.command}: {error}", file=sys.stderr)
-        return 2
-    except ImportError as error:
-        extras = "pip install 'vcr1_fast[train,report]' brings what the commands use"
-        print(f"{PROG} {options.command}: {error}; {extras}", file=sys.stderr)
-        return 2
+    except RunStopped as stopped:
+        text, status = str(stopped), stopped.code
     except KeyboardInterrupt:
-        print(f"{PROG} {options.command}: interrupted", file=sys.stderr)
-        return 130
+        text, status = "interrupted", 130
+    except Exception as error:
+        if options.debug:
+            raise
+        text, status = _describe(error)
+    print(f"{PROG} {options.command}: {text}", file=sys.stderr)
+    return status
+
+
+def _describe(error: Exception) -> tuple[str, int]:
+    """(one line, exit status) of an error."""
+    if isinstance(error, ImportError):
+        return f"{error}; pip install 'vcr1_fast[train,report]' brings what the commands use", 2
+    if isinstance(error, ValueError | OSError):
+        return str(error), 2
+    line = str(error).partition("\n")[0]
+    return f"{type(error).__name__}: {line} (--debug shows the traceback)", 1
 
 
 def run_training(options: argparse.Namespace) -> int:
-    from vcr1_fast.train.build import load_config
+    from vcr1_fast.config.loader import load_config
     from vcr1_fast.train.config import TrainConfig
 
     names = {
@@ -151,9 +202,9 @@ def run_training(options: argparse.Namespace) -> int:
 
 
 def run_eval(options: argparse.Namespace) -> int:
+    from vcr1_fast.config.loader import load_config
     from vcr1_fast.evaluate.command import main_eval
     from vcr1_fast.evaluate.config import EvalRun
-    from vcr1_fast.train.build import load_config
 
     names = {
         "model": options.model,
@@ -166,8 +217,8 @@ def run_eval(options: argparse.Namespace) -> int:
 
 
 def run_chat(options: argparse.Namespace) -> int:
+    from vcr1_fast.config.loader import load_config
     from vcr1_fast.evaluate.chat import ChatConfig, main_chat
-    from vcr1_fast.train.build import load_config
 
     names = {name: getattr(options, name) for name in ("model", "video", "image", "question")}
     return main_chat(load_config(ChatConfig, None, _overrides(names, options)))
@@ -188,8 +239,8 @@ def run_bench(options: argparse.Namespace) -> int:
 
 
 def run_synth(options: argparse.Namespace) -> int:
+    from vcr1_fast.config.loader import load_config
     from vcr1_fast.data.synth import SynthConfig, write_dataset
-    from vcr1_fast.train.build import load_config
 
     config = load_config(SynthConfig, None, options.overrides)
     for split, path in write_dataset(options.output, config).items():
@@ -217,18 +268,19 @@ def run_convert(options: argparse.Namespace) -> int:
 
 def run_check(options: argparse.Namespace) -> int:
     from json import dumps
-    from pathlib import Path
 
     from vcr1_fast.evaluate.check import check, check_annotations, report_text
+    from vcr1_fast.files import write_atomic
 
     how = {"train": options.train, "media": not options.no_media, "decode": options.decode}
+    how["decoder"] = options.decoder
     if options.format is None:
         report = check(options.records, media_root=options.media, **how)
     else:
         report = check_annotations(options.format, options.records, media_root=options.media, **how)
     print(report_text(report))
     if options.json:
-        Path(options.json).write_text(dumps(report.as_json(), indent=1) + "\n")
+        write_atomic(options.json, dumps(report.as_json(), indent=1) + "\n")
     return 0
 
 

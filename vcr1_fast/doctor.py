@@ -1,4 +1,4 @@
-"""What is installed here, and what will run: the body of `vcr1 doctor`. Changes nothing."""
+"""`vcr1 doctor`: reports installed packages and the backends that will run. Changes nothing."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ PACKAGES = {
     "av": "train",
     "pillow": "train",
     "pyyaml": "train",
+    "pydantic": "train",
     "rich": "train",
     "matplotlib": "report",
     "tensorboard": "report",
@@ -87,7 +88,7 @@ def packages(problems: list[str]) -> list[tuple[str, str]]:
 
 
 def native(problems: list[str]) -> list[tuple[str, str]]:
-    """How the compiled module was built, and what it found on this machine."""
+    """Build options of the compiled module, and the instruction set it uses here."""
     module = backend.native
     reason = backend.unavailable("cpu")
     if module is None or reason is not None:
@@ -101,7 +102,7 @@ def native(problems: list[str]) -> list[tuple[str, str]]:
 
 
 def op_backends() -> list[tuple[str, str]]:
-    """For each op and device the backends that can run in this process."""
+    """For each op and device, the backends that can run in this process."""
     rows = []
     for op in backend.registered():
         live = []
@@ -121,9 +122,9 @@ def models() -> list[tuple[str, str]]:
 
 
 def integrations() -> list[tuple[str, str]]:
-    """For each patch of another trainer's package what is installed of it, whether that is a
-    release that the patch was checked on, and what the patch would replace. Imports none of
-    those packages: their signatures are looked at when the patch is called."""
+    """For each patch of another trainer: the installed release, whether the patch was checked on
+    it, and the functions it would replace. Imports none of those packages; the patch checks their
+    signatures when it is called."""
     rows = []
     for module in sorted(info.name for info in pkgutil.iter_modules(package.__path__)):
         if module.endswith("_plugin"):  # patches when imported
@@ -156,11 +157,11 @@ def _patch_rows(name: str, patch: Patch) -> list[tuple[str, str]]:
 
 
 def decoders(problems: list[str]) -> list[tuple[str, str]]:
-    """Which video readers can be imported."""
-    found = {name: importlib.util.find_spec(name) is not None for name in ("decord", "av")}
-    if not any(found.values()):
-        problems.append("no video decoder: pip install decord, or pip install av")
-    names = {"decord": "decord (default)", "av": "pyav"}
+    """Which video decoders can be imported. Every file's timeline is read by PyAV."""
+    found = {name: importlib.util.find_spec(name) is not None for name in ("av", "decord")}
+    if not found["av"]:
+        problems.append("no video decoder: pip install av")
+    names = {"av": "pyav (default)", "decord": "decord (optional)"}
     return [(names[name], "present" if there else "missing") for name, there in found.items()]
 
 

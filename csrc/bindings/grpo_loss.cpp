@@ -1,71 +1,211 @@
-// Python bindings of grpo_loss.
-#include "grpo_options.h"
+// Python bindings of grpo_loss, and its parameters as a class, which logits_grpo_loss takes too.
+//
+// Nothing is passed by position: parameters come as keywords, tensors as a NamedTuple whose fields
+// are read by name (LossInputs and LossOutputs of vcr1_fast/ops/grpo).
+#include <string>
+#include <utility>
+
+#include "bindings.h"
+#include "named_tensors.h"
 
 using vcr1::dense;
 using vcr1::dense_as;
+using vcr1::named_tensor;
+using vcr1::grpo::Parameters;
+
+namespace {
+
+template <typename E>
+using Names = std::initializer_list<std::pair<const char*, E>>;
+
+const Names<vcr1::grpo::Loss> kLossTypes = {
+    {"grpo", vcr1::grpo::kGrpo},   {"bnpo", vcr1::grpo::kBnpo},   {"dr_grpo", vcr1::grpo::kDrGrpo},
+    {"dapo", vcr1::grpo::kDapo},   {"cispo", vcr1::grpo::kCispo}, {"sapo", vcr1::grpo::kSapo},
+    {"luspo", vcr1::grpo::kLuspo}, {"vespo", vcr1::grpo::kVespo},
+};
+const Names<vcr1::grpo::Level> kLevels = {
+    {"token", vcr1::grpo::kToken},
+    {"sequence", vcr1::grpo::kSequence},
+    {"sequence_token", vcr1::grpo::kSequenceToken},
+};
+const Names<vcr1::grpo::Kl> kKlKinds = {
+    {"k1", vcr1::grpo::kK1},
+    {"k2", vcr1::grpo::kK2},
+    {"k3", vcr1::grpo::kK3},
+    {"abs", vcr1::grpo::kAbs},
+};
+const Names<vcr1::grpo::Aggregation> kAggregations = {
+    {"sequence_mean", vcr1::grpo::kSequenceMean}, {"token_mean", vcr1::grpo::kTokenMean},
+    {"sequence_sum", vcr1::grpo::kSequenceSum},   {"max_length", vcr1::grpo::kMaxLength},
+    {"num_items", vcr1::grpo::kNumItems},
+};
+const Names<vcr1::grpo::Rollout> kRolloutCorrections = {
+    {"none", vcr1::grpo::kNone},
+    {"token_truncate", vcr1::grpo::kTokenTruncate},
+    {"token_mask", vcr1::grpo::kTokenMask},
+    {"token_icepop", vcr1::grpo::kTokenIcepop},
+    {"sequence_truncate", vcr1::grpo::kSequenceTruncate},
+    {"sequence_mask", vcr1::grpo::kSequenceMask},
+    {"sequence_icepop", vcr1::grpo::kSequenceIcepop},
+};
+
+// Keyword arguments, each of which must be read exactly once.
+class Fields {
+ public:
+  explicit Fields(const py::kwargs& given) : given_(given) {}
+
+  template <typename T>
+  void read(const char* name, T& out) {
+    out = take(name).cast<T>();
+  }
+  template <typename E>
+  void read(const char* name, E& out, const Names<E>& names) {
+    const auto text = take(name).cast<std::string>();
+    for (const auto& [known, value] : names)
+      if (text == known) {
+        out = value;
+        return;
+      }
+    vcr1::fail<std::invalid_argument>("GrpoParameters: unknown ", name, " '", text, "'");
+  }
+  void finish() const {
+    VCR1_CHECK(read_ == given_.size(), "GrpoParameters: expected ", read_, " fields, got ",
+               given_.size());
+  }
+
+ private:
+  py::object take(const char* name) {
+    VCR1_CHECK(given_.contains(name), "GrpoParameters: ", name, " is missing");
+    ++read_;
+    return given_[name];
+  }
+
+  const py::kwargs& given_;
+  size_t read_ = 0;
+};
+
+Parameters parameters_from(const py::kwargs& given) {
+  Fields fields(given);
+  Parameters p{};
+  fields.read("loss_type", p.loss_type, kLossTypes);
+  fields.read("level", p.level, kLevels);
+  fields.read("kl", p.kl, kKlKinds);
+  fields.read("aggregation", p.aggregation, kAggregations);
+  fields.read("rollout_correction", p.rollout_correction, kRolloutCorrections);
+  // The macro keeps a name and its field from drifting apart.
+#define VCR1_READ(name) fields.read(#name, p.name)
+  VCR1_READ(entropy_token_mean);
+  VCR1_READ(kl_bias_correction);
+  VCR1_READ(kl_straight_through);
+  VCR1_READ(rollout_after_kl);
+  VCR1_READ(exclude_empty);
+  VCR1_READ(ratio_low);
+  VCR1_READ(ratio_high);
+  VCR1_READ(delta);
+  VCR1_READ(beta);
+  VCR1_READ(kl_input_clamp);
+  VCR1_READ(kl_output_clamp);
+  VCR1_READ(log_ratio_clamp);
+  VCR1_READ(sapo_tau_pos);
+  VCR1_READ(sapo_tau_neg);
+  VCR1_READ(vespo_k_pos);
+  VCR1_READ(vespo_lambda_pos);
+  VCR1_READ(vespo_k_neg);
+  VCR1_READ(vespo_lambda_neg);
+  VCR1_READ(rollout_min);
+  VCR1_READ(rollout_max);
+  VCR1_READ(off_policy_threshold);
+  VCR1_READ(entropy_coef);
+  VCR1_READ(max_length);
+  VCR1_READ(num_items);
+  VCR1_READ(num_sequences);
+#undef VCR1_READ
+  fields.finish();
+  return p;
+}
+
+// Where the completions are: rows of (B, T), or segments of packed (N,).
+void set_completions(vcr1::GrpoLossArgs& args, const Tensor& logps,
+                     const std::optional<Tensor>& offsets) {
+  args.tokens = logps.numel();
+  if (!offsets) {
+    VCR1_CHECK(logps.ndim() == 2, "logps: expected (B, T), or (N,) with cu_seqlens, got ",
+               logps.ndim(), " dimensions");
+    args.sequences = logps.size(0);
+    args.columns = logps.size(1);
+    return;
+  }
+  args.sequences = offsets->numel() - 1;
+  VCR1_CHECK(offsets->same_device(logps) && args.sequences >= 0,
+             "cu_seqlens: expected (B + 1,) on the log-probs' device");
+  args.offsets = offsets->dense<int64_t>("cu_seqlens");
+  if (!offsets->on_cpu()) return;  // reading them would wait for the GPU: the kernel clamps them
+  for (int64_t b = 0; b <= args.sequences; ++b) {
+    const int64_t before = b > 0 ? args.offsets[b - 1] : 0;
+    VCR1_CHECK(args.offsets[b] >= before && args.offsets[b] <= args.tokens,
+               "cu_seqlens must rise within 0 to ", args.tokens, ", the number of tokens; got ",
+               args.offsets[b], " after ", before);
+  }
+}
+
+void set_advantages(vcr1::GrpoLossArgs& args, const Tensor& logps, const Tensor& advantages) {
+  const bool column = advantages.ndim() == 2 && advantages.size(1) == 1;
+  // A packed vector of N = B values counts as (B,).
+  const bool per_sequence = advantages.numel() == args.sequences &&
+                            (args.offsets != nullptr || advantages.ndim() == 1 || column);
+  args.token_advantages = !per_sequence;
+  args.advantages =
+      dense_as(advantages, logps, per_sequence ? args.sequences : args.tokens, "advantages");
+}
+
+Tensor required(const py::object& tuple, const char* name) {
+  const auto tensor = named_tensor(tuple, name);
+  VCR1_CHECK(tensor.has_value(), name, ": expected a tensor, got None");
+  return *tensor;
+}
+
+void grpo_loss(const py::object& inputs, const Parameters& parameters, const py::object& outputs,
+               int num_threads) {
+  const Tensor logps = required(inputs, "logps");
+  VCR1_CHECK(logps.dtype() == vcr1::DType::kFloat32 || logps.dtype() == vcr1::DType::kFloat64,
+             "logps: expected float32 or float64, got ", vcr1::name_of(logps.dtype()));
+  vcr1::GrpoLossArgs args{};
+  args.parameters = parameters;
+  args.dtype = logps.dtype();
+  args.logps = logps.raw();
+  VCR1_CHECK(logps.is_contiguous(), "logps: expected a contiguous tensor");
+  set_completions(args, logps, named_tensor(inputs, "cu_seqlens"));
+  set_advantages(args, logps, required(inputs, "advantages"));
+  const auto in = [&](const char* name, int64_t numel) {
+    return dense_as(named_tensor(inputs, name), logps, numel, name);
+  };
+  args.old_logps = in("old_logps", args.tokens);
+  args.ref_logps = in("ref_logps", args.tokens);
+  args.entropy = in("entropy", args.tokens);
+  args.rollout_logps = in("rollout_logps", args.tokens);
+  args.token_weights = in("token_weights", args.tokens);
+  args.weights = in("weights", args.sequences);
+  args.denominator = in("denominator", 1);
+  args.mask = dense<bool>(named_tensor(inputs, "mask"), args.tokens, logps, "mask");
+  const auto out = [&](const char* name, int64_t numel) {
+    return const_cast<void*>(dense_as(required(outputs, name), logps, numel, name));
+  };
+  args.loss = out("loss", 1);
+  args.grad_logps = out("grad_logps", args.tokens);
+  args.metrics = out("metrics", vcr1::grpo::kMetrics);
+  if (args.entropy != nullptr && parameters.entropy_coef != 0)
+    args.grad_entropy = out("grad_entropy", args.tokens);
+  args.scratch = dense<double>(required(outputs, "scratch"), args.sequences * vcr1::grpo::kScratch,
+                               logps, "scratch");
+  VCR1_LAUNCH(grpo_loss, logps, args, num_threads);
+}
+
+}  // namespace
 
 VCR1_BINDINGS(grpo_loss, m) {
   m.attr("grpo_loss_scratch") = int{vcr1::grpo::kScratch};
-  m.def(
-      "grpo_loss",
-      [](const std::vector<std::optional<Tensor>>& inputs, const std::vector<int64_t>& kinds,
-         const std::vector<double>& values, const std::vector<Tensor>& outputs, int num_threads) {
-        VCR1_CHECK(inputs.size() == 11 && inputs[0] && inputs[2], "inputs: expected 11 tensors");
-        VCR1_CHECK(outputs.size() == 5, "outputs: expected 5 tensors, got ", outputs.size());
-        const Tensor& logps = *inputs[0];
-        const auto& offsets = inputs[8];
-        const int64_t tokens = logps.numel();
-        VCR1_CHECK(logps.dtype() == vcr1::DType::kFloat32 || logps.dtype() == vcr1::DType::kFloat64,
-                   "logps: expected float32 or float64, got ", vcr1::name_of(logps.dtype()));
-        vcr1::GrpoLossArgs args{};
-        args.dtype = logps.dtype();
-        args.tokens = tokens;
-        args.sequences = offsets ? offsets->numel() - 1 : logps.size(0);
-        args.columns = offsets ? 0 : logps.size(1);
-        const int64_t sequences = args.sequences;
-        if (offsets) {
-          VCR1_CHECK(offsets->same_device(logps) && sequences >= 0,
-                     "cu_seqlens: expected (B + 1,) on the log-probs' device");
-          args.offsets = offsets->dense<int64_t>("cu_seqlens");
-          // On a GPU the values are not at hand: the kernel keeps them within the tokens.
-          for (int64_t b = 0; offsets->on_cpu() && b <= sequences; ++b) {
-            const int64_t before = b > 0 ? args.offsets[b - 1] : 0;
-            VCR1_CHECK(args.offsets[b] >= before && args.offsets[b] <= tokens,
-                       "cu_seqlens must rise within 0 to ", tokens, ", the number of tokens; got ",
-                       args.offsets[b], " after ", before);
-          }
-        }
-        args.logps = dense_as(inputs[0], logps, tokens, "logps");
-        args.old_logps = dense_as(inputs[1], logps, tokens, "old_logps");
-        const Tensor& advantages = *inputs[2];
-        const bool per_sequence = advantages.numel() == sequences &&
-                                  (offsets || advantages.ndim() == 1 ||
-                                   (advantages.ndim() == 2 && advantages.size(1) == 1));
-        args.token_advantages = !per_sequence;
-        args.advantages =
-            dense_as(inputs[2], logps, per_sequence ? sequences : tokens, "advantages");
-        args.mask = dense<bool>(inputs[3], tokens, logps, "mask");
-        args.ref_logps = dense_as(inputs[4], logps, tokens, "ref_logps");
-        args.entropy = dense_as(inputs[5], logps, tokens, "entropy");
-        args.rollout_logps = dense_as(inputs[6], logps, tokens, "rollout_logps");
-        args.token_weights = dense_as(inputs[7], logps, tokens, "token_weights");
-        args.weights = dense_as(inputs[9], logps, sequences, "weights");
-        args.denominator = dense_as(inputs[10], logps, 1, "denominator");
-        args.kinds = vcr1::fields_from<vcr1::grpo::Kinds>(kinds, "kinds");
-        args.values = vcr1::fields_from<vcr1::grpo::Values>(values, "values");
-        const auto out = [&](int index, int64_t numel, const char* name) {
-          return const_cast<void*>(dense_as(outputs[index], logps, numel, name));
-        };
-        args.loss = out(0, 1, "loss");
-        args.grad_logps = out(1, tokens, "grad_logps");
-        const bool with_entropy = args.entropy != nullptr && args.values.entropy_coef != 0;
-        args.grad_entropy = out(2, with_entropy ? tokens : 0, "grad_entropy");
-        if (!with_entropy) args.grad_entropy = nullptr;
-        args.metrics = out(3, vcr1::grpo::kMetrics, "metrics");
-        args.scratch =
-            dense<double>(outputs[4], sequences * vcr1::grpo::kScratch, logps, "scratch");
-        VCR1_LAUNCH(grpo_loss, logps, args, num_threads);
-      },
-      py::arg("inputs"), py::arg("kinds"), py::arg("values"), py::arg("outputs"),
-      py::arg("num_threads"));
+  py::class_<Parameters>(m, "GrpoParameters", "LossParameters of vcr1_fast/ops/grpo/config.py.")
+      .def(py::init(&parameters_from));
+  m.def("grpo_loss", &grpo_loss, py::arg("inputs"), py::arg("parameters"), py::arg("outputs"),
+        py::arg("num_threads"));
 }

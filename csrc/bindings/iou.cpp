@@ -9,7 +9,7 @@ using namespace vcr1;
 namespace {
 
 IouKind iou_kind(const std::string& name) {
-  const std::map<std::string, IouKind> kinds = {{"span", IouKind::kSpan},
+  static const std::map<std::string, IouKind> kinds = {{"span", IouKind::kSpan},
                                                 {"iou", IouKind::kIou},
                                                 {"giou", IouKind::kGiou},
                                                 {"diou", IouKind::kDiou},

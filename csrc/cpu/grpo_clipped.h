@@ -18,14 +18,14 @@ namespace {
 // Whether Clipped computes this loss. Ratios by sequence: with one advantage a completion, all its
 // tokens have the same derivative in s, which is then their mean.
 inline bool fits_clipped(const GrpoLossArgs& a) {
-  const grpo::Kinds& k = a.kinds;
-  const bool policy = k.loss != grpo::kSapo && k.loss != grpo::kVespo;
+  const grpo::Parameters& p = a.parameters;
+  const bool policy = p.loss_type != grpo::kSapo && p.loss_type != grpo::kVespo;
   const bool kl = a.ref_logps == nullptr ||
-                  (k.kl == grpo::kK3 && !k.kl_bias_correction && !k.kl_straight_through);
+                  (p.kl == grpo::kK3 && !p.kl_bias_correction && !p.kl_straight_through);
   const bool unweighted = a.rollout_logps == nullptr && a.token_weights == nullptr &&
-                          !std::isfinite(a.values.off_policy_threshold);
+                          !std::isfinite(p.off_policy_threshold);
   return a.dtype == DType::kFloat32 && policy && kl && unweighted &&
-         (k.level == grpo::kToken || !a.token_advantages);
+         (p.level == grpo::kToken || !a.token_advantages);
 }
 
 // exp() for every x; `ends`: there is none beyond 88.
@@ -66,8 +66,8 @@ class Clipped {
   }
 
   void run(int64_t begin, int64_t end, double* sums) {
-    if (a_.kinds.level != grpo::kToken) {
-      const Vec limit = number(a_.values.log_ratio_clamp);
+    if (a_.parameters.level != grpo::kToken) {
+      const Vec limit = number(a_.parameters.log_ratio_clamp);
       double total = 0.0;
       blocks(begin, end, [&](const ClippedTokens& t, int64_t first, int64_t last) {
         Vec sum = splat(0.0f), logp;
@@ -146,24 +146,24 @@ class Clipped {
   };
 
   Constants constants(const ClippedTokens& t) const {
-    const grpo::Values& v = a_.values;
-    const bool ends = v.log_ratio_clamp <= 88.0 && v.kl_input_clamp <= 88.0;
-    return {number(v.log_ratio_clamp),
-            number(v.delta),
-            number(v.ratio_low),
-            number(v.ratio_high),
-            number(v.kl_input_clamp),
-            number(v.kl_output_clamp),
+    const grpo::Parameters& p = a_.parameters;
+    const bool ends = p.log_ratio_clamp <= 88.0 && p.kl_input_clamp <= 88.0;
+    return {number(p.log_ratio_clamp),
+            number(p.delta),
+            number(p.ratio_low),
+            number(p.ratio_high),
+            number(p.kl_input_clamp),
+            number(p.kl_output_clamp),
             number(weight_),
-            splat(static_cast<float>(weight_) * static_cast<float>(v.beta)),
+            splat(static_cast<float>(weight_) * static_cast<float>(p.beta)),
             number(bonus_),
             splat(ratio_),
             splat(advantage_),
-            a_.kinds.level == grpo::kToken,
-            t.old != nullptr && a_.kinds.level != grpo::kSequenceToken,
+            p.level == grpo::kToken,
+            t.old != nullptr && p.level != grpo::kSequenceToken,
             ends,
-            std::isfinite(v.delta),
-            std::isfinite(v.kl_output_clamp) || !ends};
+            std::isfinite(p.delta),
+            std::isfinite(p.kl_output_clamp) || !ends};
   }
 
   // The derivative of min(min(r, delta) a, clip(r) a) in r; half of each where both are equal.
@@ -253,7 +253,7 @@ class Clipped {
     const double policy = -reduce_add(s.policy) * weight_, kl = reduce_add(s.kl);
     const double entropy = reduce_add(s.entropy);
     out[grpo::kPolicyLoss] += policy;
-    out[grpo::kLossSum] += policy + kl * a_.values.beta * weight_;
+    out[grpo::kLossSum] += policy + kl * a_.parameters.beta * weight_;
     if (a_.grad_entropy != nullptr) out[grpo::kLossSum] += entropy * bonus_;
     out[grpo::kKlMean] += kl;
     out[grpo::kEntropyMean] += entropy;

@@ -1,5 +1,5 @@
 // The GRPO loss, its gradient and its metrics in one pass over the tokens. The maths, with these
-// names, is in vcr1_fast/ops/grpo_reference.py and grpo_terms.py.
+// names, is in vcr1_fast/ops/grpo/reference.py.
 //
 // Completions are independent once tokens are counted: each leaves its sums in scratch memory, and
 // they are added in order at the end, so that results do not depend on the number of threads.
@@ -43,7 +43,7 @@ class Kernel : Terms<T> {
   }
 
  private:
-  using Terms<T>::a_, Terms<T>::k_, Terms<T>::v_, Terms<T>::take, Terms<T>::load_tokens;
+  using Terms<T>::a_, Terms<T>::p_, Terms<T>::take, Terms<T>::load_tokens;
   using Terms<T>::ratios, Terms<T>::rollout, Terms<T>::factors, Terms<T>::policy, Terms<T>::kl;
 
   // Completions of about `tokens` tokens: a piece of work that takes several times as long as
@@ -107,14 +107,14 @@ class Kernel : Terms<T> {
   }
 
   void set_batch_weight() {
-    const bool tokens = k_.aggregation == kTokenMean || k_.aggregation == kNumItems;
-    double count = k_.exclude_empty ? totals_[kNumSequences] : static_cast<double>(a_.sequences);
+    const bool tokens = p_.aggregation == kTokenMean || p_.aggregation == kNumItems;
+    double count = p_.exclude_empty ? totals_[kNumSequences] : static_cast<double>(a_.sequences);
     if (tokens) count = totals_[kNumTokens];
-    if (k_.aggregation == kNumItems && v_.num_items != 0.0) count = v_.num_items;
-    if (!tokens && v_.num_sequences != 0.0) count = v_.num_sequences;
+    if (p_.aggregation == kNumItems && p_.num_items != 0.0) count = p_.num_items;
+    if (!tokens && p_.num_sequences != 0.0) count = p_.num_sequences;
     if (a_.denominator != nullptr) count = *static_cast<const T*>(a_.denominator);
     batch_weight_ = 1.0 / std::max(count, 1.0);
-    if (k_.aggregation == kMaxLength) batch_weight_ /= v_.max_length;
+    if (p_.aggregation == kMaxLength) batch_weight_ /= p_.max_length;
     entropy_weight_ = totals_[kEntropyWeight] > 0.0 ? 1.0 / totals_[kEntropyWeight] : 1.0;
   }
 
@@ -135,7 +135,7 @@ class Kernel : Terms<T> {
     c.sums = sums(b);
     c.tokens = c.sums[kNumTokens];
     c.weight = batch_weight_;
-    if (k_.aggregation == kSequenceMean) c.weight /= std::max(c.tokens, 1.0);
+    if (p_.aggregation == kSequenceMean) c.weight /= std::max(c.tokens, 1.0);
     if (a_.weights != nullptr) c.weight = static_cast<const T*>(a_.weights)[b];
     T* const grad = static_cast<T*>(a_.grad_logps);
     T* const grad_entropy = static_cast<T*>(a_.grad_entropy);
@@ -157,7 +157,7 @@ class Kernel : Terms<T> {
       metrics(c, n, t);
       if (a_.entropy != nullptr) entropy(first, c, valid, n, t);
     });
-    if (k_.level != kSequence) return;
+    if (p_.level != kSequence) return;
     const T each = static_cast<T>(c.grad_s / c.tokens);
     blocks(b, begin, end, t, [&](int64_t first, int valid, int) {
       T* const out = grad + first;
@@ -170,7 +170,7 @@ class Kernel : Terms<T> {
 
   void in_registers(int64_t b, int64_t begin, int64_t end, const Sums& c) const {
     const double bonus = entropy_scale(c);
-    const bool cispo = k_.loss == kCispo;
+    const bool cispo = p_.loss_type == kCispo;
     if (a_.ref_logps == nullptr) {
       if (cispo)
         Clipped<true, false>(a_, b, c, bonus).run(begin, end, c.sums);
@@ -185,7 +185,7 @@ class Kernel : Terms<T> {
 
   // The gradient of a token's entropy, but for its weight.
   double entropy_scale(const Sums& c) const {
-    return -v_.entropy_coef * (k_.entropy_token_mean ? entropy_weight_ : c.weight);
+    return -p_.entropy_coef * (p_.entropy_token_mean ? entropy_weight_ : c.weight);
   }
 
   // Sums over the completion, before any token can be weighed.
@@ -193,7 +193,7 @@ class Kernel : Terms<T> {
     Statistics totals{};
     blocks(b, begin, end, t, [&](int64_t, int, int n) {
       totals.log_ratio += sum(t.log_ratio, n);
-      if (k_.loss == kVespo) {
+      if (p_.loss_type == kVespo) {
         for (int j = 0; j < n; ++j) t.scratch[j] = clamp(t.log_ratio[j], -20.0, 20.0);
         totals.bounded += sum(t.scratch, n);
       }
@@ -203,30 +203,30 @@ class Kernel : Terms<T> {
     });
     totals.drift -= totals.gap;
     set_statistics<T>(a_, totals, c);
-    if (k_.loss != kVespo) return;
+    if (p_.loss_type != kVespo) return;
     double log_weight = 0.0;
-    if (corrects_whole(k_)) {
+    if (corrects_whole(p_)) {
       log_weight = vespo_log(c.correction);
-    } else if (k_.rollout != kNone) {
+    } else if (p_.rollout_correction != kNone) {
       blocks(b, begin, end, t, [&](int64_t, int valid, int n) {
         rollout(c, n, t);
         for (int j = 0; j < valid; ++j)
           if (t.counts[j] != 0) log_weight += vespo_log(double{t.weight[j]});
       });
     }
-    set_vespo(v_, totals.bounded, log_weight, c);
+    set_vespo(p_, totals.bounded, log_weight, c);
   }
 
   void combine(int64_t first, Sums& c, int valid, int n, Block<T>& t) const {
-    const T weight = static_cast<T>(c.weight), beta = static_cast<T>(v_.beta);
-    const bool token = k_.level == kToken, whole = k_.level == kSequence;
-    const Kinds kinds = k_;
+    const T weight = static_cast<T>(c.weight), beta = static_cast<T>(p_.beta);
+    const bool token = p_.level == kToken, whole = p_.level == kSequence;
+    const Parameters p = p_;  // a copy: stores to the block cannot alias it
     T* const loss = t.scratch;
     T* const d_s = t.raw;
     T* const out = t.d_logp;
     for (int j = 0; j < n; ++j) {
       const bool counts = t.counts[j] != 0;
-      const Part<T> part = grpo::combine(kinds, weight, beta, t.factor[j], t.weight[j], t.ratio[j],
+      const Part<T> part = grpo::combine(p, weight, beta, t.factor[j], t.weight[j], t.ratio[j],
                                          Policy<T>{t.policy[j], t.d_ratio[j], t.d_logp[j]},
                                          KlTerm<T>{t.kl[j], t.d_kl[j]});
       const T clipped = token ? part.d_s * t.unclamped[j] : part.d_s;
@@ -273,10 +273,10 @@ class Kernel : Terms<T> {
     out[kRatioMin] = std::min<double>(out[kRatioMin], -largest(t.d_logp, n));
     for (int j = 0; j < n; ++j) x[j] = t.token_ratio[j] - 1 - t.log_ratio[j];
     out[kApproxKl] += sum(x, n);
-    const T low = static_cast<T>(v_.ratio_low), high = static_cast<T>(v_.ratio_high);
-    const T delta = static_cast<T>(v_.delta);
+    const T low = static_cast<T>(p_.ratio_low), high = static_cast<T>(p_.ratio_high);
+    const T delta = static_cast<T>(p_.delta);
     // The advantage is 0 outside the mask.
-    if (k_.loss != kSapo && k_.loss != kVespo) {
+    if (p_.loss_type != kSapo && p_.loss_type != kVespo) {
       for (int j = 0; j < n; ++j) {
         t.d_ratio[j] = (t.ratio[j] < low) & (t.advantage[j] < 0) ? T{1} : T{0};
         t.d_logp[j] = (t.ratio[j] > high) & (t.advantage[j] > 0) ? T{1} : T{0};
@@ -286,7 +286,7 @@ class Kernel : Terms<T> {
       out[kClipHigh] += above;
       out[kClipRegion] += below + above;
     }
-    if (std::isfinite(v_.delta)) {
+    if (std::isfinite(p_.delta)) {
       for (int j = 0; j < n; ++j) x[j] = (t.ratio[j] > delta) & (t.advantage[j] < 0) ? T{1} : T{0};
       out[kClipDelta] += sum(x, n);
     }

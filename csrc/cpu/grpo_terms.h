@@ -1,4 +1,4 @@
-// The terms of the GRPO loss on blocks of tokens: see vcr1_fast/ops/grpo_terms.py for the maths.
+// The terms of the GRPO loss on blocks of tokens; the maths is in vcr1_fast/ops/grpo/reference.py.
 // Included only by files that vcr1_cpu_kernel() builds.
 //
 // Every loop runs over whole vectors of a block's arrays, without branches, so that the compiler
@@ -94,7 +94,7 @@ struct alignas(64) Block {
 template <typename T>
 class Terms {
  public:
-  explicit Terms(const GrpoLossArgs& args) : a_(args), k_(args.kinds), v_(args.values) {}
+  explicit Terms(const GrpoLossArgs& args) : a_(args), p_(args.parameters) {}
 
  protected:
   // The elements of a tensor from `first`, 0 where the token does not count and up to n. Selected,
@@ -119,7 +119,7 @@ class Terms {
     for (int j = valid; j < n; ++j) t.counts[j] = 0;
     take(a_.logps, first, t.counts, valid, n, t.logp);
     if (a_.old_logps != nullptr) {
-      const T limit = static_cast<T>(v_.log_ratio_clamp);
+      const T limit = static_cast<T>(p_.log_ratio_clamp);
       take(a_.old_logps, first, t.counts, valid, n, t.raw);
       for (int j = 0; j < n; ++j) {
         const T x = t.logp[j] - t.raw[j];
@@ -150,7 +150,7 @@ class Terms {
 
   void ratios(const Sums& c, int n, Block<T>& t) const {
     exp_all(t.log_ratio, t.token_ratio, n);
-    if (k_.level == kToken)
+    if (p_.level == kToken)
       std::copy(t.token_ratio, t.token_ratio + n, t.ratio);
     else
       std::fill(t.ratio, t.ratio + n, std::exp(static_cast<T>(c.log_ratio)));
@@ -158,9 +158,11 @@ class Terms {
 
   // The rollout correction of each token, and whether it changed the token.
   void rollout(const Sums& c, int n, Block<T>& t) const {
-    if (k_.rollout == kNone || corrects_whole(k_)) {
-      std::fill(t.weight, t.weight + n, k_.rollout == kNone ? T{1} : static_cast<T>(c.correction));
-      std::fill(t.clipped, t.clipped + n, static_cast<T>(k_.rollout != kNone && c.dropped));
+    if (p_.rollout_correction == kNone || corrects_whole(p_)) {
+      std::fill(t.weight, t.weight + n,
+                p_.rollout_correction == kNone ? T{1} : static_cast<T>(c.correction));
+      std::fill(t.clipped, t.clipped + n,
+                static_cast<T>(p_.rollout_correction != kNone && c.dropped));
       return;
     }
     exp_all(t.gap, t.weight, n);
@@ -174,7 +176,7 @@ class Terms {
   // F of the reference: what multiplies the policy term and is constant for the gradient.
   void factors(int64_t first, const Sums& c, int valid, int n, Block<T>& t) const {
     rollout(c, n, t);
-    if (k_.loss == kVespo)
+    if (p_.loss_type == kVespo)
       std::fill(t.factor, t.factor + n, T{1});
     else
       std::copy(t.weight, t.weight + n, t.factor);
@@ -182,7 +184,7 @@ class Terms {
       take(a_.token_weights, first, t.counts, valid, n, t.scratch);
       for (int j = 0; j < n; ++j) t.factor[j] *= t.scratch[j];
     }
-    if (!std::isfinite(v_.off_policy_threshold)) {
+    if (!std::isfinite(p_.off_policy_threshold)) {
       c.sums[kOffPolicyKept] = c.tokens;
       return;
     }
@@ -198,15 +200,15 @@ class Terms {
   // The policy term, its derivative in the ratio and its direct derivative in logp. They are finite
   // outside the mask unless the completion's own ratio is not.
   void policy(const Sums& c, int n, Block<T>& t) const {
-    const T low = static_cast<T>(v_.ratio_low), high = static_cast<T>(v_.ratio_high);
+    const T low = static_cast<T>(p_.ratio_low), high = static_cast<T>(p_.ratio_high);
     const auto put = [&](int j, const Policy<T>& term) {
       t.policy[j] = term.value;
       t.d_ratio[j] = term.d_ratio;
       t.d_logp[j] = term.d_logp;
     };
-    if (k_.loss == kVespo || k_.loss == kCispo) {
+    if (p_.loss_type == kVespo || p_.loss_type == kCispo) {
       T* const phi = t.scratch;
-      if (k_.loss == kVespo) {
+      if (p_.loss_type == kVespo) {
         const T pos = static_cast<T>(c.phi_pos), neg = static_cast<T>(c.phi_neg);
         for (int j = 0; j < n; ++j) {
           phi[j] = t.advantage[j] >= 0 ? pos : neg;
@@ -217,15 +219,15 @@ class Terms {
         for (int j = 0; j < n; ++j) phi[j] = clamp(t.ratio[j], low, high);
       }
       for (int j = 0; j < n; ++j) put(j, weighted_policy(phi[j], t.advantage[j], t.logp[j]));
-    } else if (k_.loss == kSapo) {
-      const T tau_pos = static_cast<T>(v_.sapo_tau_pos), tau_neg = static_cast<T>(v_.sapo_tau_neg);
+    } else if (p_.loss_type == kSapo) {
+      const T tau_pos = static_cast<T>(p_.sapo_tau_pos), tau_neg = static_cast<T>(p_.sapo_tau_neg);
       for (int j = 0; j < n; ++j)
         t.scratch[j] = (t.advantage[j] > 0 ? tau_pos : tau_neg) * (1 - t.ratio[j]);
       exp_all(t.scratch, t.raw, n);
       for (int j = 0; j < n; ++j)
         put(j, sapo_policy(t.advantage[j], t.advantage[j] > 0 ? tau_pos : tau_neg, t.raw[j]));
     } else {
-      const T delta = static_cast<T>(v_.delta);
+      const T delta = static_cast<T>(p_.delta);
       for (int j = 0; j < n; ++j)
         put(j, clipped_policy(t.ratio[j], t.advantage[j], low, high, delta));
     }
@@ -237,25 +239,24 @@ class Terms {
       std::fill(t.d_kl, t.d_kl + n, T{0});
       return;
     }
-    const T limit = static_cast<T>(v_.kl_input_clamp), bound = static_cast<T>(v_.kl_output_clamp);
+    const T limit = static_cast<T>(p_.kl_input_clamp), bound = static_cast<T>(p_.kl_output_clamp);
     T* const d = t.scratch;
     take(a_.ref_logps, first, t.counts, valid, n, t.raw);
     for (int j = 0; j < n; ++j) {
       t.raw[j] -= t.logp[j];
       d[j] = clamp(t.raw[j], -limit, limit);
     }
-    if (k_.kl == kK3) exp_all(d, t.kl, n);
-    const Kinds kinds = k_;
+    if (p_.kl == kK3) exp_all(d, t.kl, n);
+    const Parameters p = p_;  // a copy: stores to the block cannot alias it
     for (int j = 0; j < n; ++j) {
-      const KlTerm<T> term = kl_term(kinds, t.raw[j], d[j], t.kl[j], limit, bound);
+      const KlTerm<T> term = kl_term(p, t.raw[j], d[j], t.kl[j], limit, bound);
       t.kl[j] = term.value;
       t.d_kl[j] = term.d_logp;
     }
   }
 
   const GrpoLossArgs& a_;
-  const Kinds& k_;
-  const Values& v_;
+  const Parameters& p_;
 };
 
 }  // namespace

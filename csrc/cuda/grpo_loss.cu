@@ -1,5 +1,5 @@
 // The GRPO loss, its gradient and its metrics in two launches. The maths, with these names, is in
-// vcr1_fast/ops/grpo_reference.py and grpo_terms.py; a token's terms are those of the CPU kernel.
+// vcr1_fast/ops/grpo/reference.py; a token's terms are those of the CPU kernel.
 //
 // What a token weighs may depend on all completions' lengths, but it is only a factor: the first
 // kernel adds up each completion as if that factor were 1, the second finds it and writes
@@ -98,18 +98,18 @@ __device__ inline void statistics(const GrpoLossArgs& a, const Team<kTeam>& team
   entropy_weight = sums[1];
   if (!shares || c.tokens == 0.0) return;
   set_statistics<T>(a, {sums[2], sums[3], sums[4], sums[5]}, c);
-  if (a.kinds.loss != kVespo) return;
+  if (a.parameters.loss_type != kVespo) return;
   double log_weight[1] = {};
-  if (corrects_whole(a.kinds)) {
+  if (corrects_whole(a.parameters)) {
     log_weight[0] = vespo_log(c.correction);
-  } else if (a.kinds.rollout != kNone) {
+  } else if (a.parameters.rollout_correction != kNone) {
     team.for_tokens([&](int64_t i) {
       const Token<T> t = load_token<T>(a, team.sequence, i);
       if (t.counts) log_weight[0] += vespo_log(double{rollout_correction(a, c, t.gap).weight});
     });
     team_reduce<Add, kTeam>(log_weight);
   }
-  set_vespo(a.values, sums[3], log_weight[0], c);
+  set_vespo(a.parameters, sums[3], log_weight[0], c);
 }
 
 template <typename T>
@@ -118,13 +118,14 @@ __device__ inline void add_metrics(const GrpoLossArgs& a, const Evaluated<T>& e,
   const Token<T>& t = e.token;
   sums[kRatioMean] += e.ratio;
   sums[kApproxKl] += e.token_ratio - 1 - t.log_ratio;
-  const bool low = e.ratio < static_cast<T>(a.values.ratio_low) && t.advantage < 0;
-  const bool high = e.ratio > static_cast<T>(a.values.ratio_high) && t.advantage > 0;
-  const bool clips = a.kinds.loss != kSapo && a.kinds.loss != kVespo;
+  const Parameters& p = a.parameters;
+  const bool low = e.ratio < static_cast<T>(p.ratio_low) && t.advantage < 0;
+  const bool high = e.ratio > static_cast<T>(p.ratio_high) && t.advantage > 0;
+  const bool clips = p.loss_type != kSapo && p.loss_type != kVespo;
   sums[kClipLow] += clips && low;
   sums[kClipHigh] += clips && high;
   sums[kClipRegion] += clips && (low || high);
-  sums[kClipDelta] += e.ratio > static_cast<T>(a.values.delta) && t.advantage < 0;
+  sums[kClipDelta] += e.ratio > static_cast<T>(p.delta) && t.advantage < 0;
   sums[kVespoPhi] += e.phi;
   sums[kOffPolicyKept] += e.kept;
   sums[kKlMean] += e.kl.value;
@@ -188,10 +189,9 @@ struct Batch {
 // Called by the whole block. `all`: the counts are wanted whatever the weights depend on.
 template <typename T>
 __device__ inline Batch batch_weights(const GrpoLossArgs& a, bool all) {
-  const Kinds& k = a.kinds;
-  const Values& v = a.values;
+  const Parameters& p = a.parameters;
   double totals[3] = {};
-  if (all || a.weights == nullptr || k.entropy_token_mean) {
+  if (all || a.weights == nullptr || p.entropy_token_mean) {
     for (int64_t b = threadIdx.x; b < a.sequences; b += kBlock) {
       totals[0] += scratch(a, kNumTokens, b);
       totals[1] += scratch(a, kNumSequences, b);
@@ -199,14 +199,14 @@ __device__ inline Batch batch_weights(const GrpoLossArgs& a, bool all) {
     }
     team_reduce<Add, kBlock>(totals);
   }
-  const bool by_tokens = k.aggregation == kTokenMean || k.aggregation == kNumItems;
-  double count = k.exclude_empty ? totals[1] : static_cast<double>(a.sequences);
+  const bool by_tokens = p.aggregation == kTokenMean || p.aggregation == kNumItems;
+  double count = p.exclude_empty ? totals[1] : static_cast<double>(a.sequences);
   if (by_tokens) count = totals[0];
-  if (k.aggregation == kNumItems && v.num_items != 0.0) count = v.num_items;
-  if (!by_tokens && v.num_sequences != 0.0) count = v.num_sequences;
+  if (p.aggregation == kNumItems && p.num_items != 0.0) count = p.num_items;
+  if (!by_tokens && p.num_sequences != 0.0) count = p.num_sequences;
   if (a.denominator != nullptr) count = *static_cast<const T*>(a.denominator);
   Batch out{totals[0], 1.0 / (count > 1.0 ? count : 1.0), totals[2] > 0.0 ? 1.0 / totals[2] : 1.0};
-  if (k.aggregation == kMaxLength) out.weight /= v.max_length;
+  if (p.aggregation == kMaxLength) out.weight /= p.max_length;
   return out;
 }
 
@@ -214,14 +214,15 @@ template <typename T>
 __device__ inline double token_weight(const GrpoLossArgs& a, const Batch& batch, int64_t b) {
   if (a.weights != nullptr) return static_cast<const T*>(a.weights)[b];
   const double tokens = scratch(a, kNumTokens, b);
-  return a.kinds.aggregation == kSequenceMean ? batch.weight / (tokens > 1.0 ? tokens : 1.0)
-                                              : batch.weight;
+  return a.parameters.aggregation == kSequenceMean ? batch.weight / (tokens > 1.0 ? tokens : 1.0)
+                                                   : batch.weight;
 }
 
 // Of a token whose own entropy weight is 1.
 template <typename T>
 __device__ inline double entropy_scale(const GrpoLossArgs& a, const Batch& batch, double weight) {
-  return -a.values.entropy_coef * (a.kinds.entropy_token_mean ? batch.entropy_weight : weight);
+  const Parameters& p = a.parameters;
+  return -p.entropy_coef * (p.entropy_token_mean ? batch.entropy_weight : weight);
 }
 
 // The loss and the metrics, by one block.
@@ -287,9 +288,10 @@ __global__ void __launch_bounds__(kBlock) gradient_kernel(const __grid_constant_
     T value{0}, entropy_value{0};
     if (counts) {
       const Evaluated<T> e = evaluate(a, c, load_token<T>(a, b, i), i, weight);
-      const T own = a.kinds.level == kToken      ? e.part.d_s * e.token.unclamped
-                    : a.kinds.level == kSequence ? each * e.token.unclamped
-                                                 : e.part.d_s;
+      const Level level = a.parameters.level;
+      const T own = level == kToken      ? e.part.d_s * e.token.unclamped
+                    : level == kSequence ? each * e.token.unclamped
+                                         : e.part.d_s;
       value = e.part.direct + own;
       entropy_value =
           a.token_weights != nullptr ? scale * static_cast<const T*>(a.token_weights)[i] : scale;

@@ -1,6 +1,6 @@
 // Log-probs of rows of logits, the GRPO loss's gradient in them and from it the logits' gradient,
 // with one read and one write of the logits. For losses that weigh tokens one by one: the maths is
-// in vcr1_fast/ops/gather_logprobs.py and grpo_reference.py.
+// in vcr1_fast/ops/gather_logprobs.py and grpo/reference.py.
 //
 // A cluster of blocks holds a row in its shared memory between the read and the write: 304 KB for
 // 152,064 columns in bf16, more than one SM has. Rows that do not fit are read twice.

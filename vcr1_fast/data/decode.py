@@ -1,284 +1,389 @@
-"""The two video decoders behind `read_clip`: decord, and PyAV. Both give the same pixels.
+"""Reading frames of a video by number: PyAV, or decord where it gives the same frames.
 
-A folder of images, in the order of their names, is a video too (GOT-10k has nothing else); images
-are read by Pillow.
-
-A file is opened, read and closed for each clip: a decord reader that is kept decodes ahead into
-memory and cannot be used after a fork.
+The timeline says which frames there are, for both. A file is opened, read and closed for each clip:
+a decord reader that is kept decodes ahead into memory and cannot be used after a fork.
 """
 
-import math
+import logging
 import os
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from vcr1_fast.data.media_file import VideoError, check_file, open_picture
+from vcr1_fast.data.frame_folder import FOLDER_FPS, frame_names
+from vcr1_fast.data.media_file import NeedsPyav, VideoError, open_picture
+from vcr1_fast.data.timeline import (
+    NO_FRAMES,
+    Timeline,
+    decoder_faults,
+    message,
+    open_container,
+    read_timeline,
+)
 
 BACKENDS = ("decord", "pyav")
-IMAGES = (".jpg", ".jpeg", ".png")
-FOLDER_FPS = 10.0
-"""Frames a second of a folder of images, which says nothing about time: GOT-10k's rate."""
+Shrink = Callable[[np.ndarray], np.ndarray]
+_LOG = logging.getLogger(__name__)
 _BATCH = 8
 """Frames that decord decodes at a time."""
-Shrink = Callable[[np.ndarray], np.ndarray]
-NO_FRAMES = "holds no video frames"
-NO_STREAM = f"{NO_FRAMES} (no video stream)"
+_SKIPS_EXACTLY = {"h264", "mpeg4", "mpeg1video", "mpeg2video"}
+"""Codecs whose unreferenced frames nothing depends on. In HEVC a frame that is unreferenced in its
+own temporal layer may be referred to by another one; VP9's hold the state of the entropy coder."""
+_DECORD_FORMATS = {"mp4", "matroska", "avi"}
+_DECORD_CODECS = {"h264", "hevc", "mpeg4", "vp8", "vp9"}
+_DECORD_LACKS = {"av1", "vvc", "evc"}
+_DECORD_PIXELS = {"yuv420p", "yuvj420p"}
+_SEEK_GAIN = 12
+"""Packets that a seek must save: below that decoding on is cheaper than entering the file again."""
 
 
 @dataclass(frozen=True)
 class Source:
     """An open video.
 
-    `timestamps` (n,) float64, seconds from the first frame, ascending, one a frame of the
-    container; `fps` its average rate; `read(indices, shrink)` decodes distinct ascending frame
-    numbers to (len(indices), h, w, 3) uint8 RGB, each frame (H, W, 3) being handed to `shrink` as
-    soon as it is there: no more than a few are ever held in their full size.
+    `timestamps` (n,) float64, ascending, when each frame is shown, in seconds of the file; `fps`
+    the average rate; `end` when the last frame ends; `read(indices, shrink)` decodes distinct
+    ascending frame numbers to (len(indices), h, w, 3) uint8 RGB. Each frame (H, W, 3) is handed to
+    `shrink` as soon as it is decoded: a few at most are held in their full size.
     """
 
     timestamps: np.ndarray
     fps: float
+    end: float
     read: Callable[[np.ndarray, Shrink], np.ndarray]
 
 
 @contextmanager
 def open_source(path: str, backend: str, folder_fps: float | None = None) -> Iterator[Source]:
-    """Open `path`, close it on leaving. Whatever the decoder reports becomes a VideoError.
+    """Open a file, or a folder of images at `folder_fps` (None: FOLDER_FPS), and close it again.
 
-    `folder_fps`: rate of a folder of images; None: FOLDER_FPS.
+    Whatever a decoder reports becomes a VideoError. For `backend` decord a file whose codec or
+    container it cannot read is an error, NeedsPyav. A file that it reads but shows otherwise than
+    the timeline says is read by PyAV, and the log says why.
     """
     if backend not in BACKENDS:
         raise ValueError(f"unknown video backend {backend!r}, expected one of {BACKENDS}")
     if os.path.isdir(path):
-        opened = _open_folder(path, FOLDER_FPS if folder_fps is None else folder_fps)
-    else:
-        check_file(path)
-        opened = _open_decord(path) if backend == "decord" else _open_pyav(path)
-    with opened as source:
-        if len(source.timestamps) == 0:
-            raise VideoError(path, NO_FRAMES)
-        yield source
+        yield _open_folder(path, FOLDER_FPS if folder_fps is None else folder_fps)
+        return
+    timeline = read_timeline(path)
+    read = _decord_reader(path, timeline) if backend == "decord" else None
+    if read is None:
+        read = _PyavReader(path, timeline).read
+    yield Source(timeline.seconds, timeline.fps, timeline.end, read)
 
 
-@contextmanager
-def _open_folder(path: str, fps: float) -> Iterator[Source]:
-    names = sorted(n for n in os.listdir(path) if n.lower().endswith(IMAGES))
+def _open_folder(path: str, fps: float) -> Source:
+    names = frame_names(path)
+    if not names:
+        raise VideoError(path, NO_FRAMES)
 
     def read(indices: np.ndarray, shrink: Shrink) -> np.ndarray:
-        frames, first = [], None
-        for i in indices:
-            frame = open_picture(file := os.path.join(path, names[i]))
-            first = frame.shape if first is None else first
-            if frame.shape != first:
-                sizes = f"{frame.shape[:2]}, the first one {first[:2]}"
-                raise VideoError(file, f"frames of a clip differ in size: {sizes}")
-            frames.append(shrink(frame))
-        return np.stack(frames)
+        files = [os.path.join(path, names[i]) for i in indices]
+        gather = _Gather(path, shrink)
+        return np.stack([gather.add(open_picture(file), file) for file in files])
 
-    yield Source(np.arange(len(names)) / fps, fps, read)
+    return Source(np.arange(len(names)) / fps, fps, len(names) / fps, read)
 
 
-@contextmanager
-def _open_decord(path: str) -> Iterator[Source]:
+class _Gather:
+    """Shrinks frames as they come; refuses a frame of another size than the first one."""
+
+    def __init__(self, path: str, shrink: Shrink) -> None:
+        self.path, self.shrink = path, shrink
+        self.shape: tuple[int, ...] | None = None
+        self.is_damaged = False
+
+    def trusts(self, frame: Any) -> bool:
+        """Whether a PyAV frame is whole; to be asked of every frame, in the order of output.
+
+        A damaged frame is concealed by what was there before, and the frames up to the next key
+        frame refer to it, though the decoder calls them sound.
+        """
+        self.is_damaged = frame.is_corrupt or (self.is_damaged and not frame.key_frame)
+        return not self.is_damaged
+
+    def add(self, frame: np.ndarray, file: str | None = None) -> np.ndarray:
+        self.shape = self.shape or frame.shape
+        if frame.shape != self.shape:
+            sizes = f"{frame.shape[:2]}, the first one {self.shape[:2]}"
+            raise VideoError(file or self.path, f"frames of a clip differ in size: {sizes}")
+        return self.shrink(frame)
+
+
+class _Astray(Exception):
+    """A seek ended behind the packet that was looked for."""
+
+
+class _PyavReader:
+    """Reads frames of one file by PyAV; a frame is recognised by its time stamp, or counted."""
+
+    def __init__(self, path: str, timeline: Timeline) -> None:
+        self.path, self.timeline = path, timeline
+
+    def read(self, indices: np.ndarray, shrink: Shrink) -> np.ndarray:
+        """Frames (len(indices), h, w, 3) uint8 RGB of distinct ascending numbers."""
+        gather, faults = _Gather(self.path, shrink), decoder_faults()
+        frames: dict[int, np.ndarray] = {}
+        try:
+            if self.timeline.packets is None:
+                self._count_through(indices, frames, gather)
+            else:
+                try:
+                    self._enter_midway(indices, frames, gather)
+                except (*faults, _Astray) as error:
+                    if isinstance(error, VideoError):
+                        raise
+                if len(frames) < len(indices):
+                    # Some files cannot be entered midway: no recovery points, a wrong index.
+                    self._read_through(indices, frames, gather)
+        except VideoError:
+            raise
+        except faults as error:
+            reason = f"PyAV cannot decode frames {_span(indices)} of {len(self.timeline)}"
+            raise VideoError(self.path, f"{reason}: {message(error)}") from error
+        missing = [int(i) for i in indices if int(i) not in frames]
+        if missing:
+            reason = f"{len(missing)} of {len(indices)} frames could not be decoded"
+            raise VideoError(self.path, f"{reason}, the first is frame {missing[0]}")
+        return np.stack([frames[int(i)] for i in indices])
+
+    def _count_through(
+        self, indices: np.ndarray, frames: dict[int, np.ndarray], gather: _Gather
+    ) -> None:
+        wanted, last = set(indices.tolist()), int(indices[-1])
+        with open_container(self.path) as (container, stream):
+            for number, frame in enumerate(container.decode(stream)):
+                if gather.trusts(frame) and number in wanted:
+                    frames[number] = gather.add(upright(frame))
+                if number == last:
+                    return
+
+    def _read_through(
+        self, indices: np.ndarray, frames: dict[int, np.ndarray], gather: _Gather
+    ) -> None:
+        numbers = {int(self.timeline.ticks[i]): int(i) for i in indices}
+        gather.is_damaged = False
+        with open_container(self.path) as (container, stream):
+            for frame in container.decode(stream):
+                _keep(frame, numbers, frames, gather)
+                if len(frames) == len(indices):
+                    return
+
+    def _enter_midway(
+        self, indices: np.ndarray, frames: dict[int, np.ndarray], gather: _Gather
+    ) -> None:
+        packets = self.timeline.packets
+        assert packets is not None
+        places = packets.places()[indices]
+        entries = [packets.entry(int(place)) for place in places]
+        numbers = {int(packets.pts[p]): int(i) for p, i in zip(places, indices, strict=True)}
+        skips = self.timeline.codec in _SKIPS_EXACTLY and not self.timeline.interlaced
+        with open_container(self.path) as (container, stream):
+            for begin, group in _groups(entries, places.tolist()):
+                wanted = {numbers[int(packets.pts[place])] for place in group}
+                context = stream.codec_context
+                container.seek(int(packets.dts[begin]), stream=stream)
+                gather.is_damaged = False
+                last, is_first = int(packets.pts[max(group)]), True
+                for packet in container.demux(stream):
+                    if is_first and packet.pts is not None:
+                        if packet.pts > packets.pts[begin]:
+                            raise _Astray
+                        is_first = False
+                    if skips:
+                        # Nothing depends on an unreferenced frame, so it need not be decoded.
+                        is_wanted = packet.pts is None or packet.pts in numbers
+                        context.skip_frame = "DEFAULT" if is_wanted else "NONREF"
+                    for frame in packet.decode():
+                        if skips and frame.interlaced_frame:
+                            # Its second field may be a packet that was skipped.
+                            raise _Astray
+                        _keep(frame, numbers, frames, gather)
+                    if packet.pts == last and packet.size:
+                        for frame in context.decode(None):  # those that wait for their turn
+                            _keep(frame, numbers, frames, gather)
+                        break
+                if not wanted <= frames.keys():
+                    return
+
+
+def _groups(entries: list[int], places: list[int]) -> Iterator[tuple[int, list[int]]]:
+    """(key packet to begin at, wanted packets) of runs that are decoded in one go."""
+    begin, group, reached = -1, [], -1
+    for entry, place in sorted(zip(entries, places, strict=True)):
+        if group and entry > reached + _SEEK_GAIN:
+            yield begin, group
+            group = []
+        if not group:
+            begin = entry
+        group.append(place)
+        reached = max(reached, place)
+    if group:
+        yield begin, group
+
+
+def _keep(
+    frame: Any, numbers: dict[int, int], frames: dict[int, np.ndarray], gather: _Gather
+) -> None:
+    number, is_whole = numbers.get(frame.pts), gather.trusts(frame)
+    if number is not None and number not in frames and is_whole:
+        frames[number] = gather.add(upright(frame))
+
+
+def upright(frame: Any) -> np.ndarray:
+    """(H, W, 3) uint8 RGB of a PyAV frame, turned and mirrored as its display matrix says.
+
+    The matrix maps column x and row y to x' = a x + c y, y' = b x + d y (ISO 14496-12, 16.16 fixed
+    point). Angles between quarter turns are taken as the nearest one.
+    """
+    image = frame.to_ndarray(format="rgb24")
+    matrix = display_matrix(frame)
+    if matrix is None:
+        return image
+    a, b, c, d = matrix
+    if abs(a) >= abs(b):
+        down, right = d < 0, a < 0
+    else:
+        image, down, right = image.transpose(1, 0, 2), b < 0, c < 0
+    return np.ascontiguousarray(image[:: -1 if down else 1, :: -1 if right else 1])
+
+
+def display_matrix(frame: Any) -> tuple[int, int, int, int] | None:
+    """(a, b, c, d) of a frame's display matrix; None for a frame that is shown as it is stored."""
+    for data in frame.side_data:
+        if data.type.name == "DISPLAYMATRIX":
+            matrix = np.frombuffer(bytes(data), np.int32)
+            a, b, c, d = (int(matrix[i]) for i in (0, 1, 3, 4))
+            if not any((a, b, c, d)) or (a > 0 and d > 0 and not b and not c):
+                return None
+            return a, b, c, d
+    return None
+
+
+def count_frames(path: str) -> tuple[int, int]:
+    """(frames on the timeline, frames that decode), by decoding the whole file with PyAV.
+
+    Slow; for checking a data set. A fault on the way ends the count. VideoError for a file that
+    cannot be opened.
+    """
+    total, decoded = len(read_timeline(path)), 0
+    with open_container(path) as (container, stream):
+        try:
+            for _ in container.decode(stream):
+                decoded += 1
+        except decoder_faults():
+            return total, decoded
+    return total, decoded
+
+
+def _decord_reader(
+    path: str, timeline: Timeline
+) -> Callable[[np.ndarray, Shrink], np.ndarray] | None:
+    """`read` of a Source by decord; None for a file that it would show otherwise than PyAV."""
     try:
         import decord
     except ImportError as error:
         raise ImportError('decord is not installed; install it or use backend="pyav"') from error
+    if timeline.codec in _DECORD_LACKS:
+        reason = f'decord has no decoder for {timeline.codec}; use backend="pyav"'
+        raise NeedsPyav(path, f"{reason} (data.decoder=pyav)")
+    if not timeline.formats & _DECORD_FORMATS:
+        # Of an MPEG transport stream it shows the first frames wrong, even when read in order.
+        reason = f"decord is not exact for {'/'.join(sorted(timeline.formats))} files"
+        raise NeedsPyav(path, f'{reason}, read it by backend="pyav" or put it into an mp4')
+    if reason := _decord_differs(path, timeline):
+        _hand_over(reason)
+        return None
     decord.logging.set_level(decord.logging.QUIET)  # its faults come back as exceptions
     faults = (decord.DECORDError, RuntimeError, IndexError, OSError, StopIteration)
-
     try:
         # More threads do not speed up the reading of a few frames, and workers run side by side.
         reader = decord.VideoReader(path, ctx=decord.cpu(0), num_threads=1)
         total = len(reader)
-        if total == 0:
-            raise VideoError(path, NO_FRAMES)
-        keys = list(reader.get_key_indices())
         stamps = np.asarray(reader.get_frame_timestamp(np.arange(total)), np.float64)[:, 0]
-        stamps, fps = _clock(path, stamps, reader.get_avg_fps())
+        keys = list(reader.get_key_indices())
     except faults as error:
         if "cannot find video stream" in str(error):
-            raise VideoError(path, NO_STREAM) from error
-        raise VideoError(path, f"decord cannot open it: {_message(error)}") from error
-    jumps = _decord_jumps_right(path, keys, total)
+            reason = f'decord cannot read its codec, {timeline.codec}; use backend="pyav"'
+            raise NeedsPyav(path, f"{reason} (data.decoder=pyav)") from error
+        _hand_over(f"it cannot open them: {message(error).removeprefix(f'[{path}] ')}")
+        return None
+    # decord's stamps are float32, and it counts seconds from another zero.
+    tolerance = 1e-3 + 1e-6 * timeline.end
+    off = stamps - timeline.seconds if total == len(timeline) else np.full(1, np.inf)
+    if total != len(timeline) or np.ptp(off) > tolerance:
+        _hand_over("its frames are not those of the timeline")
+        return None
+    jumps = _decord_jumps_right(timeline, keys)
 
     def read(indices: np.ndarray, shrink: Shrink) -> np.ndarray:
+        gather = _Gather(path, shrink)
         try:
             if jumps:
                 parts = (indices[i : i + _BATCH] for i in range(0, len(indices), _BATCH))
                 batches = (reader.get_batch(part).asnumpy() for part in parts)
-                return np.stack([shrink(frame) for batch in batches for frame in batch])
+                return np.stack([gather.add(frame) for batch in batches for frame in batch])
             wanted = set(indices.tolist())  # next() alone never jumps, skip_frames() does
             everything = ((place, reader.next()) for place in range(int(indices[-1]) + 1))
             kept = (frame.asnumpy() for place, frame in everything if place in wanted)
-            return np.stack([shrink(frame) for frame in kept])
+            return np.stack([gather.add(frame) for frame in kept])
         except faults as error:
             reason = f"decord cannot decode frames {_span(indices)} of {total}"
             advice = 'backend="pyav" may'
-            raise VideoError(path, f"{reason} ({advice}): {_message(error)}") from error
+            raise VideoError(path, f"{reason} ({advice}): {message(error)}") from error
 
-    yield Source(stamps, fps, read)  # decord closes the file when the last reference goes
+    return read  # decord closes the file when the last reference goes
 
 
-def _decord_jumps_right(path: str, keys: list[int], total: int) -> bool:
+def _decord_differs(path: str, timeline: Timeline) -> str | None:
+    """Why decord may show a file otherwise than the timeline says; None where it does not."""
+    packets = timeline.packets
+    if packets is None or "avi" in timeline.formats:
+        return "its packets do not say when frames are shown"
+    if not packets.shown.all():
+        return "an edit list leaves frames out"
+    if timeline.ticks[0] != 0:
+        return "its time stamps do not begin at 0"  # it would show every frame a few places off
+    if timeline.codec not in _DECORD_CODECS or timeline.pix_fmt not in _DECORD_PIXELS:
+        return f"it is not exact for {timeline.codec} in {timeline.pix_fmt or 'no'} pixels"
+    if timeline.videos > 1:
+        return "the file holds several video streams"
+    if timeline.interlaced:
+        return "its frames are interlaced"
+    if timeline.size[0] % 2 or timeline.size[1] % 2:
+        return "its frames have an odd size"
+    with open_container(path) as (container, stream):
+        try:
+            first = next(container.decode(stream), None)
+        except decoder_faults():
+            return None  # the reading finds the fault
+    if first is not None and display_matrix(first) is not None:
+        return "its frames are turned or mirrored"
+    return None
+
+
+def _decord_jumps_right(timeline: Timeline, keys: list[int]) -> bool:
     """Whether decord finds the frames it jumps to; if not, it must read from the beginning.
 
     It takes a key frame's place in the file for its place on screen, and jumps to the last key
     frame that is decoded before the time it wants. With open GOPs (usual in HEVC) or in fragmented
     files it would silently show frames a few places off.
     """
-    try:
-        import av
-    except ImportError:
-        return False
-    try:
-        with av.open(path) as container:
-            index = _demux(path, container)
-            kinds = set(container.format.name.split(","))
-    except (av.FFmpegError, OSError) as error:
-        raise VideoError(path, f"PyAV cannot index it: {_message(error)}") from error
-    if not kinds & {"mp4", "matroska", "avi"}:
-        # Of an MPEG transport stream it shows the first frames wrong, even when read in order.
-        reason = f"decord is not exact for {'/'.join(sorted(kinds))} files"
-        raise VideoError(path, f'{reason}, read it by backend="pyav" or put it into an mp4')
-    places = np.searchsorted(index.pts, index.key_pts)
-    return (
-        "avi" not in kinds
-        and (len(index.pts), places.tolist()) == (total, keys)
-        and bool((index.key_dts[1:] > index.key_pts[:-1]).all())
-    )
+    packets = timeline.packets
+    assert packets is not None
+    key_pts, key_dts = packets.pts[packets.key], packets.dts[packets.key]
+    places = np.searchsorted(timeline.ticks, key_pts)
+    return places.tolist() == keys and bool((key_dts[1:] > key_pts[:-1]).all())
 
 
-@contextmanager
-def _open_pyav(path: str) -> Iterator[Source]:
-    try:
-        import av
-    except ImportError as error:
-        raise ImportError('PyAV (package av) is not installed; or use backend="decord"') from error
-    faults = (av.FFmpegError, OSError)
-
-    try:
-        container = av.open(path)
-    except faults as error:
-        raise VideoError(path, f"PyAV cannot open it: {_message(error)}") from error
-    with container:
-        try:
-            index = _demux(path, container)
-        except faults as error:
-            raise VideoError(path, f"PyAV cannot read it: {_message(error)}") from error
-        stream = container.streams.video[0]
-
-        def decode(
-            jump: int, slot: dict[int, int], frames: list[np.ndarray | None], shrink: Shrink
-        ) -> None:
-            # A seek compares decoding times; frames are told by their own, so none can be wrong.
-            container.seek(jump, stream=stream)
-            last = max(slot)
-            for frame in container.decode(stream):
-                if frame.pts in slot and frames[slot[frame.pts]] is None:
-                    frames[slot[frame.pts]] = shrink(_upright(frame))
-                if frame.pts is not None and frame.pts >= last:
-                    break
-
-        def read(indices: np.ndarray, shrink: Shrink) -> np.ndarray:
-            pts = index.pts[indices]
-            slot = {tick: number for number, tick in enumerate(pts.tolist())}
-            frames: list[np.ndarray | None] = [None] * len(indices)
-            key = max(int(np.searchsorted(index.key_pts, pts[0], side="right")) - 1, 0)
-            start = int(min(index.pts[0], index.key_dts.min()))
-            try:
-                decode(int(index.key_dts[key]), slot, frames, shrink)
-                if any(frame is None for frame in frames) and index.key_dts[key] > start:
-                    decode(start, slot, frames, shrink)  # some containers cannot be entered midway
-            except faults as error:
-                reason = f"PyAV cannot decode frames {_span(indices)} of {len(index.pts)}"
-                raise VideoError(path, f"{reason}: {_message(error)}") from error
-            missing = [int(i) for i, frame in zip(indices, frames, strict=True) if frame is None]
-            if missing:
-                reason = f"{len(missing)} of {len(indices)} frames could not be decoded"
-                raise VideoError(path, f"{reason}, the first is frame {missing[0]}")
-            return np.stack(frames)
-
-        stamps = index.pts * float(stream.time_base)
-        stamps, fps = _clock(path, stamps, float(stream.average_rate or 0))
-        yield Source(stamps, fps, read)
-
-
-@dataclass(frozen=True)
-class _Index:
-    """A stream's packets, in its ticks: when each is shown (ascending), and the key frames'
-    showing and decoding times, in the order in which they are shown."""
-
-    pts: np.ndarray
-    key_pts: np.ndarray
-    key_dts: np.ndarray
-
-
-def _demux(path: str, container: Any) -> _Index:
-    if not container.streams.video:
-        raise VideoError(path, NO_STREAM)
-    packets = [  # Matroska stores no decoding times; it is searched by showing times
-        (packet.pts, packet.pts if packet.dts is None else packet.dts, packet.is_keyframe)
-        for packet in container.demux(container.streams.video[0])
-        if packet.size and not packet.is_discard
-    ]
-    if not packets:
-        raise VideoError(path, NO_FRAMES)
-    if any(pts is None for pts, _, _ in packets):
-        raise VideoError(path, "its packets carry no time stamps")
-    packets.sort()
-    keys = [packet for packet in packets if packet[2]]
-    leading = packets.index(keys[0]) if keys else len(packets)
-    if leading:  # decord silently repeats a neighbour for such frames
-        reason = f"{leading} of its {len(packets)} frames lie before the first key frame"
-        raise VideoError(path, f"{reason} and cannot be decoded")
-    pts, key_pts, key_dts = (
-        np.array(ticks, np.int64)
-        for ticks in ([p[0] for p in packets], [k[0] for k in keys], [k[1] for k in keys])
-    )
-    return _Index(pts, key_pts, key_dts)
-
-
-def count_frames(path: str) -> tuple[int, int]:
-    """(frames that the container claims, frames that decode), by decoding the whole file (PyAV).
-
-    Slow; for checking a data set. A fault on the way ends the count. VideoError where the file
-    cannot be opened at all.
-    """
-    import av
-
-    with open_source(path, "pyav") as source, av.open(path) as container:
-        decoded = 0
-        try:
-            for _ in container.decode(video=0):
-                decoded += 1
-        except (av.FFmpegError, OSError):
-            return len(source.timestamps), decoded
-    return len(source.timestamps), decoded
-
-
-def _upright(frame) -> np.ndarray:
-    # Phones write the picture lying down and a rotation; decord applies it by itself.
-    image = frame.to_ndarray(format="rgb24")
-    return np.rot90(image, frame.rotation // 90 % 4) if frame.rotation else image
-
-
-def _clock(path: str, stamps: np.ndarray, fps: float) -> tuple[np.ndarray, float]:
-    stamps = stamps - stamps[0] if len(stamps) else stamps
-    if not (math.isfinite(fps) and fps > 0):
-        if len(stamps) < 2 or stamps[-1] <= 0:
-            raise VideoError(path, f"its frame rate is unknown ({fps})")
-        fps = (len(stamps) - 1) / stamps[-1]
-    return stamps, float(fps)
-
-
-def _message(error: BaseException) -> str:
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return re.sub(r".*\.(cc|h):\d+: ", "", text)[:300]  # without decord's source positions
+@lru_cache(maxsize=64)  # a set of a thousand such files needs one line
+def _hand_over(reason: str) -> None:
+    _LOG.warning("decord hands files over to PyAV: %s", reason)
 
 
 def _span(indices: np.ndarray) -> str:

@@ -1,10 +1,11 @@
-"""What is wrong with a video or image file, in words that a user can act on."""
+"""Errors of video and image files, and the check that a video file is whole."""
 
 import os
 
 import numpy as np
 
 from vcr1_fast.data.picture import read_picture
+from vcr1_fast.data.truncation import cut_off
 
 
 class VideoError(ValueError):
@@ -18,8 +19,12 @@ class VideoError(ValueError):
         return f"{self.path}: {self.reason}"
 
 
+class NeedsPyav(VideoError):
+    """A video that decord cannot read, or not exactly, by its codec or container; PyAV can."""
+
+
 def open_picture(path: str) -> np.ndarray:
-    """(H, W, 3) uint8 of an image file; VideoError, naming it, where it cannot be read."""
+    """(H, W, 3) uint8 of an image file; VideoError names a file that cannot be read."""
     try:
         return read_picture(path)
     except FileNotFoundError as error:
@@ -29,32 +34,16 @@ def open_picture(path: str) -> np.ndarray:
 
 
 def check_file(path: str) -> None:
-    """VideoError for what is plain without a decoder, in words a user can act on."""
+    """VideoError for a file that is missing, empty, or cut off by its container's own sizes."""
     if not os.path.exists(path):
         raise VideoError(path, "no such file")
     if not os.path.isfile(path):
         raise VideoError(path, "not a file")
-    size = os.path.getsize(path)
-    if size == 0:
+    if os.path.getsize(path) == 0:
         raise VideoError(path, "the file is empty (0 bytes)")
-    position, kinds = 0, []
-    with open(path, "rb") as file:
-        while position + 8 <= size:
-            file.seek(position)
-            header = file.read(16)
-            length, kind = int.from_bytes(header[:4], "big"), header[4:8]
-            if not kinds and kind != b"ftyp":
-                return  # not an mp4: left to the decoder
-            if length == 1:
-                length = int.from_bytes(header[8:16], "big")
-            length = length or size - position  # 0: up to the end of the file
-            if length < 8:
-                break
-            kinds.append(kind)
-            position += length
-            if position > size:
-                name = kind.decode("latin-1")
-                reason = f"its {name!r} box needs {position} bytes, the file has {size}"
-                raise VideoError(path, f"the file is cut off: {reason}")
-    if kinds and b"moov" not in kinds:
-        raise VideoError(path, "the file is cut off: it has no index ('moov' box)")
+    try:
+        fault = cut_off(path)
+    except OSError as error:
+        raise VideoError(path, f"cannot be read: {error.strerror or error}") from error
+    if fault:
+        raise VideoError(path, f"the file is cut off or damaged: {fault}")

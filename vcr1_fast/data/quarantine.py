@@ -1,10 +1,12 @@
 """The list of samples that could not be used, and why. A sample is left out, never replaced."""
 
-import json
 import os
 import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+
+from vcr1_fast.files import append_jsonl, read_jsonl
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Quarantine:
         self.items: list[QuarantineItem] = []
         self._lock = threading.Lock()
         if self.path is not None and self.path.exists():
-            self.items = [_parse(self.path, *row) for row in _complete_lines(self.path)]
+            self.items = [_parse(self.path, *row) for row in read_jsonl(self.path, torn="cut")]
 
     def __len__(self) -> int:
         return len(self.items)
@@ -41,23 +43,11 @@ class Quarantine:
                 return
             self.items.append(item)
             if self.path is not None:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                # One write of a whole line: ranks of one run may append to the same file.
-                with self.path.open("ab") as file:
-                    file.write((json.dumps(asdict(item), ensure_ascii=False) + "\n").encode())
+                append_jsonl(self.path, [asdict(item)])
 
 
-def _complete_lines(path: Path) -> list[tuple[int, str]]:
-    # A killed run may leave half a line at the end; it is cut off, else the next one would join it.
-    data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        os.truncate(path, len(whole))
-    return list(enumerate(whole.decode().split("\n")[:-1], start=1))
-
-
-def _parse(path: Path, number: int, line: str) -> QuarantineItem:
+def _parse(path: Path, number: int, row: dict[str, Any]) -> QuarantineItem:
     try:
-        return QuarantineItem(**json.loads(line))
-    except (ValueError, TypeError) as error:
+        return QuarantineItem(**row)
+    except TypeError as error:
         raise ValueError(f"{path}:{number}: not a quarantine line: {error}") from error

@@ -6,12 +6,13 @@ of `Record`; what `prompt` and `answer` hold is checked by the task.
 
 import json
 import os
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from vcr1_fast.data.quarantine import Quarantine
+from vcr1_fast.files import json_line, read_lines, write_atomic
 from vcr1_fast.tasks import TASKS
 from vcr1_fast.tasks.record import FieldError, Record, check_boxes, describe, is_number
 
@@ -59,7 +60,7 @@ def load_records(
     root = path.parent if media_root is None else Path(media_root)
     records: list[Record] = []
     first_line: dict[str, int] = {}
-    for number, line in _lines(path):
+    for number, line in read_lines(path):
         row: Any = None
         try:
             row = _decode(line)
@@ -100,18 +101,18 @@ def write_records(path: str | os.PathLike[str], records: Iterable[Record]) -> No
             parse_record(row, folder)
         except FieldError as error:
             raise ValueError(f"record {record.id!r}: {error}") from error
-        rows.append(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    partial.write_text("".join(rows), encoding="utf-8", newline="\n")
-    os.replace(partial, target)
+        rows.append(json_line(row))
+    write_atomic(target, "".join(rows))
 
 
 def parse_record(row: Any, media_root: str | os.PathLike[str] = ".") -> Record:
     """A checked Record from one decoded JSON object; FieldError names the field at fault."""
     if not isinstance(row, dict):
         raise FieldError("", f"expected an object, got {describe(row)}")
-    for name in row:
+    for name, value in row.items():
+        if half := _half_character(name) or _half_character(value):
+            reason = f"holds half a character ({half}), which no file or tokenizer can take"
+            raise FieldError(ascii(name)[1:-1], reason)
         if name not in _FIELDS:
             raise FieldError(name, f"unknown; the fields are {', '.join(_FIELDS)}")
     for name in _REQUIRED:
@@ -165,18 +166,28 @@ _FIELDS = tuple(f.name for f in fields(Record))
 _REQUIRED = ("id", "task", "prompt", "answer")
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield number, line
-
-
 def _decode(line: bytes) -> Any:
     try:
         return json.loads(line.decode("utf-8-sig"), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise FieldError("", f"not JSON: {error}") from None
+
+
+def _half_character(value: Any) -> str | None:
+    """The first lone surrogate in a JSON value, as it is escaped there; None for sound texts."""
+    waiting = [value]  # a stack: rows may be nested deeper than Python can call
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, str) and not part.isascii():
+            try:
+                part.encode()
+            except UnicodeEncodeError as error:
+                return ascii(part[error.start])[1:-1]
+        elif isinstance(part, dict):
+            waiting += [*part, *part.values()]
+        elif isinstance(part, list | tuple):
+            waiting += part
+    return None
 
 
 def _refuse_constant(name: str) -> None:

@@ -22,26 +22,31 @@ FRAME_FACTOR = 2  # frames are taken in pairs, which make a temporal patch
 class FrameConfig:
     """How a clip is sampled and how large its frames may be.
 
-    `fps` frames a second are taken, between `min_frames` and `max_frames`; `num_frames`, where
-    given, replaces all three. Pixels are counted per frame, except `total_pixels`, the budget of
-    the whole clip (None: no budget). The defaults are those of the VideoChat-R1 recipe, at whose
-    784 pixels a token they are 16 to 768 tokens for two frames and at most 3,584 tokens a video. An
-    image has bounds of its own; None: the checkpoint's.
-
-    A model family with another rule returns a subclass from its processor's `with_frames`, which
-    overrides `count` and `indices`.
+    The defaults are those of the VideoChat-R1 recipe, at whose 784 pixels a token they are 16 to
+    768 tokens for two frames and at most 3,584 tokens a video. A model family with another rule
+    returns a subclass from its processor's `with_frames`, which overrides `count` and `indices`.
     """
 
     fps: float = 2.0
+    """Frames taken per second of the clip, within `min_frames` and `max_frames`."""
     min_frames: int = 4
+    """Fewest frames of a clip."""
     max_frames: int = 768
+    """Most frames of a clip."""
     num_frames: int | None = None
+    """Frames of every clip, in the place of `fps`, `min_frames` and `max_frames`; null: by them."""
     min_pixels: int = 12_544
+    """Fewest pixels of a frame."""
     max_pixels: int = 602_112
+    """Most pixels of a frame."""
     total_pixels: int | None = 2_809_856
+    """Most pixels of a clip, all frames together; null: no limit."""
     rule: Rule = "linspace"
+    """Which frames: "linspace" (qwen-vl-utils, first and last included) or "hf" (transformers)."""
     image_min_pixels: int | None = None
+    """Fewest pixels of an image; null: the checkpoint's limit."""
     image_max_pixels: int | None = None
+    """Most pixels of an image; null: the checkpoint's limit (16,384 tokens for released ones)."""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.fps) and self.fps > 0):

@@ -41,14 +41,23 @@ class SceneConfig:
     """What scenes look like: times in seconds, sizes in pixels, radii as fractions of the frame."""
 
     min_seconds: float = 6.0
+    """Shortest clip, in seconds."""
     max_seconds: float = 9.0
+    """Longest clip, in seconds."""
     fps: tuple[float, ...] = (6.0, 8.0, 10.0, 12.0)
+    """Frame rates that clips are drawn from."""
     sizes: tuple[tuple[int, int], ...] = ((112, 112),)
+    """Frame sizes (height, width) in pixels that clips are drawn from."""
     visitors: tuple[int, int] = (1, 2)
+    """Fewest and most moving shapes of a clip."""
     span: tuple[float, float] = (0.12, 0.4)
+    """Shortest and longest time that a shape is visible, as fractions of the clip."""
     radius: tuple[float, float] = (0.14, 0.19)
+    """Smallest and largest radius of a shape, as fractions of the frame."""
     noise: float = 14.0
+    """Strength of the pixel noise, in grey levels."""
     step_seconds: float = 0.5
+    """Times in answers are multiples of this many seconds."""
 
     def __post_init__(self) -> None:
         if not 0 < self.min_seconds <= self.max_seconds:

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from vcr1_fast.data.progress import Progress
 from vcr1_fast.data.records import Record, write_records
 from vcr1_fast.data.scenes import (
     SceneConfig,
@@ -27,6 +26,8 @@ from vcr1_fast.data.scenes import (
     track_times,
 )
 from vcr1_fast.data.workers import WorkerPool
+from vcr1_fast.files import replacing, write_atomic
+from vcr1_fast.progress import Progress
 
 SPLITS = ("train", "val", "test")  # a split's place here is part of its seed: append only
 TASKS = (
@@ -43,18 +44,24 @@ TASKS = (
 class SynthConfig:
     """Clips per split, the seed, what scenes look like, and which tasks are asked about them.
 
-    Every question on a scene whose task is in `tasks` becomes a record. `crf` is x264's quality
-    (lower is better); `workers=0` writes in this process.
+    Every question on a scene whose task is in `tasks` becomes a record.
     """
 
     train: int = 200
+    """Clips of the training split; 0: no such split."""
     val: int = 20
+    """Clips of the validation split; 0: no such split."""
     test: int = 50
+    """Clips of the test split; 0: no such split."""
     seed: int = 0
+    """Seed from which all scenes and questions follow."""
     scene: SceneConfig = field(default_factory=SceneConfig)
     tasks: tuple[str, ...] = TASKS
+    """Tasks whose questions become records."""
     workers: int = 2
+    """Processes that encode clips; 0 encodes in the main process."""
     crf: int = 23
+    """x264's constant rate factor, 0 to 51; lower is better."""
 
     def __post_init__(self) -> None:
         for split in SPLITS:
@@ -84,7 +91,7 @@ def write_dataset(
             written[split] = write_split(out_dir / split, split, config)
     settings = dataclasses.asdict(config)
     del settings["workers"]  # it changes nothing in the data
-    (out_dir / "synth.json").write_text(json.dumps(settings, indent=1) + "\n")
+    write_atomic(out_dir / "synth.json", json.dumps(settings, indent=1) + "\n")
     return written
 
 
@@ -126,25 +133,19 @@ def write_video(
     height, width = frames.shape[1:3]
     if height % 2 or width % 2 or 0 in frames.shape:
         raise ValueError(f"H.264 needs frames of even height and width, got {frames.shape}")
-    path = Path(path)
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.mp4")
-    try:
-        with av.open(str(partial), "w") as container:
-            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-            stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-            stream.options = {
-                "crf": str(crf),
-                "preset": "veryfast",
-                "threads": "1",
-                # x264's macroblock tree gives other bits from run to run on the same frames.
-                "x264-params": "mbtree=0",
-            }
-            for frame in frames:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-            container.mux(stream.encode())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as partial, av.open(str(partial), "w") as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        stream.options = {
+            "crf": str(crf),
+            "preset": "veryfast",
+            "threads": "1",
+            # x264's macroblock tree gives other bits from run to run on the same frames.
+            "x264-params": "mbtree=0",
+        }
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
 
 
 @dataclass(frozen=True)

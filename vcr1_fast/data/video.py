@@ -1,25 +1,22 @@
 """Reading clips: which frames, decoded to uint8, one at a time or by worker processes.
 
-An image is read like a clip: it is one of a single frame, without a rate or a length.
+An image is read like a clip: one frame, without a rate or a length.
 """
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
+from typing import TypeVar
 
 import numpy as np
 
-from vcr1_fast.data.decode import (
-    BACKENDS,
-    Source,
-    VideoError,
-    count_frames,
-    open_picture,
-    open_source,
-)
+from vcr1_fast.data.decode import BACKENDS, Source, count_frames, open_source
+from vcr1_fast.data.media_file import NeedsPyav, VideoError, open_picture
 from vcr1_fast.data.sampling import FrameConfig
+from vcr1_fast.data.timeline import is_even
 from vcr1_fast.data.workers import WorkerDied, WorkerPool, WorkerTimeout
 
 __all__ = [
@@ -31,13 +28,18 @@ __all__ = [
     "VideoInfo",
     "count_frames",
     "probe",
+    "probe_all",
     "read_clip",
     "read_image",
 ]
 
-# Time stamps of some containers are rounded to milliseconds, and decord's are float32.
+# Time stamps of some containers are rounded to milliseconds.
 TIME_TOLERANCE = 1e-3
+DECODER = "pyav"
+"""The decoder of a ClipReader, of training, evaluation and chat; docs/data.md has the reasons."""
+_LOG = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Fit = Callable[[np.ndarray, int | None], np.ndarray]
 Times = Sequence[float] | Callable[[float], Sequence[float]]
 
@@ -46,10 +48,12 @@ Times = Sequence[float] | Callable[[float], Sequence[float]]
 class Clip:
     """Decoded frames of (a part of) a video, or an image.
 
-    `frames` (T, H, W, 3) uint8 RGB; `times` (T,) float64, seconds from the beginning of the part,
-    from the file's time stamps; `fps` the rate of the sampled frames; `duration` the length of the
-    part in seconds; both None for an image; `start` where the part begins in the file; `fitted`
-    whether the frames have the size already at which the model sees them.
+    `frames` (T, H, W, 3) uint8 RGB; `times` (T,) float64, seconds from the beginning of the part
+    at which the frames are on screen: their time stamps, or for frames sampled in time the moments
+    at which they were taken; `fps` the rate of the sampled frames: the model is given i / fps as
+    the time of frame i; `duration` the length of the part in seconds; both None for an image;
+    `start` where the part begins, in seconds of the file; `fitted` whether the frames already have
+    the size at which the model sees them.
     """
 
     frames: np.ndarray
@@ -63,7 +67,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What the container says: number of frames, average rate, and length in seconds."""
+    """A file's timeline in short: number of frames shown, average rate, and length in seconds."""
 
     frames: int
     fps: float
@@ -84,10 +88,12 @@ class ClipRequest:
 
 
 def probe(path: str, *, backend: str = "decord", folder_fps: float | None = None) -> VideoInfo:
-    """Frames, rate and length of a video without decoding it; `folder_fps` as in `read_clip`.
-    VideoError names the file."""
+    """Frames shown, rate and length of a video; `folder_fps` as in `read_clip`.
+
+    Decodes only files whose packets do not say when frames are shown. VideoError names the file.
+    """
     with open_source(path, backend, folder_fps) as source:
-        return VideoInfo(len(source.timestamps), source.fps, _length(source))
+        return VideoInfo(len(source.timestamps), source.fps, source.end)
 
 
 def read_clip(
@@ -104,35 +110,36 @@ def read_clip(
     """Sample and decode a clip.
 
     `start` and `end` (seconds in the file) choose the part to watch; an `end` behind the last frame
-    means the last frame. Of that part `config` takes frames at even distances, or `times` names
-    them: seconds from the beginning of the part, or a function from the part's length to such
-    seconds; the frame shown is the nearest one, so frames may repeat. `folder_fps` is the rate of a
-    folder of images, which does not tell it. `fit(frame, count)` resizes each frame (H, W, 3) of
-    the `count` as it is decoded, so that they are never all held in their full size. Raises
-    VideoError, naming the file, for one that is missing, empty, cut off, damaged, shorter than
-    asked for, or of a shape that `fit` refuses.
+    means the last frame. Of that part `config` takes frames at even distances in number. Where
+    frames do not come at an even rate, they are taken at even distances in time, so that i / fps
+    is when frame i is shown; a frame that stands still repeats. An uneven part of which every frame
+    is asked for (a rate above its highest one) keeps its frames and their own stamps. `times` names
+    the times instead: seconds from the beginning of the part, or a function from the part's length
+    to such seconds; the nearest frame is taken, so frames may repeat.
+
+    `folder_fps` is the rate of a folder of images, which does not state one. `fit(frame, count)`
+    resizes each frame (H, W, 3) of the `count` as it is decoded, so that they are never all held
+    in their full size. `backend` as in `open_source`. Raises VideoError, naming the file, for one
+    that is missing, empty, cut off, damaged, shorter than asked for, or of a shape that `fit`
+    refuses.
     """
     config = config or FrameConfig()
     with open_source(path, backend, folder_fps) as source:
-        stamps = source.timestamps
-        first, stop, begin, duration = _part(path, source, start, end)
+        part = _part(path, source, start, end)
         if times is None:
-            try:
-                count = config.count(stop - first, source.fps)
-            except ValueError as error:
-                raise VideoError(path, str(error)) from error
-            indices = first + config.indices(stop - first, count)
-            fps = count / (stop - first) * source.fps
+            indices, fps, shown = _sample(path, source, part, config)
         else:
-            wanted = np.asarray(times(duration) if callable(times) else times, np.float64)
-            indices = first + _nearest(path, stamps[first:stop] - begin, wanted, duration)
-            fps = _rate(wanted, duration)
+            wanted = np.asarray(times(part.length) if callable(times) else times, np.float64)
+            _check_times(path, wanted, part.length)
+            stamps = source.timestamps[part.first : part.stop] - part.begin
+            indices, fps = part.first + _nearest(stamps, wanted), _rate(wanted, part.length)
+            shown = source.timestamps[indices] - part.begin
         distinct, expand = np.unique(indices, return_inverse=True)
         frames = source.read(distinct, _shrink(path, fit, len(indices)))
         if len(distinct) != len(indices):
             frames = frames[expand]
-        times = stamps[indices] - begin
-        return Clip(frames, times, fps, duration, path, begin, fitted=fit is not None)
+        is_fitted = fit is not None
+        return Clip(frames, shown, fps, part.length, path, part.begin, fitted=is_fitted)
 
 
 def read_image(path: str, fit: Fit | None = None) -> Clip:
@@ -157,9 +164,11 @@ def _shrink(path: str, fit: Fit | None, count: int | None) -> Callable[[np.ndarr
 class ClipReader:
     """Reads clips and images in worker processes; one that hangs or crashes costs that clip only.
 
-    `timeout` seconds a clip (None: no limit), after which its worker is killed and replaced;
-    `workers=0` reads in this process, where nothing can be killed. `prefetch` clips, read or being
-    read, are held ahead of the consumer (default 2 a worker). `fit(frame, count)` resizes every
+    `timeout` seconds a clip (None: no limit), after which its worker is killed and replaced. A
+    worker that dies is replaced and asked once more: its end may have come from outside.
+    `backend` decord hands a file whose codec or container it lacks over to PyAV. `workers=0` reads
+    in this process, where nothing can be killed. `prefetch` clips, read or being read, are held
+    ahead of the consumer (default 2 a worker). `fit(frame, count)` resizes every
     frame where it is decoded (`count`: frames of the clip, None for an image). `reader` replaces
     `read_clip`; it must be importable by name, as `fit` must. Use it in a `with` statement, or call
     `close`.
@@ -168,7 +177,7 @@ class ClipReader:
     def __init__(
         self,
         *,
-        backend: str = "decord",
+        backend: str = DECODER,
         timeout: float | None = 60.0,
         workers: int = 2,
         prefetch: int | None = None,
@@ -187,12 +196,7 @@ class ClipReader:
         reader is a fault of the program, not of a video, and is raised.
         """
         for request, result in self._pool.map(requests):
-            if isinstance(result, WorkerTimeout | WorkerDied):
-                yield VideoError(request.path, str(result))
-            elif isinstance(result, BaseException) and not isinstance(result, VideoError):
-                raise result
-            else:
-                yield result
+            yield _answer(request.path, result)
 
     def close(self) -> None:
         """End the workers, whatever they are doing."""
@@ -210,33 +214,76 @@ class ClipReader:
         self.close()
 
 
+def probe_all(
+    paths: Iterable[tuple[str, float | None]],
+    *,
+    backend: str = DECODER,
+    timeout: float | None = 60.0,
+    workers: int = 2,
+) -> Iterator[VideoInfo | VideoError]:
+    """`probe` of each (path, folder_fps) in worker processes: a decoder that crashes costs that
+    file only. In order; `backend`, `timeout` and `workers` as for ClipReader."""
+    pool = WorkerPool(partial(_probe, backend), workers=workers, timeout=timeout)
+    try:
+        for (path, _), result in pool.map(paths):
+            yield _answer(path, result)
+    finally:
+        pool.close()
+
+
+def _probe(backend: str, medium: tuple[str, float | None]) -> VideoInfo:
+    path, folder_fps = medium
+    return _with_other_decoder(partial(probe, path, folder_fps=folder_fps), backend)
+
+
+def _answer(path: str, result: T | BaseException) -> T | VideoError:
+    """A worker's result for a file; raises what is a fault of the program, not of the file."""
+    if isinstance(result, WorkerTimeout | WorkerDied):
+        return VideoError(path, str(result))
+    if isinstance(result, BaseException) and not isinstance(result, VideoError):
+        raise result
+    return result
+
+
 def _read_request(
     reader: Callable[..., Clip], backend: str, fit: Fit | None, request: ClipRequest
 ) -> Clip:
     if request.is_image:
         return read_image(request.path, fit)
-    return reader(
+    read = partial(
+        reader,
         request.path,
         request.config,
         start=request.start,
         end=request.end,
         times=request.times,
-        backend=backend,
         folder_fps=request.folder_fps,
         fit=fit,
     )
+    return _with_other_decoder(read, backend)
 
 
-def _length(source: Source) -> float:
-    # The container's average rate may be wrong; the last frame is shown in any case.
-    return max(len(source.timestamps) / source.fps, float(source.timestamps[-1]))
+def _with_other_decoder(read: Callable[..., T], backend: str) -> T:
+    """`read(backend=backend)`; by PyAV, which the log says, where decord lacks the codec."""
+    try:
+        return read(backend=backend)
+    except NeedsPyav as error:
+        _LOG.warning("%s; read by PyAV", error)
+        return read(backend="pyav")
 
 
-def _part(
-    path: str, source: Source, start: float | None, end: float | None
-) -> tuple[int, int, float, float]:
-    """(first frame, stop frame, start in seconds, length in seconds) of the part to watch."""
-    stamps, length = source.timestamps, _length(source)
+@dataclass(frozen=True)
+class _Part:
+    """Frames first .. stop - 1, shown from second `begin` of the file for `length` seconds."""
+
+    first: int
+    stop: int
+    begin: float
+    length: float
+
+
+def _part(path: str, source: Source, start: float | None, end: float | None) -> _Part:
+    stamps, length = source.timestamps, source.end
     begin = 0.0 if start is None else float(start)
     finish = length if end is None else min(float(end), length)
     if not (math.isfinite(begin) and begin >= 0):
@@ -249,16 +296,56 @@ def _part(
     stop = int(np.searchsorted(stamps, finish + TIME_TOLERANCE, side="right"))
     if stop <= first:
         raise VideoError(path, f"no frame lies between {begin:g} s and {finish:g} s")
-    return first, stop, begin, finish - begin
+    return _Part(first, stop, begin, finish - begin)
 
 
-def _nearest(path: str, stamps: np.ndarray, wanted: np.ndarray, duration: float) -> np.ndarray:
-    """The frame nearest to each wanted time; the earlier one where two are equally near."""
+def _sample(
+    path: str, source: Source, part: _Part, config: FrameConfig
+) -> tuple[np.ndarray, float, np.ndarray]:
+    """(frame numbers, their rate, seconds of the part at which they are on screen).
+
+    Even steps in number, or in time where frames come unevenly.
+    """
+    total = part.stop - part.first
+    stamps = source.timestamps[part.first : part.stop]
+    rate = source.fps
+    if not is_even(stamps, rate) and stamps[-1] > stamps[0]:
+        rate = (total - 1) / float(stamps[-1] - stamps[0])  # this part may have a rate of its own
+    even = is_even(stamps, rate, part.begin)
+    try:
+        count = config.count(total, rate if even else total / part.length)
+    except ValueError as error:
+        raise VideoError(path, str(error)) from error
+    if even or (config.num_frames is None and _takes_every_frame(stamps, config.fps, count)):
+        indices = part.first + config.indices(total, count)
+        return indices, count / total * rate, source.timestamps[indices] - part.begin
+    if config.rule == "linspace":
+        fps = (count - 1) / max(float(stamps[-1]) - part.begin, TIME_TOLERANCE)
+    else:
+        fps = count / part.length
+    moments = np.arange(count) / fps
+    # A player shows the last frame that has come, which may have come before the part began. Before
+    # the first frame of the file it shows nothing; the first frame stands for that, at its stamp.
+    ticks = part.begin + moments + TIME_TOLERANCE
+    indices = np.maximum(np.searchsorted(source.timestamps, ticks, side="right") - 1, 0)
+    return indices, fps, np.maximum(moments, source.timestamps[indices] - part.begin)
+
+
+def _takes_every_frame(stamps: np.ndarray, fps: float, count: int) -> bool:
+    steps = np.diff(stamps)
+    return count == len(stamps) and bool(fps * steps[steps > 0].min(initial=np.inf) >= 1)
+
+
+def _check_times(path: str, wanted: np.ndarray, duration: float) -> None:
     if wanted.ndim != 1 or len(wanted) == 0 or not np.isfinite(wanted).all():
         raise VideoError(path, f"expected sample times in seconds, got {wanted.tolist()}")
     if wanted.min() < -TIME_TOLERANCE or wanted.max() > duration + TIME_TOLERANCE:
         reason = f"sample times from {wanted.min():g} to {wanted.max():g} s"
         raise VideoError(path, f"{reason} leave the part of {duration:.3f} s")
+
+
+def _nearest(stamps: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """The frame nearest to each wanted time; the earlier one where two are equally near."""
     right = np.searchsorted(stamps, wanted).clip(1, max(len(stamps) - 1, 1))
     left = right - 1
     right = np.minimum(right, len(stamps) - 1)

@@ -35,6 +35,10 @@ class WorkerTimeout(WorkerError):
     """An item took longer than the time-out; its worker was killed."""
 
 
+class StartTimeout(WorkerTimeout):
+    """A worker did not import its function within START_TIMEOUT."""
+
+
 class WorkerDied(WorkerError):
     """A worker ended while it worked on an item, by a crash or from outside."""
 
@@ -110,7 +114,16 @@ class WorkerPool:
         self._finalizer()
 
     def _run(self, item: Any) -> Any:
-        # Returns exceptions: they are results here, and the consumer decides.
+        """The answer to an item. Exceptions are returned: the consumer decides what they mean.
+
+        A worker may be ended from outside (out of memory) or start too slowly on a busy machine:
+        neither is the item's fault, so the item is given to one more worker.
+        """
+        answer = self._try(item)
+        retry = isinstance(answer, WorkerDied | StartTimeout) and not self._closed
+        return self._try(item) if retry else answer
+
+    def _try(self, item: Any) -> Any:
         worker = None
         try:
             worker = self._take()
@@ -168,7 +181,10 @@ class _Worker:
             )
 
     def start(self, function: Callable[[Any], Any], timeout: float | None) -> None:
-        answer = self.ask((function, timeout), START_TIMEOUT)
+        try:
+            answer = self.ask((function, timeout), START_TIMEOUT)
+        except WorkerTimeout as error:
+            raise StartTimeout(f"its worker did not start within {START_TIMEOUT:g} s") from error
         if isinstance(answer, BaseException):
             raise answer
 

@@ -1,7 +1,6 @@
-"""Blurred answers: right about what the video shows, imprecise about when, where and which.
+"""Imprecise labels: right about the events of a clip, noisy about their time, place and letter.
 
-The warm start imitates only these, so that whatever precision the model has after GRPO comes from
-the rewards.
+The demo fine-tunes on these alone, so any precision after GRPO comes from the rewards.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from vcr1_fast.data.scenes import DIRECTIONS
 
 @dataclass(frozen=True)
 class BlurConfig:
-    """How much is left to learn. Seconds, fractions of the frame, a probability."""
+    """Noise of the labels, in seconds, fractions of the frame and probabilities."""
 
     seconds: float = 3.0
     """A span is widened by up to this much at either end."""
@@ -29,13 +28,13 @@ class BlurConfig:
     grid: float = 0.05
     """Coordinates are rounded to multiples of this."""
     wrong_letter: float = 0.4
-    """How often a letter, a label or the direction in a caption is drawn at random."""
+    """Probability that a letter, a label or a caption's direction is sampled at random."""
     missed_event: float = 0.4
-    """How often a caption leaves out a visitor."""
+    """Probability that a caption leaves out an event."""
 
 
 def blur_records(records: Iterable[Record], seed: int, config: BlurConfig) -> list[Record]:
-    """The records with blurred answers; each record's noise depends on `seed` and its place."""
+    """The records with imprecise answers; the noise of a record depends on `seed` and its index."""
     return [
         dataclasses.replace(
             record, answer=_blurred(record, np.random.default_rng((seed, i)), config)
@@ -56,13 +55,13 @@ def _blurred(record: Record, rng: np.random.Generator, config: BlurConfig) -> ob
         spans = [_span(span, record, rng, config) for span in record.answer["glue"]]
         return {"answer": _letter(record.answer["answer"], record, rng, config), "glue": spans}
     if record.task == "classification":
-        return _drawn(record.answer, record.options, rng, config)
+        return _sampled(record.answer, record.options, rng, config)
     if record.task == "caption":
         moves, *comings = record.answer
         color, way = moves.removesuffix("wards.").split()
-        moves = f"{color} {_drawn(way, list(DIRECTIONS), rng, config)}wards."
+        moves = f"{color} {_sampled(way, list(DIRECTIONS), rng, config)}wards."
         return [moves, *(event for event in comings if rng.random() >= config.missed_event)]
-    raise ValueError(f"no blur for answers of task {record.task!r}")
+    raise ValueError(f"no imprecise label for answers of task {record.task!r}")
 
 
 def _span(
@@ -85,10 +84,10 @@ def _box(
 
 
 def _letter(right: str, record: Record, rng: np.random.Generator, config: BlurConfig) -> str:
-    return _drawn(right, "ABCD"[: len(record.options)], rng, config)
+    return _sampled(right, "ABCD"[: len(record.options)], rng, config)
 
 
-def _drawn(right: str, among: Sequence[str], rng: np.random.Generator, config: BlurConfig) -> str:
+def _sampled(right: str, among: Sequence[str], rng: np.random.Generator, config: BlurConfig) -> str:
     if rng.random() >= config.wrong_letter:
         return right
     return among[int(rng.integers(len(among)))]

@@ -1,7 +1,7 @@
-"""The reasoning that the demo's checkpoints are taught to give before an answer.
+"""Reasoning texts that the demo's checkpoints learn to write before an answer.
 
-It is read off the answer, so that a blurred answer comes with an equally blurred reason, and the
-warm start is shown nothing that GRPO is to find.
+The text is derived from the answer: an imprecise answer has equally imprecise reasoning, and so
+fine-tuning shows nothing that GRPO must find.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def with_reasoning(records: Iterable[Record]) -> list[Record]:
 
 
 def reasoning(record: Record) -> str:
-    """One sentence that leads to the record's answer. ValueError for a task it knows none for."""
+    """One sentence that leads to the record's answer. ValueError for a task without one."""
     answer = record.answer
     if record.task == "temporal_grounding":
         return f"It is there at {_timestep(answer)}."
@@ -41,7 +41,7 @@ def reasoning(record: Record) -> str:
 
 
 def direction(boxes: Sequence[Sequence[float]]) -> str:
-    """Where the centre of a box goes from the first to the last of (N, 4), along the longer way."""
+    """Direction of a box's centre from the first to the last of (N, 4), along the longer axis."""
     (x0, y0), (x1, y1) = (((b[0] + b[2]) / 2, (b[1] + b[3]) / 2) for b in (boxes[0], boxes[-1]))
     dx, dy = x1 - x0, y1 - y0
     return max(DIRECTIONS, key=lambda name: DIRECTIONS[name][0] * dx + DIRECTIONS[name][1] * dy)

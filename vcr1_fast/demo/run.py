@@ -1,4 +1,4 @@
-"""`vcr1 demo`: draw clips, warm-start on blurred answers, GRPO, and the table of what it changed.
+"""`vcr1 demo`: renders clips, fine-tunes on imprecise labels, runs GRPO, prints a table of scores.
 
 Reads top to bottom: clips -> SFT -> evaluate -> GRPO -> evaluate -> table, curves, summary.json.
 """
@@ -24,6 +24,7 @@ from vcr1_fast.demo.reasoning import with_reasoning
 from vcr1_fast.demo.settings import FRAMES, WARM_START, DemoConfig
 from vcr1_fast.evaluate.config import EvalConfig
 from vcr1_fast.evaluate.run import evaluate_checkpoint
+from vcr1_fast.files import write_atomic
 from vcr1_fast.report.curves import write_curves
 from vcr1_fast.report.rollouts import write_rollouts_html
 from vcr1_fast.report.table import print_table, stages_table
@@ -40,8 +41,8 @@ _STAGES = ("data", "sft", "grpo")
 
 
 def main_demo(config: DemoConfig) -> int:
-    """Runs the demo into `config.output`; exit status 0. A demo that was interrupted goes on where
-    it stopped; after a finished one, or one with other settings, it begins anew."""
+    """Run the demo into `config.output`; returns exit status 0. An interrupted demo resumes; a
+    finished one, or one with other settings, starts again."""
     out = Path(config.output)
     settings = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
     kept = out / "demo.json"
@@ -50,15 +51,15 @@ def main_demo(config: DemoConfig) -> int:
             shutil.rmtree(out / stage, ignore_errors=True)
         (out / "summary.json").unlink(missing_ok=True)
         out.mkdir(parents=True, exist_ok=True)
-        kept.write_text(settings)
+        write_atomic(kept, settings)
     summary = run_demo(config)
     print_table(stages_table([summary["stages"]]))
-    print(f"{sum(summary['seconds'].values()):.0f} s in all; wrote {out}/summary.json")
+    print(f"{sum(summary['seconds'].values()):.0f} s in total; wrote {out}/summary.json")
     return 0
 
 
 def run_demo(config: DemoConfig) -> dict[str, Any]:
-    """Every stage; the summary that is also written to summary.json."""
+    """Run every stage; returns the summary that is also written to summary.json."""
     from vcr1_fast.train.loop import train
     from vcr1_fast.train.sft import sft
 
@@ -97,7 +98,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
         },
         "config": dataclasses.asdict(config),
     }
-    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write_atomic(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
 
 
@@ -118,7 +119,7 @@ def _sft(config: DemoConfig, records: Path) -> TrainConfig:
 
 
 def grpo_config(config: DemoConfig, model: Path, records: Path) -> TrainConfig:
-    """The demo's second stage, which starts from the checkpoint `model`."""
+    """Settings of the GRPO stage, which starts from the checkpoint `model`."""
     return TrainConfig(
         model=_model(model),
         data=_data(records),
@@ -171,6 +172,6 @@ def _evaluate(stage: Path, splits: dict[str, Path], config: DemoConfig) -> dict[
 @contextmanager
 def _timed(stage: str, seconds: dict[str, float]) -> Iterator[None]:
     print(f"== {stage}", flush=True)
-    began = time.perf_counter()
+    start = time.perf_counter()
     yield
-    seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - began
+    seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start

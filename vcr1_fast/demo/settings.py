@@ -68,12 +68,12 @@ class DemoConfig:
     max_new_tokens: int = 112
     tokens_per_microbatch: int = 4096
     loss: GRPOLossConfig = field(default_factory=lambda: GRPOLossConfig(loss_type="grpo", beta=0.0))
-    """The mean over a completion's tokens first: a tracking answer has ten times the tokens of
-    the others and must not weigh ten times as much."""
+    """Averages over a completion's tokens first: a tracking answer has ten times the tokens of the
+    others and must not have ten times the weight."""
     rewards: RewardsConfig = field(
         default_factory=lambda: RewardsConfig(weights={"caption.recall": 0.0, "caption.F1": 1.0})
     )
-    """Recall alone would be earned by telling everything that may happen."""
+    """Recall alone would reward a caption that lists every possible event."""
 
 
 QUICK = DemoConfig(
@@ -84,10 +84,10 @@ QUICK = DemoConfig(
 
 @dataclass(frozen=True)
 class WarmStartConfig:
-    """How the shipped checkpoint is made. Of the tracking records one in `tracking` is used.
+    """Settings of the shipped checkpoint. One in `tracking` of the tracking records is used.
 
-    Demo seeds other than 1 draw training clips that it has not seen; test clips are new under every
-    seed.
+    Demo seeds other than 1 render training clips that it has not seen; test clips are unseen under
+    every seed.
     """
 
     seed: int = 1

@@ -1,8 +1,8 @@
-"""Makes the checkpoint that the demo begins with: a random tiny model, fine-tuned for as long as
-it takes to look at the video at all. The demo then blurs what it knows, and GRPO begins there.
+"""Makes the demo's initial checkpoint: a random tiny Qwen2.5-VL, fine-tuned until its answers
+depend on the video. The demo then fine-tunes it on imprecise labels, and GRPO starts there.
 
-Without it the demo would spend its minutes there: below that point answers sit at the best guess
-that ignores the clip, and GRPO cannot leave it.
+Without it the demo would spend its minutes on this phase: before it, answers stay at the blind
+baseline, and GRPO cannot leave that.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from vcr1_fast.train.sft import right_answer, sft
 
 
 def make_warm_start(work: Path, config: WarmStartConfig | None = None) -> Path:
-    """Trains in the folder `work`, resuming what is there, and replaces the shipped checkpoint."""
+    """Train in the folder `work`, resuming a run there, and replace the shipped checkpoint."""
     config = config or WarmStartConfig()
     clips = SynthConfig(train=config.clips, val=0, test=0, seed=config.seed)
     exact = load_records(write_dataset(work / "data", clips)["train"])
-    # A tracking answer has ten times the tokens of the others: a part of them weighs as much.
+    # A tracking answer has ten times the tokens of the others, so fewer of them weigh as much.
     chosen = [r for i, r in enumerate(exact) if r.task != "tracking" or i % config.tracking == 0]
     records = work / "data" / "train" / "chosen.jsonl"
     chosen = with_reasoning(chosen)
@@ -53,7 +53,7 @@ def make_warm_start(work: Path, config: WarmStartConfig | None = None) -> Path:
 
 
 def _texts(records: list[Record]) -> list[str]:
-    """What the tokenizer is to know: prompts and answers, and every number an answer can hold."""
+    """The tokenizer's corpus: prompts and answers, and every number an answer can hold."""
     texts = [TASKS[r.task].prompt(r, True) + right_answer(r, think=True) for r in records]
     seconds = [f"{i / 2:.1f}" for i in range(41)]
     coordinates = [f"{i / 100:.2f}" for i in range(101)]

@@ -6,19 +6,16 @@ was said before it.
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, TextIO
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor, nn
 
-from vcr1_fast.data.sampling import FrameConfig
-from vcr1_fast.data.video import Clip, read_clip, read_image
-from vcr1_fast.evaluate.config import placement
+from vcr1_fast.data.video import Clip, ClipReader, ClipRequest, VideoError, read_image
+from vcr1_fast.evaluate.config import ChatConfig
 from vcr1_fast.model.forward import embed, language_model_forward, lm_head, prompt_features
 from vcr1_fast.model.processor import Processor
 from vcr1_fast.model.prompt import next_position
@@ -26,39 +23,6 @@ from vcr1_fast.model.sampling import SamplingConfig, check_possible, sample
 from vcr1_fast.model.wrapping import unwrap
 
 _HALF_A_LETTER = "\N{REPLACEMENT CHARACTER}"
-
-
-@dataclass(frozen=True)
-class ChatConfig:
-    """One `vcr1 chat` command."""
-
-    model: str
-    video: str | None = None
-    image: tuple[str, ...] = ()
-    """Images, shown after the video where there is one."""
-    question: tuple[str, ...] = ()
-    """Asked one after the other; default: lines of the standard input."""
-    start: float | None = None
-    end: float | None = None
-    """Part of the video to watch, in seconds."""
-    folder_fps: float | None = None
-    """Frames a second of a folder of images, which does not tell them."""
-    frames: FrameConfig = field(default_factory=FrameConfig)
-    system: str | None = None
-    temperature: float = 0.0
-    top_p: float = 1.0
-    max_new_tokens: int = 1024
-    seed: int = 0
-    mrope: Literal["trained", "installed"] = "trained"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        if self.folder_fps is not None and not 0 < self.folder_fps < math.inf:
-            raise ValueError(f"folder_fps must be a positive number, got {self.folder_fps}")
-
-    def sampling(self) -> SamplingConfig:
-        return SamplingConfig(self.temperature, self.top_p, max_new_tokens=self.max_new_tokens)
 
 
 class Conversation:
@@ -192,15 +156,18 @@ def open_conversation(config: ChatConfig) -> Conversation:
     # The processor alone first: a clip that cannot be read must not wait for the weights.
     frames = checkpoint.load_processor(config.model).with_frames(config.frames).frames
     if config.video is not None:
-        clips.append(
-            read_clip(
-                config.video,
-                frames,
-                start=config.start,
-                end=config.end,
-                folder_fps=config.folder_fps,
-            )
+        request = ClipRequest(
+            config.video,
+            frames,
+            start=config.start,
+            end=config.end,
+            folder_fps=config.folder_fps,
         )
+        with ClipReader(backend=config.decoder, workers=0) as reader:
+            clip = next(reader.read([request]))
+        if isinstance(clip, VideoError):
+            raise clip
+        clips.append(clip)
     clips += [read_image(path) for path in config.image]
     for clip in clips:
         height, width = clip.frames.shape[1:3]
@@ -208,7 +175,7 @@ def open_conversation(config: ChatConfig) -> Conversation:
         if clip.duration is not None:
             told = f"{len(clip.frames)} frames of {clip.duration:.1f} s, {told}"
         print(f"{clip.path}: {told}", file=sys.stderr)
-    dtype, device = placement(config.dtype, config.device)
+    dtype, device = config.placement()
     model, processor = checkpoint.load(config.model, dtype=dtype, device=device, mrope=config.mrope)
     processor = processor.with_frames(config.frames)
     print(f"ready in {time.perf_counter() - began:.1f} s", file=sys.stderr)

@@ -16,6 +16,7 @@ from typing import Any
 from vcr1_fast.data.convert import convert
 from vcr1_fast.data.quarantine import Quarantine
 from vcr1_fast.data.records import Record, load_records
+from vcr1_fast.data.video import DECODER
 from vcr1_fast.evaluate.faults import (
     Fault,
     Timed,
@@ -64,6 +65,7 @@ def check(
     media_root: str | Path | None = None,
     media: bool = True,
     decode: bool = False,
+    decoder: str = DECODER,
 ) -> Report:
     """Examine the records of a JSONL file, and the rows that were refused when it was converted.
 
@@ -71,6 +73,7 @@ def check(
         fault. Without it floors are fitted on the examined records: then they can only be higher.
     media: open every video and image, to compare lengths with the annotation.
     decode: also decode what each record shows, as training does.
+    decoder: which decoder opens the videos, as data.decoder of a run.
     """
     bad = Quarantine()
     records = load_records(path, media_root=media_root, on_error="quarantine", quarantine=bad)
@@ -81,7 +84,7 @@ def check(
     faults += repeated(records) + overlap(records, trained)
     lengths: dict[Timed, float] = {}
     if media or decode:
-        dead, lengths = dead_media(records, decode=decode)
+        dead, lengths = dead_media(records, decode=decode, decoder=decoder)
         faults += dead
     for record in records:
         faults += time_faults(record, lengths.get(timed(record)))

@@ -13,6 +13,7 @@ import torch
 from vcr1_fast.data.video import ClipReader
 from vcr1_fast.evaluate.config import EvalConfig, EvalRun
 from vcr1_fast.evaluate.run import Evaluation, evaluate_checkpoint, evaluate_predictions
+from vcr1_fast.files import rename_flushed
 from vcr1_fast.report.rollouts import write_predictions_html
 from vcr1_fast.report.scores import write_scores
 from vcr1_fast.report.table import print_table, summary_tables
@@ -31,9 +32,11 @@ def main_eval(run: EvalRun) -> int:
 
 
 def _evaluate(run: EvalRun) -> int:
+    evaluation: Evaluation | None
     if run.predictions is not None:
         evaluation = evaluate_predictions(run.predictions, run.records, run.output, run.eval)
     else:
+        assert run.model is not None  # EvalRun holds one of the two
         evaluation = evaluate_checkpoint(run.model, run.records, run.output, run.eval)
     if evaluation is None:
         index, count = run.eval.shard_index, run.eval.shard_count
@@ -81,7 +84,7 @@ def draw(evaluation: Evaluation, run: EvalRun) -> list[Path]:
     with TemporaryDirectory(prefix=".drawn.", dir=out) as own:
         for drawn in _drawn(evaluation, run, Path(own)):
             paths.append(out / drawn.name)
-            os.replace(drawn, paths[-1])
+            rename_flushed(drawn, paths[-1])
     return paths
 
 

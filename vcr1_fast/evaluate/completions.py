@@ -6,14 +6,12 @@ again. A later line replaces an earlier one with the same id.
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vcr1_fast.report.jsonl import read_jsonl
+from vcr1_fast.files import append_jsonl, read_jsonl
 
 
 @dataclass(frozen=True)
@@ -62,10 +60,7 @@ def shard_path(out_dir: str | Path, index: int, count: int) -> Path:
 
 def append_completions(path: Path, completions: Iterable[Completion]) -> None:
     """Append lines and force them to disk, so that a killed run loses one batch at most."""
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json_line(asdict(completion)) for completion in completions)
-        file.flush()
-        os.fsync(file.fileno())
+    append_jsonl(path, map(asdict, completions), fsync=True)
 
 
 def load_completions(path: str | Path, *, repair: bool = False) -> dict[str, Completion]:
@@ -77,15 +72,11 @@ def load_completions(path: str | Path, *, repair: bool = False) -> dict[str, Com
     path = Path(path)
     if not path.exists():
         return {}
-    raw = path.read_bytes()
-    whole = raw[: raw.rfind(b"\n") + 1]
-    if repair and len(whole) < len(raw):
-        os.truncate(path, len(whole))
     completions = {}
-    for number, line in enumerate(whole.split(b"\n")[:-1], start=1):
+    for number, row in read_jsonl(path, torn="cut" if repair else "skip"):
         try:
-            completion = Completion.from_json(json.loads(line))
-        except (ValueError, TypeError, KeyError) as error:
+            completion = Completion.from_json(row)
+        except (TypeError, KeyError) as error:
             raise ValueError(f"{path}:{number}: not a completion: {error}") from None
         completions[completion.id] = completion
     return completions
@@ -118,16 +109,16 @@ def given_completions(
     two, and (unless `others`) for an id that no record has.
     """
     found: dict[str, Completion] = {}
-    for number, row in enumerate(read_jsonl(path), start=1):
+    for number, row in read_jsonl(path, torn="skip"):
         name, text = row.get("id"), row.get("completion", row.get("text"))
         if not isinstance(name, str) or not isinstance(text, str):
-            raise ValueError(f"{path}: row {number} lacks a text `id` or `completion`: {row!r:.80}")
+            raise ValueError(f"{path}:{number}: lacks a text `id` or `completion`: {row!r:.80}")
         if name in found:
-            raise ValueError(f"{path}: row {number} answers {name!r} again")
+            raise ValueError(f"{path}:{number}: answers {name!r} again")
         tokens, finished = row.get("tokens", 0), row.get("finished", True)
         if type(tokens) is not int or type(finished) is not bool:
             told = f"`tokens` {tokens!r:.80} and `finished` {finished!r:.80}"
-            raise ValueError(f"{path}: row {number} needs an integer and a boolean, has {told}")
+            raise ValueError(f"{path}:{number}: needs an integer and a boolean, has {told}")
         found[name] = Completion(name, text, tokens=tokens, finished=finished)
     known = set(record_ids)
     lacking = [name for name in record_ids if name not in found]
@@ -137,16 +128,3 @@ def given_completions(
     if strange and not others:
         raise ValueError(f"{path}: {len(strange)} ids are of no record, first {strange[0]!r}")
     return [found[name] for name in record_ids]
-
-
-def write_text_atomic(path: str | Path, text: str) -> None:
-    """Write through a temporary file and a rename: readers see the old or the new text, whole."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def json_line(value: dict) -> str:
-    """One JSON line; NaN is refused rather than written as invalid JSON."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n"

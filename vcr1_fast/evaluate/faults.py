@@ -6,17 +6,18 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 
-from vcr1_fast.data.progress import Progress
 from vcr1_fast.data.quarantine import QuarantineItem
 from vcr1_fast.data.records import Record
 from vcr1_fast.data.requests import clip_key, clip_request
 from vcr1_fast.data.sampling import FrameConfig
-from vcr1_fast.data.video import ClipReader, VideoError, probe, read_image
+from vcr1_fast.data.video import DECODER, ClipReader, VideoError, probe_all, read_image
+from vcr1_fast.progress import Progress
 from vcr1_fast.rewards import box_iou
 from vcr1_fast.tasks import TASKS
 
@@ -83,33 +84,42 @@ def timed(record: Record) -> Timed:
 
 
 def dead_media(
-    records: Sequence[Record], *, decode: bool
+    records: Sequence[Record], *, decode: bool, decoder: str = DECODER
 ) -> tuple[list[Fault], dict[Timed, float]]:
-    """(media that cannot be opened, faults of their first record; seconds of the others).
+    """(media that cannot be opened, as faults of their first record; seconds of the others).
 
-    `decode`: what a record shows is read too, which finds damage behind the beginning.
+    Videos are opened in worker processes: a file that crashes its decoder is one fault. `decode`:
+    what a record shows is read too, which finds damage behind the beginning.
     """
     owner: dict[Timed, Record] = {}
     for record in records:
         owner.setdefault(timed(record), record)
-    faults, lengths, dead = [], {}, set()
-    with Progress(len(owner), "open media") as progress:
+    faults: list[Fault] = []
+    lengths: dict[Timed, float] = {}
+    dead: set[str] = set()
+    videos = (medium for medium, record in owner.items() if record.image is None)
+    infos = probe_all(videos, backend=decoder)
+    with Progress(len(owner), "open media") as progress, closing(infos):
         for (path, fps), record in owner.items():
             try:
                 if record.image is not None:
                     read_image(path)
                 else:
-                    lengths[path, fps] = probe(path, folder_fps=fps).duration
+                    info = next(infos)
+                    if isinstance(info, VideoError):
+                        raise info
+                    lengths[path, fps] = info.duration
             except VideoError as error:
-                what = "unreadable" if os.path.exists(path) else "missing"
+                kind = "unreadable" if os.path.exists(path) else "missing"
                 if path not in dead:
-                    faults.append(Fault(f"{what} {_kind(record)}", record.id, str(error)))
+                    faults.append(Fault(f"{kind} {_kind(record)}", record.id, str(error)))
                 dead.add(path)
             progress.advance()
     if decode:
         shown = {clip_key(record): record for record in records if timed(record) in lengths}
         requests = (clip_request(record, FrameConfig()) for record in shown.values())
-        with Progress(len(shown), "decode videos") as progress, ClipReader() as reader:
+        reader = ClipReader(backend=decoder)
+        with Progress(len(shown), "decode videos") as progress, reader:
             for record, clip in zip(shown.values(), reader.read(requests), strict=True):
                 if isinstance(clip, VideoError):
                     faults.append(Fault("undecodable video", record.id, str(clip)))

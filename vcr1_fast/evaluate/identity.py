@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vcr1_fast.evaluate.completions import write_text_atomic
 from vcr1_fast.evaluate.config import EvalConfig
+from vcr1_fast.files import write_atomic
 from vcr1_fast.rewards.judge import JudgeConfig
 from vcr1_fast.tasks import TASKS
 from vcr1_fast.tasks.wording import load_prompts, prompts_from
@@ -133,4 +133,4 @@ def claim_folder(out_dir: str | Path, identity: dict[str, Any], *, restart: bool
             files = _RESULTS if different == ["judge"] else (_COMPLETIONS, *_RESULTS)
             for stale in (file for pattern in files for file in out.glob(pattern)):
                 stale.unlink(missing_ok=True)  # another shard may be doing the same
-    write_text_atomic(path, json.dumps(mine, indent=2) + "\n")
+    write_atomic(path, json.dumps(mine, indent=2) + "\n")

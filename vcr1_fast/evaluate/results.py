@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vcr1_fast.evaluate.completions import json_line, write_text_atomic
+from vcr1_fast.files import json_line, write_atomic
 from vcr1_fast.report.table import markdown_table, summary_tables
 
 if TYPE_CHECKING:
@@ -20,17 +20,17 @@ def write_results(out_dir: str | Path, evaluation: Evaluation, identity: dict[st
     """Write predictions.jsonl, quarantine.jsonl, summary.json and tables.md, each atomically."""
     out = Path(out_dir)
     lines = (json_line(item.as_line()) for item in evaluation.predictions)
-    write_text_atomic(out / "predictions.jsonl", "".join(lines))
-    write_text_atomic(
+    write_atomic(out / "predictions.jsonl", "".join(lines))
+    write_atomic(
         out / "quarantine.jsonl",
         "".join(json_line(asdict(item)) for item in evaluation.quarantined),
     )
     summary = {**evaluation.summary(), "run": identity, "versions": versions()}
     text = json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False)
-    write_text_atomic(out / "summary.json", text + "\n")
+    write_atomic(out / "summary.json", text + "\n")
     tables = summary_tables(json.loads(text))
     parts = [f"{table.title or 'scores'}\n\n{markdown_table(table)}\n" for table in tables]
-    write_text_atomic(out / "tables.md", "\n".join(parts))
+    write_atomic(out / "tables.md", "\n".join(parts))
 
 
 def versions() -> dict[str, str]:

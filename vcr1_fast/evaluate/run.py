@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vcr1_fast.data.progress import Progress
 from vcr1_fast.data.quarantine import Quarantine, QuarantineItem
 from vcr1_fast.data.records import Record, load_records
 from vcr1_fast.evaluate.completions import (
@@ -30,6 +29,7 @@ from vcr1_fast.evaluate.published import Published, published_beside
 from vcr1_fast.evaluate.results import write_results
 from vcr1_fast.evaluate.score import Bootstrap, Scored, TaskSummary, score, summarise
 from vcr1_fast.model.judge import open_judge
+from vcr1_fast.progress import Progress
 from vcr1_fast.rewards.caption import Judge
 from vcr1_fast.rewards.judge import ModelJudge
 from vcr1_fast.tasks import TASKS

@@ -22,7 +22,7 @@ from vcr1_fast.ops import GRPOLossConfig
 LEVELS = {"gspo": "sequence", "gspo_token": "sequence_token"}
 
 
-# Inside a compiled graph nothing is written in place. EasyR1 keeps its own kernel out likewise.
+# A compiled graph would drop the in-place write. EasyR1 excludes its own kernel too.
 _eager_row_logprobs = torch.compiler.disable(row_logprobs)
 
 

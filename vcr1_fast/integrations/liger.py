@@ -1,15 +1,15 @@
-"""Liger-Kernel's GRPO functions on our ops: its names, signatures, defaults and return values.
+"""Liger-Kernel's GRPO functions on our ops, with its names, signatures, defaults and results.
 
     from vcr1_fast.integrations.liger import LigerFusedLinearGRPOLoss, triton_grpo_loss
 
 Numbers are Liger's, with its conventions: log-ratios and KL are not clamped, cispo is bounded above
-by the raw epsilon_high alone, the KL metric is taken after the bias correction. What is better here
-costs nothing to use: masked rows never reach the LM head or the softmax, packed rows of any stride,
-several chunks of sequences, a gradient made in the forward pass without an fp32 copy of the head.
+by the raw epsilon_high alone, the KL metric is taken after the bias correction. Faster here: masked
+rows never reach the LM head or the softmax, rows may have any stride, and the forward pass makes
+the gradient without an fp32 copy of the head.
 
-Differences, all where Liger reads what stands in the padding: we never do. Its fused luspo loss
-counts padding tokens; ours follows its unfused one (tokens) or TRL's (sequences), which are the
-same where nothing is padded. Its vespo adds rollout ratios of padding tokens.
+Differences, all because Liger reads padding and we never do. Its fused luspo loss counts padding
+tokens; ours follows its unfused one (tokens) or TRL's (sequences), which agree without padding. Its
+vespo adds rollout ratios of padding tokens.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def fused_selective_log_softmax(
 ) -> Tensor:
     """Log-probs (B, L) in float32 of `input_ids`, without gradient; 0 where `mask` is 0.
 
-    logits: (B, L + 1, V), of which the last position is not read. input_ids, mask: (B, >= L), the
+    logits: (B, L + 1, V), whose last position is not read. input_ids, mask: (B, >= L), the
     last L columns count.
     """
     length = logits.shape[1] - 1
@@ -79,7 +79,7 @@ def triton_grpo_loss(
     inplace: the backward pass writes the gradient over the logits; a second one raises.
 
     Returns (loss, [mean KL if beta, share of clipped tokens]) if `reduce`, else the (B, L) tensors
-    (loss, KL or None, clipped). ValueError for options that do not go together.
+    (loss, KL or None, clipped). ValueError for options that exclude each other.
     """
     length = completion_ids.shape[1]
     if logits.shape[:2] != (len(completion_ids), length + 1):
@@ -125,8 +125,8 @@ def triton_grpo_loss(
 class LigerFusedLinearGRPOLoss(torch.nn.Module):
     """GRPO loss of an LM head's tokens, without the logits in memory.
 
-    Arguments in Liger's order and with its defaults. `compiled` and `chunk_size` change nothing
-    here: there is nothing to compile, and rows are chunked by `chunk_rows`.
+    Arguments in Liger's order and with its defaults. `compiled` and `chunk_size` have no effect:
+    nothing is compiled, and `chunk_rows` sets the chunks.
 
     chunk_rows, softcap: as in `vcr1_fast.ops.linear_grpo_loss`.
     """
@@ -176,10 +176,10 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         self.vespo_lambda_neg = vespo_lambda_neg
         self.chunk_rows = chunk_rows
         self.softcap = softcap
-        self._config(None, False)  # so that options that do not go together raise here
+        self._config(None, False)  # raises here, not at the first call, for impossible options
 
     def _config(self, num_items: Tensor | None, with_kl: bool) -> Any:
-        # Read at each call: trainers set attributes of the loss they were given.
+        # Read at each call, because trainers set attributes of the loss after it is made.
         return liger_config(
             self.loss_type,
             self.importance_sampling_level,
@@ -219,10 +219,13 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         _input, ref_input: (B, T, H); lin_weight, ref_weight: (V, H); selected_token_ids,
         attention_mask and the log-probs: (B, T); advantages: (B,), here also (B, T).
         Without `use_ref_model` the policy is its own reference: no KL, and 0 as its metric.
-        ValueError if a reference is to be used and none is given.
+        ValueError if `use_ref_model` is set and no reference is given.
         """
-        head = {"temperature": self.temperature, "softcap": self.softcap}
-        head["chunk_rows"] = self.chunk_rows
+        head: dict[str, Any] = {
+            "temperature": self.temperature,
+            "softcap": self.softcap,
+            "chunk_rows": self.chunk_rows,
+        }
         with_kl = self.use_ref_model and self.beta != 0
         if self.use_ref_model and ref_per_token_logps is None and ref_input is None:
             raise ValueError("use_ref_model needs ref_per_token_logps or ref_input")
@@ -231,6 +234,8 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
                 "ref_per_token_logps and ref_input are both given; the former counts", stacklevel=2
             )
         if with_kl and ref_per_token_logps is None:
+            if ref_input is None or ref_weight is None:
+                raise ValueError("ref_input needs ref_weight, got None")
             with torch.no_grad():
                 ref_per_token_logps = linear_logprobs(
                     ref_input,
@@ -293,7 +298,7 @@ class LigerFusedLinearGRPOFunction:
 
 
 def _swap(owner: str, ours: Any, checked: Callable[..., Any], *first: str) -> Swap:
-    """`ours` in place of what has the same name, whose parameters must be those of `checked`."""
+    """A swap of the object of the same name for `ours`; its parameters must equal `checked`'s."""
     parameters = inspect.signature(checked).parameters.values()
     names = (p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
     return Swap(owner, ours.__name__, lambda _: ours, (*first, *names))

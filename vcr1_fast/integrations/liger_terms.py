@@ -1,4 +1,4 @@
-"""What the forms of Liger's GRPO loss share: its options as ours, its metrics from ours."""
+"""Options and metrics that the forms of Liger's GRPO loss share, mapped to ours and back."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def liger_config(
 
 
 def dapo_tokens(loss_type: str, mask: Tensor, num_items: Tensor | float | None) -> Tensor | None:
-    """What dapo, cispo and vespo divide by on this process: `num_items` of all processes, or the
+    """The divisor of dapo, cispo and vespo on this process: `num_items` of all processes, or the
     tokens of all processes' masks, over the number of processes. None: this call's tokens."""
     if loss_type not in ("dapo", "cispo", "vespo"):
         return None
@@ -94,7 +94,7 @@ class GRPOCall:
         """Whether a metric, or an input, is made from the policy's own log-probs."""
         return self.corrected_kl or (self.folds_ratio and self.old_logps is None)
 
-    def _tokens(self, logps: Tensor | None) -> tuple[GRPOLossConfig, dict[str, Tensor | None]]:
+    def _tokens(self, logps: Tensor | None) -> tuple[GRPOLossConfig, dict[str, Any]]:
         """Config and per-token inputs with the rollout's ratio in the form our losses take."""
         config, shape = self.config, self.mask.shape
         tokens = {"ref_logps": self.ref_logps if config.beta else None}
@@ -105,7 +105,10 @@ class GRPOCall:
             return config, {**tokens, "token_weights": ratio.expand(shape)}
         # The sampler's log-probs that have this ratio to the old ones; one for a whole completion
         # stands at its first token.
-        old = logps.detach() if self.old_logps is None else self.old_logps
+        old = self.old_logps
+        if old is None:
+            assert logps is not None  # `needs_logps` says so
+            old = logps.detach()
         gap, kind = ratio.to(torch.float32).log().expand(shape), "token_truncate"
         if ratio.shape[1] == 1:
             valid = self.mask != 0
@@ -130,7 +133,12 @@ class GRPOCall:
         return loss, self._metrics(metrics)
 
     def reduced_head(
-        self, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, head: dict
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        bias: Tensor | None,
+        head: dict[str, Any],
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         config, tokens = self._tokens(None)
         loss, metrics = linear_grpo_loss(

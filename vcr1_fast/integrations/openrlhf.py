@@ -75,6 +75,9 @@ def fused_policy_loss(original: type[torch.nn.Module]) -> type[torch.nn.Module]:
                     log_probs, old_log_probs, advantages, action_mask, rollout_log_probs,
                     dp_size, batch_num_tokens, global_batch_size,
                 )  # fmt: skip
+            if corrected and rollout_log_probs is None:
+                raise ValueError("the rollout correction needs rollout_log_probs, got None")
+            rollout = rollout_log_probs if corrected else None
             averaged = (
                 over_tokens(batch_num_tokens)
                 if self.token_level_loss
@@ -83,21 +86,19 @@ def fused_policy_loss(original: type[torch.nn.Module]) -> type[torch.nn.Module]:
             shared = batch_num_tokens if self.token_level_loss else global_batch_size
             loss, metrics = policy_loss(
                 log_probs,
-                rollout_log_probs if corrected and not ppo else old_log_probs,
+                old_log_probs if ppo or rollout is None else rollout,
                 advantages,
                 action_mask,
                 GRPOLossConfig(**averaged, **_options(self)),
-                moved_from=old_log_probs,
-                rollout_logps=rollout_log_probs if corrected and ppo else None,
+                kl_reference_logps=old_log_probs,
+                rollout_logps=rollout if ppo else None,
             )
             gap = filtered = None
-            if corrected and ppo:
-                gap = token_mean(rollout_log_probs - old_log_probs, action_mask)
+            if rollout is not None and ppo:
+                gap = token_mean(rollout - old_log_probs, action_mask)
                 filtered = metrics["rollout_clipped"]
                 if self.is_correction_level == "seq":
-                    filtered = _filtered_sequences(
-                        self, old_log_probs - rollout_log_probs, action_mask
-                    )
+                    filtered = _filtered_sequences(self, old_log_probs - rollout, action_mask)
             loss = loss if shared is None else loss * dp_size
             return loss, metrics["clip_region"], metrics["ppo_kl"], gap, filtered
 

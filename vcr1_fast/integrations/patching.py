@@ -1,4 +1,4 @@
-"""Replacing functions of an installed package: reversibly, and only where their contract is known.
+"""Replaces functions of an installed package, reversibly, and only where their contract is known.
 
 A package is described by a `Patch`: the releases it was checked on, and named parts, each a list of
 `Swap`s. Nothing is imported or changed until the patch is called.
@@ -6,7 +6,7 @@ A package is described by a `Patch`: the releases it was checked on, and named p
     patch_trl = Patch("trl", ("1.15", "1.16"), {"logprobs": [Swap(...), ...], "loss": [...]})
 
     patch_trl()              # all parts, until patch_trl.undo()
-    patch_trl("logprobs")    # this part; a part that is in place already is left as it is
+    patch_trl("logprobs")    # this part; a part that is already in place stays
     with patch_trl():        # undoes at the end what this call put in place, and nothing else
         ...
 
@@ -43,15 +43,15 @@ class Swap:
     Attributes:
         owner: "package.module", or "package.module:Name" for a class or a mapping in it.
         name: attribute of a module or class, or key of a mapping.
-        build: takes the original and returns what stands in its place.
+        build: takes the original and returns the replacement.
         parameters: names that the original (of a class with `forward`, that method) must take, in
             their order; None asks for nothing.
         digests: `source_digest`s that the original may have; empty asks for nothing. For originals
             whose body, not only whose signature, is what the replacement relies on.
-        relies_on: further attributes of the owner whose sources the digests cover, in this order.
-        new: the name is not there before (an entry to register); `build` then gets `ABSENT`.
-        copies: replace it also where other modules of the package hold it.
-        releases: where only some of the patch's releases have it; empty is all of them.
+        relies_on: other attributes of the owner whose sources the digests cover, in this order.
+        new: the name must not exist before (an entry to register); `build` then gets `ABSENT`.
+        copies: also replace it in other modules of the package that hold it.
+        releases: those of the patch's releases that have it; empty: all.
     """
 
     owner: str
@@ -66,7 +66,7 @@ class Swap:
 
     @property
     def target(self) -> str:
-        """What is replaced, in words: "trl.trainer.utils.selective_log_softmax"."""
+        """Dotted name of the replaced object: "trl.trainer.utils.selective_log_softmax"."""
         return f"{self.owner.replace(':', '.')}.{self.name}"
 
 
@@ -82,7 +82,7 @@ class _Done:
 
 
 class Patch:
-    """What is replaced in one package, and whether it is.
+    """The replacements in one package, and which of them are in place.
 
     Args:
         distribution: name the package was installed under, as pip knows it.
@@ -107,11 +107,11 @@ class Patch:
         self._done: dict[str, list[_Done]] = {}
 
     def __call__(self, *parts: str) -> Applied:
-        """Put `parts` (all, if none is named) in place; those that are, stay.
+        """Put `parts` (all, if none is named) in place; those already in place stay.
 
         Returns a handle that a `with` block undoes. ValueError for a part that does not exist,
-        UnknownContract if the installed package is not what this patch was checked on; either way
-        nothing has changed.
+        UnknownContract if the installed package is not one this patch was checked on; after either
+        error nothing has changed.
         """
         wanted = [part for part in self._named(parts) if part not in self._done]
         if wanted:
@@ -125,9 +125,9 @@ class Patch:
         return Applied(self, tuple(wanted))
 
     def undo(self, *parts: str) -> None:
-        """Bring the original objects of `parts` (all, if none is named) back; a part that is not in
-        place is passed over. RuntimeError, and nothing done, if somebody has put another object
-        over a replacement since: that one has to go first."""
+        """Restore the original objects of `parts` (all, if none is named); skip parts that are not
+        in place. RuntimeError, and no change, if another object has replaced a replacement since:
+        undo that one first."""
         undone = [part for part in self._named(parts) if part in self._done]
         for part in undone:
             for done in self._done[part]:
@@ -149,7 +149,7 @@ class Patch:
 
     @property
     def targets(self) -> dict[str, tuple[str, ...]]:
-        """Part -> what it replaces, in words."""
+        """Part -> dotted names of the objects it replaces."""
         return {part: tuple(s.target for s in swaps) for part, swaps in self.parts.items()}
 
     @property
@@ -172,7 +172,7 @@ class Patch:
             )
 
     def check(self, *parts: str) -> None:
-        """UnknownContract if calling the patch would refuse. Imports the package, changes
+        """UnknownContract if a call of the patch would refuse. Imports the package, changes
         nothing."""
         self.check_version()
         for part in self._named(parts):
@@ -181,7 +181,7 @@ class Patch:
                     _find(swap)
 
     def _swaps(self, part: str) -> list[Swap]:
-        """Those of the part that the installed release asks for."""
+        """The part's swaps that apply to the installed release."""
         version = self.version or ""
         return [
             swap
@@ -199,7 +199,7 @@ class Patch:
         return parts or tuple(self.parts)
 
     def _rebind(self, done: _Done, old: Any, new: Any) -> None:
-        """`new` wherever a module of the package holds `old`, under whatever name."""
+        """Put `new` wherever a module of the package holds `old`, under any name."""
         if done.swap.new or not done.swap.copies or not isinstance(done.owner, ModuleType):
             return
         for name, module in list(sys.modules.items()):
@@ -211,7 +211,7 @@ class Patch:
 
 
 class Applied:
-    """What one call of a `Patch` put in place; a `with` block undoes it at its end."""
+    """The parts that one call of a `Patch` put in place; a `with` block undoes them at its end."""
 
     def __init__(self, patch: Patch, parts: tuple[str, ...]) -> None:
         self.patch = patch
@@ -241,7 +241,7 @@ def _of(version: str, release: str) -> bool:
 
 
 def _find(swap: Swap) -> _Done:
-    """The swap with its replacement built; UnknownContract if it does not find what it expects."""
+    """The swap with its replacement built; UnknownContract if the package differs from it."""
     module, _, attribute = swap.owner.partition(":")
     try:
         owner = importlib.import_module(module)
@@ -251,11 +251,12 @@ def _find(swap: Swap) -> _Done:
         owner = getattr(owner, attribute, ABSENT)
     original = ABSENT if owner is ABSENT else _get(owner, swap.name)
     if swap.new and original is not ABSENT:
-        raise UnknownContract(f"{swap.target} is there already: {original!r}")
+        raise UnknownContract(f"{swap.target} already exists: {original!r}")
     if owner is ABSENT or (original is ABSENT and not swap.new):
-        raise UnknownContract(f"{swap.target} is not there")
+        raise UnknownContract(f"{swap.target} does not exist")
     if swap.parameters is not None:
-        taken = tuple(inspect.signature(getattr(original, "forward", original)).parameters)
+        called: Any = getattr(original, "forward", original)
+        taken = tuple(inspect.signature(called).parameters)
         if taken != swap.parameters:
             raise UnknownContract(f"{swap.target} takes {taken}, expected {swap.parameters}")
     if swap.digests:
@@ -275,12 +276,12 @@ def _get(owner: Any, name: str) -> Any:
 
 
 def _own(owner: Any, name: str) -> Any:
-    """What `owner` itself holds under `name`, as it holds it (a staticmethod as such)."""
+    """The raw value that `owner` itself holds under `name` (a staticmethod stays one)."""
     return (owner if isinstance(owner, MutableMapping) else vars(owner)).get(name, ABSENT)
 
 
 def _set(owner: Any, name: str, value: Any) -> None:
-    """`value` under `name`; ABSENT takes the name away."""
+    """Set `name` to `value`; ABSENT deletes the name."""
     if isinstance(owner, MutableMapping):
         if value is ABSENT:
             del owner[name]

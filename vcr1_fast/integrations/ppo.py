@@ -1,4 +1,4 @@
-"""What the PPO-style losses of verl, OpenRLHF and EasyR1 share: how they average and report."""
+"""Averages and metrics that the PPO-style losses of verl, OpenRLHF and EasyR1 share."""
 
 from __future__ import annotations
 
@@ -46,20 +46,21 @@ def policy_loss(
     mask: Tensor | None,
     config: GRPOLossConfig,
     *,
-    moved_from: Tensor | None = None,
+    kl_reference_logps: Tensor | None = None,
     **tokens: Tensor | None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """`grpo_loss` without KL term, and in its metrics "ppo_kl": the mean of moved_from - logp.
+    """`grpo_loss` without KL term; its metrics hold "ppo_kl", the mean of
+    kl_reference_logps - logps.
 
-    moved_from: None stands for `old_logps`. The difference is kept within the config's
-    kl_input_clamp. One kernel gives it with the rest: it is the k1 estimator with the sign turned.
+    kl_reference_logps: None means `old_logps`. The config's kl_input_clamp bounds the difference.
+    The same kernel computes it, as the k1 estimator with the opposite sign.
     """
     loss, metrics = grpo_loss(
         logps,
         old_logps,
         advantages,
         mask,
-        ref_logps=old_logps if moved_from is None else moved_from,
+        ref_logps=old_logps if kl_reference_logps is None else kl_reference_logps,
         config=replace(config, kl="k1"),
         **tokens,
     )
@@ -67,7 +68,7 @@ def policy_loss(
 
 
 def token_mean(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean of `values` over tokens, for metrics; what stands outside the mask may be anything."""
+    """Mean of `values` over tokens, for metrics; NaN outside the mask is ignored."""
     if mask is None:
         return values.mean()
     valid = mask != 0
@@ -75,6 +76,6 @@ def token_mean(values: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def as_floats(metrics: dict[str, Tensor]) -> dict[str, float]:
-    """Numbers for a log, waiting for the device once."""
+    """Metrics as Python floats, with one synchronisation of the device."""
     values = torch.stack([value.detach().to(torch.float64) for value in metrics.values()])
     return dict(zip(metrics, values.tolist(), strict=True))

@@ -28,7 +28,7 @@ def row_logprobs(
         inplace_backward=inplace_backward,
         out_dtype=wide,
     ).logps
-    # A copy always: the backward pass keeps its own, and trainers write into what they are given.
+    # Always a copy: the backward pass keeps the original, and trainers write into results.
     return logps.to(out_dtype or wide, copy=True)
 
 

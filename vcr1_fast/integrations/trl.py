@@ -51,7 +51,7 @@ def _are_ours(logits: Tensor) -> bool:
 
 
 def fused_head(original: Any) -> Any:
-    """What stands in for TRL's `ChunkedLogProbFunction`, `original`."""
+    """The replacement of TRL's `ChunkedLogProbFunction`, `original`."""
 
     class ChunkedLogProbFunction:
         @staticmethod
@@ -94,7 +94,7 @@ def fused_head(original: Any) -> Any:
             )
             return logps, entropy, None, None, None
 
-        forward = original.forward  # its signature is the contract that a second patch looks at
+        forward = original.forward  # a second patch checks this signature
 
     return ChunkedLogProbFunction
 
@@ -150,7 +150,7 @@ def compacting(original: Callable[[torch.device], bool]) -> Callable[[torch.devi
 
 
 def _out_dtype(logits: Tensor, index: Tensor | None, row_mask: Tensor | None) -> torch.dtype:
-    """What TRL's function returns for these arguments."""
+    """The dtype that TRL's function returns for these arguments."""
     from trl.trainer import utils
 
     on_gpu = utils._supports_trl_loss_kernel(logits, index, row_mask)
@@ -158,7 +158,7 @@ def _out_dtype(logits: Tensor, index: Tensor | None, row_mask: Tensor | None) ->
 
 
 def selective_log_softmax(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """What stands in for TRL's function of that name."""
+    """The replacement of TRL's function of that name."""
 
     def selective_log_softmax(
         logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
@@ -185,7 +185,7 @@ def selective_log_softmax(original: Callable[..., Tensor]) -> Callable[..., Tens
 def selective_log_softmax_and_entropy(
     original: Callable[..., tuple[Tensor, Tensor]],
 ) -> Callable[..., tuple[Tensor, Tensor]]:
-    """What stands in for TRL's function of that name."""
+    """The replacement of TRL's function of that name."""
 
     def selective_log_softmax_and_entropy(
         logits: Tensor,
@@ -206,22 +206,25 @@ def selective_log_softmax_and_entropy(
             entropy=True,
             out_dtype=_out_dtype(logits, index, row_mask),
         )
+        assert found.entropy is not None
         return found.logps, found.entropy if entropy_requires_grad else found.entropy.detach()
 
     return selective_log_softmax_and_entropy
 
 
 def entropy_from_logits(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """What stands in for TRL's function of that name."""
+    """The replacement of TRL's function of that name."""
 
     def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
         """logits (..., V) -> entropy (...) in nats. Rows are never copied, whatever the size of
         the chunks."""
         if not _are_ours(logits):
             return original(logits, chunk_size)
-        anything = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
+        labels = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
         dtype = _out_dtype(logits, None, None)
-        return gather_logprobs(logits, anything, entropy=True, out_dtype=dtype).entropy
+        found = gather_logprobs(logits, labels, entropy=True, out_dtype=dtype)
+        assert found.entropy is not None
+        return found.entropy
 
     return entropy_from_logits
 

@@ -1,4 +1,4 @@
-"""`GRPOTrainer._compute_loss` of TRL by `grpo_loss`: its arguments, its metrics, none of its maths.
+"""Computes TRL's `GRPOTrainer._compute_loss` by `grpo_loss`, with its arguments and metrics.
 
 Left to TRL's own method: adaptive entropy; vespo with a bias-corrected KL at sequence level; a
 trainer whose subclass overrides one of the methods in `HOOKS`, or that brings importance ratios
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from vcr1_fast.ops import GRPOLossConfig, grpo_loss
-from vcr1_fast.ops.grpo_config import CLIPPED_LOSSES, DEFAULT_AGGREGATION
+from vcr1_fast.ops.grpo.config import CLIPPED_LOSSES, DEFAULT_AGGREGATION
 
 HOOKS = ("get_off_policy_mask", "get_gamma_weights")
 DIGESTS = ("6278f2efa0e5d410",)
@@ -39,7 +39,7 @@ _FORWARD_KEYS = (
 
 
 def fused_compute_loss(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """What stands in for `GRPOTrainer._compute_loss`, `original`."""
+    """The replacement of `GRPOTrainer._compute_loss`, `original`."""
     from trl.trainer.grpo_trainer import GRPOTrainer
 
     hooks = {name: getattr(GRPOTrainer, name) for name in HOOKS}
@@ -126,8 +126,8 @@ def compute_loss(trainer: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
 
 
 def loss_config(trainer: Any, num_items: Tensor, mode: str, accumulation: float) -> GRPOLossConfig:
-    """The trainer's settings as ours. What is summed over tokens is divided by the accumulation
-    window's tokens, all else by the caller."""
+    """The trainer's settings as ours. Sums over tokens are divided by the tokens of the
+    accumulation window; the caller divides all other losses."""
     args, loss_type = trainer.args, trainer.loss_type
     by_items = DEFAULT_AGGREGATION[loss_type] == "num_items"
     if by_items:

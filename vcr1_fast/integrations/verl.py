@@ -11,6 +11,7 @@ patches when it is imported, as `actor_rollout_ref.model.external_lib`, and choo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -61,7 +62,8 @@ def linear_cross_entropy(
     if reduction.lower() not in ("none", "sum", "mean"):
         raise ValueError(f"reduction must be none, sum or mean, got {reduction!r}")
     out = linear_logprobs(hidden, weight, labels, temperature=temperature, entropy=True)
-    # A copy: the backward pass keeps its own, and callers may write into what they are given.
+    assert out.entropy is not None
+    # A copy: the backward pass keeps its own, and callers may write into the result.
     logps, entropy = out.logps.reshape(-1).clone(), out.entropy.reshape(-1)
     if reduction.lower() == "none":
         return logps, entropy
@@ -99,7 +101,12 @@ class FusedLinearForPPO(torch.nn.Module):
         out = linear_logprobs(
             hidden_states, vocab_weights, input_ids, temperature=temperature, entropy=True
         )
+        assert out.entropy is not None
         return out.logps.clone(), out.entropy.to(hidden_states.dtype)
+
+
+def _constant(loss: Callable[..., Any]) -> Callable[[Any], Any]:
+    return lambda _: loss
 
 
 _FUNCTIONS = "verl.utils.torch_functional"
@@ -138,8 +145,7 @@ patch_verl = Patch(
             Swap(_HEAD, "linear_cross_entropy", lambda _: linear_cross_entropy),
         ],
         "policy_losses": [
-            Swap(_REGISTRY, name, lambda _, loss=loss: loss, new=True)
-            for name, loss in POLICY_LOSSES.items()
+            Swap(_REGISTRY, name, _constant(loss), new=True) for name, loss in POLICY_LOSSES.items()
         ],
     },
 )

@@ -1,4 +1,4 @@
-"""verl's policy losses on `grpo_loss`: its arguments, its averages, its metric names.
+"""verl's policy losses on `grpo_loss`, with its arguments, averages and metric names.
 
 `POLICY_LOSSES` maps the names under which `patch_verl` registers them to functions
 (old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config, rollout_is_weights) ->
@@ -23,7 +23,7 @@ from vcr1_fast.integrations.ppo import (
 )
 from vcr1_fast.ops import GRPOLossConfig
 
-# verl keeps a sequence's log-ratio below this, without gradient above.
+# verl clamps a sequence's log-ratio to this; above it there is no gradient.
 GSPO_LOG_RATIO_CEILING = 10.0
 
 

@@ -4,7 +4,6 @@ config.json, generation_config.json, (sharded) safetensors, tokenizer, chat temp
 preprocessor settings. A directory written here loads in transformers, vLLM and the rest.
 """
 
-import os
 import re
 import shutil
 import tempfile
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vcr1_fast.files import flush, rename_flushed
 from vcr1_fast.model.attention import prepare_attention
 from vcr1_fast.model.family import Family, family_named
 from vcr1_fast.model.files import CheckpointError, check_weights, read_json, resolve
@@ -100,9 +100,8 @@ def save(model: nn.Module, processor: Processor, path: str | Path) -> None:
         staging.chmod(0o755)
         for file in staging.iterdir():
             file.chmod(0o644)
-            _flush(file)
-        _flush(staging)
-        _replace(staging, path)
+            flush(file)
+        rename_flushed(staging, path)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -145,24 +144,6 @@ def _family(directory: Path) -> Family:
         raise
     except ValueError as error:
         raise CheckpointError(path, str(error)) from error
-
-
-def _replace(staging: Path, path: Path) -> None:
-    """Give `staging` the name `path`. A directory cannot replace another in one step on POSIX."""
-    old = path.with_name(f".{path.name}.old-{os.getpid()}")
-    if path.exists():
-        path.rename(old)
-    staging.rename(path)
-    _flush(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

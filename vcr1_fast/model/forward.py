@@ -26,6 +26,7 @@ from vcr1_fast.model.packing import Group, pack_groups
 from vcr1_fast.model.prompt import Prompt
 from vcr1_fast.model.vision import encode_videos
 from vcr1_fast.model.wrapping import unwrap
+from vcr1_fast.ops import linear_logprobs
 
 
 def language_model_forward(
@@ -119,6 +120,19 @@ def lm_head(model: nn.Module) -> tuple[Tensor, Tensor | None]:
             "leave lm_head out of the adapter's target modules"
         )
     return head.weight, head.bias
+
+
+def completion_logps(
+    model: nn.Module,
+    groups: Sequence[Group],
+    *,
+    temperature: float = 1.0,
+) -> Tensor:
+    """(N,) float32 log-probs of all completion tokens, groups and completions in order; with
+    gradient where that is enabled. The logits are never whole in memory."""
+    hidden, labels, _ = completion_hidden(model, groups)
+    weight, bias = lm_head(model)
+    return linear_logprobs(hidden, weight, labels, bias, temperature=temperature).logps
 
 
 def prompt_features(

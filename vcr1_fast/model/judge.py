@@ -1,4 +1,4 @@
-"""Judges that a configuration names, the model of a local one included."""
+"""Opens the judge that a configuration names; runs the model of a local one."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -12,10 +12,10 @@ from vcr1_fast.rewards.judge import Ask, JudgeConfig, ModelJudge, Recorded
 
 
 def open_judge(config: JudgeConfig, device: torch.device | str = "cpu") -> Judge:
-    """The judge that `config` describes; `device` is where a local model goes. A model is loaded,
-    and an endpoint contacted, when a question is first put to it.
+    """The judge that `config` describes; a local model runs on `device`. The first question loads
+    the model or contacts the endpoint.
 
-    ValueError where the variable that `api_key_env` names is not set.
+    ValueError when the variable that `api_key_env` names is not set.
     """
     if config.kind == "offline":
         return MatchingJudge()
@@ -25,7 +25,8 @@ def open_judge(config: JudgeConfig, device: torch.device | str = "cpu") -> Judge
             Endpoint(config, _key(config)) if config.kind == "http" else LocalModel(config, device)
         )
     if config.cache is not None:
-        ask = Recorded(ask, config.model, config.cache)
+        return ModelJudge(Recorded(ask, config.model, config.cache))
+    assert ask is not None  # JudgeConfig refuses `replay` without a cache
     return ModelJudge(ask)
 
 
@@ -39,8 +40,9 @@ def _key(config: JudgeConfig) -> str | None:
 
 
 class LocalModel:
-    """A chat model of transformers, text-only or with vision, that answers greedily in
-    batches of `config.concurrency` prompts, the longest reply being `config.max_tokens`."""
+    """Answers prompts with a chat model of transformers, text-only or a vision language model.
+
+    Decodes greedily, `config.concurrency` prompts a batch, `config.max_tokens` tokens at most."""
 
     def __init__(self, config: JudgeConfig, device: torch.device | str = "cpu") -> None:
         self.config, self.device = config, torch.device(device)
@@ -63,7 +65,7 @@ class LocalModel:
             add_special_tokens=False,
             return_token_type_ids=False,
         ).to(self.device)
-        # All that decides a reply is said here: a checkpoint's own settings may sample.
+        # Every setting is explicit, since a checkpoint's own generation config may sample.
         tokens = model.generate(
             **inputs,
             do_sample=False,
@@ -91,7 +93,7 @@ class LocalModel:
             tokenizer = AutoTokenizer.from_pretrained(path)
             tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
             sees = hasattr(AutoConfig.from_pretrained(path), "vision_config")
-            kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+            kind: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
             model = kind.from_pretrained(path, dtype="auto").to(self.device).eval()
             self._loaded = tokenizer, model
         return self._loaded

@@ -1,13 +1,13 @@
-"""Torch operators with several backends: which one runs, and how that is chosen.
+"""Torch operators with several backends, and the choice of the one that runs.
 
 An op is defined once (`Op`) with a schema and a fake; each implementation registers under a backend
 name: "reference" (plain torch), "cpu" (C++), "cuda" (CUDA C++) or "triton". For each device the
-first name of `PREFERENCE` that the op has is used. Another choice is made with the environment
-variable VCR1_BACKEND or with `use()`; both take names separated by commas, of which the first that
-the op has for the tensor's device counts ("triton,cpu": Triton on GPUs, C++ on the CPU).
+first name of `PREFERENCE` that the op has is used. The environment variable VCR1_BACKEND and
+`use()` override it; both take names separated by commas, and the first that the op has for the
+tensor's device counts ("triton,cpu": Triton on GPUs, C++ on the CPU).
 
-Nothing falls back silently: when the backend that should run is not installed, the call raises
-RuntimeError and says what to do.
+Nothing falls back silently: when the chosen backend is not installed, the call raises RuntimeError
+and names the remedy.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import typing
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -30,7 +31,7 @@ _NAMESPACE = "vcr1_fast"
 
 def _import_native() -> ModuleType | None:
     path = os.environ.get("VCR1_NATIVE")
-    if path:  # another build of the module: `make sanitize` names its own
+    if path:  # another build of the module: `make sanitize` names the sanitizer build
         spec = importlib.util.spec_from_file_location("vcr1_fast._C", path)
         if spec is None or spec.loader is None:
             raise ImportError(f"VCR1_NATIVE={path!r} is not an extension module")
@@ -44,8 +45,8 @@ def _import_native() -> ModuleType | None:
             raise
         return None
     except ImportError as error:
-        # `from package import missing` raises the base class; a broken binary must not pass for
-        # a missing one.
+        # `from package import missing` raises the base class; a broken binary must not count as a
+        # missing one.
         if importlib.util.find_spec("vcr1_fast._C") is not None:
             raise ImportError(f"vcr1_fast._C is installed but cannot be loaded: {error}") from error
         return None
@@ -75,8 +76,10 @@ def unavailable(backend: str) -> str | None:
 
 
 def from_triton(module: str, name: str) -> Callable[..., Any]:
-    """The function `name` of ops/triton/<module>.py, imported when it is first called: Triton takes
-    long to import, and the ops do without it elsewhere."""
+    """The function `name` of ops/triton/<module>.py, imported at its first call.
+
+    Triton takes long to import, and only its own backend needs it.
+    """
 
     def run(*args: Any) -> Any:
         return getattr(importlib.import_module(f"vcr1_fast.ops.triton.{module}"), name)(*args)
@@ -109,16 +112,16 @@ def _set_override(names: tuple[str, ...] | None) -> None:
 
 
 def registered() -> tuple[Op, ...]:
-    """All ops defined so far, in order of definition."""
+    """All ops, in order of definition."""
     return tuple(_ops)
 
 
 class use:
-    """Chooses the backend of every op, from now on or inside a `with` block.
+    """Choose the backend of every op, from now on or inside a `with` block.
 
-    `names`: backend names separated by commas, or None for the default choice. The setting is one
-    for the process (autograd runs backward passes on threads of its own), so do not change it
-    while another thread computes. ValueError for an unknown name.
+    `names`: backend names separated by commas, or None for the default choice. The setting holds
+    for the process, since autograd runs backward passes on its own threads: do not change it while
+    another thread computes. ValueError for an unknown name.
     """
 
     def __init__(self, names: str | None) -> None:
@@ -139,9 +142,10 @@ def _serves(backend: str, device: str) -> bool:
     return backend in PREFERENCE[device] or backend == "reference"
 
 
-# Of an op's arguments in eager mode. Subclasses of Tensor (fake, traced, distributed) dispatch.
+# Types of arguments that `direct` takes past the dispatcher. Subclasses of Tensor (fake, traced,
+# distributed) must dispatch.
 _PLAIN_TYPES = frozenset(
-    (torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, list, tuple)
+    (torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str, list, tuple)
 )
 
 
@@ -203,12 +207,15 @@ class Op:
         return self._call(*args, **kwargs)
 
     def direct(self, *args: Any) -> Any:
-        """As a call, but past torch's dispatcher where nobody would notice: for an op without side
-        effects whose first argument is a tensor, called where no gradient is recorded."""
+        """Call the op past torch's dispatcher when nothing observes the call.
+
+        Only for an op without side effects whose first argument is a tensor, where no gradient is
+        recorded.
+        """
         if _observed() or not _PLAIN_TYPES.issuperset(map(type, args)):
             return self._call(*args)
         run = self._runners.get(args[0].device.type)
-        # On a device without kernels, meta among them, torch knows what to do or what to say.
+        # On a device without kernels, meta among them, torch has the fake or the right error.
         return (run or self._call)(*args)
 
     def _runner(self, device: str) -> Callable[..., Any]:
@@ -258,3 +265,40 @@ class Op:
         if reason is not None:
             raise RuntimeError(f"{self.name}: backend {name!r} was chosen, but {reason}")
         return self._implementations[name]
+
+
+_SCHEMA_TYPES: dict[Any, str] = {
+    torch.Tensor: "Tensor",
+    torch.Tensor | None: "Tensor?",
+    float: "float",
+    int: "int",
+    bool: "bool",
+    str: "str",
+    list[bool]: "bool[]",
+}
+
+
+def schema_of(arguments: type) -> str:
+    """The arguments of an operator's schema, from the fields of a NamedTuple.
+
+    The implementation reads `arguments(*args)` by name, so that no second list of names has to
+    follow the order of the schema.
+    """
+    fields = typing.get_type_hints(arguments).items()
+    return ", ".join(f"{_SCHEMA_TYPES[annotation]} {name}" for name, annotation in fields)
+
+
+def opaque(
+    name: str, schema: str, fn: Callable[..., Any], fake: Callable[..., Any]
+) -> Callable[..., Any]:
+    """`fn` as the torch operator `torch.ops.vcr1_fast.<name>`, which compilers do not trace.
+
+    For functions built of ops that a graph cannot express, such as loops over chunks whose number
+    depends on values. No kernel of its own, so no backends: the ops inside choose theirs.
+    """
+    qualified = f"{_NAMESPACE}::{name}"
+    torch.library.define(qualified, schema)
+    torch.library.impl(qualified, "default", fn)
+    torch.library.register_fake(qualified, fake)
+    operator: Callable[..., Any] = getattr(getattr(torch.ops, _NAMESPACE), name)
+    return operator

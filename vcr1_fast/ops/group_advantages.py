@@ -1,4 +1,4 @@
-"""Advantages of completions relative to the others of their group (same prompt).
+"""Advantages of completions relative to their group (the completions of one prompt).
 
 With mu_g the mean reward of group g, n_g its size, l a completion's length:
 
@@ -8,11 +8,14 @@ With mu_g the mean reward of group g, n_g its size, l a completion's length:
     gdpo   z-score of each reward function in the group, weighted sum, z-score in the batch
     reinforce_plus_plus_baseline   r_i - mu_g
 
-then divided by (std + eps), std unbiased, of the group's rewards ("group"), of all rewards
-("batch"), by one that the caller gives for every row ("given"), or not at all ("none");
+then divided by (std + eps), with the unbiased std of the group's rewards ("group"), of all rewards
+("batch"), a std that the caller gives for every row ("given"), or not divided ("none");
 reinforce_plus_plus_baseline divides by the std of all r - mu_g. EMA-GRPO [OneThinker, arXiv
-2512.03043] is grpo with the running std of the row's task as the given one.
+2512.03043] is grpo with the running std of the row's task as the given std.
 """
+
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +33,19 @@ DEFAULT_SCALE = {
 }
 
 
+@dataclass(frozen=True)
+class _Options:
+    """Options of `group_advantages` as its op's schema names them; guard 0 means none."""
+
+    group_size: int
+    estimator: str
+    scale: str
+    nan: str
+    singleton: str
+    eps: float
+    guard: float
+
+
 class _Groups:
     """Sums and extremes over groups of rows, in float64 and in a fixed order."""
 
@@ -45,7 +61,8 @@ class _Groups:
         self._offsets = offsets
 
     def reduce(self, x: Tensor, reduction: str) -> Tensor:
-        """(N,) -> (N,): the reduction over its group, beside every row."""
+        """(N,) -> (N,): every row gets the reduction over its group."""
+        # segment_reduce adds in row order; index_add_ on a GPU would add in any, and change bits.
         initial = {"sum": 0.0, "min": torch.inf, "max": -torch.inf}[reduction]
         reduced = torch.segment_reduce(
             x[self._order], reduction, offsets=self._offsets, initial=initial, unsafe=True
@@ -53,23 +70,20 @@ class _Groups:
         return reduced[self._index]
 
 
-def reference(
+def group_advantages_reference(
     rewards: Tensor,
+    *,
     group_index: Tensor | None,
     weights: Tensor | None,
     lengths: Tensor | None,
-    group_size: int,
-    options: list[str],
-    eps: float,
-    stds: Tensor | None = None,
-    guard: float = 0.0,
+    stds: Tensor | None,
+    **options: Any,
 ) -> Tensor:
-    """(N,) float32 advantages; arguments as `group_advantages`, options = (estimator, scale, nan,
-    singleton), guard 0 for none."""
-    estimator, scale, nan, singleton = options
+    """(N,) float32 advantages; arguments as `group_advantages`, options as `_Options`."""
+    o = _Options(**options)
     valid = ~rewards.isnan()
-    # An infinite reward would make all of its group nan.
-    refused = ~rewards.isfinite() if nan == "error" else rewards.isinf()
+    # An infinite reward would make its whole group nan.
+    refused = ~rewards.isfinite() if o.nan == "error" else rewards.isinf()
     if bool(refused.any()):
         bad = refused.reshape(len(rewards), -1).any(1).nonzero().flatten().tolist()
         raise ValueError(
@@ -77,18 +91,18 @@ def reference(
         )
     if len(rewards) == 0:
         return rewards.new_zeros(0, dtype=torch.float32)
-    groups = _Groups(rewards, group_index, group_size)
+    groups = _Groups(rewards, group_index, o.group_size)
     matrix = rewards.double().reshape(len(rewards), -1)
     valid = valid.reshape(len(rewards), -1)
     weights = matrix.new_ones(matrix.shape[1]) if weights is None else weights.double()
-    if estimator == "gdpo":
-        z = [_scores(matrix[:, k], valid[:, k], groups, eps) for k in range(matrix.shape[1])]
+    if o.estimator == "gdpo":
+        z = [_scores(matrix[:, k], valid[:, k], groups, o.eps) for k in range(matrix.shape[1])]
         total = (torch.stack(z, 1) * weights).sum(1)
         rows = valid.any(1)
-        if scale == "none":
+        if o.scale == "none":
             return total.float()
         centred = torch.where(rows, _centre(total, rows, _mean(total, rows), groups), 0.0)
-        return (centred / (_std(total, rows) + eps)).float()
+        return (centred / (_std(total, rows) + o.eps)).float()
 
     rewards = (torch.where(valid, matrix, 0.0) * weights).sum(1)
     rows = valid.any(1)
@@ -96,26 +110,26 @@ def reference(
     count = groups.reduce(kept, "sum")
     mean = groups.reduce(rewards * kept, "sum") / count.clamp(min=1)
     baseline = mean
-    if estimator == "opo":
+    if o.estimator == "opo":
         share = kept * lengths.double()
         baseline = groups.reduce(share * rewards, "sum") / groups.reduce(share, "sum").clamp(min=1)
     advantages = _centre(rewards, rows, baseline, groups)
-    if estimator == "rloo":
+    if o.estimator == "rloo":
         advantages = advantages * count / (count - 1).clamp(min=1)
     squares = groups.reduce(kept * (rewards - mean) ** 2, "sum")
-    if scale == "group":
-        advantages = advantages / ((squares / (count - 1).clamp(min=1)).sqrt() + eps)
-    elif scale == "given":
-        # A group far from its task's usual spread would outweigh the batch: it takes its own, over
-        # n rather than n - 1, as the authors do.
-        given = advantages / (stds.double() + eps)
-        own = advantages / ((squares / count.clamp(min=1)).sqrt() + eps)
+    if o.scale == "group":
+        advantages = advantages / ((squares / (count - 1).clamp(min=1)).sqrt() + o.eps)
+    elif o.scale == "given":
+        # A group far from its task's usual spread would outweigh the batch: its own std is used,
+        # over n rather than n - 1, as the authors do.
+        given = advantages / (stds.double() + o.eps)
+        own = advantages / ((squares / count.clamp(min=1)).sqrt() + o.eps)
         largest = groups.reduce(given.abs(), "max")
-        advantages = torch.where(largest > guard, own, given) if guard else given
-    elif scale == "batch":
-        spread = advantages if estimator == "reinforce_plus_plus_baseline" else rewards
-        advantages = advantages / (_std(spread, rows) + eps)
-    alone = rewards if singleton == "keep" else torch.zeros_like(rewards)
+        advantages = torch.where(largest > o.guard, own, given) if o.guard else given
+    elif o.scale == "batch":
+        spread = advantages if o.estimator == "reinforce_plus_plus_baseline" else rewards
+        advantages = advantages / (_std(spread, rows) + o.eps)
+    alone = rewards if o.singleton == "keep" else torch.zeros_like(rewards)
     advantages = torch.where(count == 1, alone, advantages)
     return torch.where(rows, advantages, 0.0).float()
 
@@ -146,17 +160,19 @@ def _std(x: Tensor, rows: Tensor) -> Tensor:
     return ((centred**2).sum() / (rows.sum() - 1).clamp(min=1)).sqrt()
 
 
-def _fake(rewards, group_index, weights, lengths, group_size, options, eps, stds=None, guard=0.0):
+def _fake(rewards: Tensor, **_: Any) -> Tensor:
     return rewards.new_empty(rewards.shape[:1], dtype=torch.float32)
 
 
+# An op although it has one backend: torch.compile must not trace the check of the rewards' values.
 group_advantages_op = Op(
     "group_advantages",
-    "(Tensor rewards, Tensor? group_index, Tensor? weights, Tensor? lengths, int group_size, "
-    "str[] options, float eps, Tensor? stds=None, float guard=0.) -> Tensor",
+    "(Tensor rewards, *, Tensor? group_index, Tensor? weights, Tensor? lengths, Tensor? stds, "
+    "int group_size, str estimator, str scale, str nan, str singleton, float eps, float guard)"
+    " -> Tensor",
     _fake,
 )
-group_advantages_op.register("reference", reference)
+group_advantages_op.register("reference", group_advantages_reference)
 
 
 def group_advantages(
@@ -183,19 +199,18 @@ def group_advantages(
         group_index: (N,) integer naming each row's group, in any order; instead of group_size.
         scale: "group", "batch", "given" or "none": what the result is divided by. None takes the
             estimator's usual one: "group" for grpo and gdpo, "batch" for
-            reinforce_plus_plus_baseline, else "none". gdpo knows "group" (all of it) and "none"
-            (without the last normalisation over the batch).
+            reinforce_plus_plus_baseline, else "none". gdpo takes "group" (the whole formula) and
+            "none" (without the last normalisation over the batch).
         estimator: one of `ESTIMATORS`. Dr. GRPO is grpo with scale "none".
         eps: added to the standard deviation (TRL: 1e-4, verl: 1e-6).
         weights: (R,) weights of the reward functions, or (N, R) where they differ from row to row
             (tasks); None is 1 each.
         lengths: (N,) tokens of each completion, for opo.
-        stds: (N,) what each row is divided by, for scale "given"; alike within a group.
-        guard: with scale "given", a group in which an advantage would be larger than this is
-            divided by its own (biased) standard deviation instead (OneThinker: 5). None: no such
-            group.
-        nan: "error": a nan reward raises. "ignore": it counts as not given: it is left out of
-            sums and statistics, and a row without any reward gets advantage 0.
+        stds: (N,) divisor of each row, for scale "given"; equal within a group.
+        guard: with scale "given", a group in which an advantage would exceed this is divided by its
+            own (biased) standard deviation instead (OneThinker: 5). None: no limit.
+        nan: "error": a nan reward raises. "ignore": sums and statistics skip it, and a row without
+            any reward gets advantage 0.
         singleton: a group of one gets advantage "zero", or with "keep" its reward (verl).
 
     A group whose rewards are all equal gets exactly 0. ValueError for shapes or names that do not
@@ -234,17 +249,19 @@ def group_advantages(
         raise ValueError(f'scale "given" and stds go together, got scale {scale!r}')
     if guard is not None and not guard > 0:
         raise ValueError(f"guard must be above 0, got {guard}")
-    options = [estimator, scale, nan, singleton]
     return group_advantages_op(
         rewards.detach(),
-        group_index,
-        weights,
-        lengths,
-        group_size or 0,
-        options,
-        eps,
-        stds,
-        guard or 0.0,
+        group_index=group_index,
+        weights=weights,
+        lengths=lengths,
+        stds=stds,
+        group_size=group_size or 0,
+        estimator=estimator,
+        scale=scale,
+        nan=nan,
+        singleton=singleton,
+        eps=eps,
+        guard=guard or 0.0,
     )
 
 

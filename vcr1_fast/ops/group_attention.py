@@ -1,11 +1,12 @@
-"""Attention within packs: completions that share the keys and values of their prompt.
+"""Attention over packed sequences: completions share the keys and values of their prompt.
 
-The rows of a pack are cut into parts, each of queries i in [row, end) which see the keys
+The rows of a packed sequence are cut into parts. The queries i in [row, end) of a part attend to
+the keys
 
     [prefix, prefix_end)  and  [row, i]
 
-so a prompt is a part without a prefix, and a completion one whose prefix is its prompt. With scores
-s_ij = scale q_i k_j over the keys that i sees, and P = softmax(s):
+so a prompt is a part without a prefix, and the prefix of a completion is its prompt. With scores
+s_ij = scale q_i k_j over the keys that i attends to, and P = softmax(s):
 
     out_i = sum_j P_ij v_j,   lse_i = log sum_j e^s_ij
 
@@ -14,10 +15,10 @@ algorithm 4):
 
     dV = P^T dO,   dS = P (dO V^T - delta),   dQ = scale dS K,   dK = scale dS^T Q
 
-The kernel for the CPU goes over each block of 32 queries once, a tile of 64 keys at a time: scores
-and probabilities stay in the cache, a query to a lane of the vectors. Backward it computes the
-scores again, so five products for the forward pass's two. Keys and values are copied once, to dense
-rows, read by all completions, and nothing of size (rows x rows) is in memory. float64 is computed
+The CPU kernel passes over each block of 32 queries once, a tile of 64 keys at a time: scores and
+probabilities stay in the cache, one query in each lane of a vector. The backward pass recomputes
+the scores: five products, where the forward pass has two. Keys and values are copied once, to dense
+rows that all completions read, and nothing of size (rows x rows) is in memory. float64 is computed
 in float64, everything else in float32.
 """
 
@@ -34,8 +35,8 @@ from vcr1_fast.ops.backend import Op, native
 
 MAX_DIM = 128  # of a head, on the CPU: the kernel's `kGroupAttentionMaxDim`
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# The backward pass's pieces of work, at least: each sums gradients of keys and values by itself, in
-# memory of their size.
+# Least number of tasks of the backward pass. Each sums gradients of keys and values in separate
+# memory of their size: no atomics, and the same bits for every number of threads.
 _TASKS = 8
 
 
@@ -44,7 +45,7 @@ def _accumulated(x: Tensor) -> torch.dtype:
 
 
 def _exactly(reference: Callable[..., Any]) -> Callable[..., Any]:
-    """`reference` without autocast, under which its products would be of half precision."""
+    """`reference` without autocast, which would compute its products in half precision."""
 
     @functools.wraps(reference)
     def run(query: Tensor, *args: Any) -> Any:
@@ -101,8 +102,7 @@ def group_attention_backward_reference(
 
 
 def _pieces(parts: Tensor, device: torch.device) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """For each part its rows, the keys (m,) that any of them sees, and which of those each does,
-    (rows, m) bool."""
+    """For each part: its rows, the keys (m,) that they attend to, and the mask (rows, m) bool."""
     for row, end, prefix, prefix_end in parts.tolist():
         stretches = ((prefix, prefix_end), (row, end))
         keys = torch.cat([torch.arange(a, b, device=device) for a, b in stretches])
@@ -111,12 +111,12 @@ def _pieces(parts: Tensor, device: torch.device) -> Iterator[tuple[slice, Tensor
 
 
 def _heads(x: Tensor, rows: slice | Tensor) -> Tensor:
-    """Those rows of (N, heads, D) as (heads, rows, D), in the precision of the reference."""
+    """Select rows of (N, heads, D) as (heads, rows, D), in the precision of the reference."""
     return x[rows].transpose(0, 1).to(_accumulated(x))
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, where heads of a that share one of b stand one after another."""
+    """a @ b, where consecutive heads of a share a head of b."""
     return a @ b.repeat_interleave(len(a) // len(b), dim=0)
 
 
@@ -127,7 +127,8 @@ def _scratch(query: Tensor, key: Tensor, tasks: int) -> Tensor:
 
 
 def _new(query: Tensor, parts: Tensor) -> Tensor:
-    """Memory for what the kernel writes of each query in a part; zeros where some are in none."""
+    """Output memory for the queries; the kernel writes only those in a part."""
+    # Zeroing costs a pass over the output, so it is done only for queries that are in no part.
     covered = int((parts[:, 1] - parts[:, 0]).sum())
     new = query.new_empty if covered == len(query) else query.new_zeros
     return new(query.shape)
@@ -242,23 +243,23 @@ def group_attention(
     *,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of a pack's queries over the keys that their parts name.
+    """Attention of the queries of a packed sequence over the keys of their parts.
 
-    query: (N, H, D); key, value: (N, heads, D), heads dividing H, heads that share a key one after
-        another; float64, float32, bfloat16 or float16 of one dtype, any strides; D >= 1, and on the
-        CPU up to MAX_DIM.
+    query: (N, H, D); key, value: (N, heads, D); heads divides H, and consecutive query heads share
+        a key head; float64, float32, bfloat16 or float16 of one dtype, any strides; D >= 1, and on
+        the CPU up to MAX_DIM.
     parts: (n, 4) int64 on the CPU, or four numbers each: row, end, prefix, prefix_end, see above.
         Rows rise, and a prefix ends at or before its part's first row.
-    scale: of the scores, 1 / sqrt(D) as a rule.
+    scale: of the scores, usually 1 / sqrt(D).
     Returns out (N, H, D) in the inputs' dtype, zero for queries in no part, and the log-sum-exps of
-    their scores (H, N), float32 or float64, -inf for those. out is differentiable once; lse is not.
-    What is not finite may spoil its part, and those beside it that have the same prefix.
-    Raises ValueError for other shapes and dtypes, and for parts that overlap or reach too far.
+    the scores (H, N), float32 or float64, -inf for queries in no part. out is differentiable once;
+    lse is not. A value that is not finite may spoil its part and neighbours with the same prefix.
+    Raises ValueError for other shapes and dtypes, and for parts that overlap or exceed N.
     """
     if not isinstance(parts, Tensor):
         parts = _as_tensor(parts)
     _check(query, key, value, parts)
-    if not torch.compiler.is_compiling():  # numbers are not at hand there, and checked natively
+    if not torch.compiler.is_compiling():  # a traced tensor has no values; the binding checks again
         _check_parts(parts, len(query))
     return _GroupAttention.apply(query, key, value, parts.contiguous(), float(scale))
 

@@ -318,7 +318,7 @@ def temporal_iou(pred: Tensor, target: Tensor, *, pairwise: bool = False) -> Ten
     _check_shapes("pred and target", pred, target, pairwise)
     if _needs_gradient(pred, target):
         return temporal_iou_reference(pred, target, pairwise)
-    return _temporal(pred, target, pairwise)
+    return _temporal.direct(pred, target, pairwise)
 
 
 def box_iou(
@@ -347,7 +347,7 @@ def box_iou(
         )
     if _needs_gradient(a, b):
         return box_iou_reference(a, b, kind, pairwise, convention)
-    return _box(a, b, kind, pairwise, convention)
+    return _box.direct(a, b, kind, pairwise, convention)
 
 
 def track_iou(pred: Tensor, target: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -374,7 +374,7 @@ def track_iou(pred: Tensor, target: Tensor, lengths: Tensor | None = None) -> Te
         lengths = lengths.clamp(0, steps)
     if _needs_gradient(pred, target):
         return track_iou_reference(pred, target, lengths)
-    return _track(pred, target, lengths)
+    return _track.direct(pred, target, lengths)
 
 
 def interval_set_iou(
@@ -413,4 +413,4 @@ def interval_set_iou(
             raise ValueError(
                 f"{name} must be int64 (N + 1,), got {offsets.dtype} {tuple(offsets.shape)}"
             )
-    return _sets(pred, pred_offsets, target, target_offsets, empty)
+    return _sets.direct(pred, pred_offsets, target, target_offsets, empty)

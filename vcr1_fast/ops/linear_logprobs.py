@@ -2,25 +2,32 @@
 
     logits = hidden W^T + bias,  then logps, entropy and lse of `gather_logprobs`
 
-Rows go through in chunks, and only rows inside the mask go through at all. The backward pass makes
-a chunk's logits again (8 N H V operations in all), turns them into their gradient in place with the
-statistics kept from the forward pass, and takes dhidden = dlogits W, dW = sum dlogits^T hidden. On
-the CPU rows whose upstream gradients are all 0 are left out of it.
+Rows go through in chunks, and rows outside the mask are skipped. The backward pass recomputes a
+chunk's logits (8 N H V operations in all), overwrites them with their gradient using the statistics
+kept from the forward pass, and takes dhidden = dlogits W, dW = sum dlogits^T hidden. On the CPU it
+skips rows whose upstream gradients are all 0.
 """
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
-from vcr1_fast.ops.backend import BACKENDS, Op
-from vcr1_fast.ops.gather_logprobs import LogProbs, row_mask, row_temperatures
+from vcr1_fast.ops.backend import opaque, schema_of
+from vcr1_fast.ops.gather_logprobs import (
+    LogProbs,
+    accumulation_dtype,
+    row_mask,
+    row_temperatures,
+)
 from vcr1_fast.ops.gather_logprobs import reference as gather_reference
-from vcr1_fast.ops.linear_chunks import check_chunk_rows
-from vcr1_fast.ops.linear_head import (
+from vcr1_fast.ops.lm_head import (
     Head,
     HeadGradients,
     RowStatistics,
+    check_chunk_rows,
     check_head,
     check_softcap,
     empty_gradients,
@@ -35,7 +42,7 @@ def reference(
     bias: Tensor | None = None,
     *,
     softcap: float | None = None,
-    **options,
+    **options: Any,
 ) -> LogProbs:
     """The specification: all logits at once, and `gather_logprobs.reference` with `options`."""
     logits = torch.nn.functional.linear(hidden, weight, bias)
@@ -44,112 +51,162 @@ def reference(
     return gather_reference(logits, labels, **options)
 
 
-def _valid_rows(mask: Tensor | None, count: int, device: torch.device) -> Tensor:
-    if mask is None:
-        return torch.arange(count, device=device)
-    return mask.nonzero()[:, 0]
+class Arguments(NamedTuple):
+    """Arguments that the forward and the backward pass share, in schema order.
+
+    hidden (N, H), labels (N, K) int64, mask and row_temperature (N,); softcap 0: no cap;
+    chunk_rows 0: chosen at run time.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    labels: Tensor
+    mask: Tensor | None
+    row_temperature: Tensor | None
+    temperature: float
+    softcap: float
+    entropy: bool
+    chunk_rows: int
+
+    def head(self) -> Head:
+        return Head(
+            self.hidden,
+            self.weight,
+            self.bias,
+            self.labels,
+            self.row_temperature,
+            self.temperature,
+            self.softcap,
+            self.entropy,
+        )
+
+    def valid_rows(self) -> Tensor:
+        if self.mask is None:
+            return torch.arange(len(self.hidden), device=self.hidden.device)
+        return self.mask.nonzero()[:, 0]
 
 
-def _outputs(hidden: Tensor, labels: Tensor, entropy: bool, fill: bool) -> RowStatistics:
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+class Upstream(NamedTuple):
+    """What the backward pass takes besides `Arguments`, in schema order.
+
+    logps and stats: results of the forward pass. needed: whether hidden, weight and bias need a
+    gradient.
+    """
+
+    logps: Tensor
+    stats: Tensor
+    needed: list[bool]
+    grad_logps: Tensor
+    grad_entropy: Tensor | None
+    grad_lse: Tensor | None
+
+
+_FIELDS = len(Arguments._fields)
+
+
+def _outputs(arguments: Arguments, fill: bool) -> RowStatistics:
+    hidden, labels = arguments.hidden, arguments.labels
     make = hidden.new_zeros if fill else hidden.new_empty
     rows = labels.shape[0]
-    shapes = (labels.shape, (rows if entropy else 0,), (rows,), (rows, 3))
-    return RowStatistics(*(make(shape, dtype=dtype) for shape in shapes))
+    shapes = (labels.shape, (rows if arguments.entropy else 0,), (rows,), (rows, 3))
+    return RowStatistics(*(make(shape, dtype=accumulation_dtype(hidden)) for shape in shapes))
 
 
-def _forward(
-    hidden, weight, bias, labels, mask, row_temperature, temperature, softcap, entropy, chunk_rows
-):
-    head = Head(hidden, weight, bias, labels, row_temperature, temperature, softcap, entropy)
-    out = _outputs(hidden, labels, entropy, fill=True)
-    valid = _valid_rows(mask, len(hidden), hidden.device)
-    chunks, buffer = head.chunks(valid, chunk_rows, gradient=False)
+def _forward(*args: Any) -> tuple[Tensor, ...]:
+    arguments = Arguments(*args)
+    head = arguments.head()
+    out = _outputs(arguments, fill=True)
+    chunks, buffer = head.chunks(arguments.valid_rows(), arguments.chunk_rows, gradient=False)
     for rows in chunks:
         statistics = head.forward(head.logits(rows, buffer, gradient=False))
         for whole, part in zip(out, statistics, strict=True):
-            if whole.numel():
+            if whole.numel():  # the entropy is (0,) unless requested
                 whole.index_copy_(0, rows, part)
     return tuple(out)
 
 
-def _backward(
-    hidden, weight, bias, labels, logps, stats, mask, row_temperature, temperature, softcap,
-    chunk_rows, needed, grad_logps, grad_entropy, grad_lse,
-):  # fmt: skip
-    head = Head(hidden, weight, bias, labels, row_temperature, temperature, softcap, False)
-    rows = _valid_rows(mask, len(hidden), hidden.device)
-    upstream = (grad_logps, grad_entropy, grad_lse)
-    if hidden.device.type == "cpu":  # elsewhere finding them would wait for the device
-        live = [(g != 0).view(*g.shape, 1).flatten(1).any(1) for g in upstream if g is not None]
+def _backward(*args: Any) -> tuple[Tensor, ...]:
+    """(dhidden, dW, dbias); those that are not needed are (0,)."""
+    arguments, given = Arguments(*args[:_FIELDS]), Upstream(*args[_FIELDS:])
+    head = arguments.head()
+    rows = arguments.valid_rows()
+    grads = (given.grad_logps, given.grad_entropy, given.grad_lse)
+    if arguments.hidden.device.type == "cpu":  # a GPU would have to be waited for
+        live = [(g != 0).view(*g.shape, 1).flatten(1).any(1) for g in grads if g is not None]
         rows = rows[torch.stack(live).any(0)[rows]]
-    chunks, buffer = head.chunks(rows, chunk_rows, gradient=True)
-    gradients = HeadGradients(head, needed, len(chunks))
-    none = logps.new_empty(0)
+    chunks, buffer = head.chunks(rows, arguments.chunk_rows, gradient=True)
+    gradients = HeadGradients(head, given.needed, len(chunks))
+    unused = given.logps.new_empty(0)
     for part in chunks:
         chunk = head.logits(part, buffer, gradient=True)
-        rest = [g if g is None else g.index_select(0, part) for g in (logps, stats, *upstream)]
-        statistics = RowStatistics(rest[0], none, none, rest[1])
-        gradients.add(chunk, head.backward_(chunk, statistics, *rest[2:]))
+        logps, stats = given.logps.index_select(0, part), given.stats.index_select(0, part)
+        upstream = [g if g is None else g.index_select(0, part) for g in grads]
+        statistics = RowStatistics(logps, unused, unused, stats)
+        gradients.add(chunk, head.backward_(chunk, statistics, *upstream))
     return gradients.results()
 
 
-def _backward_fake(hidden, weight, bias, *arguments):
-    return empty_gradients(hidden, weight, arguments[8])
+def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
+    arguments, given = Arguments(*args[:_FIELDS]), Upstream(*args[_FIELDS:])
+    return empty_gradients(arguments.hidden, arguments.weight, given.needed)
 
 
-# hidden (N, H), labels (N, K), mask and row_temperature (N,).
-forward_op = Op(
+forward_op = opaque(
     "linear_logprobs",
-    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? mask, "
-    "Tensor? row_temperature, float temperature, float softcap, bool entropy, int chunk_rows) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    lambda hidden, weight, bias, labels, mask, rows, temperature, softcap, entropy, _: tuple(
-        _outputs(hidden, labels, entropy, fill=False)
-    ),
+    f"({schema_of(Arguments)}) -> (Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    lambda *args: tuple(_outputs(Arguments(*args), fill=False)),
 )
-backward_op = Op(
+backward_op = opaque(
     "linear_logprobs_backward",
-    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor logps, Tensor stats, "
-    "Tensor? mask, Tensor? row_temperature, float temperature, float softcap, int chunk_rows, "
-    "bool[] needed, Tensor grad_logps, Tensor? grad_entropy, Tensor? grad_lse) "
-    "-> (Tensor, Tensor, Tensor)",
+    f"({schema_of(Arguments)}, {schema_of(Upstream)}) -> (Tensor, Tensor, Tensor)",
+    _backward,
     _backward_fake,
 )
-# Matrix products are torch's on every backend; the op on rows chooses its own.
-for _backend in BACKENDS:
-    forward_op.register(_backend, _forward)
-    backward_op.register(_backend, _backward)
 
 
 class LinearLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, mask, row_temperature, options):
-        temperature, softcap, entropy, chunk_rows = options
-        logps, row_entropy, lse, stats = forward_op(
-            hidden, weight, bias, labels, mask, row_temperature, *options
-        )
-        ctx.save_for_backward(hidden, weight, bias, labels, logps, stats, mask, row_temperature)
-        ctx.options = (temperature, softcap, chunk_rows)
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        mask: Tensor | None,
+        row_temperature: Tensor | None,
+        options: tuple[float, float, bool, int],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """options: temperature, softcap, entropy and chunk_rows of `Arguments`."""
+        arguments = Arguments(hidden, weight, bias, labels, mask, row_temperature, *options)
+        logps, row_entropy, lse, stats = forward_op(*arguments)
+        ctx.save_for_backward(hidden, weight, bias, labels, mask, row_temperature, logps, stats)
+        ctx.options = options
         ctx.needed = [bool(need) for need in ctx.needs_input_grad[:3]]
         ctx.set_materialize_grads(False)
-        if not entropy:
+        if not arguments.entropy:
             ctx.mark_non_differentiable(row_entropy)
         return logps, row_entropy, lse
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_logps, grad_entropy, grad_lse):
-        hidden, weight, bias, labels, logps, stats, *state = ctx.saved_tensors
+    def backward(
+        ctx: Any,
+        grad_logps: Tensor | None,
+        grad_entropy: Tensor | None,
+        grad_lse: Tensor | None,
+    ) -> Any:
+        *tensors, logps, stats = ctx.saved_tensors
+        arguments = Arguments(*tensors, *ctx.options)
         if grad_logps is None:
             grad_logps = torch.zeros_like(logps)
-        gradients = backward_op(
-            hidden, weight, bias, labels, logps, stats, *state, *ctx.options, ctx.needed,
-            grad_logps, grad_entropy, grad_lse,
-        )  # fmt: skip
-        inputs = (hidden, weight, bias)
-        needed = zip(gradients, inputs, ctx.needed, strict=True)
-        return (*(g.to(x.dtype) if need else None for g, x, need in needed), *(None,) * 4)
+        upstream = Upstream(logps, stats, ctx.needed, grad_logps, grad_entropy, grad_lse)
+        gradients = backward_op(*arguments, *upstream)
+        # hidden, weight and bias have one dtype; float16 gradients come in float32.
+        dtype = arguments.hidden.dtype
+        needed = zip(gradients, ctx.needed, strict=True)
+        return (*(g.to(dtype) if need else None for g, need in needed), *(None,) * 4)
 
 
 def linear_logprobs(
@@ -167,18 +224,18 @@ def linear_logprobs(
     """`gather_logprobs(hidden @ weight.T + bias, labels)` without the logits in memory.
 
     hidden: (..., H); weight: (V, H) and bias: (V,) in hidden's dtype (under torch.autocast all
-        three are cast to its dtype). Tied embeddings are no special case: pass the same weight.
+        three are cast to its dtype). With tied embeddings, pass the embedding's weight.
     labels: (...) or (..., K) integers in [0, V) inside the mask.
-    temperature, mask, entropy: as in `gather_logprobs`. Masked rows are left out of every matrix
-        product; choosing rows waits once for a GPU.
+    temperature, mask, entropy: as in `gather_logprobs`. Masked rows are in no matrix product;
+        selecting rows waits once for a GPU.
     softcap: c of z = c tanh(x / c), which some models (Gemma) apply to the logits x before the
-        temperature; None for none.
-    chunk_rows: rows whose logits exist at a time; None chooses when the op runs: an eighth of the
+        temperature; None: no cap.
+    chunk_rows: rows whose logits exist at a time; None: chosen at run time, for an eighth of the
         free memory, at most 256 MiB of logits on the CPU and 1 GiB on a GPU. Sums over chunks, and
         so the last bits of a weight's gradient, depend on it.
 
     Results are float32 (float64 for float64), and differentiable once in hidden, weight and bias.
-    The gradient of the weight is summed over chunks in float32; a weight that needs none costs
+    The gradient of the weight is summed over chunks in float32; a weight without gradient costs
     nothing. ValueError for shapes, dtypes, labels or temperatures that do not fit.
     """
     lead = hidden.shape[:-1]

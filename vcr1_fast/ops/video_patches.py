@@ -14,6 +14,7 @@ so M * M neighbouring rows make one token of the language model.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -93,10 +94,14 @@ CLIP_14 = PatchLayout(
 """Default layout of `video_patches`: patches of 14 with CLIP's normalisation."""
 
 
-def pixel_scale(mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:
+def pixel_scale(layout: PatchLayout) -> tuple[Tensor, Tensor]:
     """Mean and deviation of the channels in units of pixel values."""
     # Rounded to fp32 before the 255, as transformers does: the other order changes the last bit.
-    return torch.tensor(mean) * 255.0, torch.tensor(std) * 255.0
+    # Named dtype and device: the caller's defaults must not reach the pixels.
+    mean, std = (
+        torch.tensor(x, dtype=torch.float32, device="cpu") for x in (layout.mean, layout.std)
+    )
+    return mean * 255.0, std * 255.0
 
 
 def video_patches_reference(
@@ -111,7 +116,7 @@ def video_patches_reference(
     x = resize_reference(frames, size, resample, True, rounding)
     missing = -len(x) % tp
     x = torch.cat([x, x[-1:].expand(missing, -1, -1, -1)])
-    offset, scale = (v.to(x.device) for v in pixel_scale(layout.mean, layout.std))
+    offset, scale = (v.to(x.device) for v in pixel_scale(layout))
     x = (x.float() - offset) / scale
     rows, columns = size[0] // p, size[1] // p
     x = x.view(-1, tp, rows // m, m, p, columns // m, m, p, 3)
@@ -152,8 +157,9 @@ def _cuda(
     native.video_patches(frames=frames, out=out, plan=plan, **_native_layout(layout))
 
 
+@functools.lru_cache(maxsize=64)  # a process has a layout or two; the tensors cost 10 us a call
 def _native_layout(layout: PatchLayout) -> dict[str, Any]:
-    offset, scale = (v.tolist() for v in pixel_scale(layout.mean, layout.std))
+    offset, scale = (v.tolist() for v in pixel_scale(layout))
     return {
         "patch": layout.patch,
         "merge": layout.merge,
@@ -161,6 +167,9 @@ def _native_layout(layout: PatchLayout) -> dict[str, Any]:
         "offset": offset,
         "scale": scale,
     }
+
+
+_layout = functools.lru_cache(maxsize=64)(PatchLayout)
 
 
 def _with_layout(fn: Callable[..., None]) -> Callable[..., None]:
@@ -172,9 +181,13 @@ def _with_layout(fn: Callable[..., None]) -> Callable[..., None]:
         size: Sequence[int],
         resample: str,
         rounding: str,
-        **fields: Any,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        **counts: int,
     ) -> None:
-        fn(frames, out, size, resample, rounding, PatchLayout(**fields))
+        layout = _layout(mean=tuple(mean), std=tuple(std), **counts)
+        fn(frames, out, size, resample, rounding, layout)
 
     return run
 
@@ -211,8 +224,7 @@ def video_patches(
     frames: uint8, (T, H, W, 3) or (T, 3, H, W) with any strides, or a numpy array (not copied).
     size: (height, width) in pixels, multiples of `layout.token`; None: no resize, the frames' own
         size is checked.
-    layout: patch sizes and normalisation. The default gives the `pixel_values_videos` of Qwen2-VL
-        and Qwen2.5-VL.
+    layout: patch sizes and normalisation; a model family has its own. The default is CLIP_14.
     resample, rounding: as in `resize_frames`; always antialiased. The default gives what
         transformers' processor gives on CPU, to the bit, rounded once to `dtype`.
     dtype: float32, bfloat16 or float16.

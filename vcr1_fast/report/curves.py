@@ -1,4 +1,4 @@
-"""Training curves: metrics.jsonl -> PNG.
+"""Plots training curves: metrics.jsonl -> PNG.
 
 One picture of all panels, and each panel alone. Lines carry their names at their right end, in
 their colour, so there is no legend to look up.
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from vcr1_fast.report.jsonl import read_jsonl
+from vcr1_fast.files import read_jsonl
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -70,7 +70,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     resumed run may repeat steps. Nested objects become names with slashes. A row without an
     integer `step` raises ValueError naming the file."""
     by_step: dict[int, dict[str, Any]] = {}
-    for row in read_jsonl(path):
+    for _, row in read_jsonl(path, torn="skip"):
         step = row.get("step")
         if not isinstance(step, int):
             raise ValueError(f"{path}: a row has no integer 'step': {str(row)[:80]}")
@@ -87,6 +87,7 @@ def write_curves(
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     rows = read_metrics(metrics_path)
     shown = [(panel, series) for panel in panels if (series := panel.series(rows))]
@@ -97,9 +98,9 @@ def write_curves(
 
     def save(pictured: Sequence[tuple[Panel, dict]], path: Path, columns: int) -> Path:
         lines = -(-len(pictured) // columns)
-        figure = Figure(figsize=(4.6 * columns, 3.0 * lines), dpi=DPI, layout="constrained")
+        layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)
+        figure = Figure(figsize=(4.6 * columns, 3.0 * lines), dpi=DPI, layout=layout)
         FigureCanvasAgg(figure)
-        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
         ends = []
         for index, (panel, series) in enumerate(pictured):
             axes = figure.add_subplot(lines, columns, index + 1)
@@ -201,8 +202,8 @@ def _label_lines(axes: Axes, ends: Sequence[tuple[str, float, str]]) -> None:
     wanted = [(axes.transData.transform((0, y))[1] - bottom) * to_points for _, y, _ in ends]
     placed = spread(wanted, 9.5)
     # Names pushed above the panel would run into its neighbour's title.
-    room = axes.get_window_extent().height * to_points
-    excess = max(0.0, max(placed, default=0.0) - room)
+    available = axes.get_window_extent().height * to_points
+    excess = max(0.0, max(placed, default=0.0) - available)
     for (label, _, colour), height in zip(ends, placed, strict=True):
         axes.annotate(
             label,

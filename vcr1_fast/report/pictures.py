@@ -1,9 +1,9 @@
-"""What a record shows, as HTML: thumbnails of its frames with boxes drawn on them, and bars of time
-under them, the annotated answer's beside predicted ones.
+"""Renders a record as HTML: thumbnails of its frames with boxes on them, and time bars below, the
+annotated answer's beside predicted ones.
 
-Which of an answer's numbers are seconds and which are corners is told by shape: [s, e], a list of
-such, or an object's `spans`, `glue` or `time` are spans; four numbers, a list of such, or an
-object's `boxes` (of frames, or by seconds), `box` or `glue` are boxes.
+The shape of an answer decides which of its numbers are seconds: [s, e], a list of such, or an
+object's `spans`, `glue` or `time` are spans; four numbers, a list of such, or an object's `boxes`
+(of frames, or by seconds), `box` or `glue` are boxes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FRAMES = FrameConfig(fps=1000.0, min_frames=2, max_frames=8)  # eight, or all of
 HEIGHT = 110
 """Pixels of a thumbnail; its width follows, up to three times as much."""
 MAX_BYTES = 16 << 20
-"""Of all thumbnails of a page; records after that come without."""
+"""Bytes of all thumbnails of a page; later records have none."""
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5ac2", "#888888")
 TARGET = "#ffffff"
 
@@ -48,7 +48,7 @@ STYLE = """
 
 
 class Pictures:
-    """Frames of records, read in the order in which they are asked for, up to `max_bytes`.
+    """Frames of records, read in the order of the calls of `next`, up to `max_bytes`.
 
     reader: reads the clips; None reads them in this process.
     """
@@ -70,7 +70,7 @@ class Pictures:
         self, record: Record, predictions: Mapping[str, Any], aims: Mapping[str, Any] | None = None
     ) -> str:
         """HTML of the next record: its frames, and the answer beside `predictions` (label ->
-        what was parsed, or None); `aims` are further spans to show, by label."""
+        the parsed prediction, or None); `aims` are other spans to show, by label."""
         if self.left <= 0:
             return ""
         clip = next(self._clips)
@@ -139,15 +139,15 @@ def _frames(clip: Clip, images: Sequence[str], answer: Any, predictions: Mapping
     for value, colour in zip(predictions.values(), cycle(COLOURS), strict=False):
         layers.append((boxes_at(value, times), colour))
     for index, image in enumerate(images):
-        drawn = [_box(boxes[index], colour) for boxes, colour in layers]
-        svg = f'<svg viewBox="0 0 1 1" preserveAspectRatio="none">{"".join(drawn)}</svg>'
+        shapes = [_box(boxes[index], colour) for boxes, colour in layers]
+        svg = f'<svg viewBox="0 0 1 1" preserveAspectRatio="none">{"".join(shapes)}</svg>'
         time = "" if clip.duration is None else f"{times[index]:.1f} s"
         figures.append(f'<figure><div><img src="{image}" alt="">{svg}</div>{time}</figure>')
     return f'<div class="frames">{"".join(figures)}</div>'
 
 
 def _box(box: Sequence[float] | None, colour: str) -> str:
-    """A box over a frame, if there is one for it; what leaves the frame is drawn to its edge."""
+    """The SVG of a box over a frame, clipped at its edges; empty without a box."""
     if box is None:
         return ""
     x0, y0, x1, y1 = (min(max(v, 0.0), 1.0) for v in box)

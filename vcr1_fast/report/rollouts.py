@@ -1,4 +1,4 @@
-"""rollouts.jsonl, or an evaluation's predictions -> one self-contained HTML page.
+"""Writes rollouts.jsonl, or an evaluation's predictions, as one self-contained HTML page.
 
 Model text is untrusted: it is escaped, and the page's content policy allows no script but its own
 and no network at all.
@@ -16,8 +16,8 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import TYPE_CHECKING, Any
 
+from vcr1_fast.files import read_jsonl, write_atomic
 from vcr1_fast.report import pictures
-from vcr1_fast.report.jsonl import read_jsonl
 from vcr1_fast.report.pictures import MAX_BYTES, Pictures
 from vcr1_fast.tasks import TASKS
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from vcr1_fast.data.video import ClipReader
 
 PREDICTIONS_SHOWN = len(pictures.COLOURS)
-"""Completions of a prompt whose boxes and spans are drawn, the best rewarded first."""
+"""Completions of a prompt whose boxes and spans are shown, the best rewarded first."""
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --ink: #0072b2; }
@@ -91,7 +91,7 @@ def write_rollouts_html(
     """
     if max_prompts < 1:
         raise ValueError(f"max_prompts must be at least 1, got {max_prompts}")
-    rows = read_jsonl(rollouts_path)
+    rows = [row for _, row in read_jsonl(rollouts_path, torn="skip")]
     for row in rows:
         missing = [name for name in ("step", "task", "id", "completion") if name not in row]
         if missing:
@@ -99,17 +99,17 @@ def write_rollouts_html(
     groups = [list(group) for _, group in groupby(rows, key=lambda row: (row["step"], row["id"]))]
     kept = [ranked(group) for group in _spaced(groups, max_prompts)]
     note = f"{len(kept)} of {len(groups)} prompts, {len(rows)} completions in the file"
-    drawn = [""] * len(kept)
+    pictured = [""] * len(kept)
     if records is not None:
         shown = [records.get(group[0]["id"]) for group in kept]
         known = [record for record in shown if record is not None]
         frames = Pictures(known, reader, max_bytes=max_bytes)
-        drawn = [
+        pictured = [
             "" if record is None else frames.next(record, _parsed(record, group))
             for record, group in zip(shown, kept, strict=True)
         ]
-    page = _page("Rollouts", Path(rollouts_path).name, note, kept, drawn)
-    Path(out_path).write_text(page, encoding="utf-8")
+    page = _page("Rollouts", Path(rollouts_path).name, note, kept, pictured)
+    write_atomic(out_path, page)
     return Path(out_path)
 
 
@@ -128,14 +128,14 @@ def write_predictions_html(
     `think`: whether the prompts asked for reasoning; None: they are not known, and the records' own
     texts are shown. Other wordings are shown where the call is within `prompts_from`.
     Of more than `max_examples`, that many evenly spaced ones are shown. Frames, boxes and spans as
-    in `write_rollouts_html`; of several looks at a clip also where each was aimed.
+    in `write_rollouts_html`; of several passes over a clip also the spans each was aimed at.
     """
     kept = _spaced(lines, max_examples)
     frames = Pictures([records[line["id"]] for line in kept], reader, max_bytes=max_bytes)
-    groups, drawn = [], []
+    groups, pictured = [], []
     for line in kept:
-        record, looks = records[line["id"]], enumerate(line.get("passes", ()), start=1)
-        aims = {f"look {number} aims": look["spans"] for number, look in looks if look["spans"]}
+        record, passes = records[line["id"]], enumerate(line.get("passes", ()), start=1)
+        aims = {f"pass {number} aims": one["spans"] for number, one in passes if one["spans"]}
         groups.append(
             [
                 {
@@ -150,10 +150,10 @@ def write_predictions_html(
                 }
             ]
         )
-        drawn.append(frames.next(record, {"predicted": line["prediction"]}, aims))
+        pictured.append(frames.next(record, {"predicted": line["prediction"]}, aims))
     note = f"{len(kept)} of {len(lines)} answers"
-    page = _page("Predictions", Path(out_path).name, note, groups, drawn)
-    Path(out_path).write_text(page, encoding="utf-8")
+    page = _page("Predictions", Path(out_path).name, note, groups, pictured)
+    write_atomic(out_path, page)
     return Path(out_path)
 
 
@@ -189,7 +189,7 @@ def _page(
     title: str,
     note: str,
     groups: Sequence[Sequence[Mapping[str, Any]]],
-    drawn: Sequence[str],
+    pictured: Sequence[str],
 ) -> str:
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     policy = (
@@ -198,7 +198,7 @@ def _page(
     )
     tasks = sorted({str(group[0]["task"]) for group in groups})
     options = "".join(f"<option>{_text(task)}</option>" for task in tasks)
-    cards = "\n".join(map(_card, groups, drawn))
+    cards = "\n".join(map(_card, groups, pictured))
     steps = """<label>steps <input name="from" type="number" style="width:6em"></label>
 <label>to <input name="to" type="number" style="width:6em"></label>"""
     if not any("step" in group[0] for group in groups):
@@ -219,7 +219,7 @@ def _page(
 """
 
 
-def _card(group: Sequence[Mapping[str, Any]], drawn: str) -> str:
+def _card(group: Sequence[Mapping[str, Any]], pictured: str) -> str:
     """One prompt with what it shows and its completions."""
     head = group[0]
     names = list(dict.fromkeys(name for row in group for name in row.get("rewards", {})))
@@ -240,7 +240,7 @@ def _card(group: Sequence[Mapping[str, Any]], drawn: str) -> str:
         f'<section data-step="{_text(head.get("step", ""))}" data-task="{_text(head["task"])}">'
         f"<h2>{place}{_text(head['task'])}, {_text(head['id'])}</h2>"
         f"<pre>{_text(head.get('prompt', ''))}</pre>"
-        f'<pre class="target">target: {_text(head.get("target", ""))}</pre>{drawn}'
+        f'<pre class="target">target: {_text(head.get("target", ""))}</pre>{pictured}'
         f'<div class="wide"><table><tr><th class="n"></th><th>completion</th>{heads}</tr>'
         f"{''.join(lines)}</table></div></section>"
     )

@@ -1,4 +1,4 @@
-"""`vcr1 report`: a training run's curves, and its rollouts with the frames they are about."""
+"""`vcr1 report`: plots a training run's curves and shows its rollouts with their frames."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def main_report(run: str | Path, data: str | Path | None = None, *, prompts: int
     """Write `run`/curves/*.png and `run`/rollouts.html, and print their paths. Returns 0.
 
     data: the records trained on; None takes those that the run's config.yaml names. `prompts` of
-    the rollouts are shown, at even distances. ValueError for a folder that no training has written
-    to, OSError where the records cannot be read.
+    the rollouts are shown, at even distances. ValueError for a folder without a training run,
+    OSError if the records cannot be read.
     """
     folder = Path(run)
     metrics, rollouts = folder / "metrics.jsonl", folder / "rollouts.jsonl"

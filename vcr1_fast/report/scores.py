@@ -1,5 +1,5 @@
-"""Scores of an evaluation as a picture: each metric with its interval, the floor of not looking,
-and published numbers where the records are a published split."""
+"""Plots the scores of an evaluation: each metric with its interval, the blind baseline, and
+published numbers if the records are a published split."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROW_INCHES, HEAD_INCHES = 0.26, 1.15
 
 
 def write_scores(summary: Mapping[str, Any], path: str | Path) -> Path:
-    """Draw every task of a summary.json, one under the other, to a PNG; returns its path.
+    """Plot every task of a summary.json, one below the other, to a PNG; returns its path.
 
     Raises ValueError when the summary has no task, ImportError without matplotlib.
     """
@@ -46,8 +46,8 @@ def draw_task(
     split: Mapping[str, Any] | None,
     level: str = "95 %",
 ) -> None:
-    """One row a metric, the primary one on top; scores run from 0 to 1. `split`: what is published
-    of the same records; `level`: coverage of the intervals."""
+    """Plot one row a metric, the primary one on top; scores run from 0 to 1. `split`: published
+    scores of the same records; `level`: coverage of the intervals."""
     primary = task["primary"]
     metrics = [primary, *(metric for metric in task["metrics"] if metric != primary)]
     rows = {metric: row for row, metric in enumerate(metrics)}
@@ -57,7 +57,7 @@ def draw_task(
     ours = [task["metrics"][metric] for metric in metrics]
     axes.plot(ours, list(rows.values()), "o", color=OURS, markersize=5, label=f"this run, {level}")
     floors = {metric: task["floor"][metric] for metric in metrics if metric in task["floor"]}
-    _marks(axes, rows, floors, "D", FLOOR, f"no look: {task['floor_strategy']}")
+    _marks(axes, rows, floors, "D", FLOOR, f"blind: {task['floor_strategy']}")
     if split is not None:
         models = split["models"]
         best = max(models, key=lambda model: models[model].get(primary, -1.0))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def print_table(table: Table, file: TextIO | None = None) -> None:
         console.print(Text(table.title))  # rich would fold a table's title to the table's width
     view = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
     for index, column in enumerate(table.columns):
-        justify = "left" if index in table.left else "right"
+        justify: Literal["left", "right"] = "left" if index in table.left else "right"
         view.add_column(column, justify=justify, no_wrap=True)
     for row in table.rows:
         view.add_row(*(Text(cell) for cell in row))  # Text: brackets are not rich mark-up
@@ -69,7 +69,7 @@ def markdown_table(table: Table) -> str:
 
 def summary_tables(summary: Mapping[str, Any]) -> list[Table]:
     """Every table of what `vcr1 eval` writes to summary.json: scores, scores by kind, published
-    numbers beside ours, and the cost of each look at the clips."""
+    numbers beside ours, and the cost of each pass over the clips."""
     tables = [evaluation_table(summary)] if summary["tasks"] else []
     level = percent(summary["level"])
     for name, task in summary["tasks"].items():
@@ -81,7 +81,7 @@ def summary_tables(summary: Mapping[str, Any]) -> list[Table]:
 
 
 def evaluation_table(summary: Mapping[str, Any]) -> Table:
-    """One row a metric: score, interval, floor; with the first, the primary, the task's failures.
+    """One row a metric: score, interval, blind baseline; the primary one also has failures.
 
     `summary` is what `vcr1 eval` writes to summary.json.
     """
@@ -102,7 +102,7 @@ def evaluation_table(summary: Mapping[str, Any]) -> Table:
                 ]
             )
     level = percent(summary["level"])
-    columns = ["task", "metric", "score", level, "no look", "n", "unparsed", "cut off"]
+    columns = ["task", "metric", "score", level, "blind", "n", "unparsed", "cut off"]
     quarantined = len(summary["quarantined"])
     title = f"{quarantined} quarantined, in no score" if quarantined else None
     return Table(columns, rows, title=title, left=frozenset({0, 1}))
@@ -126,10 +126,10 @@ def breakdown_table(name: str, task: Mapping[str, Any], field: str, level: str) 
 
 
 def published_table(task: Mapping[str, Any], split: Mapping[str, Any]) -> Table:
-    """Ours, the floor and every published model, by the metrics that any of them reports."""
+    """Ours, the blind baseline and every published model, by all metrics that one reports."""
     found = {metric for scores in split["models"].values() for metric in scores}
     metrics = [metric for metric in _metrics(task) if metric in found]
-    lines = {"this run": task["metrics"], "no look": task["floor"], **split["models"]}
+    lines = {"this run": task["metrics"], "blind": task["floor"], **split["models"]}
     rows = [
         [model, *(number(scores.get(metric)) for metric in metrics)]
         for model, scores in lines.items()
@@ -139,7 +139,7 @@ def published_table(task: Mapping[str, Any], split: Mapping[str, Any]) -> Table:
 
 
 def cost_table(costs: Sequence[Mapping[str, Any]]) -> Table:
-    """One row a look at the clips: means over the records that had it."""
+    """One row a pass over the clips: means over the records that had it."""
     rows = [
         [
             "all" if cost["number"] == 0 else str(cost["number"]),
@@ -149,7 +149,7 @@ def cost_table(costs: Sequence[Mapping[str, Any]]) -> Table:
         ]
         for cost in costs
     ]
-    columns = ["look", "records", "frames", "prompt tokens", "tokens", "seconds"]
+    columns = ["pass", "records", "frames", "prompt tokens", "tokens", "seconds"]
     return Table(columns, rows, title="cost, mean of a record")
 
 
@@ -164,7 +164,7 @@ def _interval(bounds: Sequence[float] | None) -> str:
 
 
 def stages_table(runs: Sequence[Mapping[str, Any]]) -> Table:
-    """One row a task: the no-look floor, the primary metric after each stage, and the gain of the
+    """One row a task: the blind baseline, the primary metric after each stage, and the gain of the
     last stage over the first.
 
     Each run (one seed) maps a stage's name to what `vcr1 eval` writes; with several runs a cell is
@@ -180,7 +180,7 @@ def stages_table(runs: Sequence[Mapping[str, Any]]) -> Table:
         gains = [last - first for first, last in zip(scores[0], scores[-1], strict=True)]
         cells = [_mean_and_range(values) for values in (floors, *scores)]
         rows.append([name, metric, str(task["n"]), *cells, _mean_and_range(gains, sign="+")])
-    columns = ["task", "metric", "n", "no look", *stages, "gain"]
+    columns = ["task", "metric", "n", "blind", *stages, "gain"]
     return Table(columns, rows, left=frozenset({0, 1}))
 
 

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from vcr1_fast.rewards.text import words_of
+
 Match = Callable[[str, str], bool]
 """(caption, event) -> whether the caption tells the event."""
 
@@ -32,12 +34,12 @@ class Judge(Protocol):
         ...
 
 
-_WORD = re.compile(r"[a-z0-9]+")
-_SENTENCE = re.compile(r"[.!?;\n]+")
+_SENTENCE = re.compile(r"[.!?;\n。！？；]+")  # noqa: RUF001 - full stops of Chinese
 _STOP_WORDS = """
 a an the and or of in on at to into onto from with by for as is are was were be been being it its he
 she they his her their him them this that these those there then while who which has have had do
 does did
+的 了 着 在 是 一 个
 """
 _STOP = frozenset(_STOP_WORDS.split())
 _ENDINGS = ("ing", "ed", "es", "s", "e")
@@ -53,7 +55,7 @@ def _stem(word: str) -> str:
 
 
 def _content(text: str) -> set[str]:
-    return {_stem(word) for word in _WORD.findall(text.lower()) if word not in _STOP}
+    return {_stem(word) for word in words_of(text) if word not in _STOP}
 
 
 def mentions(caption: str, event: str, share: float = 0.6) -> bool:

@@ -13,11 +13,13 @@ _TAG = re.compile(r"<(/?)(think|answer|glue)>")
 def last_block(completion: str, tag: str) -> str | None:
     """Text inside the last closed `<tag>…</tag>` after the reasoning, or None.
 
-    Whatever stands inside a closed `<think>` block is reasoning, not an answer. Of nested blocks
-    the innermost counts; an unclosed block (a truncated completion) does not.
+    Text inside a closed `<think>` block is reasoning, not an answer; so is all text before a
+    `</think>` that nothing opens, since the chat template opened it in the prompt. Of nested
+    blocks the innermost counts; an unclosed block (a truncated completion) does not.
     """
-    found, opened, thinking = None, None, False
+    found, opened = None, None
     closing_think = completion.rfind("</think>")
+    thinking = tag != "think" and _thinks_from_start(completion)
     for match in _TAG.finditer(completion):
         closes, name = match.groups()
         if name == "think" and tag != "think":
@@ -32,13 +34,22 @@ def last_block(completion: str, tag: str) -> str | None:
     return found
 
 
+def _thinks_from_start(completion: str) -> bool:
+    """Whether the first think tag closes: the chat template ends the prompt with `<think>`."""
+    closing = completion.find("</think>")
+    return closing >= 0 and completion.find("<think>", 0, closing) < 0
+
+
 def well_formed(completion: str, tags: Sequence[str]) -> bool:
     """Whether the completion is exactly these blocks in this order and nothing else.
 
-    Each block opens and closes once and is not blank; only white space may stand outside.
+    Each block opens and closes once and is not blank; only white space may stand outside. The
+    tag that opens a leading think block may be missing: some chat templates end the prompt with it.
     """
     end = 0
     expected = [(closes, tag) for tag in tags for closes in ("", "/")]
+    if tags[:1] == ("think",) and _thinks_from_start(completion):
+        del expected[0]
     matches = _TAG.finditer(completion)
     for closes, tag in expected:
         match = next(matches, None)

@@ -1,13 +1,12 @@
-"""A language model as judge of captions: what it is asked, how its answers are read and kept.
+"""A language model as judge of captions: its questions, how its replies are read and recorded.
 
 The model itself is any function from prompts to replies: `endpoint.Endpoint` over HTTP, or
-`model.judge.LocalModel` in this process. `Recorded` keeps every reply in a file, so that a run is
-paid once and can be repeated without a model.
+`model.judge.LocalModel` in this process. `Recorded` keeps every reply in a file, so that a run pays
+for each reply once and can be repeated without a model.
 """
 
 import hashlib
 import json
-import os
 import re
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -15,11 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from vcr1_fast.files import append_jsonl, read_jsonl
+
 Ask = Callable[[Sequence[str]], Iterable[str]]
-"""Prompts to replies, in order; they may come one by one."""
+"""Prompts to replies, in order; replies may arrive one by one."""
 
 MAX_EVENTS = 32
-"""Events drawn from one caption: a policy that lists more must not be able to run up a bill."""
+"""Events taken from one caption, so that a policy that lists more cannot run up a bill."""
 
 _EVENTS = (
     "Below is the description of a video, as a JSON string. List the events it tells, one on each "
@@ -41,31 +42,31 @@ class JudgeError(OSError):
 
 @dataclass(frozen=True)
 class JudgeConfig:
-    """Who judges captions."""
+    """The judge of captions."""
 
     kind: Literal["offline", "http", "local"] = "offline"
-    """"offline": word matching, no model; "http": an OpenAI-compatible endpoint; "local": a
-    checkpoint run in this process."""
+    """Judge of captions; "offline": word matching, no model; "http": an OpenAI-compatible endpoint;
+    "local": a checkpoint run in this process."""
     model: str = ""
     """The model's name at the endpoint, or a checkpoint folder or hub name."""
     url: str = "http://127.0.0.1:8000/v1"
     """The endpoint, up to its version."""
     api_key_env: str | None = None
-    """Environment variable that holds the endpoint's key; null: it needs none."""
+    """Environment variable that holds the endpoint's key; null: no key."""
     timeout: float = 60.0
-    """Seconds for one request."""
+    """Seconds for one request in total; each retry has as many."""
     retries: int = 4
-    """Further attempts where the endpoint is busy or out of reach."""
+    """Retries when the endpoint is busy or unreachable."""
     backoff: float = 1.0
-    """Seconds before the first of them, doubled before each further one."""
+    """Seconds before the first retry, doubled before each further one."""
     concurrency: int = 16
-    """Requests under way at once, or prompts in one batch of a local model."""
+    """Requests in flight at once, or prompts in one batch of a local model."""
     max_tokens: int = 512
-    """Longest reply."""
+    """Tokens of the longest reply."""
     cache: str | None = None
-    """File of replies, JSONL, read first and added to; null: none."""
+    """JSONL file of replies, read first and appended to; null: none."""
     replay: bool = False
-    """Take replies from `cache` alone: a prompt it does not hold is an error."""
+    """Take replies from `cache` only; a prompt that it does not hold is an error."""
 
     def __post_init__(self) -> None:
         if self.kind != "offline" and not self.model:
@@ -83,10 +84,16 @@ class JudgeConfig:
 
 class ModelJudge:
     """A judge that asks a language model: one question for the events of a caption, one for each
-    (caption, event). `unreadable` counts replies that said neither yes nor no: they count as no."""
+    (caption, event). `unreadable` counts replies that say neither yes nor no; they count as no."""
 
     def __init__(self, ask: Ask) -> None:
         self.ask, self.unreadable = ask, 0
+
+    def close(self) -> None:
+        """Give up the requests in flight of an `Ask` that can, so that no thread waits for them."""
+        close = getattr(self.ask, "close", None)
+        if close is not None:
+            close()
 
     def events(self, captions: Sequence[str]) -> list[tuple[str, ...]]:
         prompts = [_EVENTS.format(caption=_quoted(caption)) for caption in captions]
@@ -106,7 +113,7 @@ def _quoted(text: str) -> str:
 
 
 def _spoken(reply: str) -> str:
-    """What a model says after its reasoning, where it shows that."""
+    """The text after the model's reasoning, or all of it when it shows none."""
     return reply.rpartition("</think>")[2]
 
 
@@ -122,11 +129,11 @@ def _verdict(reply: str) -> bool | None:
 
 
 class Recorded:
-    """Replies read from a file where it holds them, else asked for and added to it.
+    """Reads replies from a file; asks for those it does not hold, and appends them.
 
-    A line is {"key", "model", "prompt", "reply"}; the key is the SHA-256 of model and prompt. Half
-    a line, which a killed run leaves at the end, is dropped. With `ask` None nothing is asked:
-    ValueError for a prompt that the file does not hold.
+    A line is {"key", "model", "prompt", "reply"}; the key is the SHA-256 of model and prompt. A
+    torn line at the end, left by a killed run, is dropped. When `ask` is None, a prompt that the
+    file does not hold is a ValueError.
     """
 
     def __init__(self, ask: Ask | None, model: str, path: str | Path) -> None:
@@ -136,20 +143,27 @@ class Recorded:
 
     def __call__(self, prompts: Sequence[str]) -> list[str]:
         keys = [self._key(prompt) for prompt in prompts]
-        # Completions of one group are often alike: what is asked twice is asked once.
+        # Completions of one group are often equal: equal prompts are asked once.
         with self._lock:
             new = {k: p for k, p in zip(keys, prompts, strict=True) if k not in self._replies}
-        if new and self.ask is None:
+        ask = self.ask
+        if new and ask is None:
             first = next(iter(new.values()))
             raise ValueError(
                 f"{self.path} holds no reply of {self.model!r} to {len(new)} of "
                 f"{len(set(keys))} prompts, the first being {first[:200]!r}"
             )
-        if new:
-            replies = iter(self.ask(list(new.values())))
+        if new and ask is not None:
+            replies = iter(ask(list(new.values())))
             for (key, prompt), reply in zip(new.items(), replies, strict=True):
                 self._keep(key, prompt, reply)
         return [self._replies[key] for key in keys]
+
+    def close(self) -> None:
+        """Give up the requests in flight, see `ModelJudge.close`."""
+        close = getattr(self.ask, "close", None)
+        if close is not None:
+            close()
 
     def _key(self, prompt: str) -> str:
         return hashlib.sha256(
@@ -157,18 +171,14 @@ class Recorded:
         ).hexdigest()
 
     def _read(self) -> dict[str, str]:
-        """The file's replies; half a line at its end is cut off where the file is written to."""
+        """The file's replies; a torn line at its end is cut off if the file will be appended to."""
         if not self.path.exists():
             return {}
-        whole, end, torn = self.path.read_bytes().rpartition(b"\n")
-        if torn and self.ask is not None:
-            os.truncate(self.path, len(whole) + len(end))
         replies = {}
-        for number, line in enumerate(whole.splitlines() if end else (), start=1):
+        for number, row in read_jsonl(self.path, torn="skip" if self.ask is None else "cut"):
             try:
-                row = json.loads(line)
                 replies[row["key"]] = row["reply"]
-            except (ValueError, TypeError, KeyError) as error:
+            except (TypeError, KeyError) as error:
                 raise ValueError(f"{self.path}:{number}: no recorded reply: {error}") from None
         return replies
 
@@ -176,7 +186,4 @@ class Recorded:
         row = {"key": key, "model": self.model, "prompt": prompt, "reply": reply}
         with self._lock:
             self._replies[key] = reply
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            # Other processes may add to the file as well: each line is one write at its end.
-            with self.path.open("ab", buffering=0) as file:
-                file.write(json.dumps(row).encode() + b"\n")
+            append_jsonl(self.path, [row])

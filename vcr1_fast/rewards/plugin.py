@@ -1,4 +1,4 @@
-"""Rewards of a user's own: one function, named by the module or the file that it is in.
+"""User rewards: one function each, named by its module or file.
 
     def brevity(completion, record, duration):              # once for each completion
         return 1.0 if len(completion) < 200 else 0.0
@@ -6,9 +6,9 @@
     def agreement(completions, records, durations):         # once for all of a batch
         return ask_my_server(completions)
 
-Which of the two it is, is told by the name of its first parameter: `completions` takes lists. A
-function returns a finite number for each completion, or None where it has nothing to say about it:
-the completion then goes without this reward. NaN and infinity are errors.
+The first parameter's name decides which of the two it is: `completions` takes lists. A function
+returns a number of at most `LARGEST` in magnitude for each completion, or None: the completion then
+has no such reward. Other values, exceptions and time-outs are errors that name the function.
 """
 
 import importlib
@@ -18,21 +18,34 @@ import math
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, field
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Lock, Thread
 from typing import Any
+
+LARGEST = 1e6
+"""Largest magnitude of a user's reward. Far larger ones overflow the variance of a group, and the
+advantages, the loss and the gradient would silently be 0."""
 
 _NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 
 
 @dataclass(frozen=True)
 class UserReward:
-    """A loaded function; `spec` is how it was asked for, `name` the name of its column."""
+    """A loaded function; `spec` is the text that named it, `name` the name of its column.
+
+    timeout: seconds that the function may take for one batch; None: no bound. With a bound it runs
+    in one daemon thread, the same for all batches, so a function that hangs does not block exit.
+    """
 
     spec: str
     name: str
     function: Callable[..., Any]
     takes_lists: bool
+    timeout: float | None = None
+    _worker: "_Worker" = field(default_factory=lambda: _Worker(), repr=False, compare=False)
 
     def __call__(
         self,
@@ -40,8 +53,30 @@ class UserReward:
         records: Sequence[Any],
         durations: Sequence[float | None],
     ) -> list[float | None]:
-        """The rewards of a batch, in order. ValueError, naming the function and the record, where
-        it raises or returns something else."""
+        """The rewards of a batch, in order. ValueError, naming the function and the record, when
+        it raises, returns something else or exceeds `timeout`."""
+        position = [0]  # of the completion that the function is at
+        if self.timeout is None:
+            return self._batch(completions, records, durations, position)
+        result = self._worker.submit(lambda: self._batch(completions, records, durations, position))
+        wait([result], self.timeout)
+        if not result.done():
+            what = f"{len(completions)} completions"
+            if not self.takes_lists:
+                what = f"{_of(records[position[0]])}, number {position[0] + 1} of {what}"
+            raise ValueError(
+                f"reward {self.spec}: not done after rewards.timeout = {self.timeout:g} s, "
+                f"at {what}"
+            )
+        return result.result()
+
+    def _batch(
+        self,
+        completions: Sequence[str],
+        records: Sequence[Any],
+        durations: Sequence[float | None],
+        position: list[int],
+    ) -> list[float | None]:
         if self.takes_lists:
             values = self._call(
                 f"{len(completions)} completions",
@@ -55,18 +90,16 @@ class UserReward:
                     f"{repr(values)[:80]}"
                 )
         else:
-            values = [
-                self._call(_of(record), completion, record, duration)
-                for completion, record, duration in zip(
-                    completions, records, durations, strict=True
-                )
-            ]
+            values = []
+            for i, completion in enumerate(completions):
+                position[0] = i
+                values.append(self._call(_of(records[i]), completion, records[i], durations[i]))
         return [self._number(v, record) for v, record in zip(values, records, strict=True)]
 
     def _call(self, what: str, *arguments: Any) -> Any:
         try:
             return self.function(*arguments)
-        except Exception as error:  # it is the user's: whatever it raises is told with its name
+        except Exception as error:  # user code may raise anything; the message names the function
             raise ValueError(
                 f"reward {self.spec} failed on {what}: {type(error).__name__}: {error}"
             ) from error
@@ -83,7 +116,38 @@ class UserReward:
                 f"reward {self.spec}: expected a finite number or None for {_of(record)}, got "
                 f"{repr(value)[:80]}"
             )
+        if abs(number) > LARGEST:
+            raise ValueError(
+                f"reward {self.spec}: expected at most {LARGEST:.0e} in magnitude for "
+                f"{_of(record)}, got {number:g}"
+            )
         return number
+
+
+class _Worker:
+    """One daemon thread, started at the first task. A ThreadPoolExecutor's thread is joined at
+    exit, so a function that hangs would keep the process."""
+
+    def __init__(self) -> None:
+        self._tasks: SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = SimpleQueue()
+        self._lock, self._is_started = Lock(), False
+
+    def submit(self, task: Callable[[], Any]) -> "Future[Any]":
+        result: Future[Any] = Future()
+        with self._lock:
+            if not self._is_started:
+                Thread(target=self._run, name="user_reward", daemon=True).start()
+                self._is_started = True
+        self._tasks.put((task, result))
+        return result
+
+    def _run(self) -> None:
+        while True:
+            task, result = self._tasks.get()
+            try:
+                result.set_result(task())
+            except BaseException as error:  # SystemExit too: it is raised where the result is read
+                result.set_exception(error)
 
 
 def _of(record: Any) -> str:
@@ -98,8 +162,8 @@ def split_spec(spec: str) -> tuple[str, str]:
     return where, name
 
 
-def load_reward(spec: str) -> UserReward:
-    """Import "module:function" or "file.py:function". ValueError naming what is not there."""
+def load_reward(spec: str, timeout: float | None = None) -> UserReward:
+    """Import "module:function" or "file.py:function". ValueError naming what does not exist."""
     where, name = split_spec(spec)
     try:
         module = (
@@ -111,7 +175,7 @@ def load_reward(spec: str) -> UserReward:
     if not callable(function):
         raise ValueError(f"reward {spec}: {where} has no function {name!r}")
     parameters = list(inspect.signature(function).parameters)
-    return UserReward(spec, name, function, parameters[:1] == ["completions"])
+    return UserReward(spec, name, function, parameters[:1] == ["completions"], timeout)
 
 
 def _from_file(path: Path) -> Any:
@@ -119,7 +183,7 @@ def _from_file(path: Path) -> Any:
     if spec is None or spec.loader is None or not path.is_file():
         raise FileNotFoundError(f"no file {path}")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where a dataclass looks up its annotations
+    sys.modules[spec.name] = module  # dataclasses look up their annotations there
     try:
         spec.loader.exec_module(module)
     except BaseException:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from vcr1_fast.rewards import parse_label, strict
-from vcr1_fast.tasks.base import Metrics, Task, mean_metrics
+from vcr1_fast.rewards import last_block, parse_label, strict
+from vcr1_fast.tasks.base import Metrics, Task, mean_metrics, tagged
 from vcr1_fast.tasks.record import FieldError, Record, check_prompt, describe
 from vcr1_fast.tasks.wording import ask
 
@@ -25,6 +25,10 @@ def check(record: Record) -> None:
     if record.answer not in record.options:
         reason = f"{describe(record.answer)} is none of {list(record.options)}"
         raise FieldError("answer", reason)
+    for label in record.options:
+        if _label_of(label, record) != label:
+            reason = f"{describe(label)} reads like another label, or like none"
+            raise FieldError("options", reason)
 
 
 def target(record: Record) -> str:
@@ -33,25 +37,34 @@ def target(record: Record) -> str:
 
 def parse(completion: str, record: Record | None = None) -> str | None:
     """The label as it stands in the record's options; None for a text that is none of them."""
-    label = strict.read_label(completion)
-    if record is None or label is None:
-        return label
-    return {parse_label(option): option for option in record.options}.get(label)
+    if record is None:
+        return strict.read_label(completion)
+    answer = last_block(completion, "answer")
+    return None if answer is None else _label_of(answer, record)
+
+
+def _label_of(text: str, record: Record) -> str | None:
+    """The one label that the text is, letter for letter, or else as `parse_label` reads both."""
+    for read in (lambda label: " ".join(label.split()), parse_label):
+        said = read(text)
+        found = [option for option in record.options if said and read(option) == said]
+        if found:
+            return found[0] if len(found) == 1 else None
+    return None
 
 
 def format_reward(
     completion: str, record: Record, duration: float | None = None, *, think: bool = False
 ) -> float:
     """1 for the tags asked for around one of the labels, else 0."""
-    known = parse(completion, record) is not None
-    return strict.label_format(completion, think) if known else 0.0
+    return float(parse(completion, record) is not None and tagged(completion, think, "answer"))
 
 
 def accuracy_reward(
     completion: str, record: Record, duration: float | None = None, *, think: bool = False
 ) -> float:
     """1 for the right label, else 0."""
-    return strict.label_accuracy(completion, record.answer)
+    return float(parse(completion, record) == record.answer)
 
 
 def metrics(prediction: str | None, record: Record) -> Metrics:

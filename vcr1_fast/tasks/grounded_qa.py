@@ -16,8 +16,9 @@ from vcr1_fast.tasks.record import (
     check_spans,
     check_video,
 )
-from vcr1_fast.tasks.spans import constant_spans, written
+from vcr1_fast.tasks.spans import constant_spans
 from vcr1_fast.tasks.wording import ask
+from vcr1_fast.tasks.written import spans_text
 
 
 def check(record: Record) -> None:
@@ -32,7 +33,7 @@ def check(record: Record) -> None:
 
 
 def target(record: Record) -> str:
-    spans = written(record.answer["glue"])
+    spans = spans_text(record.answer["glue"])
     return f"<answer>{record.answer['answer']}</answer><glue>{spans}</glue>"
 
 

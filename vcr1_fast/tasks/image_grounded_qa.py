@@ -17,6 +17,7 @@ from vcr1_fast.tasks.record import (
     check_prompt,
 )
 from vcr1_fast.tasks.wording import ask
+from vcr1_fast.tasks.written import box_text
 
 Box = tuple[float, ...]
 
@@ -40,8 +41,8 @@ def check(record: Record) -> None:
 
 
 def target(record: Record) -> str:
-    box = ", ".join(f"{value:.2f}" for value in record.answer["glue"])
-    return f"<answer>{record.answer['answer']}</answer><glue>[{box}]</glue>"
+    box = box_text(record.answer["glue"])
+    return f"<answer>{record.answer['answer']}</answer><glue>{box}</glue>"
 
 
 def parse(completion: str, record: Record | None = None) -> BoxedAnswer | None:

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from vcr1_fast.rewards import interval_set_iou, last_block, parse_spans
 from vcr1_fast.tasks.base import Metrics, Task, mean_metrics, tagged
 from vcr1_fast.tasks.record import Record, check_prompt, check_spans, check_video
-from vcr1_fast.tasks.spans import Spans, constant_spans, written
+from vcr1_fast.tasks.spans import Spans, constant_spans
 from vcr1_fast.tasks.temporal_grounding import FIELDS, rates
 from vcr1_fast.tasks.wording import ask
+from vcr1_fast.tasks.written import spans_text
 
 
 def check(record: Record) -> None:
@@ -24,7 +25,7 @@ def check(record: Record) -> None:
 
 
 def target(record: Record) -> str:
-    return f"<answer>{written(record.answer)}</answer>"
+    return f"<answer>{spans_text(record.answer)}</answer>"
 
 
 def parse(completion: str, record: Record | None = None) -> Spans | None:

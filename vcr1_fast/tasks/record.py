@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from string import ascii_uppercase
 from typing import Any
 
+from vcr1_fast.rewards.answer import MAX_SPANS
+
 
 @dataclass(frozen=True)
 class Record:
@@ -79,6 +81,8 @@ def check_spans(name: str, value: Any, *, empty: bool = False) -> None:
     """FieldError unless `value` is a list of at least one span."""
     if not isinstance(value, list | tuple) or not value:
         raise FieldError(name, f"expected a list of spans, got {describe(value)}")
+    if len(value) > MAX_SPANS:  # a completion with more is unreadable
+        raise FieldError(name, f"expected at most {MAX_SPANS} spans, got {len(value)}")
     for index, span in enumerate(value):
         check_span(f"{name}[{index}]", span, empty=empty)
 

@@ -11,6 +11,7 @@ from vcr1_fast.rewards import last_block
 from vcr1_fast.tasks.base import Metrics, Task, mean_metrics, tagged
 from vcr1_fast.tasks.record import FieldError, Record, check_prompt, describe, is_text
 from vcr1_fast.tasks.wording import ask
+from vcr1_fast.tasks.written import LEAST_OVERLAP
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,11 @@ class Single:
         check_prompt(record, self.field)
         if not self.fits(record.answer):
             reason = f"expected {self.expected}, got {describe(record.answer)}"
+            raise FieldError("answer", reason)
+        # Symbols that no reward compares, or tags in the text: no completion could be right.
+        read = self.parse(self.target(record))
+        if read is None or self.nearness(read, record.answer) < LEAST_OVERLAP:
+            reason = f"no completion could earn the reward of {describe(record.answer)}"
             raise FieldError("answer", reason)
 
     def target(self, record: Record) -> str:

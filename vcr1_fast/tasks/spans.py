@@ -20,11 +20,6 @@ def duration_of(record: Record) -> float | None:
     return None if duration is None else float(duration) - (record.start or 0.0)
 
 
-def written(spans: Spans) -> str:
-    """Spans as a completion writes them: `[(1.0, 4.5), (7.0, 9.5)]`."""
-    return f"[{', '.join(f'({start:.1f}, {end:.1f})' for start, end in spans)}]"
-
-
 def constant_spans(
     train: Sequence[Record],
     test: Sequence[Record],

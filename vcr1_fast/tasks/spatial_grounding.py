@@ -6,6 +6,7 @@ from vcr1_fast.rewards import box_iou
 from vcr1_fast.rewards.spatiotemporal import parse_box
 from vcr1_fast.tasks.record import FieldError, check_box
 from vcr1_fast.tasks.single import Single
+from vcr1_fast.tasks.written import box_text
 
 
 def _is_box(answer: Any) -> bool:
@@ -22,7 +23,7 @@ TASK = Single(
     how="with the box [x0, y0, x1, y1] from 0 to 1, like <answer>[0.10, 0.20, 0.30, 0.40]</answer>",
     measure="IoU",
     read=parse_box,
-    show=lambda box: "[" + ", ".join(f"{value:.2f}" for value in box) + "]",
+    show=box_text,
     nearness=box_iou,
     typical=lambda boxes: [sum(sides) / len(boxes) for sides in zip(*boxes, strict=True)],
     fits=_is_box,

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from vcr1_fast.rewards import last_block, temporal_iou
-from vcr1_fast.rewards.spatiotemporal import Tube, parse_tube, tube_iou
+from vcr1_fast.rewards.spatiotemporal import MAX_SECONDS, Tube, parse_tube, tube_iou
 from vcr1_fast.tasks.base import Metrics, Task, mean_metrics, tagged
 from vcr1_fast.tasks.record import (
     FieldError,
@@ -21,6 +21,7 @@ from vcr1_fast.tasks.record import (
 from vcr1_fast.tasks.spans import constant_spans
 from vcr1_fast.tasks.temporal_grounding import FIELDS
 from vcr1_fast.tasks.wording import ask
+from vcr1_fast.tasks.written import box_text, span_texts
 
 
 def check(record: Record) -> None:
@@ -35,9 +36,14 @@ def check(record: Record) -> None:
     if not isinstance(answer["boxes"], dict) or not answer["boxes"]:
         reason = f"expected boxes by second, got {describe(answer['boxes'])}"
         raise FieldError("answer.boxes", reason)
+    if len(answer["boxes"]) > MAX_SECONDS:
+        reason = f"expected at most {MAX_SECONDS} boxes, got {len(answer['boxes'])}"
+        raise FieldError("answer.boxes", reason)
     for second, box in answer["boxes"].items():
         where = f"answer.boxes.{second}"
+        # More than six digits are no second of a video, and thousands of them no integer.
         whole = isinstance(second, str) and second.isascii() and second.isdecimal()
+        whole = whole and len(second) <= 6
         if not whole or not start - 1 < int(second) < end + 1:
             raise FieldError(where, f"expected a whole second of {start:g} to {end:g}")
         check_box(where, box)
@@ -52,11 +58,10 @@ def truth(record: Record) -> Tube:
 def target(record: Record) -> str:
     tube = truth(record)
     boxes = ", ".join(
-        f'"{second}": [' + ", ".join(f"{value:.2f}" for value in tube.boxes[second]) + "]"
-        for second in sorted(tube.boxes)
+        f'"{second}": {box_text(tube.boxes[second])}' for second in sorted(tube.boxes)
     )
-    start, end = tube.time
-    return f'<answer>{{"time": [{start:.1f}, {end:.1f}], "boxes": {{{boxes}}}}}</answer>'
+    ((start, end),) = span_texts([tube.time])
+    return f'<answer>{{"time": [{start}, {end}], "boxes": {{{boxes}}}}}</answer>'
 
 
 def parse(completion: str, record: Record | None = None) -> Tube | None:

@@ -9,6 +9,7 @@ from vcr1_fast.tasks.base import Metrics, Task, mean_metrics
 from vcr1_fast.tasks.record import Record, check_prompt, check_span, check_video
 from vcr1_fast.tasks.spans import constant_spans
 from vcr1_fast.tasks.wording import ask
+from vcr1_fast.tasks.written import span_texts
 
 Span = tuple[float, float]
 
@@ -24,8 +25,8 @@ def check(record: Record) -> None:
 
 
 def target(record: Record) -> str:
-    start, end = record.answer
-    return f"<answer>{start:.1f} to {end:.1f}</answer>"
+    ((start, end),) = span_texts([record.answer])
+    return f"<answer>{start} to {end}</answer>"
 
 
 def parse(completion: str, record: Record | None = None) -> Span | None:

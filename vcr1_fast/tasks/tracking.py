@@ -16,6 +16,7 @@ from vcr1_fast.tasks.record import (
     is_number,
 )
 from vcr1_fast.tasks.wording import ask
+from vcr1_fast.tasks.written import box_text
 
 Box = tuple[float, float, float, float]
 Boxes = tuple[Box, ...]
@@ -24,13 +25,9 @@ BOXES = 8
 """Boxes of an answer, unless a record has another number of them."""
 
 
-def _text(box: Sequence[float]) -> str:
-    return "[" + ", ".join(f"{value:.2f}" for value in box) + "]"
-
-
 FIELDS = {
     "object": lambda record: record.prompt["object"].strip(),
-    "box": lambda record: _text(record.answer[0]),
+    "box": lambda record: box_text(record.answer[0]),
     "box_list": lambda record: str(list(record.answer[0])),  # all decimals, as VideoChat-R1
     "count": lambda record: str(len(record.answer)),
 }
@@ -54,7 +51,7 @@ def check(record: Record) -> None:
 
 
 def target(record: Record) -> str:
-    return f"<answer>[{', '.join(map(_text, record.answer))}]</answer>"
+    return f"<answer>[{', '.join(map(box_text, record.answer))}]</answer>"
 
 
 def parse(completion: str, record: Record | None = None) -> Boxes | None:

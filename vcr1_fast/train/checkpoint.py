@@ -1,16 +1,17 @@
-"""Checkpoints of a run: whole or not there, and enough to go on as if nothing had happened.
+"""Checkpoints of a run, each complete or absent, from which a run resumes bit for bit.
 
     <output>/checkpoints/step-00000100/
-        state.pt        step, place in the data, trained weights, optimiser
-        random-0.pt     random states of process 0, one such file a process
-        manifest.json   sizes of the files above; written last
+        state.pt        step, place in the data, trained weights, optimiser, settings
+        random-0.pt     random states of rank 0, one such file a rank
+        manifest.json   bytes and SHA-256 of the files above; written last
 
-The folder is written under another name and renamed, so a folder without a true manifest is what a
-crash left behind. The learning rate is a function of the step and needs no state.
+The folder is written under another name and renamed, so a folder whose files differ from its
+manifest was left by a crash. The learning rate is a function of the step and needs no state.
 """
 
+import errno
+import hashlib
 import json
-import os
 import random
 import shutil
 from collections.abc import Callable
@@ -21,8 +22,16 @@ import numpy as np
 import torch
 from torch import nn
 
+from vcr1_fast.files import flush, rename_flushed
+
 PREFIX = "step-"
 _PARTIAL = ".partial-"
+_MARGIN = 64 * 2**20
+"""Free bytes that a checkpoint leaves on the disk, for logs and file-system metadata."""
+
+
+class DamagedCheckpoint(ValueError):
+    """A checkpoint's file that differs from its manifest or cannot be read; names the file."""
 
 
 def save_checkpoint(
@@ -33,10 +42,12 @@ def save_checkpoint(
     rank: int = 0,
     barrier: Callable[[], None] = lambda: None,
 ) -> Path:
-    """Write `state` (tensors and plain values, with its "step") and this process's random state.
+    """Write `state` (tensors and plain values, with its "step") and this rank's random state.
 
-    Every process calls this; `barrier` makes them wait for each other, process 0 writes the state,
-    names the folder and deletes all but the newest `keep`. Returns the checkpoint's folder.
+    Every rank calls this; `barrier` makes them wait for each other, rank 0 writes the state, names
+    the folder and deletes all but the newest `keep`. Returns the checkpoint's folder. OSError,
+    before anything is written, where the disk has too little room; a write that fails leaves no
+    partial folder behind.
     """
     folder = Path(folder)
     final = folder / f"{PREFIX}{state['step']:08d}"
@@ -44,20 +55,26 @@ def save_checkpoint(
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
+        check_space(folder, state_bytes(state))
         partial.mkdir()
     barrier()
-    _write(partial / f"random-{rank}.pt", random_state())
+    try:
+        _write(partial / f"random-{rank}.pt", random_state())
+        if rank == 0:
+            _write(partial / "state.pt", state)
+        barrier()
+        if rank == 0:
+            files = sorted(partial.iterdir())
+            manifest = {file.name: _fingerprint(file) for file in files}
+            (partial / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+            flush(partial / "manifest.json")
+            shutil.rmtree(final, ignore_errors=True)
+            rename_flushed(partial, final)
+    except OSError:
+        # A full disk stays full as long as the partial folder is there.
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     if rank == 0:
-        _write(partial / "state.pt", state)
-    barrier()
-    if rank == 0:
-        sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
-        (partial / "manifest.json").write_text(json.dumps(sizes, indent=1) + "\n")
-        _flush(partial / "manifest.json")
-        _flush(partial)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        _flush(folder)
         for old in checkpoints(folder)[0][:-keep]:
             shutil.rmtree(old)
     barrier()
@@ -65,21 +82,32 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: str | Path, *, rank: int = 0) -> dict[str, Any]:
-    """The state saved in a checkpoint, on the CPU; this process's random states are set as well.
+    """The state saved in a checkpoint, on the CPU; this rank's random states are set as well.
 
-    Its tensors are views of the file: the processes of a machine share one copy, read as each is
-    put in its place, where every process with one of its own would fill the memory of a node.
+    Its tensors are views of the file: the ranks of a machine share one copy in the page cache,
+    where a copy per rank would fill a node's memory. DamagedCheckpoint, naming the file, where it
+    cannot be read.
     """
     path = Path(path)
-    state = torch.load(path / "state.pt", map_location="cpu", weights_only=True, mmap=True)
+    state = _read(path / "state.pt", mmap=True)
     own = path / f"random-{rank}.pt"
     if own.exists():
-        set_random_state(torch.load(own, map_location="cpu", weights_only=True))
+        set_random_state(_read(own))
     return state
 
 
+def check_checkpoint(path: Path) -> None:
+    """DamagedCheckpoint, naming the file, where a file differs from the manifest's SHA-256."""
+    for name, expected in _manifest(path).items():
+        if _fingerprint(path / name) != expected:
+            raise DamagedCheckpoint(f"{path / name}: differs from its SHA-256 in manifest.json")
+
+
 def checkpoints(folder: str | Path) -> tuple[list[Path], list[Path]]:
-    """(whole checkpoints by ascending step, what interrupted writes left) in a folder."""
+    """(complete checkpoints by ascending step, leftovers of interrupted writes) in a folder.
+
+    Complete: every file has the size that the manifest says; `check_checkpoint` reads them too.
+    """
     whole, broken = [], []
     folder = Path(folder)
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
@@ -88,34 +116,73 @@ def checkpoints(folder: str | Path) -> tuple[list[Path], list[Path]]:
     return whole, broken
 
 
+def state_bytes(value: Any) -> int:
+    """Bytes of the tensors in nested dicts, lists and tuples."""
+    if isinstance(value, torch.Tensor):
+        return value.nbytes
+    if isinstance(value, dict):
+        return sum(map(state_bytes, value.values()))
+    return sum(map(state_bytes, value)) if isinstance(value, list | tuple) else 0
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """OSError (ENOSPC), with the numbers, where `needed` bytes do not fit on the folder's disk."""
+    free = shutil.disk_usage(folder).free
+    if free < needed + _MARGIN:
+        reason = f"{needed / 2**30:.2f} GiB are needed here, {free / 2**30:.2f} GiB are free"
+        raise OSError(errno.ENOSPC, reason, str(folder))
+
+
+def _manifest(path: Path) -> dict[str, dict[str, Any]]:
+    """The manifest's entries. OSError or ValueError where it is missing or not one."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    if not isinstance(manifest, dict) or "state.pt" not in manifest:
+        raise ValueError(f"{path / 'manifest.json'}: lists no state.pt")
+    return manifest
+
+
 def _is_whole(path: Path) -> bool:
     try:
-        sizes = json.loads((path / "manifest.json").read_text())
-        return all((path / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, AttributeError):
+        files = _manifest(path).items()
+        return all((path / name).stat().st_size == entry["bytes"] for name, entry in files)
+    except (OSError, ValueError, TypeError, KeyError):
         return False
 
 
+def _fingerprint(path: Path) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**22):
+            digest.update(block)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
 def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The parameters that are trained, by name; the others are those of the base checkpoint."""
+    """Trained parameters by name; the others are the base checkpoint's."""
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def load_trained_state(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """Undo `trained_state`. ValueError when another set of parameters was trained."""
+    """Load a `trained_state`. ValueError where it holds other parameters, or other shapes."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if parameters.keys() != state.keys():
         different = sorted(parameters.keys() ^ state.keys())
         raise ValueError(
             f"the checkpoint trained other parameters: {len(different)} differ, e.g. {different[0]}"
         )
+    for name, parameter in parameters.items():
+        if parameter.shape != state[name].shape:
+            raise ValueError(
+                f"the checkpoint trained {name} of shape {tuple(state[name].shape)}, the run has "
+                f"{tuple(parameter.shape)} (model.lora_rank?)"
+            )
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(state[name])
 
 
 def random_state() -> dict[str, Any]:
-    """States of torch's (all devices), numpy's and Python's global generators."""
+    """RNG states of torch (all devices), numpy and Python."""
     kind, keys, position, has_gauss, cached = np.random.get_state()
     numpy_state = (kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached)
     return {
@@ -127,7 +194,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Undo `random_state`."""
+    """Restore a `random_state`."""
     torch.set_rng_state(state["torch"])
     if len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
@@ -137,13 +204,18 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 def _write(path: Path, value: Any) -> None:
-    torch.save(value, path)
-    _flush(path)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        torch.save(value, path)
+    except RuntimeError as error:  # torch's writer does not raise OSError on a full disk
+        raise OSError(errno.EIO, f"cannot be written ({error})", str(path)) from error
+    flush(path)
+
+
+def _read(path: Path, *, mmap: bool = False) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except OSError:
+        raise
+    except Exception as error:  # a damaged archive fails in zip, pickle or tensor code alike
+        line = str(error).partition("\n")[0]
+        raise DamagedCheckpoint(f"{path}: cannot be read ({line})") from error

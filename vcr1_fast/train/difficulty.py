@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vcr1_fast.data.records import Record
+from vcr1_fast.files import read_jsonl
 from vcr1_fast.train.config import DataConfig
 from vcr1_fast.train.dataset import Sampler
 
@@ -26,20 +27,14 @@ def read_scores(path: str | Path) -> dict[str, float]:
     records; other fields are not read. ValueError, naming file and line, for anything else and for
     an id that occurs twice."""
     scores: dict[str, float] = {}
-    for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
-        if not line.strip():
-            continue
+    for number, row in read_jsonl(path):
         where = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where}: not JSON: {error}") from None
-        name, score = (row.get("id"), row.get("score")) if isinstance(row, dict) else (None, None)
-        if not isinstance(name, str) or not _is_number(score):
+        name, score = row.get("id"), _number(row.get("score"))
+        if not isinstance(name, str) or score is None:
             raise ValueError(f'{where}: expected {{"id": text, "score": number}}, got {row!r:.80}')
         if name in scores:
             raise ValueError(f"{where}: a second score of {name!r}")
-        scores[name] = float(score)
+        scores[name] = score
     return scores
 
 
@@ -86,8 +81,12 @@ def _digest(kept: Sequence[Record], scores: Mapping[str, float], window: int) ->
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
-def _is_number(value: object) -> bool:
+def _number(value: object) -> float | None:
+    """A finite number as a float; None for anything else, a bool included."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
     try:
-        return type(value) in (int, float) and math.isfinite(value)
+        number = float(value)
     except OverflowError:  # an integer that no float can hold
-        return False
+        return None
+    return number if math.isfinite(number) else None

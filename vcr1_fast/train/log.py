@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,16 +10,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+from vcr1_fast.files import append_jsonl, read_lines, write_atomic
+from vcr1_fast.progress import clock, open_bar
+
 SHOWN = ("reward", "loss", "kl", "length", "grad_norm", "tokens_per_second")
 PLAIN_EVERY = 5.0
 """Seconds between lines where the output is a file or a pipe."""
 
 
 class Stopwatch:
-    """Seconds of each stage of a step."""
+    """Seconds of each stage of a step; keyword arguments are stages timed elsewhere."""
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+    def __init__(self, **seconds: float) -> None:
+        self.seconds = seconds
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -61,7 +63,7 @@ class RunLog:
             return
         self.output = Path(output)
         self.output.mkdir(parents=True, exist_ok=True)
-        for name in ("metrics.jsonl", "rollouts.jsonl"):
+        for name in ("metrics.jsonl", "rollouts.jsonl", "skipped.jsonl"):
             _cut_after(self.output / name, done)
         if tensorboard:
             self._board = self._open_board()
@@ -76,22 +78,20 @@ class RunLog:
         self.done = metrics["step"]
         if not self.active:
             return
-        # JSON has no nan: what cannot be told is null.
-        finite = {
-            n: v if not isinstance(v, float) or math.isfinite(v) else None
-            for n, v in metrics.items()
-        }
-        _append(self.output / "metrics.jsonl", [finite])
+        append_jsonl(self.output / "metrics.jsonl", [_finite(metrics)])
         if self._board is not None:
             for name, value in metrics.items():
                 if isinstance(value, int | float) and name != "step":
                     self._board.add_scalar(name, value, self.done)
         self._show(metrics)
 
-    def rollouts(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Keep completions, one row each."""
+    def rollouts(self, rows: Iterable[Mapping[str, Any]], *, skipped: bool = False) -> None:
+        """Append completions, a row each, to rollouts.jsonl, or to skipped.jsonl those of a step
+        whose update was skipped."""
         if self.active:
-            _append(self.output / "rollouts.jsonl", rows)
+            # JSON has no nan, and a skipped step's advantages may be nan.
+            finite = (_finite(row) for row in rows) if skipped else rows
+            append_jsonl(self.output / ("skipped.jsonl" if skipped else "rollouts.jsonl"), finite)
 
     def _show(self, metrics: Mapping[str, Any]) -> None:
         text = "  ".join(f"{name} {metrics[name]:.4g}" for name in SHOWN if name in metrics)
@@ -102,7 +102,7 @@ class RunLog:
         if now - self._shown >= PLAIN_EVERY or self.done == self.steps:
             self._shown = now
             each = (now - self._began) / max(1, self.done - self._first)
-            left = _clock(each * (self.steps - self.done))
+            left = clock(each * (self.steps - self.done))
             self.message(f"step {self.done}/{self.steps}  {text}  {left} left")
 
     def _open_board(self) -> Any:
@@ -115,16 +115,7 @@ class RunLog:
 
     def __enter__(self) -> "RunLog":
         if self.active and self.stream.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-            columns = ("{task.description}", BarColumn(), MofNCompleteColumn())
-            self._bar = Progress(
-                *columns,
-                TimeRemainingColumn(),
-                "{task.fields[text]}",
-                console=Console(file=self.stream),
-            )
+            self._bar = open_bar(self.stream)
             self._task = self._bar.add_task("step", total=self.steps, completed=self.done, text="")
             self._bar.start()
         return self
@@ -141,30 +132,23 @@ class RunLog:
             self._board.close()
 
 
-def _append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(lines)
+def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row with null for numbers that JSON does not have."""
+    return {
+        name: value if not isinstance(value, float) or math.isfinite(value) else None
+        for name, value in row.items()
+    }
 
 
 def _cut_after(path: Path, step: int) -> None:
     """Drop rows of steps after `step`, and half a row at the end."""
     if not path.exists():
         return
-    whole = path.read_bytes().rpartition(b"\n")[0].split(b"\n")
-    kept = [line for line in whole if line and json.loads(line)["step"] <= step]
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(b"".join(line + b"\n" for line in kept))
-    os.replace(partial, path)
+    whole = [line for _, line in read_lines(path) if line.endswith(b"\n")]
+    write_atomic(path, b"".join(line for line in whole if json.loads(line)["step"] <= step))
 
 
 def _wait_for_device() -> None:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize()
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

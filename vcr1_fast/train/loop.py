@@ -1,279 +1,243 @@
-"""GRPO (DeepSeekMath) on video, as VideoChat-R1 trains: sample, score, advantage, loss, step.
+"""The GRPO step (DeepSeekMath, arXiv 2402.03300) on video: sample, score, advantage, loss, step.
 
-What is different from the plain form, with the same gradient to rounding:
-    a prompt is read once for its whole group, in the rollout and in the policy's forward pass;
-    the vision tower encodes a clip once: a step where it is trained, a run where it is frozen (up
-    to the size of the cache);
-    what cannot move the model is not run (`update.py`);
-    the reference is not there at beta 0, and is the model without its adapters under LoRA;
-    rewards are worked out while the next completions are drawn and the reference runs.
+The gradient is that of the unshared baseline, in which every completion runs with its own copy of
+prompt and clip, to rounding. The work is less:
+
+    prefix sharing: a group's prompt runs once in the rollout and once in the policy's forward pass;
+    the vision encoder runs once per clip and step, or once per run where it is frozen;
+    zero-advantage groups run only where a KL or entropy term gives them a gradient;
+    old log-probs are the policy's own in the first update and the sampler's afterwards;
+    no reference model when `beta` is 0; with LoRA it is the policy with its adapters disabled.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
+from torch import Tensor, nn
 
-from vcr1_fast.model.packing import Group
-from vcr1_fast.model.rollout import Rollout, SamplingConfig, rollout
-from vcr1_fast.ops import group_advantages
-from vcr1_fast.rewards.plugin import UserReward, load_reward
-from vcr1_fast.tasks import TASKS
+from vcr1_fast.model.forward import completion_hidden, lm_head
+from vcr1_fast.model.rollout import Rollout
+from vcr1_fast.ops import GRPOLossConfig, linear_grpo_loss
+from vcr1_fast.rewards.plugin import load_reward
+from vcr1_fast.train.advantages import advantages_of, rank_slice
 from vcr1_fast.train.config import TrainConfig
-from vcr1_fast.train.dataset import Sample
+from vcr1_fast.train.groups import PolicyGroup, step_loss_config
 from vcr1_fast.train.log import Stopwatch
-from vcr1_fast.train.optim import learning_rate
-from vcr1_fast.train.planner import free_unused, is_out_of_memory
-from vcr1_fast.train.scoring import Scoring
+from vcr1_fast.train.metrics import merge_metrics, rollout_rows, step_row, to_numbers
+from vcr1_fast.train.optim import clipped_step, learning_rate
+from vcr1_fast.train.planner import equal_parts, longest_first
+from vcr1_fast.train.reference import with_reference_logps
+from vcr1_fast.train.rollouts import check_rollout_gap, sample_completions
+from vcr1_fast.train.scoring import Scored, Scoring
 from vcr1_fast.train.setup import Run, open_run
-from vcr1_fast.train.shuffle import shuffled_features
-from vcr1_fast.train.step import (
-    PolicyGroup,
-    Scored,
-    reward_matrix,
-    task_metrics,
-    weight_matrix,
-)
-from vcr1_fast.train.update import update, with_reference
 
 
 def train(config: TrainConfig) -> Path:
     """Run or resume GRPO; the folder of the trained model.
 
-    Everything it writes lies in `config.run.output`. ValueError (ConfigError, CheckpointError,
-    RecordError among them) names the setting or the file at fault.
+    Everything it writes lies in `config.run.output`. ValueError (ConfigError, CheckpointError and
+    RecordError are ones) names the setting or file at fault.
     """
-    functions = [load_reward(spec) for spec in config.rewards.functions]
+    user_rewards = [load_reward(spec, config.rewards.timeout) for spec in config.rewards.functions]
     with (
         open_run(config, reference=config.loss.beta != 0) as run,
-        open_scoring(run, functions) as scoring,
+        Scoring(config, user_rewards, run.tasks, run.accelerator.device) as scoring,
     ):
         for step, samples in enumerate(run.batches(), start=run.done):
-            watch = Stopwatch()
-            watch.seconds["decode"] = run.source.take_seconds()
-            drawn: list[Rollout] = []
-            for part, completions, shuffled in sample_completions(run, samples, step, watch):
-                drawn += completions
-                with watch.stage("reward"):  # which some kinds wait for there
-                    scoring.submit(part, completions, shuffled)
-            groups = make_groups(samples, drawn)
+            watch = Stopwatch(decode=run.source.take_seconds())
+
+            # 1. Sample a group of completions per prompt. A chunk is scored in the background while
+            #    the next one is sampled: judges are slow, and the device would wait for them.
+            rollouts: list[Rollout] = []
+            for chunk in sample_completions(run, samples, step, watch):
+                rollouts += chunk.rollouts
+                with watch.stage("reward"):  # some scorers take turns with the rollout
+                    scoring.submit(chunk.samples, chunk.rollouts, chunk.shuffled)
+            groups = [
+                PolicyGroup.from_rollout(sample, one)
+                for sample, one in zip(samples, rollouts, strict=True)
+            ]
+
+            # 2. Reference log-probs, only with a KL term. They need no reward, so they run while
+            #    the last chunk is still being scored.
             if config.loss.beta != 0:
                 with watch.stage("reference"):
-                    groups = with_reference(run, groups)
+                    groups = with_reference_logps(run, groups)
+
+            # 3. Rewards to advantages. Every rank sees all rewards, because some estimators
+            #    normalise over the batch, and keeps the advantages of its own completions.
             with watch.stage("reward"):
                 scored = scoring.results()
                 everyone: list[Scored] = gather_object(scored)
-                advantages = own_advantages(run, scored, everyone)
-                groups = with_advantages(groups, advantages)
+                advantages = advantages_of(
+                    everyone, config.advantage, config.rollout.group_size, run.scales
+                )[rank_slice(len(scored), run.rank)]
+                groups = PolicyGroup.with_advantages(groups, advantages)
+
+            # 4. Policy update: forward, loss, backward per micro-batch; clip; optimiser step.
             with watch.stage("policy"):
-                metrics = update(run, groups, learning_rate(step, config.optim))
-            metrics["quarantined"] = run.missing(samples)
-            metrics |= scoring.take_metrics()
-            log_step(run, step + 1, everyone, metrics, watch)
-            if config.run.log_rollouts_every and step % config.run.log_rollouts_every == 0:
-                log_rollouts(run, step + 1, samples, drawn, scored, advantages)
+                metrics = update_policy(run, groups, learning_rate(step, config.optim))
+
+            # 5. Log, then checkpoint: rows of steps after the last checkpoint are cut on resuming.
+            metrics |= {"quarantined": run.missing(samples), **scoring.take_metrics()}
+            skipped, every = bool(metrics["skipped_updates"]), config.run.log_rollouts_every
+            if skipped or (every and step % every == 0):
+                rows = rollout_rows(
+                    step + 1, samples, rollouts, scored, advantages, think=config.data.think
+                )
+                run.log.rollouts(gather_object(rows), skipped=skipped)
+            metrics |= run.health.check(step + 1, metrics)
+            run.log.step(step_row(step + 1, everyone, metrics, watch))
             run.finish_step(step + 1)
         return run.export()
 
 
-def open_scoring(run: Run, functions: Sequence[UserReward]) -> Scoring:
-    """What turns completions into rewards."""
-    tasks = [record.task for record in run.source.records]
-    return Scoring(run.config, functions, tasks, run.accelerator.device)
+def update_policy(run: Run, groups: Sequence[PolicyGroup], lr: float) -> dict[str, float]:
+    """All optimiser steps on one step's groups; their metrics over all ranks.
 
-
-def sample_completions(
-    run: Run, samples: list[Sample], step: int, watch: Stopwatch
-) -> Iterator[tuple[Sequence[Sample], list[Rollout], list[Rollout | None]]]:
-    """Part by part: some samples, a rollout for each, and one on its shuffled frames where T-GRPO
-    compares with that; drawn from random numbers of this step and process alone."""
-    settings, temporal = run.config.rollout, run.config.rewards.temporal
-    seed = (run.config.run.seed * 1_000_003 + step) * run.ranks + run.rank
-    generator = torch.Generator().manual_seed(seed % 2**63)
-    # Numbers of its own: what is drawn from the clips as they are does not depend on the term.
-    shuffler = torch.Generator().manual_seed(~seed % 2**63)
-    with_graph = keeps_graph(run, samples)
-    rest: Sequence[Sample] = samples
-    while rest:
-        lengths = [len(sample.prompt) for sample in rest[: settings.batch_prompts]]
-        fitting = run.planner.prompts(
-            lengths,
-            settings.group_size,
-            settings.max_new_tokens,
-            truncated=bool(settings.top_k) or settings.top_p < 1,
+    `saved_tokens`: share of the unshared baseline's tokens that did not run through the policy.
+    """
+    config = run.config
+    needs_every_group = config.loss.beta != 0 or config.loss.entropy_coef != 0
+    minibatches = equal_parts(groups, config.optim.inner_steps) * config.optim.inner_epochs
+    collected: list[dict[str, float]] = []
+    norms: list[float] = []
+    skipped_updates = unshared_tokens = 0
+    for number, minibatch in enumerate(minibatches):
+        # Counts over all ranks and micro-batches, skipped groups included: the loss is normalised
+        # over the whole optimiser step, whatever the micro-batches are and wherever they run.
+        counts = torch.tensor(
+            [
+                sum(len(one.lengths) for one in minibatch),
+                sum(sum(one.lengths) for one in minibatch),
+                sum(one.unshared_tokens for one in minibatch),
+            ],
+            device=run.accelerator.device,
         )
-        part, rest = rest[:fitting], rest[fitting:]
-        with watch.stage("vision"):
-            vision = run.clip_features(part, with_graph=with_graph)
-        with watch.stage("rollout"):
-            completions = draw(run, part, vision, settings.group_size, generator)
-        shuffled: list[Rollout | None] = [None] * len(part)
-        if temporal.rollouts:
-            with watch.stage("shuffled"):
-                mixed = shuffled_features(part, vision, temporal.tasks, shuffler)
-                drawn = draw(
-                    run,
-                    [part[i] for i in mixed],
-                    list(mixed.values()),
-                    temporal.rollouts,
-                    shuffler,
-                )
-                for i, one in zip(mixed, drawn, strict=True):
-                    shuffled[i] = one
-        yield part, completions, shuffled
+        sequences, tokens, unshared = run.accelerator.reduce(counts).tolist()
+        if sequences == 0:  # on every rank, so no rank waits in a collective alone
+            continue
+        unshared_tokens += unshared
+        kept = [one for one in minibatch if needs_every_group or not one.has_zero_advantages]
+        loss_config = step_loss_config(config.loss, sequences, tokens)
+        # The policy that sampled is the policy that is trained until the first optimiser step.
+        on_policy = number == 0
+        metrics = accumulate_gradients(run, kept, loss_config, on_policy=on_policy)
+        if on_policy:
+            check_rollout_gap(merge_metrics(metrics), config.rollout)
+        collected += metrics
+        # Sums the gradients of all ranks, clips their joint norm, takes the optimiser step.
+        finite = all(math.isfinite(one["loss"]) for one in metrics)
+        norm = clipped_step(run.optimizer, lr, config.optim, finite_loss=finite)
+        if math.isfinite(norm):
+            norms.append(norm)
+        else:
+            skipped_updates += 1
+    merged = merge_metrics(gather_object(collected))
+    skipped = [one.has_zero_advantages and not needs_every_group for one in groups]
+    return {
+        "loss": 0.0,  # where every group was skipped
+        **merged,
+        "grad_norm": sum(norms) / max(len(norms), 1),
+        "lr": lr,
+        "skipped_updates": skipped_updates,
+        "skipped_groups": sum(gather_object(skipped)),
+        "saved_tokens": 1.0 - merged.get("num_run_tokens", 0.0) / max(unshared_tokens, 1),
+    }
 
 
-def draw(
-    run: Run,
-    samples: Sequence[Sample],
-    vision: Sequence[torch.Tensor | None],
-    count: int,
-    generator: torch.Generator,
-) -> list[Rollout]:
-    """`count` completions of each sample's prompt, its clips having the features `vision`. Where
-    memory runs out all the same, the same completions are drawn for one half after the other."""
-    if not samples:
-        return []
-    settings = run.config.rollout
-    chance = generator.get_state()
-    try:
-        together = rollout(
-            run.model,
-            run.processor,
-            [sample.prompt for sample in samples],
-            count,
-            SamplingConfig(
-                temperature=settings.temperature,
-                top_p=settings.top_p,
-                top_k=settings.top_k,
-                max_new_tokens=settings.max_new_tokens,
-                stop=settings.stop,
-                decoding=settings.decoding,
-            ),
-            generator,
-            vision=vision,
-        )
-        return [one_prompt(together, i) for i in range(len(samples))]
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error) or len(samples) == 1:
-            raise
-    # Outside the handler, whose traceback holds the tensors of the rollout.
-    free_unused()
-    run.planner.tell(f"out of memory with rollouts of {len(samples)} prompts: going on by halves")
-    generator.set_state(chance)
-    half = len(samples) // 2
-    first = draw(run, samples[:half], vision[:half], count, generator)
-    return first + draw(run, samples[half:], vision[half:], count, generator)
+def accumulate_gradients(
+    run: Run, groups: Sequence[PolicyGroup], loss_config: GRPOLossConfig, *, on_policy: bool
+) -> list[dict[str, float]]:
+    """Leave the gradient of the groups' loss in the parameters; the micro-batches' metrics."""
+    unencoded = [one.with_vision(None) for one in groups]
+    features = [one.group.vision for one in groups if one.group.vision is not None]
+    leaves: list[Tensor] = []
+    if run.vision_is_frozen:
+        first = retry = groups
+    elif on_policy and features and all(one.requires_grad for one in features):
+        # The rollout's vision pass kept its graph. A clip's completions may be spread over several
+        # micro-batches: each backward pass ends in the clip's leaf, then one pass through the
+        # encoder takes the sums.
+        leaves = [one.detach().requires_grad_() for one in features]
+        unused = iter(leaves)
+        first = [
+            one if one.group.vision is None else one.with_vision(next(unused)) for one in groups
+        ]
+        retry = unencoded
+    else:
+        first = retry = unencoded  # a trained encoder encodes the clips of each micro-batch
+    metrics: list[dict[str, Tensor]] = []
+    for attempt in run.planner.attempts(longest_first(first), longest_first(retry)):
+        with attempt as micro_batches:
+            # A backward pass that ran out of memory left part of its gradients.
+            run.optimizer.zero_grad()
+            metrics = [
+                forward_backward(run, part, loss_config, on_policy=on_policy)
+                for part in micro_batches
+            ]
+    if leaves and attempt.number == 0:
+        torch.autograd.backward(features, [leaf.grad for leaf in leaves])
+    return [to_numbers(one) for one in metrics]
 
 
-def keeps_graph(run: Run, samples: list[Sample]) -> bool:
-    """Whether the tower's pass for the rollout serves the update too: if it is trained, the update
-    is the step's only one, and there is room for all clips' activations in half the memory."""
-    optim = run.config.optim
-    if run.vision_is_frozen or optim.inner_steps > 1:
-        return False
-    patches = sum(sample.prompt.patches for sample in samples)
-    return run.planner.footprint.per_patch * patches <= run.planner.room() / 2
+def forward_backward(
+    run: Run, groups: Sequence[PolicyGroup], loss_config: GRPOLossConfig, *, on_policy: bool
+) -> dict[str, Tensor]:
+    """Forward, loss and backward of one micro-batch; its metrics.
 
-
-def one_prompt(together: Rollout, i: int) -> Rollout:
-    """The i-th prompt's part of a rollout."""
-    fields = ("tokens", "logps", "full_logps", "texts", "finished", "vision")
-    return replace(together, **{name: [getattr(together, name)[i]] for name in fields})
-
-
-def own_advantages(run: Run, scored: list[Scored], everyone: list[Scored]) -> torch.Tensor:
-    """(N,) advantages of this process's completions. They are computed over those of all, since
-    some estimators normalise over the batch."""
-    settings = run.config.advantage
-    if not everyone:
-        return torch.zeros(0)
-    scale, stds = settings.scale, None
-    if scale == "task_ema":
-        # Every process sees all completions, so all of them keep the same moments.
-        run.scales.update((one.task, one.total) for one in everyone)
-        stds = torch.tensor([run.scales.std(one.task) for one in everyone], dtype=torch.float64)
-        scale = "given"
-    advantages = group_advantages(
-        reward_matrix(everyone),
-        run.config.rollout.group_size,
-        scale=scale,
-        estimator=settings.estimator,
-        eps=settings.eps,
-        weights=weight_matrix(everyone),
-        lengths=torch.tensor([one.length for one in everyone]),
-        stds=stds,
-        guard=settings.ema_guard if stds is not None else None,
-        nan="ignore",
+    A function, so that after an out-of-memory error no local variable holds the graph.
+    """
+    if on_policy:  # later updates of a step must finish it: its weights have changed
+        run.check_overdue()
+    loss, metrics = policy_loss(
+        run.model,
+        groups,
+        loss_config,
+        temperature=run.config.rollout.temperature,
+        on_policy=on_policy,
     )
-    counts = gather_object([len(scored)])
-    first = sum(counts[: run.rank])
-    return advantages[first : first + len(scored)]
+    loss.backward()
+    tokens = loss.new_tensor(sum(one.prompt_tokens + sum(one.lengths) for one in groups))
+    counts = {"num_run_tokens": tokens, "num_microbatches": torch.ones_like(tokens)}
+    return {"loss": loss.detach(), **metrics, **counts}
 
 
-def make_groups(samples: list[Sample], drawn: list[Rollout]) -> list[PolicyGroup]:
-    """What the policy is trained on, with advantages of 0 until they are known."""
-    return [
-        PolicyGroup(
-            Group(sample.prompt, one.tokens[0], one.vision[0]),
-            torch.zeros(len(one.tokens[0])),
-            torch.cat(one.full_logps[0]),
-        )
-        for sample, one in zip(samples, drawn, strict=True)
-    ]
+def policy_loss(
+    model: nn.Module,
+    groups: Sequence[PolicyGroup],
+    loss_config: GRPOLossConfig,
+    *,
+    temperature: float,
+    on_policy: bool,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss of some groups in one packed forward pass, and `linear_grpo_loss`'s metrics.
 
-
-def with_advantages(groups: list[PolicyGroup], advantages: torch.Tensor) -> list[PolicyGroup]:
-    """The groups with advantages (N,), groups in order."""
-    parts = advantages.split([len(one.lengths) for one in groups])
-    return [replace(one, advantages=part) for one, part in zip(groups, parts, strict=True)]
-
-
-def log_step(
-    run: Run, step: int, everyone: list[Scored], metrics: dict[str, float], watch: Stopwatch
-) -> None:
-    """One row of metrics.jsonl."""
-    seconds, drawn = sum(watch.seconds.values()), sum(one.length for one in everyone)
-    renamed = {"clip_region": "clip_fraction"}
-    run.log.step(
-        {
-            "step": step,
-            **task_metrics(everyone),
-            **{renamed.get(name, name): value for name, value in metrics.items()},
-            "tokens_per_second": drawn / max(seconds, 1e-9),
-            "tokens_per_second/rollout": drawn / max(watch.seconds.get("rollout", 0.0), 1e-9),
-            **{f"seconds/{name}": value for name, value in watch.seconds.items()},
-        }
+    `on_policy`: no optimiser step since the completions were sampled. The policy is then its own
+    old policy, and its gap to the sampler's log-probs, rounding alone, is measured. Afterwards the
+    sampler's log-probs are the old policy's.
+    """
+    hidden, labels, cu_seqlens = completion_hidden(model, [one.group for one in groups])
+    weight, bias = lm_head(model)
+    sampled = torch.cat([one.rollout_logps for one in groups]).to(hidden.device)
+    refs = [one.ref_logps for one in groups if one.ref_logps is not None]
+    correction = loss_config.rollout_correction not in (None, "none")
+    # Logits exist for a chunk of rows at a time; the gradient is computed in the forward pass.
+    return linear_grpo_loss(
+        hidden,
+        weight,
+        labels,
+        torch.cat([one.advantages for one in groups]).to(hidden.device),
+        None,
+        old_logps=None if on_policy else sampled,
+        ref_logps=torch.cat(refs).to(hidden.device) if refs else None,
+        rollout_logps=sampled if on_policy or correction else None,
+        bias=bias,
+        cu_seqlens=cu_seqlens,
+        temperature=temperature,
+        entropy=True,
+        config=loss_config,
     )
-
-
-def log_rollouts(
-    run: Run,
-    step: int,
-    samples: list[Sample],
-    drawn: list[Rollout],
-    scored: list[Scored],
-    advantages: torch.Tensor,
-) -> None:
-    """One row of rollouts.jsonl a completion."""
-    size = run.config.rollout.group_size
-    rows = [
-        {
-            "step": step,
-            "task": sample.record.task,
-            "id": sample.record.id,
-            "prompt": TASKS[sample.record.task].prompt(sample.record, run.config.data.think),
-            "target": sample.record.answer,
-            "completion": one.texts[0][j],
-            "rewards": scored[i * size + j].rewards,
-            "reward": scored[i * size + j].total,
-            "advantage": float(advantages[i * size + j]),
-            "tokens": len(one.tokens[0][j]),
-            "finished": one.finished[0][j],
-        }
-        for i, (sample, one) in enumerate(zip(samples, drawn, strict=True))
-        for j in range(size)
-    ]
-    run.log.rollouts(gather_object(rows))

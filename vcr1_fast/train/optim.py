@@ -13,11 +13,11 @@ from vcr1_fast.train.config import OptimConfig
 class MasterAdamW:
     """AdamW whose weights, moments and gradients are float32.
 
-    Of a half-precision parameter a float32 copy is stepped and rounded back: steps of 1e-6 are far
-    below the spacing of bfloat16 numbers and would be lost one by one. So would a micro-batch's
-    gradient in a sum of many, to the last of its 8 bits: the backward pass's gradient of such a
-    parameter is added to its copy's as soon as it is whole, and dropped, until `close`. Others are
-    stepped in place.
+    Half-precision parameters keep a float32 master copy; the update is applied there and rounded
+    back, since steps of 1e-6 are far below the spacing of bfloat16 numbers. Their gradients are
+    added to the master's in float32 as soon as each is complete, and dropped, until `close`: a sum
+    of many micro-batches in bfloat16 would lose all but 8 bits. Float32 parameters are stepped in
+    place.
     """
 
     def __init__(self, parameters: Iterable[Tensor], config: OptimConfig) -> None:
@@ -29,7 +29,9 @@ class MasterAdamW:
             for p in self.parameters
         ]
         self._hooks = [
-            parameter.register_post_accumulate_grad_hook(partial(_hand_over, master=master))
+            parameter.register_post_accumulate_grad_hook(
+                partial(accumulate_into_master, master=master)
+            )
             for parameter, master in self._halves()
         ]
         self.adamw = torch.optim.AdamW(
@@ -41,7 +43,7 @@ class MasterAdamW:
         )
 
     def step(self, lr: float) -> None:
-        """One update from the masters' gradients, which are then dropped."""
+        """One update from the masters' gradients, which are dropped afterwards."""
         for group in self.adamw.param_groups:
             group["lr"] = lr
         self.adamw.step()
@@ -51,20 +53,20 @@ class MasterAdamW:
         self.zero_grad()
 
     def close(self) -> None:
-        """Leave the parameters' gradients to others."""
+        """Remove the hooks: gradients stay with the parameters again."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
 
     def zero_grad(self) -> None:
-        """Drop all gradients, a backward pass's that broke off too."""
+        """Drop all gradients, also those of an interrupted backward pass."""
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             parameter.grad = master.grad = None
 
     def pending_bytes(self) -> int:
-        """What gradients and the first update have yet to allocate."""
+        """Bytes that gradients and the first update have yet to allocate."""
         gradients = sum(4 * master.numel() for master in self.masters if master.grad is None)
-        # One at a time is there in half precision, until it has been handed over.
+        # One gradient at a time exists in half precision, until it is added to its master's.
         gradients += max((p.nbytes for p, _ in self._halves()), default=0)
         if self.adamw.state:
             return gradients
@@ -72,7 +74,7 @@ class MasterAdamW:
         return gradients + moments
 
     def _halves(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Half-precision parameters with their masters."""
+        """(parameter, master) of the half-precision parameters."""
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             if master is not parameter:
                 yield parameter, master
@@ -85,18 +87,26 @@ class MasterAdamW:
         return {"adamw": self.adamw.state_dict(), "masters": masters}
 
     def load_state_dict(self, state: dict) -> None:
-        """Undo `state_dict`. Nothing of `state` is kept: its tensors may be views of a file."""
+        """Restore a `state_dict`, under this run's betas, eps and weight decay. The parameters must
+        be loaded first. Keeps nothing of `state`: its tensors may be views of a file."""
+        settings = [dict(group) for group in self.adamw.param_groups]
         self.adamw.load_state_dict(state["adamw"])
+        # torch restores the saved hyperparameters too; the run's configuration is what holds.
+        for group, own in zip(self.adamw.param_groups, settings, strict=True):
+            group.update({name: value for name, value in own.items() if name != "params"})
         for moments in self.adamw.state.values():
             moments.update({k: v.clone() for k, v in moments.items() if v.device.type == "cpu"})
         with torch.no_grad():
-            for master, saved in zip(self.masters, state["masters"], strict=True):
-                if saved is not None:
-                    master.copy_(saved)
+            for parameter, master, saved in zip(
+                self.parameters, self.masters, state["masters"], strict=True
+            ):
+                # A float32 run saves no masters: its parameters, just loaded, are the masters.
+                # Masters made from the base weights would undo all training at the next step.
+                master.copy_(parameter if saved is None else saved)
 
 
-def _hand_over(parameter: Tensor, master: Tensor) -> None:
-    """Add a backward pass's gradient of `parameter` to that of its `master`."""
+def accumulate_into_master(parameter: Tensor, master: Tensor) -> None:
+    """Add a backward pass's gradient of `parameter` to its master's, and drop it."""
     if master.grad is None:
         master.grad = parameter.grad.float()
     else:
@@ -105,7 +115,7 @@ def _hand_over(parameter: Tensor, master: Tensor) -> None:
 
 
 def learning_rate(step: int, config: OptimConfig) -> float:
-    """Learning rate of step 0 .. steps - 1: linear warm-up, then down to final_lr_ratio * lr."""
+    """Learning rate of step 0 .. steps - 1: linear warm-up, then decay to final_lr_ratio * lr."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / (config.warmup_steps + 1)
     done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
@@ -117,15 +127,19 @@ def learning_rate(step: int, config: OptimConfig) -> float:
     return config.lr * (config.final_lr_ratio + (1.0 - config.final_lr_ratio) * left)
 
 
-def sum_gradients(parameters: Iterable[Tensor]) -> None:
-    """Add up the gradients of all processes. A parameter without one gets zeros, as if the skipped
-    groups had been run.
+def _several_ranks() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
-    The loss of each process is already divided by the counts of all of them, so gradients are
-    summed, not averaged. By hand rather than by DistributedDataParallel, because a process whose
-    groups are all skipped runs no backward pass at all.
+
+def sum_gradients(parameters: Iterable[Tensor]) -> None:
+    """Sum the gradients of all ranks. A parameter without one gets zeros, as if its skipped groups
+    had run.
+
+    Each rank's loss is already divided by the counts of all ranks, so gradients are summed, not
+    averaged. Not by DistributedDataParallel: a rank whose groups are all skipped runs no backward
+    pass, and the others would wait for it.
     """
-    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    several = _several_ranks()
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
@@ -133,19 +147,24 @@ def sum_gradients(parameters: Iterable[Tensor]) -> None:
             torch.distributed.all_reduce(parameter.grad)
 
 
-def clipped_step(optimizer: MasterAdamW, lr: float, config: OptimConfig) -> float:
-    """One update from the gradients of all processes, scaled down to a joint norm of at most
-    `max_grad_norm`; the norm before that.
+def clipped_step(
+    optimizer: MasterAdamW, lr: float, config: OptimConfig, *, finite_loss: bool = True
+) -> float:
+    """One update from the gradients of all ranks, scaled down to a joint norm of at most
+    `max_grad_norm`; the norm before clipping.
 
-    A norm that is not finite means that no update was made, the gradients being dropped; without
-    `skip_nonfinite` it is a ValueError.
+    Without a finite norm, or with `finite_loss` False on any rank, no update is made, the gradients
+    are dropped and the result is not finite.
     """
     sum_gradients(optimizer.masters)
-    norm = float(torch.nn.utils.clip_grad_norm_(optimizer.masters, config.max_grad_norm))
-    if math.isfinite(norm):
+    norm = torch.nn.utils.clip_grad_norm_(optimizer.masters, config.max_grad_norm)
+    finite = norm.isfinite().float() * float(finite_loss)
+    if _several_ranks():
+        # The norm is the same on all ranks, the losses are not. All must decide alike, or their
+        # weights would differ from here on.
+        torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
+    if bool(finite):
         optimizer.step(lr)
-    elif config.skip_nonfinite:
-        optimizer.zero_grad()
-    else:
-        raise ValueError(f"the gradient's norm is {norm}; optim.skip_nonfinite would go on")
-    return norm
+        return float(norm)
+    optimizer.zero_grad()
+    return math.nan

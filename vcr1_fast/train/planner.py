@@ -1,43 +1,44 @@
-"""How groups are cut into micro-batches, and prompts into rollouts: by tokens, and by memory.
+"""Micro-batches and rollouts planned by tokens and by memory.
 
-What a forward and backward pass holds at its peak, in bytes, with b those of a number in the
-model's dtype, H the width, K that of all key heads together, I that of the MLP; for a token in a
-layer:
+Peak bytes of a forward and backward pass, with b bytes a number in the model's dtype, H the hidden
+size, K the width of all key heads together, I that of the MLP; for a token in a layer:
 
     norms       2 (max(4, b) H + 2 b H)     each one's input and normalised input, and its output
     attention   b (2 H + 2 K)               queries, keys, values, output
     MLP         4 b I                       gate, its activation, up, their product
 
-times the layers; where activations are recomputed, b H in each layer and all of the above in one.
-The vision encoder likewise, by patches, if it is trained, with the patches themselves and what is
-kept to join them. To that come the backward pass's own tensors in one layer, the logits of a chunk
-of the head with their gradient, and the head's gradient in float32.
+times the layers; with activation checkpointing, b H in each layer and all of the above in one. A
+trained vision encoder adds the same by patches, the patches themselves and the copies that join
+them. On top come the backward pass's own tensors in one layer, the logits of a chunk of the head
+with their gradient, and the head's gradient in float32.
 
-A rollout holds keys and values, 2 K b in each layer, of every prompt as if it were the longest, and
-of G completions twice their length, since their buffer doubles; one layer of the prompts' forward
-pass; and, to draw from them, 24 bytes for each logit of each completion (float32 scores, their
-exponentials, and these summed in float64), or 48 with top-k or top-p, which sort.
+A rollout holds keys and values, 2 K b in each layer, of every prompt padded to the longest, and of
+G completions twice their length, since their buffer doubles; one layer of the prompts' forward
+pass; and, for sampling, 24 bytes per logit of each completion (float32 scores, their exponentials,
+and these summed in float64), or 48 with top-k or top-p, which sort.
 """
 
 import gc
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from types import TracebackType
+from typing import Any, Generic, Protocol, TypeVar
 
-import psutil
 import torch
 from torch import nn
 
 from vcr1_fast.model.family import LayerSizes, family_of
 from vcr1_fast.model.vision import vision_is_frozen
 from vcr1_fast.model.wrapping import unwrap
-from vcr1_fast.ops.linear_chunks import most_bytes
+from vcr1_fast.ops.lm_head import most_bytes
+from vcr1_fast.ops.memory import available_bytes
 from vcr1_fast.train.optim import MasterAdamW
 
-R = TypeVar("R")
+T = TypeVar("T")
 GIB = 2**30
-# Passes were measured to take up to 1.26 of the prediction (benches/notes/step.md), and an
-# allocator's free memory comes in pieces.
+# Measured passes take up to 1.26 of the prediction (benches/notes/step.md), and an allocator's
+# free memory is fragmented.
 _USABLE = 0.75
 _OUT_OF_MEMORY = (
     "can't allocate memory",
@@ -47,7 +48,7 @@ _OUT_OF_MEMORY = (
 
 
 class Shaped(Protocol):
-    """What is planned: a group, or some of its completions with their prompt."""
+    """An item to plan: a group, or some of its completions with their prompt."""
 
     @property
     def prompt_tokens(self) -> int: ...
@@ -69,7 +70,7 @@ S = TypeVar("S", bound=Shaped)
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of a forward and backward pass by what goes through it; `fixed`: whatever does."""
+    """Bytes of a forward and backward pass per token, label and patch, and those `fixed`."""
 
     per_token: float
     per_label: float
@@ -111,19 +112,19 @@ class Footprint:
         )
 
     def bytes(self, tokens: int, labels: int, patches: int) -> float:
-        """Of a pass over `tokens`, of which `labels` are predicted, and `patches`."""
+        """Bytes of a pass over `tokens`, of which `labels` are predicted, and `patches`."""
         head = min(self.per_label * labels, self.head_chunk)
         return self.fixed + head + self.per_token * tokens + self.per_patch * patches
 
     def rollout_bytes(
         self, prompts: Sequence[int], count: int, length: int, *, truncated: bool
     ) -> float:
-        """Of drawing `count` completions of up to `length` tokens for each of `prompts` (tokens);
-        truncated: by top-k or top-p."""
+        """Bytes of sampling `count` completions of up to `length` tokens for each of `prompts`
+        (tokens); truncated: by top-k or top-p."""
         rows = count * len(prompts)
         cached = len(prompts) * max(prompts) + 2 * rows * length
-        drawing = (48.0 if truncated else 24.0) * self.vocabulary * rows
-        return self.per_cached * cached + self.per_read * sum(prompts) + drawing
+        sampling = (48.0 if truncated else 24.0) * self.vocabulary * rows
+        return self.per_cached * cached + self.per_read * sum(prompts) + sampling
 
 
 def _layers(sizes: LayerSizes, b: int, recomputed: bool) -> float:
@@ -134,12 +135,34 @@ def _layers(sizes: LayerSizes, b: int, recomputed: bool) -> float:
     return (depth * b * width + kept if recomputed else depth * kept) + backward
 
 
-class Planner:
-    """Micro-batches of at most `tokens` tokens and of the memory that there is.
+class Attempt(Generic[S]):
+    """One pass over all micro-batches. Leaving its `with` block on an out-of-memory error records
+    the reason instead of raising, and drops the traceback, which holds the pass's tensors."""
 
-    `tokens` shrinks when a pass runs out of memory all the same. `memory`: bytes a pass may take;
-    None asks the device, and leaves room for what the optimiser has yet to allocate. `tell` is
-    given a line when the budget shrinks.
+    def __init__(self, micro_batches: list[list[S]], number: int) -> None:
+        self.micro_batches, self.number = micro_batches, number
+        self.out_of_memory: str | None = None
+
+    def __enter__(self) -> list[list[S]]:
+        return self.micro_batches
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool:
+        if error is None or not is_out_of_memory(error):
+            return False
+        self.out_of_memory = str(error).partition("\n")[0] or type(error).__name__
+        return True
+
+
+class Planner:
+    """Micro-batches of at most `tokens` tokens that fit in the available memory.
+
+    `tokens` halves on out-of-memory. `memory`: bytes a pass may take; None asks the device and
+    subtracts what the optimiser has yet to allocate. `log` receives a line when `tokens` halves.
     """
 
     def __init__(
@@ -149,94 +172,96 @@ class Planner:
         tokens: int,
         *,
         memory: float | None = None,
-        tell: Callable[[str], Any] = print,
+        log: Callable[[str], Any] = print,
     ) -> None:
         self.footprint, self.optimizer = Footprint.of(model), optimizer
-        self.tokens, self.memory, self.tell = tokens, memory, tell
+        self.tokens, self.memory, self.log = tokens, memory, log
 
     def parts(self, items: Sequence[S]) -> list[list[S]]:
-        """`items`, in order, as micro-batches. One whose own prompt and completions are more than
-        a micro-batch is split by its completions.
+        """`items`, in order, as micro-batches; an item larger than a micro-batch is split by its
+        completions.
 
-        ValueError, with the numbers, where even one completion with its prompt would not fit.
+        ValueError, with the numbers, where one completion with its prompt does not fit.
         """
-        room = self.room()
+        available = self.available_bytes()
         parts: list[list[S]] = []
         for item in items:
             first = 0
             while first < len(item.lengths):
-                if parts and first == 0 and self._fits([*parts[-1], item], room):
+                if parts and first == 0 and self._fits([*parts[-1], item], available):
                     parts[-1].append(item)
                     break
                 last = len(item.lengths)
-                while last > first + 1 and not self._fits([item.part(first, last)], room):
+                while last > first + 1 and not self._fits([item.part(first, last)], available):
                     last -= 1
                 piece = item if last - first == len(item.lengths) else item.part(first, last)
-                self._check(piece, room)
+                self._check(piece, available)
                 parts.append([piece])
                 first = last
         return parts
 
-    def run(
-        self, items: Sequence[S], work: Callable[[list[S]], R], restart: Callable[[], Sequence[S]]
-    ) -> list[R]:
-        """`work` on each micro-batch of `items`. When one runs out of memory, `restart` undoes what
-        has been done (a backward pass that breaks off leaves a part of its gradients) and returns
-        the items with which all begins again, with half the tokens."""
-        while True:
-            parts = self.parts(items)
-            try:
-                return [work(part) for part in parts]
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                reason = str(error).partition("\n")[0] or type(error).__name__
-            # Outside the handler, whose traceback holds the tensors of the pass.
-            items = restart()
-            free_unused()
-            self._halve(parts, reason)
+    def attempts(
+        self, items: Sequence[S], retry: Sequence[S] | None = None
+    ) -> Iterator["Attempt[S]"]:
+        """Passes over the micro-batches of `items` until one of them does not run out of memory.
 
-    def room(self) -> float:
-        """Bytes a pass may take."""
+            for attempt in planner.attempts(groups):
+                with attempt as micro_batches:
+                    ...  # begins from scratch: an earlier attempt may have left parts of gradients
+
+        After an out-of-memory error, `retry` (default: `items`) is cut into micro-batches of half
+        the tokens. ValueError where one completion at a time does not fit.
+        """
+        for number in itertools.count():
+            attempt = Attempt(self.parts(items), number)
+            yield attempt
+            if attempt.out_of_memory is None:
+                return
+            free_unused()
+            self._halve(attempt.micro_batches, attempt.out_of_memory)
+            items = items if retry is None else retry
+
+    def available_bytes(self) -> float:
+        """Bytes that a pass may take."""
         if self.memory is not None:
             return self.memory
-        free = free_bytes(self.optimizer.parameters[0].device)
+        free = available_bytes(self.optimizer.parameters[0].device)
         return _USABLE * free - self.optimizer.pending_bytes()
 
     def predict(self, part: Sequence[Shaped]) -> float:
-        """Bytes that a pass over this micro-batch takes."""
+        """Estimated bytes of a pass over this micro-batch."""
         labels = sum(map(sum, (item.lengths for item in part)))
         return self.footprint.bytes(_tokens(part), labels, sum(item.patches for item in part))
 
     def prompts(
         self, lengths: Sequence[int], count: int, length: int, *, truncated: bool = False
     ) -> int:
-        """How many of the first prompts, of `lengths` tokens, may be rolled out together; see
-        `Footprint.rollout_bytes`. ValueError, with the numbers, where one alone would not fit."""
-        room = self.room()
+        """How many of the first prompts, of `lengths` tokens, fit in one rollout; see
+        `Footprint.rollout_bytes`. ValueError, with the numbers, where one alone does not fit."""
+        available = self.available_bytes()
         for fitting in range(len(lengths), 0, -1):
             need = self.footprint.rollout_bytes(
                 lengths[:fitting], count, length, truncated=truncated
             )
-            if need <= room:
+            if need <= available:
                 return fitting
         raise ValueError(
             f"{count} completions of up to {length} tokens for a prompt of {lengths[0]} need about "
-            f"{need / GIB:.2f} GiB while they are drawn; {room / GIB:.2f} GiB are free. Lower "
-            "data.frames, rollout.group_size or rollout.max_new_tokens, or, where the estimate is "
-            "wrong, set optim.memory_gib"
+            f"{need / GIB:.2f} GiB while they are sampled; {available / GIB:.2f} GiB are free. "
+            "Lower data.frames, rollout.group_size or rollout.max_new_tokens, or, if the estimate "
+            "is wrong, set optim.memory_gib"
         )
 
-    def _fits(self, part: Sequence[Shaped], room: float) -> bool:
-        return _tokens(part) <= self.tokens and self.predict(part) <= room
+    def _fits(self, part: Sequence[Shaped], available: float) -> bool:
+        return _tokens(part) <= self.tokens and self.predict(part) <= available
 
-    def _check(self, piece: Shaped, room: float) -> None:
+    def _check(self, piece: Shaped, available: float) -> None:
         need = self.predict([piece])
-        if need > room:
+        if need > available:
             raise ValueError(
                 f"a prompt of {piece.prompt_tokens} tokens ({piece.patches} patches to encode) "
                 f"with a completion of {piece.lengths[0]} needs about {need / GIB:.2f} GiB for "
-                f"forward and backward; {room / GIB:.2f} GiB are free. Lower data.frames or "
+                f"forward and backward; {available / GIB:.2f} GiB are free. Lower data.frames or "
                 "rollout.max_new_tokens, set model.gradient_checkpointing or model.freeze_vision, "
                 "or, where the estimate is wrong, set optim.memory_gib"
             )
@@ -247,33 +272,37 @@ class Planner:
             raise ValueError(
                 f"out of memory with one completion at a time ({largest} tokens): {reason}"
             )
-        # What ran out may have been far below the budget.
+        # The micro-batch that ran out may have been far below the budget.
         self.tokens = max(1, min(self.tokens, largest) // 2)
-        self.tell(f"out of memory ({reason}): going on with micro-batches of {self.tokens} tokens")
+        self.log(f"out of memory ({reason}): retrying with micro-batches of {self.tokens} tokens")
+
+
+def longest_first(items: Iterable[S]) -> list[S]:
+    """Sorted by tokens, prompt and completions, descending: a micro-batch that does not fit in
+    memory comes first, before work is lost."""
+    return sorted(items, key=lambda item: _tokens([item]), reverse=True)
+
+
+def equal_parts(items: Sequence[T], parts: int) -> list[Sequence[T]]:
+    """Consecutive parts whose sizes differ by one at most; some may be empty."""
+    edges = [len(items) * i // parts for i in range(parts + 1)]
+    return [items[a:b] for a, b in itertools.pairwise(edges)]
 
 
 def _tokens(part: Sequence[Shaped]) -> int:
     return sum(item.prompt_tokens + sum(item.lengths) for item in part)
 
 
-def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
-    """Whether an allocator had nothing left: torch's for the GPU or the CPU, or, past torch's, our
-    own (`ops/host_memory.py`), the driver's or that of a library which allocates for itself."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
-        sign in str(error) for sign in _OUT_OF_MEMORY
-    )
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator failed: torch's for GPU or CPU, ours (`ops/host_memory.py`), the
+    driver's, or a library's."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _OUT_OF_MEMORY)
 
 
 def free_unused() -> None:
-    """Give back what nobody holds any more."""
+    """Collect garbage and return cached GPU memory."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def free_bytes(device: torch.device) -> float:
-    """What can still be allocated there."""
-    if device.type != "cuda":
-        return float(psutil.virtual_memory().available)
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return float(torch.cuda.mem_get_info(device)[0] + cached)

@@ -1,71 +1,90 @@
 """Settings of the rewards: what is added up, with which weights, and who judges captions."""
 
-import math
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import field
+from typing import Annotated, Literal
 
+from pydantic import BeforeValidator, NonNegativeInt, PositiveFloat
+
+from vcr1_fast.config.section import ConfigError, section
 from vcr1_fast.rewards import TERMS
 from vcr1_fast.rewards.judge import JudgeConfig
 from vcr1_fast.rewards.plugin import split_spec
 from vcr1_fast.tasks import TASKS
-from vcr1_fast.train.build import ConfigError
 
 SHAPING = ("overlong", "length", "repetition", "temporal")
 """Columns that any task may have besides its own."""
 
 
-@dataclass(frozen=True)
+def flat(values: object) -> object:
+    """Nested mappings as one, keys joined by dots: {"tracking": {"format": 1}} becomes
+    {"tracking.format": 1}. ConfigError for a name given twice."""
+    if not isinstance(values, Mapping):
+        return values
+    found: dict[str, object] = {}
+    for name, value in values.items():
+        inner = flat(value) if isinstance(value, Mapping) else {"": value}
+        assert isinstance(inner, dict)
+        for rest, item in inner.items():
+            key = f"{name}.{rest}" if rest else str(name)
+            if key in found:
+                raise ConfigError(key, "is given twice")
+            found[key] = item
+    return found
+
+
+@section
 class TemporalConfig:
     """T-GRPO (Video-R1): a bonus where a clip is understood better than with its frames shuffled.
     See `rewards.shaping.temporal_bonuses`."""
 
-    rollouts: int = 0
+    rollouts: NonNegativeInt = 0
     """Completions drawn from the shuffled clip, for comparison only (Video-R1: half a group);
     0: none, and no bonus."""
     bonus: float = 0.3
+    """Added to right completions where the ratio is reached."""
     ratio: float = 0.8
-    """Mean accuracy over that on shuffled frames from which the bonus is given."""
+    """The bonus needs a mean accuracy of at least this times that on shuffled frames."""
     tasks: tuple[str, ...] | None = None
-    """Tasks that have it; null: all."""
+    """Tasks that get the bonus; null: all."""
 
     def __post_init__(self) -> None:
-        if self.rollouts < 0:
-            raise ConfigError("rollouts", f"must be at least 0, got {self.rollouts}")
         for name in self.tasks or ():
             if name not in TASKS:
                 raise ConfigError("tasks", f"unknown task {name!r}; known: {', '.join(TASKS)}")
 
 
-@dataclass(frozen=True)
+@section
 class RewardsConfig:
     """The reward of a completion is the weighted sum of its task's rewards, of the terms below that
     are switched on, and of the user's own. The defaults are VideoChat-R1's plain sum."""
 
     mode: Literal["strict", "legacy"] = "strict"
-    """"legacy": as released, faults included, for the tasks of `rewards.score`."""
-    weights: dict[str, float] = field(default_factory=dict)
-    """By reward ("format"), or by task and reward ("tracking.format", or nested), which goes
-    before; 1 where none is given."""
+    """Version of the rewards; "legacy": as released, faults included, for the tasks of
+    `rewards.score`."""
+    weights: Annotated[dict[str, float], BeforeValidator(flat)] = field(default_factory=dict)
+    """Weights by reward ("format"), or by task and reward ("tracking.format", or nested), which
+    take precedence; 1 where none is given."""
     functions: tuple[str, ...] = ()
     """The user's own rewards, "module:function" or "file.py:function"; see `rewards.plugin`."""
+    timeout: PositiveFloat | None = 600.0
+    """Seconds that one of `functions` may take for one batch; null: no bound."""
     threshold: float = 0.1
     """Accuracy above which a completion counts as right, for the two bonuses (Video-R1: 0.1)."""
-    overlong_buffer: int = 0
+    overlong_buffer: NonNegativeInt = 0
     """Tokens below the longest completion over which "overlong" falls to -1 (DAPO); 0: off."""
     overlong_limit: int | None = None
-    """Tokens at which it is -1; null: rollout.max_new_tokens."""
+    """Tokens at which "overlong" is -1; null: rollout.max_new_tokens."""
     length_bonus: float = 0.0
-    """"length": added to right completions whose tokens lie in the band (Video-R1: 0.2); 0: off."""
+    """Reward "length" of right completions with a length in the band (Video-R1: 0.2); 0: off."""
     length_band: tuple[int, int] = (320, 512)
-    repetition_ngram: int = 0
-    """Words of the runs whose repetition "repetition" punishes, down to -1; 0: off."""
+    """Fewest and most tokens that earn `length_bonus`."""
+    repetition_ngram: NonNegativeInt = 0
+    """Words of an n-gram whose repetitions "repetition" penalises, down to -1; 0: off."""
     temporal: TemporalConfig = field(default_factory=TemporalConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
 
     def __post_init__(self) -> None:
-        for name in ("overlong_buffer", "repetition_ngram"):
-            if getattr(self, name) < 0:
-                raise ConfigError(name, f"must be at least 0, got {getattr(self, name)}")
         if self.overlong_limit is not None and self.overlong_limit < max(self.overlong_buffer, 1):
             raise ConfigError(
                 "overlong_limit",
@@ -79,9 +98,7 @@ class RewardsConfig:
         for i, name in enumerate(own):
             if name in taken or name in own[:i]:
                 raise ConfigError("functions", f"two rewards would have the name {name!r}")
-        for name, weight in self.weights.items():
-            if not math.isfinite(weight):
-                raise ConfigError(f"weights.{name}", f"must be finite, got {weight}")
+        for name in self.weights:
             self._check_name(name)
 
     def own_names(self) -> list[str]:

@@ -6,8 +6,10 @@ instead: a local model shares the device with the rollout, which may be recordin
 released rewards read Python literals, at which CPython 3.11 can fail in two threads at once.
 """
 
+import math
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
@@ -26,9 +28,26 @@ from vcr1_fast.tasks import TASKS
 from vcr1_fast.train.config import TrainConfig
 from vcr1_fast.train.dataset import Sample
 from vcr1_fast.train.reward_config import check_mode
-from vcr1_fast.train.step import Scored
 
 Answer = tuple[Sample, str]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A completion's rewards by name, its task, its length in tokens, and its task's metrics."""
+
+    task: str
+    rewards: dict[str, float]
+    metrics: dict[str, float]
+    length: int
+    finished: bool
+    weights: dict[str, float] = field(default_factory=dict)
+    """Of the rewards; 1 where none is given."""
+
+    @property
+    def total(self) -> float:
+        """Weighted sum of the rewards."""
+        return math.fsum(self.weights.get(name, 1.0) * r for name, r in self.rewards.items())
 
 
 class Scoring:
@@ -174,6 +193,8 @@ class Scoring:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if kind is not None and isinstance(self.judge, ModelJudge):
+            self.judge.close()  # or the exit would wait for its replies
         self._thread.shutdown(wait=kind is None, cancel_futures=True)
 
 

@@ -1,20 +1,25 @@
-"""What both kinds of training begin with: process, model, data and log, resumed where there is a
-checkpoint to resume from."""
+"""The set-up of a run, GRPO or SFT: process, model, data, log; resumed from a checkpoint."""
 
 import copy
-import json
+import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object, set_seed
+from accelerate.utils import (
+    DistributedType,
+    broadcast_object_list,
+    gather_object,
+    set_seed,
+)
 from torch import nn
 
+from vcr1_fast.config.loader import dump_config
 from vcr1_fast.data.quarantine import Quarantine
 from vcr1_fast.data.requests import clip_key
 from vcr1_fast.model.attention import prepare_attention
@@ -26,8 +31,11 @@ from vcr1_fast.model.vision import freeze_vision, vision_is_frozen
 from vcr1_fast.model.wrapping import checkpoint_activations, unwrap
 from vcr1_fast.tasks import TASKS
 from vcr1_fast.tasks.wording import prompts_from
-from vcr1_fast.train.build import dump_config
+from vcr1_fast.train.advantages import TaskScales
 from vcr1_fast.train.checkpoint import (
+    DamagedCheckpoint,
+    check_checkpoint,
+    check_space,
     checkpoints,
     load_checkpoint,
     load_trained_state,
@@ -39,39 +47,55 @@ from vcr1_fast.train.dataset import (
     ByteCache,
     PromptSource,
     Sample,
-    Sampler,
     training_records,
 )
 from vcr1_fast.train.difficulty import select
+from vcr1_fast.train.health import Health
 from vcr1_fast.train.log import RunLog
 from vcr1_fast.train.optim import MasterAdamW
 from vcr1_fast.train.planner import GIB, Planner
-from vcr1_fast.train.scales import TaskScales
+from vcr1_fast.train.resume import check_same_run, identity, keep_settings
+from vcr1_fast.train.stopping import RunStopped, StopRequest, locked
 
 _SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
 @dataclass(eq=False)
 class Run:
-    """The parts of a run. `done`: steps behind it; `features`: of clips that a frozen tower has
-    encoded, (video tokens, H) on the CPU; `anchor`: the frozen copy of the model that the
-    KL term refers to, None where adapters are switched off instead, or nothing refers to one."""
+    """The parts of a run.
+
+    done: steps already taken; features: cache of a frozen vision encoder's outputs, (vision tokens,
+    H) on the CPU; reference_model: the frozen copy for the KL term, None under LoRA (the adapters
+    are disabled instead) and without a KL term.
+    """
 
     config: TrainConfig
     accelerator: Accelerator
     model: nn.Module
     processor: Processor
-    anchor: nn.Module | None
+    reference_model: nn.Module | None
     optimizer: MasterAdamW
     source: PromptSource
     planner: Planner
     features: ByteCache[torch.Tensor]
     log: RunLog
     done: int
+    scales: TaskScales
+    """Running spread of each task's rewards, for `advantage.scale: task_ema`."""
+    health: Health
+    stop: StopRequest
+    identity: dict[str, Any]
     used: int = 0
-    """Samples trained on since then, in all processes."""
-    scales: TaskScales = field(default_factory=TaskScales)
-    """Spread of each task's rewards so far, where advantages are divided by it."""
+    """Samples trained on since `done`, on all ranks."""
+
+    def __post_init__(self) -> None:
+        self._completed = self._saved = self.done
+        self._moments = dict(self.scales.moments)
+
+    @property
+    def tasks(self) -> list[str]:
+        """Task of each record."""
+        return [record.task for record in self.source.records]
 
     @property
     def rank(self) -> int:
@@ -82,7 +106,7 @@ class Run:
         return self.accelerator.num_processes
 
     def batches(self) -> Iterator[list]:
-        """This process's samples of each step still to do."""
+        """This rank's samples of each remaining step."""
         optim = self.config.optim
         return self.source.batches(
             self.done, optim.steps, optim.prompts_per_step, self.rank, self.ranks
@@ -90,12 +114,12 @@ class Run:
 
     @property
     def vision_is_frozen(self) -> bool:
-        """Whether a clip's features are the same for rollout, policy and reference."""
+        """Whether rollout, policy and reference model share a clip's features."""
         return vision_is_frozen(self.model)
 
     def clip_features(self, samples: list[Sample], *, with_graph: bool = False) -> list:
-        """Features of each sample's clips, or None where it has none; those of a frozen tower are
-        taken from the cache where it has them. `with_graph`: for a backward pass through it."""
+        """Features of each sample's clips, None for a sample without clips; a frozen encoder's come
+        from the cache where it holds them. `with_graph`: keep the graph for a backward pass."""
         keys = [clip_key(sample.record) for sample in samples]
         known = [self.features.get(key) for key in keys]
         with torch.set_grad_enabled(with_graph):
@@ -109,48 +133,71 @@ class Run:
     @contextmanager
     def reference(self) -> Iterator[nn.Module]:
         """The model as it was before training."""
-        if self.anchor is not None:
-            yield self.anchor
+        if self.reference_model is not None:
+            yield self.reference_model
         else:
             with self.model.disable_adapter():
                 yield self.model
 
     def missing(self, samples: list) -> int:
-        """Samples that are not in this step's batches because they are bad, in all processes."""
+        """Samples missing from this step's batches on all ranks, because they are quarantined."""
         present = sum(gather_object([len(samples)]))
         self.used += present
         return self.config.optim.prompts_per_step - present
 
     def finish_step(self, step: int) -> None:
-        """Write the checkpoint of `step` steps done, where one is due. ValueError where every
-        sample was bad so far: it would be a checkpoint of nothing."""
+        """Write the checkpoint after `step` steps, if one is due.
+
+        ValueError where every sample so far was quarantined: nothing was trained. RunStopped, after
+        the checkpoint, where a signal asked any rank to stop.
+        """
         config = self.config
+        self._completed, self._moments = step, dict(self.scales.moments)
         every = config.run.save_every
-        if step == config.optim.steps or (every and step % every == 0):
-            if not (self.done or self.used):
-                raise ValueError(
-                    f"no sample of {step} steps could be used: see "
-                    f"{Path(config.run.output) / 'quarantine.jsonl'}"
-                )
-            save_checkpoint(
-                Path(config.run.output) / "checkpoints",
-                {
-                    "step": step,
-                    "place": step * config.optim.prompts_per_step,
-                    "seed": config.run.seed,
-                    "records": len(self.source.records),
-                    "order": self.source.sampler.name,
-                    "model": trained_state(self.model),
-                    "optimizer": self.optimizer.state_dict(),
-                    "scales": self.scales.moments,
-                },
-                keep=config.run.keep_checkpoints,
-                rank=self.rank,
-                barrier=self.accelerator.wait_for_everyone,
+        due = step == config.optim.steps or bool(every and step % every == 0)
+        if due and not (self.done or self.used):
+            raise ValueError(
+                f"no sample of {step} steps could be used: see "
+                f"{Path(config.run.output) / 'quarantine.jsonl'}"
             )
+        # A signal may reach one rank only; all must save and end together.
+        number = max(gather_object([self.stop.number or 0]))
+        if due or number:
+            self._save()
+        if number and step < config.optim.steps:
+            raise RunStopped(number, step, Path(config.run.output))
+
+    def check_overdue(self) -> None:
+        """Between micro-batches: RunStopped, after a checkpoint of the last completed step, where
+        a signal's grace has run out. Call it only while the step has not changed the weights.
+
+        Several ranks finish the step: one that left would leave the others in a collective.
+        """
+        if self.ranks == 1 and self.stop.is_overdue and self.stop.number is not None:
+            if self._completed > self._saved:
+                self._save()
+            raise RunStopped(self.stop.number, self._completed, Path(self.config.run.output))
+
+    def _save(self) -> None:
+        config, step = self.config, self._completed
+        save_checkpoint(
+            Path(config.run.output) / "checkpoints",
+            {
+                "step": step,
+                "identity": self.identity,
+                "settings": dump_config(config),
+                "model": trained_state(self.model),
+                "optimizer": self.optimizer.state_dict(),
+                "scales": self._moments,
+            },
+            keep=config.run.keep_checkpoints,
+            rank=self.rank,
+            barrier=self.accelerator.wait_for_everyone,
+        )
+        self._saved = step
 
     def export(self) -> Path:
-        """Write the trained model, adapters added in, in the Hugging Face layout; its folder."""
+        """Write the trained model, adapters merged, in the Hugging Face layout; its folder."""
         path = Path(self.config.run.output) / "model"
         if self.rank == 0:
             save(self.model, self.processor, path)
@@ -159,8 +206,12 @@ class Run:
 
 
 @contextmanager
-def open_run(config: TrainConfig, *, reference: bool) -> Iterator[Run]:
-    """Everything a run needs; `reference`: whether the loss refers to the untrained model."""
+def open_run(config: TrainConfig, *, reference: bool, kind: str = "grpo") -> Iterator[Run]:
+    """Open a run of a kind ("grpo" or "sft"), resumed where its folder holds a checkpoint.
+
+    `reference`: whether the loss has a KL term to the untrained model. ValueError names the
+    setting, file or run in the way.
+    """
     accelerator = Accelerator(cpu=config.run.device == "cpu")
     if accelerator.distributed_type in _SHARDED:
         raise ValueError(
@@ -170,30 +221,39 @@ def open_run(config: TrainConfig, *, reference: bool) -> Iterator[Run]:
     set_seed(config.run.seed)
     output = Path(config.run.output)
     main = accelerator.is_main_process
-    found, broken = checkpoints(output / "checkpoints")
-    if main and not config.run.resume and (found or (output / "metrics.jsonl").exists()):
-        raise ValueError(f"{output} holds a run already: resume it, or name another folder")
-    # Bad rows are seen by every process and listed by the first; bad clips by who meets them.
-    listed = output / "quarantine.jsonl"
-    quarantine = Quarantine(listed if main else None)
-    chosen = select(training_records(config.data, quarantine), config.data, config.run.seed)
-    model, processor = prepare_model(config, accelerator.device)
-    anchor = None
-    if reference and not config.model.lora_rank:
-        anchor = copy.deepcopy(model).requires_grad_(False)
-    optimizer = MasterAdamW(model.parameters(), config.optim)
-    scales = TaskScales(config.advantage.ema_decay, config.advantage.ema_floor)
-    done = 0
-    if config.run.resume and found:
-        state = load_checkpoint(found[-1], rank=accelerator.process_index)
-        check_same_run(found[-1], state, config, chosen.sampler)
-        load_trained_state(model, state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        scales.load(state.get("scales", {}))
-        done = state["step"]
-        del state  # several times the size of the model
     with ExitStack() as stack:
+        if main:
+            stack.enter_context(locked(output))
+        found, leftovers = checkpoints(output / "checkpoints")
+        if main and not config.run.resume and (found or (output / "metrics.jsonl").exists()):
+            raise ValueError(f"{output} holds a run already: resume it, or name another folder")
+        # Every rank sees all bad rows, so rank 0 lists them; a bad clip is listed by the rank that
+        # decodes it.
+        listed = output / "quarantine.jsonl"
+        quarantine = Quarantine(listed if main else None)
+        chosen = select(training_records(config.data, quarantine), config.data, config.run.seed)
+        model, processor = prepare_model(config, accelerator.device)
+        own = identity(kind, chosen.records, chosen.sampler.name, model)
+        reference_model = None
+        if reference and not config.model.lora_rank:
+            reference_model = copy.deepcopy(model).requires_grad_(False)
+        optimizer = MasterAdamW(model.parameters(), config.optim)
         stack.callback(optimizer.close)
+        scales = TaskScales(config.advantage.ema_decay, config.advantage.ema_floor)
+        notes = [f"removed {path}: an interrupted write left it incomplete" for path in leftovers]
+        notes += chosen.notes
+        done = 0
+        if config.run.resume and found:
+            path, damaged = newest_intact(found, accelerator)
+            notes += [f"ignoring {reason}" for reason in damaged]
+            state = load_checkpoint(path, rank=accelerator.process_index)
+            changed = check_same_run(path, state, config, own)
+            load_trained_state(model, state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            scales.load(state["scales"])
+            done = state["step"]
+            notes += [f"resuming after step {done} from {path}", *changed]
+            del state  # several times the size of the model
         stack.enter_context(prompts_from(config.data.prompts, TASKS, think=config.data.think))
         log = stack.enter_context(
             RunLog(
@@ -204,16 +264,16 @@ def open_run(config: TrainConfig, *, reference: bool) -> Iterator[Run]:
                 active=main,
             )
         )
-        for path in broken:
-            log.message(f"ignoring {path}: an interrupted write left it incomplete")
-        if done:
-            log.message(f"resuming after step {done} from {found[-1]}")
         if main:
-            (output / "config.yaml").write_text(dump_config(config))
+            remove_leftovers(output, leftovers)
+            keep_settings(output, config, done)
+            # A checkpoint holds trained weights, masters and two moments, at least in float32.
+            trained = sum(p.numel() for p in optimizer.parameters)
+            check_space(output, 12 * trained + sum(p.nbytes for p in optimizer.parameters))
+        for note in notes:
+            log.message(note)
         for item in quarantine.items:
             log.message(f"quarantined {item.record_id or item.source}: {item.reason}")
-        for note in chosen.notes:
-            log.message(note)
         accelerator.wait_for_everyone()
         if not main:
             quarantine = Quarantine(listed)
@@ -225,28 +285,58 @@ def open_run(config: TrainConfig, *, reference: bool) -> Iterator[Run]:
             optimizer,
             config.optim.tokens_per_microbatch,
             memory=config.optim.memory_gib and config.optim.memory_gib * GIB,
-            tell=log.message,
+            log=log.message,
         )
-        features = ByteCache[torch.Tensor](config.model.vision_cache_mb * 2**20, lambda f: f.nbytes)
         yield Run(
-            config,
-            accelerator,
-            model,
-            processor,
-            anchor,
-            optimizer,
-            source,
-            planner,
-            features,
-            log,
-            done,
+            config=config,
+            accelerator=accelerator,
+            model=model,
+            processor=processor,
+            reference_model=reference_model,
+            optimizer=optimizer,
+            source=source,
+            planner=planner,
+            features=ByteCache(config.model.vision_cache_mb * 2**20, lambda f: f.nbytes),
+            log=log,
+            done=done,
             scales=scales,
+            health=Health(config.optim.max_skipped_updates, log.message),
+            stop=stack.enter_context(StopRequest(config.run.stop_grace)),
+            identity=own,
         )
+
+
+def newest_intact(found: list[Path], accelerator: Accelerator) -> tuple[Path, list[str]]:
+    """The newest checkpoint whose files match their checksums, and why newer ones do not.
+
+    DamagedCheckpoint where none does. Rank 0 reads the files, the others take its word.
+    """
+    damaged: list[str] = []
+    answer: list[Any] = [None, damaged]
+    if accelerator.is_main_process:
+        for path in reversed(found):
+            try:
+                check_checkpoint(path)
+            except (OSError, ValueError) as error:
+                damaged.append(f"{error}")
+            else:
+                answer[0] = path
+                break
+    path, damaged = broadcast_object_list(answer)
+    if path is None:
+        raise DamagedCheckpoint("; ".join(damaged))
+    return path, damaged
+
+
+def remove_leftovers(output: Path, leftovers: list[Path]) -> None:
+    """Remove what killed runs left: partial checkpoints and unfinished exports of the model."""
+    for path in [*leftovers, *output.glob(".model.*")]:
+        shutil.rmtree(path)
 
 
 def prepare_model(config: TrainConfig, device: torch.device) -> tuple[nn.Module, Processor]:
-    """The model to train, with adapters where they are asked for, and its processor. ValueError for
-    attention without a backward pass on `device`."""
+    """The model to train, with adapters if `model.lora_rank` is set, and its processor. ValueError
+    for an attention backend without a backward pass on `device`."""
     settings, frames = config.model, config.data.frames
     if settings.attention == "flex" and device.type != "cuda":
         raise ValueError(
@@ -268,8 +358,8 @@ def prepare_model(config: TrainConfig, device: torch.device) -> tuple[nn.Module,
 
 
 def add_adapters(model: nn.Module, settings: ModelConfig) -> nn.Module:
-    """The model with low-rank adapters (peft); only they are trained. Without dropout, so that the
-    rollout and the training forward see the same network."""
+    """The model with low-rank adapters (peft), its only trained parameters. No dropout: rollout and
+    training forward must be the same network."""
     from peft import LoraConfig, get_peft_model
 
     family = family_of(model)
@@ -288,27 +378,3 @@ def add_adapters(model: nn.Module, settings: ModelConfig) -> nn.Module:
             return get_peft_model(model, adapters)
     except ValueError as error:
         raise ValueError(f"model.lora_targets {targets}: {error}") from error
-
-
-def check_same_run(
-    path: Path, state: dict[str, Any], config: TrainConfig, sampler: Sampler
-) -> None:
-    """ValueError where the checkpoint's state cannot be gone on from: the data would go on
-    elsewhere, or it is past the last step."""
-    place = state["step"] * config.optim.prompts_per_step
-    for name, saved, given in (
-        ("run.seed", state["seed"], config.run.seed),
-        ("optim.prompts_per_step", state["place"], place),
-        ("number of records in data.train", state["records"], sampler.size),
-        ("data.difficulty or data.order", state.get("order", "shuffled"), sampler.name),
-    ):
-        if saved != given:
-            raise ValueError(
-                f"{path} was written with another {name} ({json.dumps([saved, given])}): "
-                "the data would go on elsewhere; use another run.output"
-            )
-    if state["step"] > config.optim.steps:
-        raise ValueError(
-            f"{path} is {state['step']} steps in, optim.steps is {config.optim.steps}: "
-            "use another run.output"
-        )

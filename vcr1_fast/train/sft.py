@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on right answers; the loss is that of completion tokens alone."""
+"""Supervised fine-tuning on right answers; the loss is over completion tokens alone."""
 
 import math
 from pathlib import Path
@@ -6,20 +6,20 @@ from pathlib import Path
 import torch
 
 from vcr1_fast.data.records import Record
+from vcr1_fast.model.forward import completion_logps
 from vcr1_fast.model.packing import Group
 from vcr1_fast.tasks import TASKS
 from vcr1_fast.train.config import TrainConfig
 from vcr1_fast.train.log import Stopwatch
 from vcr1_fast.train.optim import clipped_step, learning_rate
+from vcr1_fast.train.planner import longest_first
 from vcr1_fast.train.setup import Run, open_run
-from vcr1_fast.train.step import completion_logps, longest_first
 
 
 def right_answer(record: Record, think: bool = False) -> str:
-    """The completion that answers a record rightly; with `think` after the record's own reasoning.
+    """The right completion of a record; with `think`, after the record's `metadata.reasoning`.
 
-    ValueError where `metadata.reasoning` is needed and is not a text: tags around nothing would
-    teach the model not to reason.
+    ValueError where that is missing or empty: empty tags would teach the model not to reason.
     """
     answer = TASKS[record.task].target(record)
     if not think:
@@ -35,13 +35,12 @@ def right_answer(record: Record, think: bool = False) -> str:
 def sft(config: TrainConfig) -> Path:
     """Run or resume fine-tuning on the right answers; the folder of the trained model.
 
-    The sections `rollout`, `advantage` and `loss` of the configuration play no part, nor do
-    `optim.inner_epochs` and `optim.inner_steps`. Errors as `train`.
+    Ignores the sections `rollout`, `advantage` and `loss`, `optim.inner_epochs` and
+    `optim.inner_steps`. Errors as `train`.
     """
-    with open_run(config, reference=False) as run:
+    with open_run(config, reference=False, kind="sft") as run:
         for step, samples in enumerate(run.batches(), start=run.done):
-            watch = Stopwatch()
-            watch.seconds["decode"] = run.source.take_seconds()
+            watch = Stopwatch(decode=run.source.take_seconds())
             with watch.stage("policy"):
                 frozen = run.vision_is_frozen
                 vision = run.clip_features(samples) if frozen else [None] * len(samples)
@@ -69,25 +68,19 @@ def sft(config: TrainConfig) -> Path:
 
 
 def update(run: Run, groups: list[Group], lr: float) -> dict[str, float]:
-    """One optimiser step on the mean loss of all processes' completion tokens."""
+    """One optimiser step on the mean loss over all ranks' completion tokens."""
     config, device = run.config, run.accelerator.device
     own = sum(len(completion) for group in groups for completion in group.completions)
     tokens = int(run.accelerator.reduce(torch.tensor(own, device=device)))
 
-    def micro_batch(part: list[Group]) -> torch.Tensor:
-        logps = completion_logps(run.model, part)
-        loss = -logps.sum() / max(tokens, 1)
-        loss.backward()
-        return loss.detach().double()
-
-    def restart() -> list[Group]:
-        run.optimizer.zero_grad()
-        return longest
-
-    longest = longest_first(groups)
-    zero = torch.zeros((), dtype=torch.float64, device=device)
-    total = sum(run.planner.run(longest, micro_batch, restart), zero)
-    norm = clipped_step(run.optimizer, lr, config.optim) if tokens else 0.0
+    losses: list[torch.Tensor] = []
+    for attempt in run.planner.attempts(longest_first(groups)):
+        with attempt as micro_batches:
+            run.optimizer.zero_grad()  # an attempt that ran out of memory left parts of gradients
+            losses = [forward_backward(run, part, tokens) for part in micro_batches]
+    total = sum(losses, torch.zeros((), dtype=torch.float64, device=device))
+    finite = bool(total.isfinite())
+    norm = clipped_step(run.optimizer, lr, config.optim, finite_loss=finite) if tokens else 0.0
     return {
         "loss": float(run.accelerator.reduce(total)),
         "grad_norm": norm,
@@ -95,3 +88,13 @@ def update(run: Run, groups: list[Group], lr: float) -> dict[str, float]:
         "skipped_updates": int(not math.isfinite(norm)),
         "num_tokens": tokens,
     }
+
+
+def forward_backward(run: Run, groups: list[Group], tokens: int) -> torch.Tensor:
+    """Forward, loss and backward of one micro-batch of a step with `tokens` completion tokens; its
+    loss. A function, so that after an out-of-memory error no local variable holds the graph."""
+    run.check_overdue()
+    logps = completion_logps(run.model, groups)
+    loss = -logps.sum() / max(tokens, 1)
+    loss.backward()
+    return loss.detach().double()

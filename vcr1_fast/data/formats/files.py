@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vcr1_fast.files import read_jsonl
+
 Row = dict[str, Any]
 """A record as JSON has it, before it is checked; media relative to the media folder."""
 
@@ -38,11 +40,10 @@ def load(path: Path) -> Any:
         except ImportError as error:
             raise ImportError("reading Parquet needs the package pyarrow") from error
         return read_table(path).to_pylist()
-    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".jsonl":
+        return [row for _, row in read_jsonl(path)]
     try:
-        if path.suffix == ".jsonl":
-            return [json.loads(line) for line in text.split("\n") if line.strip()]
-        return json.loads(text)
+        return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON: {error}") from error
 

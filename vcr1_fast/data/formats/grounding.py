@@ -36,8 +36,9 @@ _LETTERED = re.compile(r"\(([A-Z])\) ?(.*)", re.DOTALL)
 
 
 def _nextgqa(place: str, entry: Any, media_root: Path) -> Iterator[Row]:
-    matches = [_LETTERED.fullmatch(option) for option in entry["options"]]
-    if [match and match[1] for match in matches] != list("ABCDEFGH"[: len(matches)]):
+    matches = [match for option in entry["options"] if (match := _LETTERED.fullmatch(option))]
+    letters, count = [match[1] for match in matches], len(entry["options"])
+    if len(matches) != count or letters != list("ABCDEFGH"[:count]):
         raise ValueError(f"options {entry['options']}")
     yield {
         "id": entry["id"],

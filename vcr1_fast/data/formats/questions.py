@@ -98,9 +98,11 @@ _DOTTED = re.compile(r"\(?([A-Z])[).:]\s*(.*)", re.DOTALL)
 def lettered(options: list[str]) -> list[str]:
     """Texts of options "A. ..."; ValueError where their letters are not A, B, C, ... in order."""
     matches = [_DOTTED.fullmatch(option.strip()) for option in options]
-    if [match and match[1] for match in matches] != list(ascii_uppercase[: len(matches)]):
+    found = [match for match in matches if match]
+    letters = [match[1] for match in found]
+    if len(found) != len(options) or letters != list(ascii_uppercase[: len(options)]):
         raise ValueError(f"options {options}")
-    return [match[2] for match in matches]
+    return [match[2] for match in found]
 
 
 def _videomme(place: str, entry: Any, media_root: Path) -> Iterator[Row]:

@@ -1,4 +1,4 @@
-"""GRPO on video for users of TRL, whose own `GRPOTrainer` takes text and images.
+"""GRPO on video for users of TRL, whose `GRPOTrainer` takes only text and images.
 
     from vcr1_fast.integrations.trl_video import (
         VideoGRPOConfig, VideoGRPOTrainer, task_rewards, video_dataset)
@@ -8,7 +8,7 @@
         "path/to/checkpoint", task_rewards(data), VideoGRPOConfig("out"), data)
     trainer.train()
 
-A data set of one's own needs two columns, `prompt` (a user turn of text, a system turn before it if
+Your own data set needs two columns, `prompt` (a user turn of text, a system turn before it if
 need be) and `video` (a path; or `image`), and may have `start` and `end` (seconds); what else it
 holds goes to the reward functions, as everywhere in TRL, and so does `duration` (seconds of the
 part shown).

@@ -1,4 +1,4 @@
-"""The trainer: TRL's, with our prompts, rollout and forward pass in the places of its own."""
+"""TRL's trainer with our prompts, rollout and forward pass."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from vcr1_fast.model.vision import freeze_vision, prepare_vision
 from vcr1_fast.model.wrapping import unwrap
 from vcr1_fast.ops import linear_logprobs
 
-# Settings of TRL's that have no meaning here, with the value they must keep.
+# TRL's settings that have no effect here, with the value they must keep.
 _UNSUPPORTED = {
     "use_vllm": False,
     "use_transformers_continuous_batching": False,
@@ -56,7 +56,11 @@ class VideoGRPOConfig(GRPOConfig):
             installed transformers has them.
     """
 
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*GRPOConfig._VALID_DICT_FIELDS, "frame_kwargs"]
+    # TRL declares it without ClassVar, which would make it a field of the dataclass here.
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [  # type: ignore[misc]
+        *GRPOConfig._VALID_DICT_FIELDS,
+        "frame_kwargs",
+    ]
 
     frame_kwargs: dict[str, Any] | str | None = field(default=None)
     decode_workers: int = field(default=2)
@@ -70,7 +74,7 @@ class Shown:
     vision encoder is frozen."""
 
     prompt: Prompt
-    duration: float
+    duration: float | None
     vision: Tensor | None = None
 
 
@@ -80,7 +84,7 @@ class VideoGRPOTrainer(GRPOTrainer):
     Args:
         model: directory or hub name of a checkpoint, or a model that was loaded with SDPA, then
             with its `processor`.
-        reward_funcs, args, train_dataset, and further keywords: as TRL takes them.
+        reward_funcs, args, train_dataset, and other keywords: as in TRL.
         processor: the checkpoint's; made from `model` where that is a name.
 
     ValueError for settings of TRL's that do not work here (vLLM, tools, min_p, …), for parameters
@@ -88,6 +92,12 @@ class VideoGRPOTrainer(GRPOTrainer):
     read: TRL's batches have a fixed size, so it cannot be left out. `vcr1 data check` finds such
     clips beforehand.
     """
+
+    # TRL's wider types, narrowed to their values after `__init__`.
+    args: VideoGRPOConfig
+    model: nn.Module
+    _signature_columns: Any
+    _buffered_inputs: Any
 
     def __init__(
         self,
@@ -102,13 +112,14 @@ class VideoGRPOTrainer(GRPOTrainer):
         patch_trl.check_version()
         _check(args, kwargs)
         if isinstance(model, str | Path):
-            dtype = (args.model_init_kwargs or {}).get("dtype", torch.float32)
+            options = cast("dict[str, Any]", args.model_init_kwargs or {})  # parsed by TRL
+            dtype = options.get("dtype", torch.float32)
             model, own = load(model, dtype=dtype)
             processor = processor or own
             args.model_init_kwargs = None
         elif processor is None:
             raise ValueError("a model that is loaded already needs its processor")
-        frames = FrameConfig(**(args.frame_kwargs or {}))
+        frames = FrameConfig(**cast("dict[str, Any]", args.frame_kwargs or {}))
         shown = processor.with_frames(frames, media_first=processor.media_first)
         self.processor = dataclasses.replace(shown, mrope=args.mrope)
         self.frames = self.processor.frames
@@ -124,7 +135,7 @@ class VideoGRPOTrainer(GRPOTrainer):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError("every process must hold the whole model: no FSDP, no DeepSpeed")
         if args.freeze_vision:
-            freeze_vision(self.model)  # also adapters that peft has put into the encoder
+            freeze_vision(self.model)  # includes peft's adapters of the vision encoder
         if self.ref_model is not None:
             prepare_vision(unwrap(self.ref_model))
         self._reader = ClipReader(workers=args.decode_workers)
@@ -139,6 +150,7 @@ class VideoGRPOTrainer(GRPOTrainer):
         if not self.model.training:
             return super()._prepare_inputs(generation_batch)
         parts = self.args.steps_per_generation
+        assert parts is not None  # TRL sets it in `__post_init__`
         if self._step % (parts * self.num_iterations) == 0 or self._buffered_inputs is None:
             generated = self._generate_and_score_completions(generation_batch)
             self._buffered_inputs = split_tensor_dict(generated, parts)
@@ -173,7 +185,7 @@ class VideoGRPOTrainer(GRPOTrainer):
         shown = self._shown[self.model.training]
         return [shown[i].prompt.input_ids.tolist() for i in self._rows], None, {}
 
-    def _generate_single_turn(
+    def _generate_single_turn(  # type: ignore[override]
         self,
         prompt_ids: list,
         images: None,
@@ -186,6 +198,7 @@ class VideoGRPOTrainer(GRPOTrainer):
         # A process may hold a part of a group, or one after the other two groups of one prompt.
         size = math.gcd(*counts)
         places = [i for i, count in enumerate(counts) for _ in range(count // size)]
+        assert self.max_completion_length is not None  # `_check` refuses None
         sampling = SamplingConfig(
             temperature=self.temperature,
             top_p=self.top_p,
@@ -252,7 +265,8 @@ class VideoGRPOTrainer(GRPOTrainer):
             found = linear_logprobs(
                 hidden, weight, labels, bias, temperature=self.temperature, entropy=entropy
             )
-            return found.logps, found.entropy if entropy else found.logps.new_zeros(0)
+            none = found.logps.new_zeros(0)
+            return found.logps, none if found.entropy is None else found.entropy
 
         with self.accelerator.autocast():
             if inner is model:
@@ -261,7 +275,9 @@ class VideoGRPOTrainer(GRPOTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
-        self.processor.save_pretrained(output_dir or self.args.output_dir)
+        folder = output_dir or self.args.output_dir
+        assert folder is not None  # TRL's own `_save` needs it too
+        self.processor.save_pretrained(folder)
 
 
 def _check(args: VideoGRPOConfig, arguments: dict[str, Any]) -> None:
@@ -274,5 +290,7 @@ def _check(args: VideoGRPOConfig, arguments: dict[str, Any]) -> None:
     wrong += [f"{name}=…" for name in _UNSUPPORTED_ARGUMENTS if arguments.get(name) is not None]
     if args.mrope not in get_args(Mrope):
         raise ValueError(f"mrope must be one of {get_args(Mrope)}, got {args.mrope!r}")
+    if args.max_completion_length is None:
+        raise ValueError("max_completion_length must be a number of tokens, got None")
     if wrong:
         raise ValueError(f"VideoGRPOTrainer does not take {', '.join(wrong)}")

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vcr1_fast.ops.gather_reference import (
+from vcr1_fast.ops.gather_logprobs import (
     KERNEL_DTYPES,
     allocate,
     check_values,

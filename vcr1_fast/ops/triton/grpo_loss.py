@@ -1,13 +1,18 @@
 """Triton kernels of `grpo_loss`: the loss, its gradient and its metrics in two launches.
 
-The first has a program for each completion, which reads its tokens twice at most (three times for
+The first has one program per completion, which reads its tokens at most twice (three times for
 sequence-level ratios) and leaves its sums in a row of scratch memory. The second adds those rows in
 order, writes the loss and the metrics and scales the gradient, whose weight depends on counts of
 the whole call. No atomics: results repeat bit for bit.
+
+The maths, with these names, is in vcr1_fast/ops/grpo/reference.py. Bounds are applied by selection,
+which unlike a hardware minimum keeps NaN.
 """
 
 from __future__ import annotations
 
+import math
+from collections import namedtuple
 from typing import Any, NamedTuple
 
 import torch
@@ -15,11 +20,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vcr1_fast.ops.grpo_config import LossParameters
-from vcr1_fast.ops.grpo_reference import METRICS, reference
-from vcr1_fast.ops.grpo_terms import LossInputs, check_offsets
-from vcr1_fast.ops.triton.grpo_terms import clamp, encode
-from vcr1_fast.ops.triton.grpo_tokens import counts_of, statistics, token_terms
+from vcr1_fast.ops.grpo.config import CLIPPED_LOSSES, LossParameters, decode
+from vcr1_fast.ops.grpo.reference import (
+    METRICS,
+    VESPO_LOG_CEILING,
+    VESPO_LOG_FLOOR,
+    LossInputs,
+    check_offsets,
+    map_tensors,
+    reference,
+)
 
 _LAUNCH = {"BLOCK": 512, "num_warps": 4, "enable_fp_fusion": True}
 _FINISH = {"BLOCK": 4096, "ROWS": 64, "num_warps": 4, "enable_fp_fusion": True}
@@ -51,6 +61,275 @@ _ROLLOUT_KL = tl.constexpr(METRICS.index("rollout_kl"))
 _WEIGHT = tl.constexpr(METRICS.index("rollout_weight_mean"))
 _CLIPPED = tl.constexpr(METRICS.index("rollout_clipped"))
 
+# Numbers of `LossParameters` are run-time arguments: no value compiles another kernel.
+_VALUES = tuple(name for name, kind in LossParameters.__annotations__.items() if kind == "float")
+Values = namedtuple("Values", _VALUES)  # type: ignore[misc]
+
+FLOOR = tl.constexpr(VESPO_LOG_FLOOR)
+CEILING = tl.constexpr(VESPO_LOG_CEILING)
+
+
+class Options(NamedTuple):
+    """Compile-time options of the kernels; names as in `LossParameters`."""
+
+    loss_type: str  # "clipped" for all of `CLIPPED_LOSSES`
+    level: str
+    kl: str
+    kl_bias_correction: bool
+    kl_straight_through: bool
+    aggregation: str
+    exclude_empty: bool
+    rollout_scope: str  # "none", "token" or "sequence"
+    rollout_action: str  # "", "truncate", "mask" or "icepop"
+    rollout_after_kl: bool
+    off_policy: bool
+    entropy_token_mean: bool
+    token_advantages: bool
+
+
+def _split(p: LossParameters, token_advantages: bool) -> tuple[Options, Any]:
+    """`p` as the kernels take it: (compile-time options, run-time values)."""
+    scope, _, action = p.rollout_correction.partition("_")
+    options = Options(
+        # One kernel for all clipped losses, which differ in their aggregation only.
+        loss_type="clipped" if p.loss_type in CLIPPED_LOSSES else p.loss_type,
+        level=p.level,
+        kl=p.kl,
+        kl_bias_correction=p.kl_bias_correction,
+        kl_straight_through=p.kl_straight_through,
+        aggregation=p.aggregation,
+        exclude_empty=p.exclude_empty,
+        rollout_scope=scope,
+        rollout_action=action,
+        rollout_after_kl=p.rollout_after_kl and p.loss_type != "vespo",
+        off_policy=math.isfinite(p.off_policy_threshold),
+        entropy_token_mean=p.entropy_token_mean,
+        token_advantages=token_advantages,
+    )
+    return options, Values(*[getattr(p, name) for name in _VALUES])
+
+
+@triton.jit
+def clamp(x, low, high):
+    return tl.where(x < low, low, tl.where(x > high, high, x))
+
+
+@triton.jit
+def token_correction(gap, values, OPTIONS: tl.constexpr):
+    """(weight, whether it is outside the bounds) of a rollout correction by token."""
+    weight = tl.exp(gap)
+    clipped = (weight < values.rollout_min) | (weight > values.rollout_max)
+    if OPTIONS.rollout_action == "truncate":
+        weight = clamp(weight, values.rollout_min, values.rollout_max)
+    else:
+        weight = tl.where(clipped, 0.0, weight)
+    return weight, clipped
+
+
+@triton.jit
+def policy_term(ratio, logp, advantage, phi_pos, phi_neg, values, OPTIONS: tl.constexpr):
+    """(policy term, its derivative in the ratio, its direct derivative in logp, vespo's phi)."""
+    zero = tl.full(ratio.shape, 0.0, tl.float32)
+    low, high = values.ratio_low, values.ratio_high
+    if OPTIONS.loss_type == "vespo":
+        phi = tl.where(advantage >= 0.0, phi_pos, phi_neg)
+        return -phi * advantage * logp, zero, -phi * advantage, phi
+    elif OPTIONS.loss_type == "cispo":
+        phi = clamp(ratio, low, high)
+        return -phi * advantage * logp, zero, -phi * advantage, zero
+    elif OPTIONS.loss_type == "sapo":
+        tau = tl.where(advantage > 0.0, values.sapo_tau_pos, values.sapo_tau_neg)
+        gate = 1.0 / (1.0 + tl.exp(tau * (1.0 - ratio)))
+        step = -4.0 * advantage * gate
+        return step / tau, step * (1.0 - gate), zero, zero
+    else:
+        free = tl.where(ratio > values.delta, values.delta, ratio) * advantage
+        clipped = clamp(ratio, low, high) * advantage
+        d_free = tl.where(ratio <= values.delta, -advantage, 0.0)
+        d_clipped = tl.where((ratio >= low) & (ratio <= high), -advantage, 0.0)
+        # Where both are equal, half of each: the full gradient inside the range.
+        tie = 0.5 * (d_free + d_clipped)
+        slope = tl.where(free < clipped, d_free, tl.where(free > clipped, d_clipped, tie))
+        return -tl.where(free < clipped, free, clipped), slope, zero, zero
+
+
+@triton.jit
+def kl_term(raw, values, OPTIONS: tl.constexpr):
+    """(estimator, its derivative in logp); `raw` is ref - logp."""
+    limit, bound = values.kl_input_clamp, values.kl_output_clamp
+    d = clamp(raw, -limit, limit)
+    if OPTIONS.kl == "k1":
+        value, slope = -d, tl.full(d.shape, -1.0, tl.float32)
+    elif OPTIONS.kl == "k2":
+        value, slope = 0.5 * d * d, d
+    elif OPTIONS.kl == "k3":
+        value, slope = tl.exp(d) - d - 1.0, tl.exp(d) - 1.0
+    else:
+        value, slope = tl.abs(d), tl.where(d > 0.0, 1.0, tl.where(d < 0.0, -1.0, 0.0))
+    inside = tl.abs(raw) <= limit
+    if OPTIONS.kl_straight_through:
+        slope = d
+    else:
+        inside = inside & (tl.abs(value) <= bound)
+    return clamp(value, -bound, bound), tl.where(inside, -slope, 0.0)
+
+
+@triton.jit
+def load_tokens(inputs, values, place, counts):
+    """(logp, before, log-ratio, whether it was not cut, gap); 0 where the token does not count."""
+    logp = tl.load(inputs.logps + place, mask=counts, other=0.0)
+    before = logp
+    if inputs.old_logps is not None:
+        before = tl.load(inputs.old_logps + place, mask=counts, other=0.0)
+    gap = tl.full(place.shape, 0.0, tl.float32)
+    if inputs.rollout_logps is not None:
+        gap = before - tl.load(inputs.rollout_logps + place, mask=counts, other=0.0)
+        gap = tl.where(gap == gap, gap, 0.0)  # nan: the sampler gave no log-prob
+    raw = logp - before
+    limit = values.log_ratio_clamp
+    return logp, before, clamp(raw, -limit, limit), tl.abs(raw) <= limit, gap
+
+
+@triton.jit
+def counts_of(inputs, place, end):
+    counts = place < end
+    if inputs.mask is not None:
+        counts = counts & (tl.load(inputs.mask + place, mask=counts, other=0) != 0)
+    return counts
+
+
+@triton.jit
+def statistics(inputs, values, begin, end, OPTIONS: tl.constexpr, BLOCK: tl.constexpr):
+    """Statistics that a completion's tokens share: (tokens, entropy weight, mean log-ratio, rollout
+    correction, dropped by it, off policy, phi for A >= 0, phi for A < 0)."""
+    tokens, entropy_weight = tl.full([], 0.0, tl.float32), tl.full([], 0.0, tl.float32)
+    log_ratio, bounded = tl.full([], 0.0, tl.float32), tl.full([], 0.0, tl.float32)
+    gaps, drift = tl.full([], 0.0, tl.float32), tl.full([], 0.0, tl.float32)
+    log_weight = tl.full([], 0.0, tl.float32)
+    for start in range(begin, end, BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        counts = counts_of(inputs, place, end)
+        tokens += tl.sum(counts.to(tl.float32), 0)
+        if inputs.token_weights is not None:
+            each = tl.load(inputs.token_weights + place, mask=counts, other=0.0)
+            entropy_weight += tl.sum(each, 0)
+        logp, before, x, _uncut, gap = load_tokens(inputs, values, place, counts)
+        log_ratio += tl.sum(x, 0)
+        gaps += tl.sum(gap, 0)
+        if OPTIONS.off_policy:
+            drift += tl.sum(before - gap - logp, 0)
+        if OPTIONS.loss_type == "vespo":
+            bounded += tl.sum(clamp(x, -20.0, 20.0), 0)
+            if OPTIONS.rollout_scope == "token":
+                weight = token_correction(gap, values, OPTIONS)[0]
+                each = clamp(tl.log(weight), FLOOR, CEILING)
+                log_weight += tl.sum(tl.where(counts, each, 0.0), 0)
+            if OPTIONS.rollout_scope == "sequence" and OPTIONS.rollout_action == "icepop":
+                log_weight += tl.sum(clamp(gap, FLOOR, CEILING), 0)
+    if inputs.token_weights is None:
+        entropy_weight = tokens
+
+    some = tl.maximum(tokens, 1.0)
+    correction, dropped = tl.full([], 1.0, tl.float32), tl.full([], 0.0, tl.float32)
+    if OPTIONS.rollout_scope == "sequence":
+        if OPTIONS.rollout_action == "icepop":
+            gaps = gaps / some
+        tested = tl.exp(gaps)
+        outside = (tested < values.rollout_min) | (tested > values.rollout_max)
+        dropped = outside.to(tl.float32)
+        if OPTIONS.rollout_action == "truncate":
+            correction = clamp(tested, values.rollout_min, values.rollout_max)
+        else:
+            correction = tl.where(outside, 0.0, tested)
+        if OPTIONS.rollout_action == "icepop":
+            log_weight = tl.where(outside, FLOOR * tokens, log_weight)
+        else:
+            log_weight = clamp(tl.log(correction), FLOOR, CEILING)
+    phi_pos, phi_neg = tl.full([], 1.0, tl.float32), tl.full([], 1.0, tl.float32)
+    if OPTIONS.loss_type == "vespo":
+        log_w = clamp(bounded + log_weight, FLOOR, CEILING)
+        rise, lam_pos = tl.exp(log_w), tl.maximum(values.vespo_lambda_pos, 1e-4)
+        lam_neg = tl.maximum(values.vespo_lambda_neg, 1e-4)
+        phi_pos = tl.exp(lam_pos + values.vespo_k_pos * log_w - lam_pos * rise)
+        phi_neg = tl.exp(lam_neg + values.vespo_k_neg * log_w - lam_neg * rise)
+    off_policy = (drift / some > values.off_policy_threshold).to(tl.float32)
+    mean = log_ratio / some
+    return tokens, entropy_weight, mean, correction, dropped, off_policy, phi_pos, phi_neg
+
+
+@triton.jit
+def ratios(mean, x, counts, OPTIONS: tl.constexpr):
+    """(r, e^x) of a block of tokens."""
+    per_token = tl.exp(x)
+    if OPTIONS.level == "token":
+        return per_token, per_token
+    else:
+        return tl.where(counts, tl.exp(mean), 1.0), per_token
+
+
+@triton.jit
+def corrections(gap, counts, shared, values, OPTIONS: tl.constexpr):
+    """(weight of a block of tokens, 1 where the rollout correction changed it)."""
+    correction, dropped = shared[3], shared[4]
+    if OPTIONS.rollout_scope == "none":
+        return tl.full(gap.shape, 1.0, tl.float32), tl.full(gap.shape, 0.0, tl.float32)
+    elif OPTIONS.rollout_scope == "token":
+        weight, clipped = token_correction(gap, values, OPTIONS)
+        return weight, clipped.to(tl.float32)
+    elif OPTIONS.rollout_action == "icepop":
+        return tl.where(dropped > 0.0, 0.0, tl.exp(gap)), tl.where(counts, dropped, 0.0)
+    else:
+        return tl.where(counts, correction, 1.0), tl.where(counts, dropped, 0.0)
+
+
+@triton.jit
+def token_terms(inputs, values, b, place, counts, shared, OPTIONS: tl.constexpr):
+    """Terms of a block of tokens: (loss, policy, for the gradient, for the metrics, rollout)."""
+    mean, off_policy, phi_pos, phi_neg = shared[2], shared[5], shared[6], shared[7]
+    logp, _before, x, uncut, gap = load_tokens(inputs, values, place, counts)
+    ratio, per_token = ratios(mean, x, counts, OPTIONS)
+    if OPTIONS.token_advantages:
+        advantage = tl.load(inputs.advantages + place, mask=counts, other=0.0)
+    else:
+        advantage = tl.where(counts, tl.load(inputs.advantages + b), 0.0)
+    correction, clipped = corrections(gap, counts, shared, values, OPTIONS)
+    kept = tl.where(advantage < 0.0, 1.0 - off_policy, 1.0)
+    factor = kept
+    if OPTIONS.loss_type != "vespo":
+        factor = factor * correction
+    if inputs.token_weights is not None:
+        factor = factor * tl.load(inputs.token_weights + place, mask=counts, other=0.0)
+    policy, d_ratio, d_logp, phi = policy_term(
+        ratio, logp, advantage, phi_pos, phi_neg, values, OPTIONS
+    )
+    policy = factor * policy
+    loss, through, direct = policy, factor * d_ratio, factor * d_logp
+    kl = tl.full(place.shape, 0.0, tl.float32)
+    if inputs.ref_logps is not None:
+        raw = tl.load(inputs.ref_logps + place, mask=counts, other=0.0) - logp
+        kl, d_kl = kl_term(raw, values, OPTIONS)
+        kl_weight = values.beta
+        if OPTIONS.rollout_after_kl:
+            kl_weight = kl_weight * correction
+        if OPTIONS.kl_bias_correction:
+            through += kl_weight * kl
+            kl_weight = kl_weight * ratio
+        loss += kl_weight * kl
+        direct += kl_weight * d_kl
+    through_s = through * ratio  # the derivative in s = log r
+    gradient = (direct, through_s, uncut.to(tl.float32))
+    return (
+        loss,
+        policy,
+        gradient,
+        (advantage, ratio, per_token, x, kl, phi, kept),
+        (
+            gap,
+            correction,
+            clipped,
+        ),
+    )
+
 
 class _Outputs(NamedTuple):
     """`sums` (B, 32) is scratch memory; gradients are as the first launch leaves them."""
@@ -64,8 +343,8 @@ class _Outputs(NamedTuple):
 
 @triton.jit
 def _range(inputs, grads, b, columns, tokens, BLOCK: tl.constexpr):
-    """(first, last + 1) token of a completion. Where packed, the first and the last completion also
-    write the zeros of the tokens that are in no segment."""
+    """(first, last + 1) token of a completion. If packed, the first and the last completion also
+    write zeros for the tokens outside every segment."""
     if inputs.cu_seqlens is None:
         return b * columns, (b + 1) * columns
     else:
@@ -198,7 +477,7 @@ def _column(totals, slot, COLUMN: tl.constexpr):
 
 @triton.jit
 def _batch_share(inputs, totals, slot, count, values, OPTIONS: tl.constexpr):
-    """The part of every token's weight that depends on the whole call; `count` 0: count here."""
+    """The factor of every token's weight that depends on the whole call; `count` 0: count here."""
     if inputs.weights is not None:
         return tl.full([], 1.0, tl.float32)
     else:
@@ -266,20 +545,20 @@ def _finish_kernel(
 
 
 def grpo_loss(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The op `grpo_loss`, arguments as in its schema. float64 goes to the reference; inputs that
-    are not contiguous are copied."""
-    inputs, p = LossInputs(*args[:11]), LossParameters(tuple(args[11]), tuple(args[12]))
+    """The op `grpo_loss`, arguments as in its schema; copies inputs that are not contiguous."""
+    *tensors, parameters = args
+    inputs, p = LossInputs(*tensors), decode(parameters)
     logps = inputs.logps
-    packed = inputs.cu_seqlens is not None
-    sequences = len(inputs.cu_seqlens) - 1 if packed else len(logps)
+    offsets = inputs.cu_seqlens
+    sequences = len(logps) if offsets is None else len(offsets) - 1
     if logps.dtype != torch.float32 or sequences == 0:
-        return reference(inputs, p)
-    if packed:
-        check_offsets(inputs.cu_seqlens, len(logps))
-    inputs = LossInputs(*(x if x is None else x.contiguous() for x in inputs))
+        return reference(inputs, p)  # float64 is for tests; a grid of no programs cannot launch
+    if offsets is not None:
+        check_offsets(offsets, len(logps))
+    inputs = map_tensors(Tensor.contiguous, inputs)
     if inputs.denominator is not None:
         inputs = inputs._replace(denominator=inputs.denominator.to(logps.device))
-    with_entropy = inputs.entropy is not None and p.value("entropy_coef") != 0.0
+    with_entropy = inputs.entropy is not None and p.entropy_coef != 0.0
     empty = inputs.logps.new_empty
     out = _Outputs(
         loss=empty(()),
@@ -288,12 +567,12 @@ def grpo_loss(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         metrics=empty(len(METRICS)),
         sums=empty((sequences, _COLUMNS.value)),
     )
-    options, values = encode(p, inputs.advantages.numel() != sequences)
-    given = {"token_mean": 0.0, "num_items": p.value("num_items")}
-    count = given.get(options.aggregation, p.value("num_sequences"))
+    options, values = _split(p, inputs.advantages.numel() != sequences)
+    given = {"token_mean": 0.0, "num_items": p.num_items}
+    count = given.get(options.aggregation, p.num_sequences)
     if count == 0.0 and options.aggregation not in given and not options.exclude_empty:
         count = float(sequences)
-    columns = 0 if packed else logps.shape[1]
+    columns = logps.shape[1] if offsets is None else 0
     blocks = triton.cdiv(logps.numel(), _FINISH["BLOCK"])
     if inputs.weights is not None and not with_entropy:
         blocks = 1  # nothing to scale

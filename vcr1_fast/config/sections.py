@@ -1,0 +1,64 @@
+"""Settings that several commands share, each declared and documented here only."""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+from vcr1_fast.config.section import ConfigError, section
+from vcr1_fast.data.sampling import FrameConfig
+
+
+@section
+class PromptConfig:
+    """How a clip is shown."""
+
+    frames: FrameConfig = field(default_factory=FrameConfig)
+    system: str | None = None
+    """System prompt; null: none."""
+    decoder: Literal["decord", "pyav"] = "pyav"
+    """Package that decodes videos."""
+
+
+@section
+class ReadingConfig(PromptConfig):
+    """Which records and clips are read, and how the model is asked about them."""
+
+    media_root: str | None = None
+    """Folder that media paths are relative to; null: the folder of the records file."""
+    tasks: tuple[str, ...] | None = None
+    """Use the records of these tasks only; null: all tasks in the file."""
+    think: bool = False
+    """Ask for reasoning before the answer."""
+    prompts: str | None = None
+    """File of other prompt wordings (YAML or JSON), by task; null: the tasks' own."""
+    media_first: bool = False
+    """Show the video or image before the question, as VideoChat-R1.5 does, rather than after it."""
+    decode_workers: NonNegativeInt = 2
+    """Processes that decode clips ahead; 0 decodes in the main process, without a time-out."""
+    decode_timeout: PositiveFloat = 60.0
+    """Seconds that a clip may take before it is quarantined."""
+
+    def __post_init__(self) -> None:
+        if self.tasks is not None and not self.tasks:
+            raise ConfigError("tasks", "must not be an empty list")
+
+
+@section
+class PositionConfig:
+    """How the positions of a prompt's tokens are computed."""
+
+    mrope: Literal["trained", "installed"] = "trained"
+    """Positions as the checkpoints were trained with, or as the installed transformers has them."""
+
+
+@section
+class LengthConfig:
+    """Limits of sampled completions."""
+
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Sample from the most likely tokens whose probabilities reach this sum; 1: all tokens."""
+    max_new_tokens: PositiveInt = 1024
+    """Tokens of the longest completion."""

@@ -1,0 +1,235 @@
+"""GRPO loss of an LM head's input, with the gradient computed in the forward pass.
+
+    logits = hidden W^T + bias,  logp, entropy = those of softmax(logits / temperature)
+    loss   = grpo_loss(logp, ...),  then for each row with g = dloss/dlogp, h = dloss/dentropy:
+    dlogits from (g, h) as in `gather_logprobs`, dhidden = dlogits W, dW = sum dlogits^T hidden
+
+Rows go through in chunks, so the logits never exist as a whole, and rows outside the mask are
+skipped. If a token's gradient depends on its own log-prob alone, a chunk's logits are computed once
+and overwritten with their gradient: 6 N H V operations instead of the 8 of a head that recomputes
+them in the backward pass. Sequence ratios, vespo and the off-policy mask need the log-probs of
+whole completions first, and take those 8. The backward pass multiplies by the incoming gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vcr1_fast.ops.backend import opaque, schema_of
+from vcr1_fast.ops.gather_logprobs import accumulation_dtype
+from vcr1_fast.ops.grpo.config import GRPOLossConfig, decode
+from vcr1_fast.ops.grpo.loss import (
+    LossArguments,
+    grpo_loss_op,
+    loss_arguments,
+    name_metrics,
+    times_upstream,
+)
+from vcr1_fast.ops.grpo.reference import METRICS, Completions, LossInputs
+from vcr1_fast.ops.grpo.token_loss import as_tokens, couples_tokens, take
+from vcr1_fast.ops.lm_head import (
+    Head,
+    HeadGradients,
+    check_chunk_rows,
+    check_head,
+    check_softcap,
+    empty_gradients,
+    under_autocast,
+)
+
+
+class HeadArguments(NamedTuple):
+    """What `linear_grpo_loss` takes besides `LossArguments`, in schema order.
+
+    softcap 0: no cap. chunk_rows 0: chosen at run time. needed: whether hidden, weight and bias
+    need a gradient.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    softcap: float
+    chunk_rows: int
+    needed: list[bool]
+
+
+_HEAD_FIELDS = len(HeadArguments._fields)
+
+
+def _unpack_arguments(*arguments: Any) -> tuple[HeadArguments, LossArguments]:
+    return HeadArguments(*arguments[:_HEAD_FIELDS]), LossArguments(*arguments[_HEAD_FIELDS:])
+
+
+def _run(*arguments: Any) -> tuple[Tensor, ...]:
+    """(loss, metrics, dhidden, dW, dbias); gradients that are not needed are (0,)."""
+    given, args = _unpack_arguments(*arguments)
+    hidden, needed = given.hidden, given.needed
+    head = Head(
+        hidden.reshape(-1, hidden.shape[-1]),
+        given.weight,
+        given.bias,
+        args.labels.reshape(-1, 1),
+        None if args.row_temperature is None else args.row_temperature.reshape(-1),
+        args.temperature,
+        given.softcap,
+        args.entropy,
+    )
+    logps = hidden.new_zeros(args.labels.shape, dtype=accumulation_dtype(hidden))
+    entropy = torch.zeros_like(logps) if args.entropy else None
+    inputs = args.inputs(logps, entropy)  # filled chunk by chunk below
+    p = decode(args.parameters)
+    any_gradient = any(needed)
+    chunks, buffer = head.chunks(_valid_rows(inputs), given.chunk_rows, gradient=any_gradient)
+    gradients = HeadGradients(head, needed, len(chunks))
+    tokens = as_tokens(inputs, p) if any_gradient and not couples_tokens(inputs, p) else None
+    for part in chunks:
+        chunk = head.logits(part, buffer, gradient=tokens is not None)
+        statistics = head.forward(chunk)
+        logps.view(-1).index_copy_(0, part, statistics.logps[:, 0])
+        if entropy is not None:
+            entropy.view(-1).index_copy_(0, part, statistics.entropy)
+        if tokens is not None:
+            upstream = tokens.upstream(part, statistics.logps)
+            gradients.add(chunk, head.backward_(chunk, statistics, *upstream))
+    loss, grad_logps, grad_entropy, metrics = grpo_loss_op(*inputs, args.parameters)
+    if any_gradient and tokens is None:
+        # The logits again: keeping them would take the memory that chunks save.
+        flat_entropy = grad_entropy.reshape(-1) if grad_entropy.numel() else None
+        for part in chunks:
+            chunk = head.logits(part, buffer, gradient=True)
+            statistics = head.forward(chunk)
+            g, h = grad_logps.reshape(-1).index_select(0, part), take(flat_entropy, part)
+            gradients.add(chunk, head.backward_(chunk, statistics, g, h))
+    grad_hidden, grad_weight, grad_bias = gradients.results()
+    grad_hidden = grad_hidden.reshape(hidden.shape if needed[0] else (0,))
+    return loss, metrics, grad_hidden, grad_weight, grad_bias
+
+
+def _valid_rows(inputs: LossInputs) -> Tensor:
+    """Flat indices of the tokens that count."""
+    if inputs.mask is None:  # all: nothing to read, so nothing waits for a GPU
+        return torch.arange(inputs.logps.numel(), device=inputs.logps.device)
+    return Completions(inputs).mask.reshape(-1).nonzero()[:, 0]
+
+
+def _fake(*arguments: Any) -> tuple[Tensor, ...]:
+    given, _ = _unpack_arguments(*arguments)
+    dtype = accumulation_dtype(given.hidden)
+    return (
+        given.hidden.new_empty((), dtype=dtype),
+        given.hidden.new_empty(len(METRICS), dtype=dtype),
+        *empty_gradients(given.hidden, given.weight, given.needed),
+    )
+
+
+_linear_grpo_loss = opaque(
+    "linear_grpo_loss",
+    f"({schema_of(HeadArguments)}, {schema_of(LossArguments)}) "
+    "-> (Tensor loss, Tensor metrics, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
+    _run,
+    _fake,
+)
+
+
+class _LinearGRPOLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        options: tuple[float, int],
+        arguments: LossArguments,
+    ) -> tuple[Tensor, Tensor]:
+        needed = [bool(need) for need in ctx.needs_input_grad[:3]]
+        given = HeadArguments(hidden, weight, bias, *options, needed)
+        loss, metrics, *gradients = _linear_grpo_loss(*given, *arguments)
+        ctx.save_for_backward(*gradients)
+        ctx.dtypes = [x if x is None else x.dtype for x in (hidden, weight, bias)]
+        ctx.mark_non_differentiable(metrics)
+        ctx.set_materialize_grads(False)
+        return loss, metrics
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor | None, _grad_metrics: None) -> Any:
+        if grad_loss is None:
+            return None, None, None, None, None
+        gradients = [
+            times_upstream(gradient, grad_loss).to(dtype) if need else None
+            for gradient, dtype, need in zip(
+                ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:3], strict=True
+            )
+        ]
+        return *gradients, None, None
+
+
+def linear_grpo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None,
+    *,
+    old_logps: Tensor | None = None,
+    ref_logps: Tensor | None = None,
+    bias: Tensor | None = None,
+    rollout_logps: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    entropy: bool = False,
+    chunk_rows: int | None = None,
+    config: GRPOLossConfig = GRPOLossConfig(),  # noqa: B008 - immutable
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`grpo_loss` of the tokens that an LM head predicts, without the logits in memory.
+
+    The same loss, gradients and metrics as `linear_logprobs` followed by `grpo_loss`, to rounding;
+    differentiable in hidden, weight and bias, once. The gradient of the weight is summed in float32
+    and kept in the weight's dtype (float32 for float16); a weight without gradient costs nothing.
+
+    Args:
+        hidden: (B, T, H), or (N, H) packed with cu_seqlens: row t predicts labels[t]. Rows outside
+            the mask are never read.
+        weight, bias: (V, H) and (V,) of the head, in hidden's dtype.
+        labels: (B, T) or (N,) integers in [0, V) inside the mask.
+        advantages, old_logps, ref_logps, rollout_logps, token_weights, cu_seqlens, config: as in
+            `grpo_loss`.
+        mask: as in `grpo_loss`. Selecting its rows waits once for a GPU; None takes all rows
+            without waiting, and cu_seqlens must then cover them.
+        temperature: the logits are divided by it: a number, or a tensor with one per label.
+        entropy: report the mean entropy (always done if entropy_coef is not 0).
+        softcap: c of z = c tanh(x / c), applied to the logits before the temperature (Gemma).
+        chunk_rows: rows whose logits exist at a time; None: chosen at run time, as in
+            `linear_logprobs`.
+
+    Returns and raises as `grpo_loss`; also ValueError for shapes or dtypes of the head that do
+    not fit, or labels outside the vocabulary.
+    """
+    hidden, weight, bias = under_autocast(hidden, weight, bias)
+    check_head(hidden, weight, labels, bias)
+    given = LossInputs(
+        logps=hidden,
+        old_logps=old_logps,
+        advantages=advantages,
+        mask=mask,
+        ref_logps=ref_logps,
+        rollout_logps=rollout_logps,
+        token_weights=token_weights,
+        cu_seqlens=cu_seqlens,
+    )
+    arguments = loss_arguments(
+        config, labels, given, hidden, temperature=temperature, entropy=entropy
+    )
+    options = (check_softcap(softcap), check_chunk_rows(chunk_rows))
+    if not torch.is_grad_enabled():
+        # needs_input_grad is true for parameters even then, and the forward pass would compute
+        # gradients that nobody can read.
+        hidden, weight = hidden.detach(), weight.detach()
+        bias = None if bias is None else bias.detach()
+    loss, metrics = _LinearGRPOLoss.apply(hidden, weight, bias, options, arguments)
+    return loss, name_metrics(metrics, config, given, arguments.entropy)

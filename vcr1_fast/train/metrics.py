@@ -1,0 +1,121 @@
+"""Metrics of a step: merged over micro-batches and ranks, by task, as rows of the log files."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vcr1_fast.model.rollout import Rollout
+from vcr1_fast.tasks import TASKS
+from vcr1_fast.train.dataset import Sample
+from vcr1_fast.train.log import Stopwatch
+from vcr1_fast.train.scoring import Scored
+
+
+def to_numbers(metrics: Mapping[str, Tensor]) -> dict[str, float]:
+    """Metrics as floats, with one wait for the device."""
+    values = torch.stack([value.double() for value in metrics.values()]).tolist()
+    return dict(zip(metrics, values, strict=True))
+
+
+def merge_metrics(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """One step's metrics from those of its micro-batches.
+
+    Losses and counts ("num_") add up, "_max" and "_min" stay extremes, all others are means
+    weighted by "num_tokens". A metric that some parts lack is the mean over the others.
+    """
+    merged: dict[str, float] = {}
+    weights: dict[str, float] = {}
+    for part in parts:
+        tokens = part.get("num_tokens", 0.0)
+        for name, value in part.items():
+            if name not in merged:
+                merged[name], weights[name] = value, tokens
+            elif name.endswith("_max"):
+                merged[name] = max(merged[name], value)
+            elif name.endswith("_min"):
+                merged[name] = min(merged[name], value)
+            elif name.startswith("num_") or name.endswith("loss"):
+                merged[name] += value
+            else:
+                weights[name] += tokens
+                share = tokens / weights[name] if weights[name] else 0.0
+                merged[name] += (value - merged[name]) * share
+    return merged
+
+
+def task_metrics(scored: Sequence[Scored]) -> dict[str, float]:
+    """Mean reward, length and share finished over all completions and over each task's."""
+    out: dict[str, float] = {}
+    for name in ["", *sorted({one.task for one in scored})]:
+        part = [one for one in scored if name in ("", one.task)]
+        suffix = f"/{name}" if name else ""
+        out[f"reward{suffix}"] = _mean(one.total for one in part)
+        out[f"length{suffix}"] = _mean(float(one.length) for one in part)
+        out[f"finished{suffix}"] = _mean(float(one.finished) for one in part)
+        if name:
+            # A user's reward may score only some of a task's completions.
+            for reward in dict.fromkeys(reward for one in part for reward in one.rewards):
+                given = [one.rewards[reward] for one in part if reward in one.rewards]
+                out[f"reward{suffix}/{reward}"] = _mean(given)
+            for metric in part[0].metrics:
+                out[f"metric{suffix}/{metric}"] = _mean(one.metrics[metric] for one in part)
+    return out
+
+
+def step_row(
+    step: int, everyone: Sequence[Scored], metrics: Mapping[str, float], watch: Stopwatch
+) -> dict[str, float]:
+    """The row of metrics.jsonl after `step` steps."""
+    seconds, sampled = sum(watch.seconds.values()), sum(one.length for one in everyone)
+    renamed = {"clip_region": "clip_fraction"}
+    return {
+        "step": step,
+        **task_metrics(everyone),
+        **{renamed.get(name, name): value for name, value in metrics.items()},
+        "tokens_per_second": sampled / max(seconds, 1e-9),
+        "tokens_per_second/rollout": sampled / max(watch.seconds.get("rollout", 0.0), 1e-9),
+        **{f"seconds/{name}": value for name, value in watch.seconds.items()},
+    }
+
+
+def rollout_rows(
+    step: int,
+    samples: Sequence[Sample],
+    rollouts: Sequence[Rollout],
+    scored: Sequence[Scored],
+    advantages: Tensor,
+    *,
+    think: bool,
+) -> list[dict[str, Any]]:
+    """Rows of rollouts.jsonl, one a completion; `scored` and `advantages` (N,) in their order."""
+    rows: list[dict[str, Any]] = []
+    for sample, one in zip(samples, rollouts, strict=True):
+        prompt = TASKS[sample.record.task].prompt(sample.record, think)
+        for tokens, text, finished in zip(
+            one.tokens[0], one.texts[0], one.finished[0], strict=True
+        ):
+            index = len(rows)
+            rows.append(
+                {
+                    "step": step,
+                    "task": sample.record.task,
+                    "id": sample.record.id,
+                    "prompt": prompt,
+                    "target": sample.record.answer,
+                    "completion": text,
+                    "rewards": scored[index].rewards,
+                    "reward": scored[index].total,
+                    "advantage": float(advantages[index]),
+                    "tokens": len(tokens),
+                    "finished": finished,
+                }
+            )
+    return rows
+
+
+def _mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return math.fsum(values) / max(len(values), 1)

@@ -1,0 +1,181 @@
+"""Sampling of a step's completions, planned by memory and retried on out-of-memory."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from vcr1_fast.model.prompt import VIDEO
+from vcr1_fast.model.rollout import Rollout, SamplingConfig, rollout
+from vcr1_fast.model.vision import reorder_frames
+from vcr1_fast.train.config import RolloutConfig
+from vcr1_fast.train.dataset import Sample
+from vcr1_fast.train.log import Stopwatch
+from vcr1_fast.train.planner import free_unused, is_out_of_memory
+from vcr1_fast.train.setup import Run
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Prompts sampled together, each with its group's rollout; `shuffled`: completions on the
+    clip's shuffled frames, None where T-GRPO compares nothing."""
+
+    samples: Sequence[Sample]
+    rollouts: list[Rollout]
+    shuffled: list[Rollout | None]
+
+
+def sample_completions(
+    run: Run, samples: Sequence[Sample], step: int, watch: Stopwatch
+) -> Iterator[Chunk]:
+    """Sample a group of completions per prompt, chunk by chunk as memory allows.
+
+    The random numbers depend on (run.seed, step, rank) alone: chunking, an out-of-memory retry and
+    the T-GRPO term change no completion.
+    """
+    settings, temporal = run.config.rollout, run.config.rewards.temporal
+    seed = (run.config.run.seed * 1_000_003 + step) * run.ranks + run.rank
+    generator = torch.Generator().manual_seed(seed % 2**63)
+    # A second generator: the completions of unshuffled clips must not depend on the T-GRPO term.
+    shuffler = torch.Generator().manual_seed(~seed % 2**63)
+    with_graph = keeps_vision_graph(run, samples)
+    rest = samples
+    while rest:
+        run.check_overdue()
+        fitting = run.planner.prompts(
+            [len(sample.prompt) for sample in rest[: settings.batch_prompts]],
+            settings.group_size,
+            settings.max_new_tokens,
+            truncated=bool(settings.top_k) or settings.top_p < 1,
+        )
+        part, rest = rest[:fitting], rest[fitting:]
+        with watch.stage("vision"):
+            vision = run.clip_features(part, with_graph=with_graph)
+        with watch.stage("rollout"):
+            rollouts = sample_group(run, part, vision, settings.group_size, generator)
+        shuffled: list[Rollout | None] = [None] * len(part)
+        if temporal.rollouts:
+            with watch.stage("shuffled"):
+                mixed = shuffled_features(part, vision, temporal.tasks, shuffler)
+                compared = sample_group(
+                    run, [part[i] for i in mixed], list(mixed.values()), temporal.rollouts, shuffler
+                )
+                for i, one in zip(mixed, compared, strict=True):
+                    shuffled[i] = one
+        yield Chunk(part, rollouts, shuffled)
+
+
+def sample_group(
+    run: Run,
+    samples: Sequence[Sample],
+    vision: Sequence[Tensor | None],
+    count: int,
+    generator: torch.Generator,
+) -> list[Rollout]:
+    """`count` completions of each sample's prompt, whose clips have the features `vision`.
+
+    On out-of-memory, retries each half of the samples from the same RNG state; a single prompt
+    that does not fit raises.
+    """
+    if not samples:
+        return []
+    settings = run.config.rollout
+    rng_state = generator.get_state()
+    try:
+        together = rollout(
+            run.model,
+            run.processor,
+            [sample.prompt for sample in samples],
+            count,
+            SamplingConfig(
+                temperature=settings.temperature,
+                top_p=settings.top_p,
+                top_k=settings.top_k,
+                max_new_tokens=settings.max_new_tokens,
+                stop=settings.stop,
+                decoding=settings.decoding,
+            ),
+            generator,
+            vision=vision,
+        )
+        return [one_prompt(together, i) for i in range(len(samples))]
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error) or len(samples) == 1:
+            raise
+    # Outside the handler: its traceback holds the tensors of the failed rollout.
+    free_unused()
+    run.planner.log(f"out of memory with rollouts of {len(samples)} prompts: retrying by halves")
+    # A prompt consumes the same numbers whatever is sampled beside it, so halves repeat the whole.
+    generator.set_state(rng_state)
+    half = len(samples) // 2
+    first = sample_group(run, samples[:half], vision[:half], count, generator)
+    return first + sample_group(run, samples[half:], vision[half:], count, generator)
+
+
+def keeps_vision_graph(run: Run, samples: Sequence[Sample]) -> bool:
+    """Whether the rollout's vision pass keeps its graph for the policy update.
+
+    It does if the encoder is trained, the first update takes all groups (later ones need features
+    of the changed weights), and the activations of all clips fit in half the memory.
+    """
+    if run.vision_is_frozen or run.config.optim.inner_steps > 1:
+        return False
+    patches = sum(sample.prompt.patches for sample in samples)
+    return run.planner.footprint.per_patch * patches <= run.planner.available_bytes() / 2
+
+
+def one_prompt(together: Rollout, i: int) -> Rollout:
+    """The i-th prompt's part of a rollout."""
+    fields = ("tokens", "logps", "full_logps", "texts", "finished", "vision")
+    return replace(together, **{name: [getattr(together, name)[i]] for name in fields})
+
+
+def shuffled_features(
+    samples: Sequence[Sample],
+    features: Sequence[Tensor | None],
+    tasks: Sequence[str] | None,
+    generator: torch.Generator,
+) -> dict[int, Tensor]:
+    """Features of clips with their temporal patches shuffled (T-GRPO), by index in `samples`,
+    without a second pass of the vision encoder.
+
+    Left out: tasks not in `tasks` (None: no task), and samples without an order to lose, whose
+    clips have one temporal patch or which show still images. No clip of more than one temporal
+    patch keeps its order.
+    """
+    found = {}
+    for i, (sample, given) in enumerate(zip(samples, features, strict=True)):
+        grids = sample.prompt.video_grid_thw
+        clips = int((sample.prompt.mm_token_type_ids == VIDEO).sum())
+        if given is None or len(given) != clips or not bool((grids[:, 0] > 1).any()):
+            continue
+        if tasks is None or sample.record.task in tasks:
+            orders = [another_order(frames, generator) for frames in grids[:, 0].tolist()]
+            found[i] = reorder_frames(given.detach(), grids, orders)
+    return found
+
+
+def another_order(count: int, generator: torch.Generator) -> list[int]:
+    """A random order of 0 .. count - 1 other than the identity, where there is another."""
+    order = list(range(count))
+    while count > 1 and order == list(range(count)):
+        order = torch.randperm(count, generator=generator).tolist()
+    return order
+
+
+def check_rollout_gap(metrics: Mapping[str, float], settings: RolloutConfig) -> None:
+    """ValueError where the log-probs of rollout and training differ by more than the limits.
+
+    Before the first update of a step both are the same model on the same tokens, so all but
+    rounding is a fault: other weights, positions, inputs or precision.
+    """
+    for kind, limit in (("mean", settings.gap_mean_limit), ("max", settings.gap_max_limit)):
+        gap = metrics.get(f"rollout_gap_{kind}", 0.0)
+        if limit is not None and gap > limit:
+            raise ValueError(
+                f"the {kind} gap between the log-probs of rollout and training is {gap:.3g}, above "
+                f"rollout.gap_{kind}_limit {limit}. The completions were not sampled from the "
+                "policy being trained: weights, positions or precision differ between the two. "
+                "Nothing was updated in this step; the last checkpoint is good"
+            )
