@@ -18,6 +18,8 @@ class PromptConfig:
     frames: FrameConfig = field(default_factory=FrameConfig)
     system: str | None = None
     """System prompt; null: none."""
+    media_first: bool = False
+    """Show the video or image before the question, as VideoChat-R1.5 does, rather than after it."""
     decoder: Literal["decord", "pyav"] = "pyav"
     """Package that decodes videos."""
 
@@ -34,8 +36,6 @@ class ReadingConfig(PromptConfig):
     """Ask for reasoning before the answer."""
     prompts: str | None = None
     """File of other prompt wordings (YAML or JSON), by task; null: the tasks' own."""
-    media_first: bool = False
-    """Show the video or image before the question, as VideoChat-R1.5 does, rather than after it."""
     decode_workers: NonNegativeInt = 2
     """Processes that decode clips ahead; 0 decodes in the main process, without a time-out."""
     decode_timeout: PositiveFloat = 60.0

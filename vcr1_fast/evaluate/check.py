@@ -36,9 +36,11 @@ from vcr1_fast.tasks.base import Metrics
 class Report:
     """Counts, faults, shares of the letters or labels, and blind baselines of a set of records.
 
-    videos: counts images too. floors: task -> strategy -> metrics of the blind baseline.
+    rows: all that were read, refused ones too. videos: counts images too. floors: task -> strategy
+    -> metrics of the blind baseline.
     """
 
+    rows: int
     records: int
     videos: int
     tasks: dict[str, int]
@@ -51,6 +53,7 @@ class Report:
 
     def as_json(self) -> dict[str, Any]:
         return {
+            "rows": self.rows,
             "records": self.records,
             "videos": self.videos,
             "tasks": self.tasks,
@@ -97,6 +100,7 @@ def check(
     faults += doubled_boxes(by_task["tracking"]) if "tracking" in by_task else []
     fitted = {task: [r for r in trained if r.task == task] or by_task[task] for task in by_task}
     return Report(
+        rows=len(records) + len(bad) + len(refusals),
         records=len(records),
         videos=len({record.media for record in records}),
         tasks={task: len(group) for task, group in by_task.items()},
@@ -130,9 +134,11 @@ def _balance(records: Sequence[Record]) -> dict[str, float]:
 def report_text(report: Report, examples: int = 3) -> str:
     """The report in lines: counts, faults with the first few of each kind, balance, baselines."""
     tasks = ", ".join(f"{task} {count}" for task, count in report.tasks.items())
-    lines = [f"{report.records} records of {report.videos} videos or images: {tasks}"]
+    lines = [f"{report.records} records of {report.videos} videos or images: {tasks or 'none'}"]
+    if report.rows != report.records:
+        lines[0] += f"; {report.rows - report.records} of {report.rows} rows were refused"
     for kind, count in sorted(report.counts().items()):
-        lines.append(f"{kind}: {count} ({100 * count / max(report.records, 1):.1f} %)")
+        lines.append(f"{kind}: {count} ({100 * count / max(report.rows, 1):.1f} %)")
         named = [fault for fault in report.faults if fault.kind == kind]
         lines += [f"  {fault.record}: {fault.detail}" for fault in named[:examples]]
         if count > examples:
