@@ -9,6 +9,7 @@ import odd_media
 import pytest
 from PIL import Image
 
+from vcr1_fast.data import decode
 from vcr1_fast.data.decode import BACKENDS, open_source
 from vcr1_fast.data.frame_folder import frame_names
 from vcr1_fast.data.media_file import NeedsPyav, VideoError
@@ -251,6 +252,29 @@ def test_a_damaged_frame_spoils_those_that_refer_to_it(tmp_path):
         assert numbers(good) == [0, 11, 24, 35]
         with pytest.raises(VideoError, match="decode"):
             read_clip(str(path), times=[0.0, 2.2], backend=backend)
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+@pytest.mark.parametrize("b_frames", ["0", "3"])
+def test_only_the_frames_that_are_needed_are_decoded(tmp_path, monkeypatch, suffix, b_frames):
+    path = write(tmp_path / f"v.{suffix}", sc_threshold="0", bf=b_frames, **{"b-pyramid": "none"})
+    keep, seen = decode._keep, []
+
+    def counted(frame, *more):
+        seen.append(odd_media.number(frame.to_ndarray(format="rgb24")))
+        return keep(frame, *more)
+
+    monkeypatch.setattr(decode, "_keep", counted)
+    clip = read_clip(path, times=[2.0], backend="pyav")  # GOPs of 9 begin at 18 and 27
+    assert numbers(clip) == [20] and min(seen) == 18
+    assert len(seen) <= (3 if b_frames == "0" else 6)
+    seen.clear()
+    assert numbers(read_clip(path, times=[0.1, 3.5], backend="pyav")) == [1, 35]
+    assert not set(seen) & set(range(9, 27))
+    seen.clear()
+    assert numbers(read_clip(path, times=[3.5], backend="pyav")) == [35]
+    references = {"0": 9, "3": 5}  # of the last GOP; nothing refers to its B-frames
+    assert len(seen) <= references[b_frames]
 
 
 def test_codecs_that_decord_lacks_go_to_pyav_and_the_log_says_so(tmp_path, caplog):
