@@ -3,6 +3,7 @@
 import logging
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import odd_media
@@ -14,7 +15,7 @@ from vcr1_fast.data.decode import BACKENDS, open_source
 from vcr1_fast.data.frame_folder import frame_names
 from vcr1_fast.data.media_file import NeedsPyav, VideoError
 from vcr1_fast.data.sampling import FrameConfig
-from vcr1_fast.data.timeline import is_even, read_timeline
+from vcr1_fast.data.timeline import _rate, _zero, is_even, read_timeline
 from vcr1_fast.data.truncation import cut_off
 from vcr1_fast.data.video import ClipReader, ClipRequest, probe, probe_all, read_clip
 
@@ -158,6 +159,8 @@ def test_uneven_frames_are_sampled_in_time(tmp_path, backend, rule, suffix):
     assert numbers(clip) == on_screen.tolist()
     np.testing.assert_allclose(clip.times, given, atol=2e-3)
     assert len(clip.frames) / clip.fps == pytest.approx(32, abs=2)
+    if rule == "linspace":  # from the first frame to the last one
+        assert given[-1] == pytest.approx(32, abs=2e-3) and numbers(clip)[-1] == COUNT - 1
     # From 9 s on the frame of 8 s is on screen, though it came before the part began.
     part = read_clip(
         path, FrameConfig(num_frames=4, rule=rule), start=9.0, end=21.0, backend=backend
@@ -179,6 +182,36 @@ def test_a_nominal_rate_that_is_absurd_is_measured_instead(tmp_path):
     assert is_even(stamps + 0.3, 3.0, begin=0.0) and not is_even(stamps + 0.7, 3.0, begin=0.0)
     # One dropped frame leaves a file even; a second that stands still does not.
     assert is_even(np.delete(stamps, 5), 3.0) and not is_even(np.delete(stamps, [4, 5, 6, 7]), 3.0)
+
+
+def test_a_rate_is_the_containers_unless_its_stamps_contradict_it():
+    stamps = (np.arange(100) * 1001 / 24000).round(3)
+    assert _rate("v", stamps, 24000 / 1001) == 24000 / 1001
+    assert _rate("v", stamps, 1000.0) == pytest.approx(24000 / 1001, rel=1e-4)
+    assert _rate("v", stamps, 25.0) == pytest.approx(24000 / 1001, rel=1e-4)
+    assert _rate("v", stamps, 0.0) == pytest.approx(24000 / 1001, rel=1e-4)
+    with pytest.raises(VideoError, match="same time stamp"):
+        _rate("v", np.zeros(3), 25.0)
+    with pytest.raises(VideoError, match="frame rate is unknown"):
+        _rate("v", np.zeros(1), 0.0)
+
+
+@pytest.mark.parametrize(
+    ("starts", "zero"),
+    [
+        ((2.0, 0.0), 0.0),
+        ((2.0, 0.017), 0.0),
+        ((0.0, -0.021), 0.0),
+        ((1.48, 1.4), 1.4),
+        ((0.5,), 0.5),
+    ],
+)
+def test_seconds_count_from_the_first_stream(starts, zero):
+    base = Fraction(1, 1000)
+    streams = [SimpleNamespace(start_time=s * 1000, time_base=base) for s in (*starts,)]
+    unknown = SimpleNamespace(start_time=None, time_base=base)
+    of_kinds = SimpleNamespace(video=streams[:1], audio=[*streams[1:], unknown])
+    assert _zero(SimpleNamespace(streams=of_kinds), 0.1) == pytest.approx(zero)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
