@@ -368,3 +368,13 @@ def test_strays_in_frame_folders_are_refused(tmp_path):
     ):
         with pytest.raises(VideoError, match=reason):
             frame_names(folder(*names))
+
+
+def test_an_index_that_points_past_the_file_is_reported(tmp_path):
+    path = Path(write(tmp_path / "v.mp4"))
+    data = bytearray(path.read_bytes())
+    place = data.index(b"stsz") + 16 + 4 * 20  # the size of sample 20: the later ones move
+    data[place : place + 4] = (1 << 24).to_bytes(4, "big")
+    path.write_bytes(data)
+    with pytest.raises(VideoError, match=rf"damaged: \d+ of {COUNT} samples could be read"):
+        read_timeline(str(path))
