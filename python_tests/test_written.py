@@ -92,9 +92,11 @@ def test_a_target_earns_its_own_reward(name, data):
         assert prediction.letter == answer["answer"]
     if name == "classification":
         assert prediction == answer
-        assert scores["accuracy"] == task.metrics(prediction, record)["accuracy"] == 1.0
+        assert [scores["accuracy"]] == task.metrics([prediction], [record])["accuracy"] == [1.0]
     thinking = task.score_one(f"why\n</think>\n{completion}", record, None, True)
-    assert thinking == task.score_one(f"<think>why</think>{completion}", record, None, True) == scores
+    assert (
+        thinking == task.score_one(f"<think>why</think>{completion}", record, None, True) == scores
+    )
 
 
 @settings(deadline=None)
@@ -159,11 +161,11 @@ def test_labels_that_fall_together_are_told_apart(choices, answer):
     task.check(record)
     completion = task.target(record)
     assert task.score_one(completion, record) == {"format": 1.0, "accuracy": 1.0}
-    assert task.metrics(task.parse(completion, record), record) == {"accuracy": 1.0}
+    assert task.metrics([task.parse(completion, record)], [record]) == {"accuracy": [1.0]}
     (other,) = set(choices) - {answer}
     wrong = f"<answer>{other}</answer>"
     assert task.score_one(wrong, record) == {"format": 1.0, "accuracy": 0.0}
-    assert task.metrics(task.parse(wrong, record), record) == {"accuracy": 0.0}
+    assert task.metrics([task.parse(wrong, record)], [record]) == {"accuracy": [0.0]}
 
 
 def test_a_label_between_two_options_is_none_of_them():
