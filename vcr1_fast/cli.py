@@ -75,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, allow_abbrev=False)
         command.add_argument("--config", help="YAML file of settings")
         command.add_argument("--model", help="checkpoint folder or hub name (model.path)")
-        command.add_argument("--data", help="records, JSONL (data.train)")
+        command.add_argument("--data", help="records: .jsonl .json .csv .parquet (data.train)")
         command.add_argument(
             "--prompts", help="other prompt templates, YAML or JSON (data.prompts)"
         )
@@ -98,7 +98,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--config", help="YAML file of settings")
     command.add_argument("--model", help="checkpoint folder or hub name (model)")
     command.add_argument("--predictions", help="completions to score, no model (predictions)")
-    command.add_argument("--data", help="records, JSONL (records)")
+    command.add_argument("--data", help="records: .jsonl .json .csv .parquet (records)")
     command.add_argument("--prompts", help="other prompt templates, YAML or JSON (eval.prompts)")
     command.add_argument("--output", help="folder of the results (output)")
     _add_overrides(command)
@@ -146,16 +146,18 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "format",
         help="activitynet, charades, dream1k, got10k, mvbench, nextgqa, perception_test, quality, "
-        "refcoco, video_r1, videochat_r15, videomme or vidtab",
+        "refcoco, video_r1, videochat_r15, videomme, vidtab; or conversations: messages, "
+        "sharegpt, trl",
     )
     command.add_argument("annotations", help="the file (mvbench: folder) as its authors publish it")
     command.add_argument("output", help="records to write, JSONL")
     command.add_argument("--media", required=True, help="folder of the videos or images")
     command.add_argument("--benchmark", help="the published split that it is")
+    command.add_argument("--task", help="the task that the questions of conversations are")
     command.set_defaults(run=run_convert)
 
     command = kinds.add_parser("check", help="faults of records and media, and blind baselines")
-    command.add_argument("records", help="records, JSONL; or an annotation file, with --format")
+    command.add_argument("records", help="records; or an annotation file, with --format")
     command.add_argument("--format", help="check a published file as it is (see data convert)")
     command.add_argument("--train", help="records trained on: blind baselines are fitted on them")
     command.add_argument("--media", help="folder of the videos (default: the records' own)")
@@ -164,6 +166,10 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--decoder", choices=("pyav", "decord"), default="pyav", help="default: %(default)s"
     )
+    command.add_argument(
+        "--column", action="append", metavar="FIELD=COLUMN", help="repeatable (data.columns)"
+    )
+    command.add_argument("--task", help="check this task alone, also of rows that name none")
     command.add_argument("--json", help="write the report to this file")
     command.set_defaults(run=run_check)
 
@@ -347,6 +353,7 @@ def run_convert(options: argparse.Namespace) -> int:
         options.output,
         media_root=options.media,
         benchmark=options.benchmark,
+        task=options.task,
     )
     tasks = ", ".join(f"{task} {count}" for task, count in done.tasks.items())
     print(
@@ -363,7 +370,7 @@ def run_check(options: argparse.Namespace) -> int:
     from vcr1_fast.files import write_atomic
 
     how = {"train": options.train, "media": not options.no_media, "decode": options.decode}
-    how["decoder"] = options.decoder
+    how |= {"decoder": options.decoder, "task": options.task, "columns": _columns(options.column)}
     if options.format is None:
         report = check(options.records, media_root=options.media, **how)
     else:
@@ -435,6 +442,15 @@ def _options_named() -> Iterator[None]:
         if error.reason != "missing" or option is None:
             raise
         raise ConfigError(error.field, f"missing; give {option}") from None
+
+
+def _columns(pairs: list[str] | None) -> dict[str, str] | None:
+    """field -> column of options FIELD=COLUMN."""
+    for pair in pairs or ():
+        if not all(pair.partition("=")):
+            raise ValueError(f"--column {pair}: expected FIELD=COLUMN")
+    split = (pair.partition("=") for pair in pairs or ())
+    return {field: column for field, _, column in split} or None
 
 
 def _add_overrides(command: argparse.ArgumentParser) -> None:

@@ -30,8 +30,12 @@ class ReadingConfig(PromptConfig):
 
     media_root: str | None = None
     """Folder that media paths are relative to; null: the folder of the records file."""
+    columns: dict[str, str] | None = None
+    """Column of the records file for each of our fields that has another name there, e.g.
+    {video: video_path, prompt.question: q}; null: the fields' own names."""
     tasks: tuple[str, ...] | None = None
-    """Use the records of these tasks only; null: all tasks in the file."""
+    """Use the records of these tasks only; null: all tasks in the file. A single one is also the
+    task of rows that name none."""
     think: bool = False
     """Ask for reasoning before the answer."""
     prompts: str | None = None

@@ -7,7 +7,7 @@ strategy that ignores the video: a model below it has learned nothing from the v
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -71,8 +71,10 @@ def check(
     media: bool = True,
     decode: bool = False,
     decoder: str = DECODER,
+    columns: Mapping[str, str] | None = None,
+    task: str | None = None,
 ) -> Report:
-    """Examine the records of a JSONL file, and the rows that were refused when it was converted.
+    """Examine the records of a file, and the rows that were refused when it was converted.
 
     train: records that a model is trained on; blind baselines are fitted on them, and a video in
         both is a fault. Without it they are fitted on the examined records, which can only raise
@@ -80,13 +82,26 @@ def check(
     media: open every video and image, to compare lengths with the annotation.
     decode: also decode what each record shows, as training does.
     decoder: which decoder opens the videos, as data.decoder of a run.
+    columns, task: as data.columns and a single data.tasks of a run.
     """
     bad = Quarantine()
-    records = load_records(path, media_root=media_root, on_error="quarantine", quarantine=bad)
+    tasks = None if task is None else [task]
+    records = load_records(
+        path,
+        media_root=media_root,
+        tasks=tasks,
+        on_error="quarantine",
+        quarantine=bad,
+        columns=columns,
+    )
     refused = Path(path).with_suffix(".quarantine.jsonl")
     refusals = Quarantine(refused).items if refused.exists() else []
     faults = [malformed(item) for item in [*refusals, *bad.items]]
-    trained = [] if train is None else load_records(train, media_root=media_root)
+    trained = (
+        []
+        if train is None
+        else load_records(train, media_root=media_root, tasks=tasks, columns=columns)
+    )
     faults += repeated(records) + overlap(records, trained)
     lengths: dict[Timed, float] = {}
     if media or decode:
