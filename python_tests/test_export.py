@@ -59,7 +59,8 @@ def test_a_checkpoint_exports_as_the_model_it_holds(full, tmp_path):
     named = dict(model.named_parameters())
     assert state.keys() == {name for name, p in named.items() if p.requires_grad}
     assert all(torch.equal(named[name], value) for name, value in state.items())
-    assert any(not torch.equal(named[name], finished[name]) for name in finished if name in named)
+    other = weights(first)
+    assert any(not torch.equal(other[name], finished[name]) for name in finished)
 
 
 def test_the_command_names_what_is_there(full, lora, tmp_path, capsys):
@@ -121,6 +122,7 @@ def test_eval_and_chat_take_a_run_that_was_killed(full, inputs, tmp_path, capsys
 # Adapters
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_peft_loads_the_adapter_and_merges_to_the_model(lora, inputs):
     from peft import PeftModel
 

@@ -339,3 +339,12 @@ def test_a_record_twice_in_a_step_is_two_groups_on_the_page(inputs, tmp_path):
     from vcr1_fast.train.metrics import rollout_rows
 
     assert rollout_rows.__kwdefaults__ == {"ranks": (0, 1)}
+
+
+# The hour in one go
+
+
+def test_the_first_hour_takes_three_minutes_and_no_setting_twice(tmp_path):
+    import first_hour
+
+    assert first_hour.main(tmp_path / "hour") < first_hour.LIMIT

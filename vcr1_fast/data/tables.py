@@ -58,7 +58,8 @@ def complete(row: Any, *, made_id: str, task: str | None = None) -> Any:
     """
     if not isinstance(row, dict):
         return row
-    row = _nested(row)
+    # A column exists for all rows of a table; what a row lacks is null in it.
+    row = _nested({name: value for name, value in row.items() if value is not None})
     if task is not None:
         row.setdefault("task", task)
     for name in [name for name in row if name not in FIELDS and name not in _prompt_names(row)]:
@@ -70,7 +71,7 @@ def complete(row: Any, *, made_id: str, task: str | None = None) -> Any:
         if isinstance(metadata, dict):
             metadata.setdefault(name, row.pop(name))
             row.pop(name, None)
-    if "id" not in row or row["id"] is None:
+    if "id" not in row:
         row["id"] = made_id
     elif isinstance(row["id"], int) and not isinstance(row["id"], bool):
         row["id"] = str(row["id"])
@@ -87,6 +88,8 @@ def decoded(row: Any) -> Any:
         return row
     out = {}
     for name, value in row.items():
+        if value == "":  # an empty cell
+            continue
         if name in ("id", "task", "video", "image", "answer") or name.startswith("prompt"):
             out[name] = value
             continue
@@ -229,7 +232,7 @@ def _read_csv(path: Path, delimiter: str) -> Iterator[tuple[int, Any]]:
                     reason = f"{found} cells, the header has {len(names)}"
                     yield reader.line_num, FieldError("", reason)
                     continue
-                yield reader.line_num, {name: value for name, value in row.items() if value != ""}
+                yield reader.line_num, row
         except csv.Error as error:
             raise ValueError(f"{path}:{reader.reader.line_num}: not CSV: {error}") from None
 
@@ -248,8 +251,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
     for batch in file.iter_batches():
         for row in batch.to_pylist():
             number += 1
-            # A column exists for all rows; what a row lacks is null in it.
-            yield number, {name: value for name, value in row.items() if value is not None}
+            yield number, row
 
 
 def _decode(line: bytes) -> Any:

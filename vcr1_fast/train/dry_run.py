@@ -28,7 +28,7 @@ from vcr1_fast.tasks import TASKS
 from vcr1_fast.train.config import ModelConfig, TrainConfig
 from vcr1_fast.train.dataset import training_records
 from vcr1_fast.train.difficulty import select
-from vcr1_fast.train.plan import Needs, data_lines, gib, model_lines
+from vcr1_fast.train.plan import Needs, data_lines, model_lines, size
 from vcr1_fast.train.planner import Footprint
 from vcr1_fast.train.setup import add_adapters
 
@@ -76,14 +76,14 @@ def dry_run(config: TrainConfig, *, grpo: bool) -> tuple[list[str], bool]:
                 )
             ),
         )
-        lines.append(f"rollout: {gib(rollout_bytes)} for {rollout.batch_prompts} prompts together")
+        lines.append(f"rollout: {size(rollout_bytes)} for {rollout.batch_prompts} prompts together")
     copies = 2 if grpo and config.loss.beta != 0 and not config.model.has_adapters else 1
     total = copies * needs.weights + needs.training
     disk = (config.run.keep_checkpoints + 1) * needs.checkpoint + needs.weights
     fits = total < free and disk < free_bytes(Path(config.run.output))
     reference = ", with the reference model" if copies == 2 else ""
     lines.append(
-        f"in all {gib(total + work)} of memory{reference}: "
+        f"in all {size(total + work)} of memory{reference}: "
         + ("fits" if total + work < free else "a step must be cut smaller" if fits else "too much")
     )
     return lines, fits

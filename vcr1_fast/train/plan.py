@@ -21,7 +21,7 @@ from torch import nn
 from vcr1_fast.data.records import Record
 from vcr1_fast.files import free_bytes
 from vcr1_fast.train.config import TrainConfig
-from vcr1_fast.train.planner import GIB, Footprint
+from vcr1_fast.train.planner import Footprint
 
 
 @dataclass(frozen=True)
@@ -72,20 +72,24 @@ def model_lines(needs: Needs, config: TrainConfig, free: float) -> Iterator[str]
     adapters = " in adapters" if config.model.has_adapters else ""
     yield f"model: {_count(needs.parameters)} parameters, {_count(needs.trained)} trained{adapters}"
     parts = (
-        f"weights {gib(needs.weights)}, gradients and optimiser {gib(needs.training)}, "
-        f"a micro-batch of {config.optim.tokens_per_microbatch} tokens {gib(needs.micro_batch)}"
+        f"weights {size(needs.weights)}, gradients and optimiser {size(needs.training)}, "
+        f"a micro-batch of {config.optim.tokens_per_microbatch} tokens {size(needs.micro_batch)}"
     )
-    yield f"memory: {parts}; {gib(free)} free"
+    yield f"memory: {parts}; {size(free)} free"
     keep = config.run.keep_checkpoints
     yield (
-        f"disk: {keep + 1} checkpoints of {gib(needs.checkpoint)} at most, the model "
-        f"{gib(needs.weights)}; {gib(free_bytes(Path(config.run.output)))} free"
+        f"disk: {keep + 1} checkpoints of {size(needs.checkpoint)} at most, the model "
+        f"{size(needs.weights)}; {size(free_bytes(Path(config.run.output)))} free"
     )
 
 
-def gib(count: float) -> str:
-    """Bytes in GiB."""
-    return f"{count / GIB:.3g} GiB"
+def size(count: float) -> str:
+    """A number of bytes with its unit, three digits."""
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if count >= unit:
+            number = count / unit
+            return f"{number:.0f} {name}" if number >= 100 else f"{number:.3g} {name}"
+    return f"{count:.0f} B"
 
 
 def _count(number: int) -> str:
