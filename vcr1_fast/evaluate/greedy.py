@@ -62,11 +62,12 @@ class Look:
         Evidence that is absent, unreadable or wholly outside the clip leaves the aim as it is.
         """
         found = read_evidence(self.passes[-1].text, self.record)
-        duration = self.clip.duration
+        duration, fps = self.clip.duration, self.clip.fps
+        assert duration is not None and fps is not None  # an image is settled from the start
         shown = key_spans(found, duration, perception.max_spans)
         spans = tuple(self.played.real_spans(shown))
         # Borders nearer than half the distance between frames take the same frames, or almost.
-        tolerance = 0.5 / self.clip.fps
+        tolerance = 0.5 / fps
         self.settled = not spans or same_spans(spans, self.spans, tolerance)
         if not self.settled:
             self.spans = spans

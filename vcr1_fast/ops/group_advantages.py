@@ -111,6 +111,7 @@ def group_advantages_reference(
     mean = groups.reduce(rewards * kept, "sum") / count.clamp(min=1)
     baseline = mean
     if o.estimator == "opo":
+        assert lengths is not None  # `group_advantages` checks it
         share = kept * lengths.double()
         baseline = groups.reduce(share * rewards, "sum") / groups.reduce(share, "sum").clamp(min=1)
     advantages = _centre(rewards, rows, baseline, groups)
@@ -122,6 +123,7 @@ def group_advantages_reference(
     elif o.scale == "given":
         # A group far from its task's usual spread would outweigh the batch: its own std is used,
         # over n rather than n - 1, as the authors do.
+        assert stds is not None  # `group_advantages` checks it
         given = advantages / (stds.double() + o.eps)
         own = advantages / ((squares / count.clamp(min=1)).sqrt() + o.eps)
         largest = groups.reduce(given.abs(), "max")

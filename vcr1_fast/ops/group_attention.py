@@ -98,7 +98,8 @@ def group_attention_backward_reference(
             # Over the query heads that share a key head.
             shared = part.unflatten(0, (key.shape[1], -1)).sum(1)
             whole.index_add_(0, keys, shared.transpose(0, 1))
-    return tuple(x.to(query.dtype) for x in grads)
+    grad_query, grad_key, grad_value = (x.to(query.dtype) for x in grads)
+    return grad_query, grad_key, grad_value
 
 
 def _pieces(parts: Tensor, device: torch.device) -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -199,7 +200,7 @@ def _fake_forward(
 def _fake_backward(
     query: Tensor, key: Tensor, value: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(x.new_empty(x.shape) for x in (query, key, value))
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
 _forward = Op(
@@ -221,7 +222,9 @@ _backward.register("cpu", _backward_cpu)
 
 class _GroupAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, parts, scale):
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, parts: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor]:
         out, lse = _forward(query, key, value, parts, scale)
         ctx.save_for_backward(query, key, value, out, lse, parts)
         ctx.scale = scale
@@ -230,7 +233,7 @@ class _GroupAttention(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad, _):
+    def backward(ctx: Any, grad: Tensor, _grad_lse: None) -> Any:
         *saved, parts = ctx.saved_tensors
         return *_backward(*saved, grad, parts, ctx.scale), None, None
 

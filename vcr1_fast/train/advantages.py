@@ -64,7 +64,8 @@ def advantages_of(
     rewards where it is the scale."""
     if not everyone:
         return torch.zeros(0)
-    scale, stds = config.scale, None
+    scale: str | None = config.scale
+    stds: Tensor | None = None
     if scale == "task_ema":
         # Every rank sees all completions, so all ranks keep the same moments without a collective.
         scales.update((one.task, one.total) for one in everyone)

@@ -107,7 +107,8 @@ def checkpoints(folder: str | Path) -> tuple[list[Path], list[Path]]:
 
     Complete: every file has the size that the manifest says; `check_checkpoint` reads them too.
     """
-    whole, broken = [], []
+    whole: list[Path] = []
+    broken: list[Path] = []
     folder = Path(folder)
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         if path.name.startswith((PREFIX, _PARTIAL)):
@@ -182,7 +183,8 @@ def load_trained_state(model: nn.Module, state: dict[str, torch.Tensor]) -> None
 
 def random_state() -> dict[str, Any]:
     """RNG states of torch (all devices), numpy and Python."""
-    kind, keys, position, has_gauss, cached = np.random.get_state()
+    state: Any = np.random.get_state()  # annotated as a tuple or a dict
+    kind, keys, position, has_gauss, cached = state
     numpy_state = (kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached)
     return {
         "torch": torch.get_rng_state(),

@@ -8,10 +8,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from vcr1_fast.files import append_jsonl, read_lines, write_atomic
 from vcr1_fast.progress import clock, open_bar
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
 
 SHOWN = ("reward", "loss", "kl", "length", "grad_norm", "tokens_per_second")
 PLAIN_EVERY = 5.0
@@ -58,7 +61,8 @@ class RunLog:
         self.active, self.steps, self.done = active, steps, done
         self.stream = sys.stderr if stream is None else stream
         self._began, self._first, self._shown = time.monotonic(), done, -PLAIN_EVERY
-        self._board = self._bar = None
+        self._board: Any = None
+        self._bar: Bar | None = None
         if not active:
             return
         self.output = Path(output)

@@ -3,7 +3,7 @@
 import copy
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from accelerate.utils import (
     gather_object,
     set_seed,
 )
-from torch import nn
+from torch import Tensor, nn
 
 from vcr1_fast.config.loader import dump_config
 from vcr1_fast.data.quarantine import Quarantine
@@ -77,7 +77,7 @@ class Run:
     optimizer: MasterAdamW
     source: PromptSource
     planner: Planner
-    features: ByteCache[torch.Tensor]
+    features: ByteCache[Tensor]
     log: RunLog
     done: int
     scales: TaskScales
@@ -105,7 +105,7 @@ class Run:
     def ranks(self) -> int:
         return self.accelerator.num_processes
 
-    def batches(self) -> Iterator[list]:
+    def batches(self) -> Iterator[list[Sample]]:
         """This rank's samples of each remaining step."""
         optim = self.config.optim
         return self.source.batches(
@@ -117,7 +117,9 @@ class Run:
         """Whether rollout, policy and reference model share a clip's features."""
         return vision_is_frozen(self.model)
 
-    def clip_features(self, samples: list[Sample], *, with_graph: bool = False) -> list:
+    def clip_features(
+        self, samples: Sequence[Sample], *, with_graph: bool = False
+    ) -> list[Tensor | None]:
         """Features of each sample's clips, None for a sample without clips; a frozen encoder's come
         from the cache where it holds them. `with_graph`: keep the graph for a backward pass."""
         keys = [clip_key(sample.record) for sample in samples]
@@ -136,10 +138,11 @@ class Run:
         if self.reference_model is not None:
             yield self.reference_model
         else:
-            with self.model.disable_adapter():
+            adapted: Any = self.model  # a PeftModel, whose type peft need not be installed for
+            with adapted.disable_adapter():
                 yield self.model
 
-    def missing(self, samples: list) -> int:
+    def missing(self, samples: Sequence[Sample]) -> int:
         """Samples missing from this step's batches on all ranks, because they are quarantined."""
         present = sum(gather_object([len(samples)]))
         self.used += present
@@ -364,9 +367,10 @@ def add_adapters(model: nn.Module, settings: ModelConfig) -> nn.Module:
 
     family = family_of(model)
     targets = list(settings.lora_targets or family.lora_targets)
+    scale: Any = settings.lora_alpha  # peft divides by the rank, and annotates int
     adapters = LoraConfig(
         r=settings.lora_rank,
-        lora_alpha=settings.lora_alpha,
+        lora_alpha=scale,
         lora_dropout=0.0,
         target_modules=targets,
         exclude_modules=family.vision_pattern if settings.freeze_vision else None,

@@ -121,7 +121,7 @@ class VideoGRPOTrainer(GRPOTrainer):
             raise ValueError("a model that is loaded already needs its processor")
         frames = FrameConfig(**cast("dict[str, Any]", args.frame_kwargs or {}))
         shown = processor.with_frames(frames, media_first=processor.media_first)
-        self.processor = dataclasses.replace(shown, mrope=args.mrope)
+        self.processor = dataclasses.replace(shown, mrope=cast(Mrope, args.mrope))
         self.frames = self.processor.frames
         prepare_vision(unwrap(model))
         super().__init__(
