@@ -228,7 +228,7 @@ def test_close_frees_whoever_waits():
 
         def wait():
             try:
-                judge.tells([("a", "b"), ("c", "d")])
+                judge.entails([("a", "b"), ("c", "d")])
             except JudgeError as error:
                 errors.append(str(error))
 

@@ -1,4 +1,4 @@
-"""Rewards of a user's own: both forms, where they are found, and what is told when they fail."""
+"""A user's rewards: both forms, where they are found, and what is reported when they fail."""
 
 import math
 import signal
@@ -179,7 +179,7 @@ def test_errors_name_the_function(file):
 
 
 def test_a_file_is_a_module_while_it_runs(tmp_path):
-    """Dataclasses look their module up where annotations are texts."""
+    """Dataclasses find their module where annotations are texts."""
     path = tmp_path / "with_dataclass.py"
     path.write_text(
         "from __future__ import annotations\n"

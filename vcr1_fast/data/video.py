@@ -310,7 +310,7 @@ def _sample(
     stamps = source.timestamps[part.first : part.stop]
     rate = source.fps
     if not is_even(stamps, rate) and stamps[-1] > stamps[0]:
-        rate = (total - 1) / float(stamps[-1] - stamps[0])  # this part may have a rate of its own
+        rate = (total - 1) / float(stamps[-1] - stamps[0])  # this part may have another rate
     even = is_even(stamps, rate, part.begin)
     try:
         count = config.count(total, rate if even else total / part.length)

@@ -6,8 +6,8 @@ size are one batch: the same products, softmax by softmax. On CUDA, in half prec
 attention over packed sequences takes them all in one call, where this torch has it.
 
 The model's own modules run unchanged; they use this attention because it is registered with
-transformers under its own name. `model/family.py` says which module of a model is the encoder and
-how it is called.
+transformers under a separate name. `model/family.py` says which module of a model is the encoder
+and how it is called.
 """
 
 import inspect
@@ -195,7 +195,7 @@ def reorder_frames(features: Tensor, grid_thw: Tensor, orders: Sequence[Sequence
     """Features of clips with their temporal patches in another order, computed from the features
     of the clips as they are.
 
-    Exact for an encoder that never looks beyond a temporal patch and takes its positions from
+    Exact for an encoder that never attends beyond a temporal patch and takes its positions from
     height and width alone: what it makes of a temporal patch does not depend on its place.
 
     Args:

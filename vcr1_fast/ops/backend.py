@@ -294,7 +294,7 @@ def opaque(
     """`fn` as the torch operator `torch.ops.vcr1_fast.<name>`, which compilers do not trace.
 
     For functions built of ops that a graph cannot express, such as loops over chunks whose number
-    depends on values. No kernel of its own, so no backends: the ops inside choose theirs.
+    depends on values. It has no kernel, so no backends: the ops inside choose theirs.
     """
     qualified = f"{_NAMESPACE}::{name}"
     torch.library.define(qualified, schema)

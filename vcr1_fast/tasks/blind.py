@@ -1,4 +1,4 @@
-"""Guesses of blind baselines: the best constant answers, made without a look at the video.
+"""Guesses of blind baselines: the best constant answers, made without the video.
 
 Each is fitted on training records. A model that does not beat them has learned nothing from the
 videos.

@@ -46,7 +46,7 @@ def save_checkpoint(
 
     Every rank calls this; `barrier` makes them wait for each other, rank 0 writes the state, names
     the folder and deletes all but the newest `keep`. Returns the checkpoint's folder. OSError,
-    before anything is written, where the disk has too little room; a write that fails leaves no
+    before anything is written, where the disk has too little space; a write that fails leaves no
     partial folder behind.
     """
     folder = Path(folder)

@@ -37,7 +37,7 @@ class Sampler:
     Each epoch is shuffled; with `scores`, one a record, it is sorted, the highest first, and a
     record comes fewer than `window` places from where sorting puts it. A function of these fields
     and nothing else: the place reached is its whole state, and leaving a bad record out moves no
-    other. `name` tells it from samplers of other records or scores, for checkpoints.
+    other. `name` separates it from samplers of other records or scores, for checkpoints.
     """
 
     size: int
@@ -170,8 +170,8 @@ class PromptSource:
     def _stream(self, plan: Iterator[Record]) -> Iterator[tuple[Record, Clip | VideoError | None]]:
         """Each planned record with its clip, its error, or None where it is known to be bad.
 
-        The reader draws requests ahead of what it has yielded, and so plans ahead; `planned` holds
-        what was drawn, `waiting` the slots of it that the reader still owes, in its order.
+        The reader takes requests ahead of its results, and so plans ahead; `planned` holds the
+        records taken, `waiting` the slots that the reader has not filled yet, in its order.
         """
         planned: deque[tuple[Record, _Slot]] = deque()
         waiting: deque[tuple[Hashable, _Slot]] = deque()

@@ -39,7 +39,7 @@ class TemporalConfig:
     See `rewards.shaping.temporal_bonuses`."""
 
     rollouts: NonNegativeInt = 0
-    """Completions drawn from the shuffled clip, for comparison only (Video-R1: half a group);
+    """Completions sampled on the shuffled clip, for comparison only (Video-R1: half a group);
     0: none, and no bonus."""
     bonus: float = 0.3
     """Added to right completions where the ratio is reached."""

@@ -77,15 +77,15 @@ class Scoring:
     def submit(
         self,
         samples: Sequence[Sample],
-        drawn: Sequence[Rollout],
+        sampled: Sequence[Rollout],
         shuffled: Sequence[Rollout | None],
     ) -> None:
         """Score the groups of a chunk's samples.
 
-        drawn: their completions. shuffled: those sampled with shuffled frames, None for a sample
+        sampled: their completions. shuffled: those sampled with shuffled frames, None for a sample
         without.
         """
-        part = self._thread.submit(self.score, samples, drawn, shuffled)
+        part = self._thread.submit(self.score, samples, sampled, shuffled)
         if self.config.rewards.judge.kind == "local" or self.config.rewards.mode == "legacy":
             wait([part])
         self._parts.append(part)
@@ -105,12 +105,12 @@ class Scoring:
     def score(
         self,
         samples: Sequence[Sample],
-        drawn: Sequence[Rollout],
+        sampled: Sequence[Rollout],
         shuffled: Sequence[Rollout | None],
     ) -> list[Scored]:
         """Rewards of all completions, groups in order."""
         answers = [
-            (s, text) for s, one in zip(samples, drawn, strict=True) for text in one.texts[0]
+            (s, text) for s, one in zip(samples, sampled, strict=True) for text in one.texts[0]
         ]
         mixed = [
             (s, text)
@@ -123,7 +123,7 @@ class Scoring:
         rewards = [named for named, _ in own[: len(answers)]]
         self._add_users(answers, rewards)
         scored, first = [], 0
-        for sample, one, other in zip(samples, drawn, shuffled, strict=True):
+        for sample, one, other in zip(samples, sampled, shuffled, strict=True):
             group = range(first, first + len(one.texts[0]))
             compared = [next(others)[0] for _ in (other.texts[0] if other else ())]
             self._shape(sample, one, [rewards[i] for i in group], compared)

@@ -218,7 +218,7 @@ def open_run(config: TrainConfig, *, reference: bool, kind: str = "grpo") -> Ite
     accelerator = Accelerator(cpu=config.run.device == "cpu")
     if accelerator.distributed_type in _SHARDED:
         raise ValueError(
-            f"accelerate was told to use {accelerator.distributed_type.value}, but every process "
+            f"accelerate is set to use {accelerator.distributed_type.value}, but every process "
             "holds the whole model here: launch with --multi_gpu"
         )
     set_seed(config.run.seed)

@@ -120,7 +120,7 @@ def _scores(
     durations: list[float],
     think: list[bool],
 ) -> Columns:
-    """The task's rewards of its own samples, in order."""
+    """The task's rewards of its samples, in order."""
     own = [i for i, record in enumerate(records) if record is not None]
     mine = [record for record in records if record is not None]
     answers = task.answers([texts[i] for i in own], mine)

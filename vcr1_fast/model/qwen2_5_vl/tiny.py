@@ -137,7 +137,7 @@ class TinyConfig:
 def train_tokenizer(texts: Iterable[str], vocab_limit: int) -> "Tokenizer":
     """Byte-level BPE over `texts`, at most `vocab_limit` text tokens, then Qwen's special tokens.
 
-    A number that occurs in `texts` is one token as long as the limit leaves room for its merges.
+    A number that occurs in `texts` is one token as long as the limit allows its merges.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 

@@ -5,7 +5,7 @@ Symbols, for a completion b and its token t (tokens outside the mask never count
     x_t = logp_t - old_t            log-ratio between the policy and the one that sampled
     r   = exp(x_t)                  level "token"
     r   = exp(mean_t x_t)           level "sequence"  (GSPO: one ratio per completion)
-    r   = the sequence's value, with the gradient of its own token   level "sequence_token"
+    r   = the sequence's value, with the gradient of each token   level "sequence_token"
     A   = the advantage of the completion, or of the token
 """
 

@@ -103,10 +103,10 @@ def _forward_kernel(
             tl.float32
         )
         new_top = tl.maximum(top, tl.max(x, 0))
-        anchor = tl.where(new_top == float("-inf"), 0.0, new_top)  # -inf - -inf would be NaN
-        shift = (top - anchor) * scale
+        shift_from = tl.where(new_top == float("-inf"), 0.0, new_top)  # -inf - -inf would be NaN
+        shift = (top - shift_from) * scale
         factor = tl.exp(shift)
-        d = (x - anchor) * scale
+        d = (x - shift_from) * scale
         e = tl.exp(d)
         weighted = tl.where(factor > 0.0, factor * (weighted + shift * weight), 0.0)
         weighted += e * tl.maximum(d, -200.0)  # e is 0 there, and d may be -inf
