@@ -92,10 +92,12 @@ def group_advantages_reference(
     if len(rewards) == 0:
         return rewards.new_zeros(0, dtype=torch.float32)
     groups = _Groups(rewards, group_index, o.group_size)
+    # float64: ten thousand rewards cost nothing, and the difference to a mean loses no digits.
     matrix = rewards.double().reshape(len(rewards), -1)
     valid = valid.reshape(len(rewards), -1)
     weights = matrix.new_ones(matrix.shape[1]) if weights is None else weights.double()
     if o.estimator == "gdpo":
+        # Each reward is normalised by itself first, or one of large range would hide the others.
         z = [_scores(matrix[:, k], valid[:, k], groups, o.eps) for k in range(matrix.shape[1])]
         total = (torch.stack(z, 1) * weights).sum(1)
         rows = valid.any(1)

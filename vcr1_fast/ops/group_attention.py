@@ -104,6 +104,7 @@ def group_attention_backward_reference(
 
 def _pieces(parts: Tensor, device: torch.device) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """For each part: its rows, the keys (m,) that they attend to, and the mask (rows, m) bool."""
+    # One comparison of numbers is the mask: the prefix lies before the part's rows.
     for row, end, prefix, prefix_end in parts.tolist():
         stretches = ((prefix, prefix_end), (row, end))
         keys = torch.cat([torch.arange(a, b, device=device) for a, b in stretches])
@@ -118,6 +119,7 @@ def _heads(x: Tensor, rows: slice | Tensor) -> Tensor:
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b, where consecutive heads of a share a head of b."""
+    # Copies of the shared heads: the reference may be slow, a reshape would be harder to check.
     return a @ b.repeat_interleave(len(a) // len(b), dim=0)
 
 
@@ -136,6 +138,8 @@ def _new(query: Tensor, parts: Tensor) -> Tensor:
 
 
 def _dense_rows(x: Tensor) -> Tensor:
+    # The kernel reads a head's D values as one stretch. Rows and heads may have any distance: views
+    # of a fused projection need no copy.
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 or x.numel() == 0 else x.contiguous()
 
 
@@ -170,6 +174,7 @@ def _backward_cpu(
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_query = _new(query, parts)
     grad_key, grad_value = (x.new_empty(x.shape) for x in (key, value))
+    # Per key head, so that all heads together make at least `_TASKS`.
     tasks = -(-_TASKS // key.shape[1])
     native.group_attention_backward(
         query=_dense_rows(query),
@@ -228,6 +233,7 @@ class _GroupAttention(torch.autograd.Function):
         out, lse = _forward(query, key, value, parts, scale)
         ctx.save_for_backward(query, key, value, out, lse, parts)
         ctx.scale = scale
+        # The backward kernel takes no gradient of lse.
         ctx.mark_non_differentiable(lse)
         return out, lse
 

@@ -54,6 +54,7 @@ def save_checkpoint(
     partial = folder / f"{_PARTIAL}{final.name}"
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
+        # A crash may have left it; the check counts its space as free.
         shutil.rmtree(partial, ignore_errors=True)
         check_space(folder, state_bytes(state))
         partial.mkdir()
@@ -63,10 +64,12 @@ def save_checkpoint(
         if rank == 0:
             _write(partial / "state.pt", state)
         barrier()
+        # After the barrier: every rank's file is there and is listed.
         if rank == 0:
             files = sorted(partial.iterdir())
             manifest = {file.name: _fingerprint(file) for file in files}
             write_atomic(partial / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+            # A resumed run may reach the step of a checkpoint that was found damaged.
             shutil.rmtree(final, ignore_errors=True)
             rename_flushed(partial, final)
     except OSError:
@@ -214,6 +217,7 @@ def _write(path: Path, value: Any) -> None:
 
 def _read(path: Path, *, mmap: bool = False) -> Any:
     try:
+        # weights_only: a checkpoint from elsewhere must not run code.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except OSError:
         raise

@@ -68,6 +68,7 @@ class RunLog:
         self.output = Path(output)
         self.output.mkdir(parents=True, exist_ok=True)
         for name in ("metrics.jsonl", "rollouts.jsonl", "skipped.jsonl"):
+            # Before a board or a row: the files go on where the checkpoint ends.
             _cut_after(self.output / name, done)
         if tensorboard:
             self._board = self._open_board()
@@ -82,6 +83,7 @@ class RunLog:
         self.done = metrics["step"]
         if not self.active:
             return
+        # Each row is written at once: a run that is killed loses no finished step.
         append_jsonl(self.output / "metrics.jsonl", [_finite(metrics)])
         if self._board is not None:
             for name, value in metrics.items():
@@ -103,6 +105,7 @@ class RunLog:
             self._bar.update(self._task, completed=self.done, text=text)
             return
         now = time.monotonic()
+        # A line per step would flood a scheduler's log.
         if now - self._shown >= PLAIN_EVERY or self.done == self.steps:
             self._shown = now
             each = (now - self._began) / max(1, self.done - self._first)
@@ -115,6 +118,7 @@ class RunLog:
         except ImportError:
             self.message("TensorBoard is not installed: metrics go to metrics.jsonl alone")
             return None
+        # purge_step hides the events of steps that a killed run logged after its last checkpoint.
         return SummaryWriter(str(self.output / "tensorboard"), purge_step=self.done + 1)
 
     def __enter__(self) -> "RunLog":
@@ -154,5 +158,7 @@ def _cut_after(path: Path, step: int) -> None:
 
 def _wait_for_device() -> None:
     torch = sys.modules.get("torch")
+    # Kernels run after their launch returns: without a wait the next stage would be billed for
+    # them. From sys.modules, since the log itself needs no torch.
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize()

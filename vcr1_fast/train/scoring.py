@@ -71,6 +71,7 @@ class Scoring:
         check_mode(config.rewards, sorted(set(tasks)))
         self.config, self.functions = config, functions
         self.judge = open_judge(config.rewards.judge, device)
+        # One thread, so that chunks are scored in order; a judge has its own concurrency.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rewards")
         self._parts: list[Future[list[Scored]]] = []
 
@@ -92,6 +93,7 @@ class Scoring:
 
     def results(self) -> list[Scored]:
         """All completions submitted since the last call, groups in order."""
+        # Emptied first: after an error the next step must not read this step's parts.
         parts, self._parts = self._parts, []
         return [one for part in parts for one in part.result()]
 
@@ -119,6 +121,7 @@ class Scoring:
         ]
         # Both kinds together, so that the judge gets one batch of requests.
         own = own_rewards([*answers, *mixed], self.config, self.judge)
+        # The shuffled completions follow, in the order of their samples.
         others = iter(own[len(answers) :])
         rewards = [named for named, _ in own[: len(answers)]]
         self._add_users(answers, rewards)
@@ -137,7 +140,7 @@ class Scoring:
         durations = [sample.duration for sample, _ in answers]
         for function in self.functions:
             for named, value in zip(rewards, function(texts, records, durations), strict=True):
-                if value is not None:
+                if value is not None:  # no column: 0 would be a score
                     named[function.name] = value
 
     def _shape(
@@ -159,6 +162,7 @@ class Scoring:
                 named["repetition"] = repetition(text, settings.repetition_ngram)
         if not (settings.length_bonus or shuffled):
             return
+        # Unweighted: bonuses are for right answers, whatever an answer's reward weighs.
         right = TASKS[sample.record.task].accuracy
         accuracies = [named.get(right, 0.0) for named in rewards]
         if settings.length_bonus:
@@ -191,6 +195,7 @@ class Scoring:
     ) -> list[Scored]:
         """The completions of one group."""
         task = sample.record.task
+        # Once per group: the lookup by task and name is the same for all of its completions.
         known = dict.fromkeys(name for named in rewards for name in named)
         weights = {name: self.config.rewards.weight(task, name) for name in known}
         return [
@@ -211,6 +216,7 @@ class Scoring:
     ) -> None:
         if kind is not None and isinstance(self.judge, ModelJudge):
             self.judge.close()  # or the exit would wait for its replies
+        # After an error nobody waits for what is still queued.
         self._thread.shutdown(wait=kind is None, cancel_futures=True)
 
 
@@ -224,6 +230,7 @@ def own_rewards(
     places: dict[str, list[int]] = {}
     for i, (sample, _) in enumerate(answers):
         places.setdefault(sample.record.task, []).append(i)
+    # By place: scoring goes by task, results by sample.
     out: list[Any] = [None] * len(answers)
     for name, indices in places.items():
         part = _task_rewards(name, [answers[i] for i in indices], config, judge)

@@ -215,6 +215,7 @@ def open_run(config: TrainConfig, *, reference: bool, kind: str = "grpo") -> Ite
     `reference`: whether the loss has a KL term to the untrained model. ValueError names the
     setting, file or run in the way.
     """
+    # No `prepare`: gradients are summed by hand (`optim.sum_gradients`), without DDP's hooks.
     accelerator = Accelerator(cpu=config.run.device == "cpu")
     if accelerator.distributed_type in _SHARDED:
         raise ValueError(
@@ -225,6 +226,7 @@ def open_run(config: TrainConfig, *, reference: bool, kind: str = "grpo") -> Ite
     output = Path(config.run.output)
     main = accelerator.is_main_process
     with ExitStack() as stack:
+        # Before anything is read: another run may be writing checkpoints here.
         if main:
             stack.enter_context(locked(output))
         found, leftovers = checkpoints(output / "checkpoints")
@@ -236,9 +238,11 @@ def open_run(config: TrainConfig, *, reference: bool, kind: str = "grpo") -> Ite
         quarantine = Quarantine(listed if main else None)
         chosen = select(training_records(config.data, quarantine), config.data, config.run.seed)
         model, processor = prepare_model(config, accelerator.device)
+        # Of the base weights, so before a checkpoint is loaded.
         own = identity(kind, chosen.records, chosen.sampler.name, model)
         reference_model = None
         if reference and not config.model.lora_rank:
+            # Copied before a checkpoint is loaded: the reference is the untrained model.
             reference_model = copy.deepcopy(model).requires_grad_(False)
         optimizer = MasterAdamW(model.parameters(), config.optim)
         stack.callback(optimizer.close)
@@ -250,7 +254,9 @@ def open_run(config: TrainConfig, *, reference: bool, kind: str = "grpo") -> Ite
             path, damaged = newest_intact(found, accelerator)
             notes += [f"ignoring {reason}" for reason in damaged]
             state = load_checkpoint(path, rank=accelerator.process_index)
+            # Before anything is loaded: a refusal leaves the folder as it was.
             changed = check_same_run(path, state, config, own)
+            # Before the optimiser: in a float32 run the parameters are its masters.
             load_trained_state(model, state["model"])
             optimizer.load_state_dict(state["optimizer"])
             scales.load(state["scales"])
@@ -277,6 +283,7 @@ def open_run(config: TrainConfig, *, reference: bool, kind: str = "grpo") -> Ite
             log.message(note)
         for item in quarantine.items:
             log.message(f"quarantined {item.record_id or item.source}: {item.reason}")
+        # Ranks other than 0 append to the list, which rank 0 has begun by now.
         accelerator.wait_for_everyone()
         if not main:
             quarantine = Quarantine(listed)
@@ -325,6 +332,7 @@ def newest_intact(found: list[Path], accelerator: Accelerator) -> tuple[Path, li
             else:
                 answer[0] = path
                 break
+    # All ranks must resume from the same checkpoint, whatever each would read.
     path, damaged = broadcast_object_list(answer)
     if path is None:
         raise DamagedCheckpoint("; ".join(damaged))

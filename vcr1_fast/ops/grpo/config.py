@@ -200,6 +200,7 @@ class GRPOLossConfig:
                 f"{self.rollout_correction} needs rollout_min and rollout_max, got "
                 f"{self.rollout_min} and {self.rollout_max}"
             )
+        # Reversed bounds would drop or clamp every token without an error.
         low, high = self.rollout_min, self.rollout_max
         if low is not None and high is not None and not low <= high:
             raise ValueError(f"rollout_min {low} is above rollout_max {high}")
