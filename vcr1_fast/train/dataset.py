@@ -201,7 +201,7 @@ class PromptSource:
                     waiting.append((key, slot))
                     in_a_row = 0
                     yield clip_request(record, self.processor.frames)
-                # A small data set, cached whole, would otherwise be planned to the run's end at once.
+                # Or a small data set, cached whole, would be planned to the run's end at once.
                 if in_a_row == MAX_CACHED_IN_A_ROW:
                     return
             ended = True

@@ -191,6 +191,7 @@ class Planner:
         parts: list[list[S]] = []
         for item in items:
             first = 0
+            # Split by completions only: a prompt cannot be split, and each piece runs it again.
             while first < len(item.lengths):
                 if parts and first == 0 and self._fits([*parts[-1], item], available):
                     parts[-1].append(item)
