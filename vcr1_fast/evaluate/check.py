@@ -63,6 +63,7 @@ def check(
     *,
     train: str | Path | None = None,
     media_root: str | Path | None = None,
+    inside_root: bool = False,
     media: bool = True,
     decode: bool = False,
     decoder: str = DECODER,
@@ -71,12 +72,19 @@ def check(
 
     train: records that a model is trained on; floors are fitted on them, and a video in both is a
         fault. Without it floors are fitted on the examined records: then they can only be higher.
+    inside_root: media outside `media_root` are faults, as with data.inside_root of a run.
     media: open every video and image, to compare lengths with the annotation.
     decode: also decode what each record shows, as training does.
     decoder: which decoder opens the videos, as data.decoder of a run.
     """
     bad = Quarantine()
-    records = load_records(path, media_root=media_root, on_error="quarantine", quarantine=bad)
+    records = load_records(
+        path,
+        media_root=media_root,
+        inside_root=inside_root,
+        on_error="quarantine",
+        quarantine=bad,
+    )
     refused = Path(path).with_suffix(".quarantine.jsonl")
     refusals = Quarantine(refused).items if refused.exists() else []
     faults = [malformed(item) for item in [*refusals, *bad.items]]
