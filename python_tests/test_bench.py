@@ -43,7 +43,7 @@ def test_an_unknown_bench_and_a_tree_without_benches_are_told(clone, capsys, mon
     assert "no bench 'speed'; there are iou, loss, zoom" in capsys.readouterr().err
     monkeypatch.chdir("/")
     assert cli.main(["bench", "iou"]) == 2
-    assert "not with the package" in capsys.readouterr().err
+    assert "not the package" in capsys.readouterr().err
 
 
 def test_the_source_tree_has_benches_with_a_first_line(capsys):

@@ -191,7 +191,7 @@ def test_an_echoed_key_is_in_no_message(status, form):
         list(make(url, KEY)(["x"]))
     text = shown_everywhere(error.value)
     assert f"judge at {url}" in text
-    for form_of_key in (KEY, json.dumps(KEY)[1:-1], 'sk-"quoted'):
+    for form_of_key in (KEY, json.dumps(KEY)[1:-1], 'sk-"q'):
         assert form_of_key not in text
     assert "<key>" in text or form == "late"
 

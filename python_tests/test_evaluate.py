@@ -95,7 +95,7 @@ def test_parse_failures_count_as_zero_and_apart_and_quarantined_samples_nowhere(
     assert [(q.record_id, q.reason) for q in result.quarantined] == [("f", "f.mp4: no frames")]
 
 
-def test_the_floor_is_the_best_blind_strategy_fitted_on_training_records():
+def test_the_blind_baseline_is_the_best_strategy_fitted_on_training_records():
     train = [grounding(f"t{i}", (0.0, 1.0)) for i in range(5)]
     same = [grounding(f"t{i}", (2.0, 6.0)) for i in range(5)]
     test, texts = RECORDS[:2], TEXTS
@@ -327,7 +327,7 @@ def test_ids_must_differ_and_settings_be_possible():
     assert [len(b) for b in cut_batches(range(7), 3)] == [3, 3, 1]
 
 
-def test_main_eval_prints_scores_floor_and_quarantine(folder, capsys):
+def test_main_eval_prints_scores_baseline_and_quarantine(folder, capsys):
     run = EvalRun(
         model=str(folder.path / "model"),
         records=str(folder.path / "test.jsonl"),
@@ -335,7 +335,7 @@ def test_main_eval_prints_scores_floor_and_quarantine(folder, capsys):
     )
     assert main_eval(run) == 0
     out = capsys.readouterr().out
-    assert "blind" in out and "mIoU" in out and "multiple_choice" in out
+    assert "blind baseline" in out and "mIoU" in out and "multiple_choice" in out
     assert "quarantined q7: v1.mp4: cannot be decoded" in out
 
 

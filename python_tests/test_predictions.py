@@ -239,7 +239,7 @@ def test_all_predictions_of_a_task_are_measured_at_once_and_keep_their_order():
 
     def measure(task, predictions, records):
         calls.append((task.name, [record.id for record in records]))
-        return [{"length": float(len(str(prediction)))} for prediction in predictions]
+        return {"length": [float(len(str(prediction))) for prediction in predictions]}
 
     scored = score(answered, measure)
     assert calls == [
@@ -299,7 +299,7 @@ def test_published_numbers_are_those_of_the_papers_tables():
 def _metrics_of(task):
     answers = {"grounded_qa": {"answer": "A", "glue": [[0, 1]]}, "temporal_grounding": [0, 1]}
     answer = answers.get(task.name, [HALF] * 8 if task.name == "tracking" else "A")
-    return task.metrics(None, record("x", task.name, {}, answer, options=("A", "B")))
+    return task.metrics([None], [record("x", task.name, {}, answer, options=("A", "B"))])
 
 
 def split_of(count, **metadata):
@@ -345,7 +345,7 @@ def test_published_numbers_do_not_stand_beside_a_part_of_their_split():
         assert len(result.notes) == bool(failing)
 
 
-def test_published_numbers_and_floors_are_in_one_table():
+def test_published_numbers_and_baselines_are_in_one_table():
     records = split_of(180, benchmark="got10k")
     text = f"<answer>{[HALF] * 8}</answer>"
 
@@ -357,7 +357,7 @@ def test_published_numbers_and_floors_are_in_one_table():
     *_, table = summary_tables(json.loads(json.dumps(result.summary())))
     assert "2504.06958" in table.title
     rows = {row[0]: dict(zip(table.columns, row, strict=True)) for row in table.rows}
-    assert rows["this run"]["AO"] == "1.000" and rows["blind"]["AO"] == "1.000"
+    assert rows["this run"]["AO"] == "1.000" and rows["blind baseline"]["AO"] == "1.000"
     assert rows["VideoChat-R1"]["R@0.5"] == "0.382"
     assert rows["VideoChat-R1"]["R@0.7"] == "\N{EN DASH}"
     assert "VideoChat-R1-thinking" in markdown_table(table)

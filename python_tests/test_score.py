@@ -12,10 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vcr1_fast.rewards import TERMS, mentions, score
+from vcr1_fast.rewards import legacy, mentions, score
+from vcr1_fast.tasks import TASKS
 
 GOLDEN = Path(os.environ.get("VCR1_TEST_DATA", "../shared/data")) / "golden_rewards.jsonl"
 BOX = [0.25, 0.25, 0.75, 0.75]
+TERMS = {task: TASKS[task].reward_names for task in legacy.REWARDS}
 TARGETS = {
     "temporal_grounding": [2.0, 6.0],
     "tracking": [BOX] * 8,

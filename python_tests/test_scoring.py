@@ -5,6 +5,7 @@ import math
 import re
 import threading
 import time
+from collections import Counter
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -18,9 +19,10 @@ from vcr1_fast.config.loader import ConfigError, dump_config, load_config
 from vcr1_fast.data.records import Record
 from vcr1_fast.model.rollout import Rollout, rollout
 from vcr1_fast.rewards import MatchingJudge, score
+from vcr1_fast.rewards.format import scan
 from vcr1_fast.rewards.judge import JudgeConfig, ModelJudge
 from vcr1_fast.rewards.plugin import load_reward
-from vcr1_fast.tasks import TASKS, FieldError
+from vcr1_fast.tasks import TASKS, FieldError, base
 from vcr1_fast.train import loop, rollouts, setup
 from vcr1_fast.train.advantages import TaskScales, advantages_of
 from vcr1_fast.train.config import TrainConfig
@@ -210,6 +212,28 @@ def test_the_order_term_compares_a_group_with_its_shuffled_one():
     assert [one.rewards["temporal"] for one in not_helped] == [0.0] * 4
     both = scored(settings, [group, group], [None, drawn(HALF, WRONG)])
     assert ["temporal" in one.rewards for one in both] == [False] * 4 + [True] * 4
+
+
+def test_each_completion_is_parsed_once(monkeypatch):
+    """Format, rewards and metrics of a chunk, shuffled completions included, share one parse."""
+    scanned, read = [], []
+    monkeypatch.setattr(
+        base, "scan", lambda text, tags: (scanned.append(text), scan(text, tags))[1]
+    )
+    for record in (SPAN, LETTER, CAPTION):
+        task = TASKS[record.task]
+
+        def counted(blocks, record, read_blocks=task.read):
+            read.append(record.task)
+            return read_blocks(blocks, record)
+
+        monkeypatch.setitem(TASKS, record.task, replace(task, read=counted))
+    groups = [(one, drawn("<answer>B</answer>", RIGHT, "no")) for one in (SPAN, LETTER, CAPTION)]
+    shuffled = [drawn(HALF, WRONG), None, None]
+    found = scored(config("rewards.temporal.rollouts=2"), groups, shuffled)
+    assert len(found) == 9 and len(scanned) == len(read) == 11
+    assert Counter(read) == {"temporal_grounding": 5, "multiple_choice": 3, "caption": 3}
+    assert all("format" in one.rewards and one.metrics for one in found)
 
 
 # --- the user's own

@@ -208,7 +208,7 @@ def test_sft_with_reasoning_trains_on_the_records_own(inputs, tmp_path):
     record = dataclasses.replace(record, metadata=metadata)
     wanted = "<think>It is plain to see.</think>" + TASKS[record.task].target(record)
     assert right_answer(record, think=True) == wanted
-    assert TASKS[record.task].rewards["format"](wanted, record, think=True) == 1.0
+    assert TASKS[record.task].score_one(wanted, record, think=True)["format"] == 1.0
     rows = tmp_path / "rows.jsonl"
     write_records(rows, [record])
     one_step = ("optim.steps=1", "optim.prompts_per_step=1", "data.think=true")

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vcr1_fast.rewards import box_iou, interval_set_iou
+from vcr1_fast.rewards import box_ious, span_set_ious
 from vcr1_fast.tasks import TASKS, FieldError, Record
 from vcr1_fast.tasks.written import LEAST_OVERLAP, box_text, number_text, span_texts
 
@@ -137,8 +137,9 @@ def test_decimals_grow_only_where_rounding_costs():
 @given(st.lists(spans, min_size=1, max_size=5), boxes)
 def test_what_is_written_overlaps_what_is_annotated(rows, box):
     written = [list(map(float, texts)) for texts in span_texts(rows)]
-    assert interval_set_iou(written, rows) >= LEAST_OVERLAP
-    assert box_iou(list(map(float, box_text(box)[1:-1].split(","))), box) >= LEAST_OVERLAP
+    assert span_set_ious([written], [rows])[0] >= LEAST_OVERLAP
+    read = list(map(float, box_text(box)[1:-1].split(",")))
+    assert box_ious([read], [box])[0] >= LEAST_OVERLAP
 
 
 @pytest.mark.parametrize(

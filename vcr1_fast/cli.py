@@ -55,7 +55,9 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--config", help="YAML file of settings")
         command.add_argument("--model", help="checkpoint folder or hub name (model.path)")
         command.add_argument("--data", help="records, JSONL (data.train)")
-        command.add_argument("--prompts", help="other wordings, YAML or JSON (data.prompts)")
+        command.add_argument(
+            "--prompts", help="other prompt templates, YAML or JSON (data.prompts)"
+        )
         command.add_argument("--output", help="folder of the run (run.output)")
         if name == "train":
             command.add_argument(
@@ -72,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--model", help="checkpoint folder or hub name (model)")
     command.add_argument("--predictions", help="completions to score, no model (predictions)")
     command.add_argument("--data", help="records, JSONL (records)")
-    command.add_argument("--prompts", help="other wordings, YAML or JSON (eval.prompts)")
+    command.add_argument("--prompts", help="other prompt templates, YAML or JSON (eval.prompts)")
     command.add_argument("--output", help="folder of the results (output)")
     _add_overrides(command)
     command.set_defaults(run=run_eval)
@@ -118,10 +120,10 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--benchmark", help="the published split that it is")
     command.set_defaults(run=run_convert)
 
-    command = kinds.add_parser("check", help="faults of records and media, and blind scores")
+    command = kinds.add_parser("check", help="faults of records and media, and blind baselines")
     command.add_argument("records", help="records, JSONL; or an annotation file, with --format")
     command.add_argument("--format", help="check a published file as it is (see data convert)")
-    command.add_argument("--train", help="records trained on: floors are fitted on them")
+    command.add_argument("--train", help="records trained on: blind baselines are fitted on them")
     command.add_argument("--media", help="folder of the videos (default: the records' own)")
     command.add_argument(
         "--inside-root", action="store_true", help="media outside that folder are faults"

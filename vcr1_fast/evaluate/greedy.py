@@ -29,7 +29,7 @@ from vcr1_fast.model.processor import Processor, Prompt
 from vcr1_fast.model.rollout import rollout
 from vcr1_fast.model.sampling import SamplingConfig
 from vcr1_fast.tasks import TASKS
-from vcr1_fast.tasks.wording import prompts_from
+from vcr1_fast.tasks.prompt_template import prompts_from
 
 
 @dataclass

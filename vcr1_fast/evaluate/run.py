@@ -220,7 +220,7 @@ def score_all(
 def _load(
     records_path: str | Path, config: EvalConfig
 ) -> tuple[list[Record], list[Record] | None, list[QuarantineItem]]:
-    """Records to evaluate, records that floors are fitted on, and rows that cannot be used."""
+    """Records to evaluate, records to fit blind baselines on, and rows that cannot be used."""
     bad_rows = Quarantine(None)
     records = load_records(
         records_path,
@@ -244,11 +244,11 @@ def _check_scoring(records: Sequence[Record], config: EvalConfig) -> None:
 
 
 def _judge_notes(judge: Judge, tasks: Sequence[TaskSummary]) -> list[str]:
-    """What to know of scores that a model judged: their floor, which must cost nothing, is not."""
+    """Note that a model judged the scores, but not the blind baseline, which must cost nothing."""
     judged = [summary.task for summary in tasks if TASKS[summary.task].judged is not None]
     if not judged or not isinstance(judge, ModelJudge):
         return []
-    told = f"{', '.join(judged)}: judged by a model, the no-look floor by matching words"
+    told = f"{', '.join(judged)}: judged by a model, the blind baseline by matching words"
     return [f"{told}; {judge.unreadable} replies were neither yes nor no and count as no"]
 
 

@@ -132,6 +132,7 @@ def reference_forward(
         return allocate(logits, labels, entropy)
     check_values(labels, mask, row_temperature, logits.shape[-1])
     d, top, t = _scaled(logits, mask, row_temperature, temperature)
+    # d <= 0, so no exponential overflows and the sum is at least 1.
     log_sum = d.exp().sum(-1, keepdim=True).log()
     index = labels if mask is None else labels.masked_fill(~mask[..., None], 0)
     logps = d.gather(-1, index) - log_sum
@@ -175,6 +176,7 @@ def reference_backward(logits: Tensor, *args: Any) -> Tensor:
         grad -= p * grad_entropy[..., None] * shifted
     index = a.labels if mask is None else a.labels.masked_fill(~mask[..., None], 0)
     grad = grad.scatter_add(-1, index, grads) / t
+    # As the kernels: a row without upstream gradient is not read, and NaN in it does no harm.
     dead = (grads == 0).all(-1)
     for upstream in (grad_entropy, a.grad_lse):
         if upstream is not None:
@@ -310,6 +312,7 @@ class _GatherLogprobs(torch.autograd.Function):
         grad_lse: Tensor | None,
     ) -> Any:
         logits, labels, logps, stats, mask, row_temperature = ctx.saved_tensors
+        # Only entropy or lse were used; the op needs the log-probs' gradient in any case.
         if grad_logps is None:
             grad_logps = torch.zeros_like(logps)
         grads = [g if g is None else g.contiguous() for g in (grad_logps, grad_entropy, grad_lse)]

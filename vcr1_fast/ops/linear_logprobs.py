@@ -115,6 +115,7 @@ def _outputs(arguments: Arguments, fill: bool) -> RowStatistics:
 
 def _forward(*args: Any) -> tuple[Tensor, ...]:
     arguments = Arguments(*args)
+    # Masked rows keep the zeros of `_outputs`.
     head = arguments.head()
     out = _outputs(arguments, fill=True)
     chunks, buffer = head.chunks(arguments.valid_rows(), arguments.chunk_rows, gradient=False)
@@ -133,10 +134,12 @@ def _backward(*args: Any) -> tuple[Tensor, ...]:
     rows = arguments.valid_rows()
     grads = (given.grad_logps, given.grad_entropy, given.grad_lse)
     if arguments.hidden.device.type == "cpu":  # a GPU would have to be waited for
+        # Trainers mask or clip many tokens: their rows would cost three matrix products each.
         live = [(g != 0).view(*g.shape, 1).flatten(1).any(1) for g in grads if g is not None]
         rows = rows[torch.stack(live).any(0)[rows]]
     chunks, buffer = head.chunks(rows, arguments.chunk_rows, gradient=True)
     gradients = HeadGradients(head, given.needed, len(chunks))
+    # The gradient needs neither entropy nor lse: `stats` carries what they are made of.
     unused = given.logps.new_empty(0)
     for part in chunks:
         chunk = head.logits(part, buffer, gradient=True)

@@ -138,6 +138,7 @@ class Head(NamedTuple):
             grads[0] = grads[0].reshape(labels.shape)
         inverse = None
         if chunk.logits.dtype == torch.float16:
+            # A power of two: scaling and its inverse are exact, whatever the rounding between.
             scale, inverse = _half_scale(grads)
             grads = [None if g is None else g * scale for g in grads]
         inplace_backward_op(

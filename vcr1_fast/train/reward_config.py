@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, NonNegativeInt, PositiveFloat
 
 from vcr1_fast.config.section import ConfigError, section
-from vcr1_fast.rewards import TERMS
+from vcr1_fast.rewards import legacy
 from vcr1_fast.rewards.judge import JudgeConfig
 from vcr1_fast.rewards.plugin import split_spec
 from vcr1_fast.tasks import TASKS
@@ -111,7 +111,7 @@ class RewardsConfig:
     def weight(self, task: str, name: str) -> float:
         """What a reward of a task counts. A judge's further scores (a caption's precision and F1)
         count nothing unless they are given a weight."""
-        default = 0.0 if name not in TASKS[task].rewards and name in names_of(task) else 1.0
+        default = 0.0 if name not in TASKS[task].reward_names and name in names_of(task) else 1.0
         return self.weights.get(f"{task}.{name}", self.weights.get(name, default))
 
     def _check_name(self, name: str) -> None:
@@ -130,12 +130,12 @@ class RewardsConfig:
 def names_of(task: str) -> tuple[str, ...]:
     """Names that a task's rewards may have."""
     judged = TASKS[task].judged
-    return tuple(dict.fromkeys([*TASKS[task].rewards, *(judged.terms if judged else ())]))
+    return tuple(dict.fromkeys([*TASKS[task].reward_names, *(judged.terms if judged else ())]))
 
 
 def check_mode(config: RewardsConfig, tasks: list[str]) -> None:
     """ValueError where a task has no rewards in the mode asked for."""
-    missing = [task for task in tasks if task not in TERMS]
+    missing = [task for task in tasks if task not in legacy.REWARDS]
     if config.mode == "legacy" and missing:
         raise ConfigError(
             "rewards.mode", f"legacy has no rewards for {', '.join(missing)}: none were released"

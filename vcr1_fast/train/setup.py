@@ -30,7 +30,7 @@ from vcr1_fast.model.processor import Processor
 from vcr1_fast.model.vision import freeze_vision, vision_is_frozen
 from vcr1_fast.model.wrapping import checkpoint_activations, unwrap
 from vcr1_fast.tasks import TASKS
-from vcr1_fast.tasks.wording import prompts_from
+from vcr1_fast.tasks.prompt_template import prompts_from
 from vcr1_fast.train.advantages import TaskScales
 from vcr1_fast.train.checkpoint import (
     DamagedCheckpoint,

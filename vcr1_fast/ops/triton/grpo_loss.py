@@ -39,6 +39,7 @@ _METRICS = tl.constexpr(len(METRICS))
 _LOSS = tl.constexpr(len(METRICS))
 _ENTROPY_LOSS = tl.constexpr(len(METRICS) + 1)
 _ENTROPY_WEIGHT = tl.constexpr(len(METRICS) + 2)
+# A power of two, as tl.arange demands; unused columns stay 0.
 _COLUMNS = tl.constexpr(32)
 _TOKENS = tl.constexpr(METRICS.index("num_tokens"))
 _SEQUENCES = tl.constexpr(METRICS.index("num_sequences"))
