@@ -67,7 +67,8 @@ class Life:
 
 def prepare(output: Path) -> Path:
     """Clips and the configuration file of the run; its path."""
-    demo = replace(QUICK, output=str(output))
+    # Short steps: more of them, and more file operations, between two kills.
+    demo = replace(QUICK, output=str(output), grpo_prompts=2, group_size=4)
     splits = write_dataset(output / "data", demo.clips)
     config = grpo_config(demo, WARM_START, splits["train"])
     # A constant rate: the number of steps is known only when the time is up.

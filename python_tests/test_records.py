@@ -114,6 +114,18 @@ def test_media_outside_the_root_are_quarantined_on_request(tmp_path):
         load_records(path, media_root=root, inside_root=True)
 
 
+def test_written_paths_name_the_same_file_behind_a_symbolic_link(tmp_path):
+    """`link/../x` is beside what the link points to, not beside the link."""
+    (tmp_path / "disk" / "videos").mkdir(parents=True)
+    (tmp_path / "disk" / "x.mp4").write_bytes(b"right")
+    (tmp_path / "x.mp4").write_bytes(b"wrong")
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "videos")
+    rows = write(tmp_path / "rows.jsonl", row(video="link/../x.mp4"))
+    write_records(tmp_path / "again.jsonl", load_records(rows))
+    (record,) = load_records(tmp_path / "again.jsonl")
+    assert Path(record.media).read_bytes() == b"right"
+
+
 BAD_ROWS = {
     "no id": (row(id=...), "id", "missing"),
     "no video": (row(video=...), "video", "either a video or an image"),

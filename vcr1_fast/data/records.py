@@ -97,7 +97,8 @@ def write_records(path: str | os.PathLike[str], records: Iterable[Record]) -> No
         row = {f.name: getattr(record, f.name) for f in fields(Record)}
         row = {k: v for k, v in row.items() if k in _REQUIRED or v not in ((), None, {})}
         medium = "video" if record.image is None else "image"
-        path = Path(os.path.abspath(record.media))
+        # Not abspath: behind a symbolic link ".." leads elsewhere than the text of the path says.
+        path = Path(record.media).absolute()
         row[medium] = (
             path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
         )

@@ -179,7 +179,8 @@ def _device_check(name: str, on_cpu: tuple[str, ...] = ()) -> Callable[..., None
             if x is None or (x.is_cpu and args[0].is_cpu):
                 continue
             expected = torch.device("cpu") if names[i] in on_cpu else args[0].device
-            if x.device != expected:
+            # A number on the CPU goes with any device, as in torch.
+            if x.device != expected and not (x.is_cpu and x.dim() == 0):
                 raise ValueError(
                     f"{name}: {names[i]} is on {x.device}, but "
                     + ("must be on cpu" if names[i] in on_cpu else f"{names[0]} on {expected}")
@@ -203,7 +204,8 @@ class Op:
 
     `schema` as in `torch.library.define`, without the name; `fake` computes output shapes only.
     Autograd is not part of the op: wrap calls in a `torch.autograd.Function`. A call whose tensors
-    are on several devices raises ValueError; those named in `on_cpu` are on the CPU in any case.
+    are on several devices raises ValueError; those named in `on_cpu` are on the CPU in any case,
+    and 0-d tensors may be.
     """
 
     def __init__(
