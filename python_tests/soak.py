@@ -163,6 +163,7 @@ def main() -> int:
         return [sys.executable, "-m", "vcr1_fast.cli", "train", "--config", str(config), *settings]
 
     killed, whole = options.output / "killed", options.output / "whole"
+    endless = 1000 + int(1200 * options.minutes)  # steps; none takes less than 1/20 s
     lives: list[Life] = []
     until = time.monotonic() + 60 * options.minutes
     while (left := until - time.monotonic()) > 0:
@@ -170,7 +171,7 @@ def main() -> int:
         pause = options.kill_every * rng.uniform(0.9, 1.1)
         last = left < 1.5 * pause  # a life as short as the rest would end before its first step
         number = signal.SIGTERM if last else signal.SIGKILL
-        lives.append(run_for(command(killed, 10**6), left if last else pause, number))
+        lives.append(run_for(command(killed, endless), left if last else pause, number))
         print(
             f"life {len(lives)}: {lives[-1].seconds:.0f} s, status {lives[-1].status}, "
             f"peak MiB {lives[-1].peaks()}",

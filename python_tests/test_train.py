@@ -613,6 +613,15 @@ def test_old_log_probs_take_no_pass(run, monkeypatch):
     assert metrics["ratio_max"] > 1.0
 
 
+def test_the_first_update_is_exactly_on_policy(run):
+    """Its old log-probs are its own: the sampler's differ by rounding, and the ratio with them."""
+    groups = [one.with_vision(None) for one in sampled_groups(run, ADVANTAGES)]
+    off = [dataclasses.replace(one, rollout_logps=one.rollout_logps - 0.1) for one in groups]
+    metrics = loop.update_policy(run, off, 1e-3)
+    assert metrics["ratio_min"] == metrics["ratio_max"] == 1.0
+    assert metrics["rollout_gap_mean"] == pytest.approx(0.1, abs=1e-3)
+
+
 def test_a_step_raises_the_better_completion(run):
     groups = sampled_groups(run, [[1.0, -1.0, 0.0, 0.0]])
 
@@ -793,12 +802,14 @@ def test_prompts_are_the_same_with_workers_and_without_a_cache(inputs, tmp_path)
 def test_merge_metrics():
     parts = [
         {"loss": 1.0, "kl": 1.0, "ratio_max": 2.0, "num_tokens": 1.0, "rollout_gap_mean": 0.5},
-        {"loss": 2.0, "kl": 4.0, "ratio_max": 1.0, "num_tokens": 3.0},
+        {"loss": 2.0, "kl": 4.0, "ratio_max": 1.0, "num_tokens": 3.0, "ratio_min": 0.5},
+        {"ratio_min": 0.75},
     ]
     assert merge_metrics(parts) == {
         "loss": 3.0,
         "kl": 3.25,
         "ratio_max": 2.0,
+        "ratio_min": 0.5,
         "num_tokens": 4.0,
         "rollout_gap_mean": 0.5,
     }
