@@ -30,6 +30,8 @@ class ReadingConfig(PromptConfig):
 
     media_root: str | None = None
     """Folder that media paths are relative to; null: the folder of the records file."""
+    inside_root: bool = False
+    """Quarantine records whose media lie outside `media_root`, symbolic links followed."""
     columns: dict[str, str] | None = None
     """Column of the records file for each of our fields that has another name there, e.g.
     {video: video_path, prompt.question: q}; null: the fields' own names."""

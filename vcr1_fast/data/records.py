@@ -47,6 +47,7 @@ def load_records(
     path: str | os.PathLike[str],
     *,
     media_root: str | os.PathLike[str] | None = None,
+    inside_root: bool = False,
     tasks: Collection[str] | None = None,
     on_error: str = "raise",
     quarantine: Quarantine | None = None,
@@ -55,10 +56,10 @@ def load_records(
     """The records of a file, in order, each checked.
 
     A relative `video` or `image` is taken from `media_root`, or from the file's own folder.
-    `columns`: our field -> the file's column (`{"prompt.question": "q"}`). `tasks` keeps those
-    tasks only; a single one is also that of rows which name none. The first fault raises
-    RecordError; with on_error="quarantine" the row goes to `quarantine` instead and is left out.
-    Blank lines are allowed.
+    `inside_root` refuses media outside that folder. `columns`: our field -> the file's column
+    (`{"prompt.question": "q"}`). `tasks` keeps those tasks only; a single one is also that of rows
+    which name none. The first fault raises RecordError; with on_error="quarantine" the row goes to
+    `quarantine` instead and is left out. Blank lines are allowed.
     FileNotFoundError for no file; ValueError for a file that is of another format as a whole.
     """
     if on_error not in ("raise", "quarantine"):
@@ -82,6 +83,8 @@ def load_records(
                 row = renamed(row, columns)
             row = complete(decoded(row) if texts else row, made_id=made, task=only)
             record = _parse_texts(row, root) if texts else parse_record(row, root)
+            if inside_root:
+                _check_inside(record, root)
             if record.id in first_line:
                 raise FieldError("id", f"{record.id!r} is already on line {first_line[record.id]}")
             first_line[record.id] = number
@@ -124,7 +127,8 @@ def write_records(path: str | os.PathLike[str], records: Iterable[Record]) -> No
         row = {f.name: getattr(record, f.name) for f in fields(Record)}
         row = {k: v for k, v in row.items() if k in _REQUIRED or v not in ((), None, {})}
         medium = "video" if record.image is None else "image"
-        path = Path(os.path.abspath(record.media))
+        # Not abspath: behind a symbolic link ".." leads elsewhere than the text of the path says.
+        path = Path(record.media).absolute()
         row[medium] = (
             path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
         )
@@ -191,6 +195,18 @@ def parse_record(row: Any, media_root: str | os.PathLike[str] = ".") -> Record:
     )
     TASKS[record.task].check(record)
     return record
+
+
+def _check_inside(record: Record, root: Path) -> None:
+    """FieldError unless the record's file, and each picture of a folder of frames, lies in `root`
+    once symbolic links are followed."""
+    name = "image" if record.video is None else "video"
+    media, real_root = Path(record.media), root.resolve()
+    pictures = media.iterdir() if media.is_dir() else ()
+    for path in (media, *pictures):
+        real = path.resolve()
+        if not real.is_relative_to(real_root):
+            raise FieldError(name, f"{path} is {real}, outside the media root {real_root}")
 
 
 _REQUIRED = ("id", "task", "prompt", "answer")

@@ -228,7 +228,7 @@ def _read_csv(path: Path, delimiter: str) -> Iterator[tuple[int, Any]]:
                 if None in row or None in row.values():
                     names = reader.fieldnames or []
                     found = sum(value is not None for value in row.values()) - (None in row)
-                    found += len(row.get(None) or [])  # type: ignore[call-overload]
+                    found += len(row.get(None) or [])
                     reason = f"{found} cells, the header has {len(names)}"
                     yield reader.line_num, FieldError("", reason)
                     continue

@@ -3,6 +3,7 @@
 import json
 import struct
 from pathlib import Path
+from typing import Any
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -14,7 +15,7 @@ _WEIGHT_FILES = ["*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf"]
 class CheckpointError(ValueError):
     """A checkpoint cannot be used; the message starts with the file at fault."""
 
-    def __init__(self, path: str | Path, reason: str):
+    def __init__(self, path: str | Path, reason: str) -> None:
         super().__init__(f"{path}: {reason}")
         self.path = Path(path)
 
@@ -43,7 +44,7 @@ def resolve(path: str | Path, *, weights: bool = True) -> Path:
         ) from error
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; CheckpointError when it is missing or is not one."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
