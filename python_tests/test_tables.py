@@ -154,6 +154,7 @@ def test_columns_are_renamed(tmp_path):
         ({"optoins": ["a", "b"]}, "'optoins': unknown; did you mean options?"),
         ({"videos": "a.mp4"}, "'videos': unknown; did you mean video?"),
         ({"strat": 3}, "'strat': unknown; did you mean start?"),
+        ({"task": ["numeric"]}, "'task': expected a text, got list"),
         ({"duration": "long"}, "'metadata.duration': expected seconds above 0"),
         ({"prompt.question": "Why?"}, "stands beside a prompt that is"),
     ],

@@ -76,8 +76,9 @@ def complete(row: Any, *, made_id: str, task: str | None = None) -> Any:
     elif isinstance(row["id"], int) and not isinstance(row["id"], bool):
         row["id"] = str(row["id"])
     _complete_prompt(row)
-    if row.get("task") in TASKS and "answer" in row:
-        row["answer"] = lettered(row["answer"], row.get("options"), str(row["task"]))
+    named = row.get("task")
+    if isinstance(named, str) and named in TASKS and "answer" in row:
+        row["answer"] = lettered(row["answer"], row.get("options"), named)
     return row
 
 
