@@ -127,6 +127,7 @@ def script(monkeypatch):
 
     class Processor:
         def with_frames(self, frames, **_):
+            self.frames = frames
             return self
 
         def fit(self):
