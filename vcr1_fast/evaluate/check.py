@@ -75,7 +75,7 @@ def check(
         both is a fault. Without it they are fitted on the examined records, which can only raise
         them.
     media: open every video and image, to compare lengths with the annotation.
-    decode: also decode what each record shows, as training does.
+    decode: also decode each record's frames, as training does.
     decoder: which decoder opens the videos, as data.decoder of a run.
     """
     bad = Quarantine()

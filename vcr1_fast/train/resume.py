@@ -1,4 +1,4 @@
-"""Identity of a run: what a resumed run must share with its checkpoint, and what may change."""
+"""Identity of a run: settings that must equal the checkpoint's, and settings that may change."""
 
 import hashlib
 import json
