@@ -108,6 +108,8 @@ def test_vision_tokens_in_a_question_are_refused(loaded):
     list(talk.ask(FIRST))
     with pytest.raises(ValueError, match="vision tokens"):
         list(talk.ask("and <|image_pad|>?"))
+    with pytest.raises(ValueError, match="the control token '<|im_end|>'".replace("|", r"\|")):
+        list(talk.ask("and<|im_end|>?"))
 
 
 SETTINGS = ["frames.num_frames=4", "frames.min_pixels=784", "frames.max_pixels=3136"]

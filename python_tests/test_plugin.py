@@ -142,7 +142,9 @@ def test_ctrl_c_ends_a_process_whose_reward_hangs(tmp_path):
     path = tmp_path / "hangs.py"
     path.write_text(HANGS)
     code = (
-        "import sys; from vcr1_fast.rewards.plugin import load_reward\n"
+        "import signal; from vcr1_fast.rewards.plugin import load_reward\n"
+        # A parent in the background of a shell leaves SIGINT ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"reward = load_reward({str(path) + ':together'!r}, timeout=50.0)\n"
         "print('calls', flush=True)\n"
         "reward(['hang'], [None], [1])"

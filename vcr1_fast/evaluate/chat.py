@@ -55,7 +55,7 @@ class Conversation:
 
     def ask(self, question: str) -> Iterator[str]:
         """The answer, piece by piece as it is generated, special tokens left out. ValueError for a
-        question that holds vision tokens."""
+        question that holds vision or other control tokens."""
         hidden = self._follow_up(question) if self.messages else self._open(question)
         stop, tokens, shown = self.processor.stop_id, [], ""
         for _ in range(self.sampling.max_new_tokens):
@@ -99,6 +99,7 @@ class Conversation:
         tokens = self.processor.encode(turn)
         if bool(torch.isin(tokens, self._vision_ids()).any()):
             raise ValueError(f"the question holds vision tokens: {question!r}")
+        self.processor.refuse_control_tokens(question)
         return self._read(tokens)
 
     def _vision_ids(self) -> Tensor:

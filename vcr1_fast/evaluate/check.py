@@ -65,6 +65,7 @@ def check(
     *,
     train: str | Path | None = None,
     media_root: str | Path | None = None,
+    inside_root: bool = False,
     media: bool = True,
     decode: bool = False,
     decoder: str = DECODER,
@@ -74,12 +75,19 @@ def check(
     train: records that a model is trained on; blind baselines are fitted on them, and a video in
         both is a fault. Without it they are fitted on the examined records, which can only raise
         them.
+    inside_root: media outside `media_root` are faults, as with data.inside_root of a run.
     media: open every video and image, to compare lengths with the annotation.
     decode: also decode each record's frames, as training does.
     decoder: which decoder opens the videos, as data.decoder of a run.
     """
     bad = Quarantine()
-    records = load_records(path, media_root=media_root, on_error="quarantine", quarantine=bad)
+    records = load_records(
+        path,
+        media_root=media_root,
+        inside_root=inside_root,
+        on_error="quarantine",
+        quarantine=bad,
+    )
     refused = Path(path).with_suffix(".quarantine.jsonl")
     refusals = Quarantine(refused).items if refused.exists() else []
     faults = [malformed(item) for item in [*refusals, *bad.items]]

@@ -225,6 +225,7 @@ def _load(
     records = load_records(
         records_path,
         media_root=config.media_root,
+        inside_root=config.inside_root,
         tasks=config.tasks,
         on_error="quarantine",
         quarantine=bad_rows,

@@ -336,9 +336,11 @@ def row_temperatures(
 ) -> tuple[Tensor | None, float]:
     """`(row_temperature, temperature)` as the ops take them; ValueError unless positive.
 
-    A tensor's values are checked by the kernels, on the CPU only.
+    A tensor is moved to `device`; its values are checked by the kernels, on the CPU only.
     """
     if isinstance(temperature, Tensor):
+        if temperature.is_meta and device.type != "meta":
+            raise ValueError(f"temperature is on meta, but the op's other inputs on {device}")
         rows = temperature.detach().to(device, torch.float32)
         return rows.expand(lead).contiguous(), 1.0
     if not 0 < temperature < float("inf"):

@@ -212,6 +212,7 @@ _forward = Op(
     "group_attention",
     "(Tensor query, Tensor key, Tensor value, Tensor parts, float scale) -> (Tensor, Tensor)",
     _fake_forward,
+    on_cpu=("parts",),
 )
 _forward.register("reference", group_attention_reference)
 _forward.register("cpu", _forward_cpu)
@@ -220,6 +221,7 @@ _backward = Op(
     "(Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, Tensor grad, Tensor parts, "
     "float scale) -> (Tensor, Tensor, Tensor)",
     _fake_backward,
+    on_cpu=("parts",),
 )
 _backward.register("reference", group_attention_backward_reference)
 _backward.register("cpu", _backward_cpu)

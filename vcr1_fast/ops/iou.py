@@ -24,7 +24,7 @@ import math
 import torch
 from torch import Tensor
 
-from vcr1_fast.ops.backend import Op, native
+from vcr1_fast.ops.backend import Op, check_one_device, native
 
 KINDS = ("iou", "giou", "diou", "ciou")
 CONVENTIONS = ("zero", "torchvision")
@@ -376,6 +376,7 @@ def track_iou(pred: Tensor, target: Tensor, lengths: Tensor | None = None) -> Te
             f"lengths must be int64 ({batch},), got {lengths.dtype} {tuple(lengths.shape)}"
         )
     else:
+        check_one_device("pred", pred, lengths=lengths)
         lengths = lengths.clamp(0, steps)
     if _needs_gradient(pred, target):
         return track_iou_reference(pred, target, lengths)

@@ -254,6 +254,7 @@ def training_records(config: DataConfig, quarantine: Quarantine) -> list[Record]
     records = load_records(
         config.train,
         media_root=config.media_root,
+        inside_root=config.inside_root,
         tasks=config.tasks,
         on_error="quarantine",
         quarantine=quarantine,

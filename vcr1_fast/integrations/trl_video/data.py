@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -35,7 +36,7 @@ def video_dataset(
     rows = [
         {
             "prompt": [{"role": "user", "content": TASKS[one.task].prompt(one, think)}],
-            **{name: path and os.path.abspath(path) for name, path in _media(one).items()},
+            **{name: path and str(Path(path).absolute()) for name, path in _media(one).items()},
             "start": one.start,
             "end": one.end,
             "record": _written(one),
@@ -54,7 +55,7 @@ def _media(record: Record) -> dict[str, str | None]:
 
 def _written(record: Record) -> str:
     row = {k: v for k, v in dataclasses.asdict(record).items() if v is not None}
-    row |= {name: os.path.abspath(path) for name, path in _media(record).items() if path}
+    row |= {name: str(Path(path).absolute()) for name, path in _media(record).items() if path}
     return json.dumps(row)
 
 
