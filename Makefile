@@ -23,7 +23,7 @@ $(VENV)/.built: $(VENV)/bin/python pyproject.toml constraints.txt $(CSRC)
 	touch $@
 
 # torchvision breaks transformers' imports when it was built for another torch, so the tests' oracle
-# lives in a folder of its own.
+# lives in a separate folder.
 $(VENV)/.oracle: $(VENV)/bin/python constraints.txt
 	$(PIP_INSTALL) --no-deps --upgrade --target $(VENV)/oracle torchvision
 	touch $@

@@ -242,7 +242,7 @@ def test_the_mean_reward_rises_and_falls_with_the_advantage_reversed(
 
 
 def test_two_processes_take_the_step_of_one(inputs, tmp_path):
-    """Fine-tuning draws nothing, so loss and gradient must agree; a bad clip is met by either."""
+    """Fine-tuning samples nothing, so loss and gradient must agree; a bad clip is met by either."""
     model, path = inputs
     records = load_records(path)
     records[0] = dataclasses.replace(records[0], video=str(tmp_path / "gone.mp4"))
@@ -304,9 +304,9 @@ def test_killed_and_resumed_is_as_never_interrupted(inputs, tmp_path, any_reward
         file.write('{"step": 5, "rew')  # and half a line
     capsys.readouterr()
     train(configure(*inputs, killed, *overrides))
-    told = capsys.readouterr().err
-    assert "incomplete" in told
-    assert "resuming after step 2" in told
+    reported = capsys.readouterr().err
+    assert "incomplete" in reported
+    assert "resuming after step 2" in reported
     assert metrics_of(killed) == metrics_of(whole)
     assert read(killed / "rollouts.jsonl") == read(whole / "rollouts.jsonl")
     weights = [path / "model" / "model.safetensors" for path in (killed, whole)]
@@ -433,9 +433,9 @@ def test_bad_rows_are_named(inputs, tmp_path, capsys):
     spoiled = tmp_path / "rows.jsonl"
     spoiled.write_text("".join(json.dumps(row) + "\n" for row in rows))
     train(configure(model, spoiled, tmp_path / "run", "optim.steps=1"))
-    told = capsys.readouterr().err
-    assert f"quarantined {rows[0]['id']}: field 'start'" in told
-    assert "unknown task 'juggling'" in told
+    reported = capsys.readouterr().err
+    assert f"quarantined {rows[0]['id']}: field 'start'" in reported
+    assert "unknown task 'juggling'" in reported
     sources = [item["source"] for item in read(tmp_path / "run" / "quarantine.jsonl")]
     assert sources == [f"{spoiled}:1", f"{spoiled}:2"]
 
@@ -519,8 +519,8 @@ def test_update_is_the_same_in_one_pass_and_in_several(inputs, tmp_path, any_rew
     assert counts[-1] == 1 and counts[0] > 4  # groups were split by completions
 
 
-def tower_passes(run, monkeypatch):
-    """The number of patches of each pass through the vision tower from here on."""
+def encoder_passes(run, monkeypatch):
+    """The number of patches of each pass through the vision encoder from here on."""
     passes, visual = [], unwrap(run.model).model.visual
     forward = visual.forward
     monkeypatch.setattr(
@@ -529,9 +529,9 @@ def tower_passes(run, monkeypatch):
     return passes
 
 
-def test_a_trained_tower_runs_once_a_step(run, monkeypatch):
+def test_a_trained_encoder_runs_once_a_step(run, monkeypatch):
     """The rollout's pass is the update's too: same gradient as with a pass of the update's own."""
-    passes = tower_passes(run, monkeypatch)
+    passes = encoder_passes(run, monkeypatch)
     groups = sampled_groups(run, ADVANTAGES)
     patches = [one.group.prompt.patches for one in groups]
     run.planner.tokens = 150  # several micro-batches
@@ -548,8 +548,8 @@ def test_a_trained_tower_runs_once_a_step(run, monkeypatch):
     assert max(p.grad.abs().max() for p in run.model.model.visual.parameters()) > 1e-6
 
 
-def test_without_room_for_its_graph_the_tower_runs_again(run, monkeypatch):
-    passes = tower_passes(run, monkeypatch)
+def test_without_memory_for_its_graph_the_encoder_runs_again(run, monkeypatch):
+    passes = encoder_passes(run, monkeypatch)
     samples = next(iter(run.batches()))[: len(ADVANTAGES)]
     graph = run.planner.footprint.per_patch * sum(one.prompt.patches for one in samples)
     run.planner.memory = 1.9 * graph  # half of it is for the graph; rollouts take less
@@ -561,7 +561,9 @@ def test_without_room_for_its_graph_the_tower_runs_again(run, monkeypatch):
 
 
 @pytest.mark.parametrize("size", [1024, 0])
-def test_a_frozen_tower_sees_a_clip_once_in_a_run(inputs, tmp_path, monkeypatch, any_reward, size):
+def test_a_frozen_encoder_sees_a_clip_once_in_a_run(
+    inputs, tmp_path, monkeypatch, any_reward, size
+):
     seen, again = set(), []
 
     def watching(model, prompts, known):
@@ -602,7 +604,7 @@ def test_saved_tokens_are_those_that_the_plain_form_would_run(run):
     metrics = loop.update_policy(run, groups, 1e-3)
     plain = sum(4 * len(g.group.prompt) + sum(map(len, g.group.completions)) for g in groups)
     ran = [len(g.group.prompt) + sum(map(len, g.group.completions)) for g in groups]
-    assert metrics["num_run_tokens"] == sum(ran) - ran[1]  # the silent one is not run
+    assert metrics["num_run_tokens"] == sum(ran) - ran[1]  # the zero-advantage one is not run
     assert metrics["saved_tokens"] == pytest.approx(1 - (sum(ran) - ran[1]) / plain)
 
 

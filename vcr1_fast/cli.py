@@ -91,7 +91,7 @@ def parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("report", help="curves and rollouts of a training run")
     command.add_argument("folder", help="of the run (run.output)")
-    command.add_argument("--data", help="records trained on (default: as the run was told)")
+    command.add_argument("--data", help="records trained on (default: the run's data.train)")
     command.set_defaults(run=run_report)
 
     command = commands.add_parser("bench", help="time the operations beside their peers")

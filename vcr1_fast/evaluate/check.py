@@ -146,11 +146,11 @@ def report_text(report: Report, examples: int = 3) -> str:
         if count > examples:
             lines.append(f"  and {count - examples} more")
     for task, shares in report.balance.items():
-        told = ", ".join(f"{answer} {100 * share:.1f} %" for answer, share in shares.items())
-        lines.append(f"{task}: {told}")
+        text = ", ".join(f"{answer} {100 * share:.1f} %" for answer, share in shares.items())
+        lines.append(f"{task}: {text}")
     lines.append("blind baselines:")
     for task, strategies in report.floors.items():
         for strategy, metrics in strategies.items():
-            told = ", ".join(f"{name} {100 * value:.1f}" for name, value in metrics.items())
-            lines.append(f"  {task}, {strategy}: {told}")
+            text = ", ".join(f"{name} {100 * value:.1f}" for name, value in metrics.items())
+            lines.append(f"  {task}, {strategy}: {text}")
     return "\n".join(lines)

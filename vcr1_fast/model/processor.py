@@ -29,7 +29,7 @@ Mrope = Literal["trained", "installed"]
 class ClipLike(Protocol):
     """The part of a clip that the processor reads; an image has T = 1 and no rate.
 
-    `fitted`, where there is one, tells whether the frames have been resized already (`fit`).
+    `fitted`, where there is one, says whether the frames have been resized already (`fit`).
     """
 
     @property

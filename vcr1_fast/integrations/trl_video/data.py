@@ -121,7 +121,7 @@ def _scores(
     durations: list[float],
     think: list[bool],
 ) -> Columns:
-    """The task's rewards of its own samples, in order."""
+    """The task's rewards of its samples, in order."""
     own = [i for i, record in enumerate(records) if record is not None]
     mine = [record for record in records if record is not None]
     answers = task.answers([texts[i] for i in own], mine)
@@ -139,12 +139,13 @@ def clip_request(row: dict[str, Any], frames: FrameConfig) -> ClipRequest:
     video, image = row.get("video"), row.get("image")
     if (video is None) == (image is None):
         raise ValueError(f"a row needs a video or an image, got {video!r} and {image!r}")
-    part = {"start": row.get("start"), "end": row.get("end")}
+    start, end = row.get("start"), row.get("end")
     if row.get("record"):
         record = read_record(row["record"])
-        shown = dataclasses.replace(record, video=video, image=image, **part)
+        shown = dataclasses.replace(record, video=video, image=image, start=start, end=end)
         return requests.clip_request(shown, frames)
-    return ClipRequest(path=video or image, config=frames, is_image=video is None, **part)
+    path: Any = image if video is None else video  # one of them is there
+    return ClipRequest(path=path, config=frames, is_image=video is None, start=start, end=end)
 
 
 def prompt_texts(messages: Any) -> tuple[str, str | None]:
