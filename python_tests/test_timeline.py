@@ -15,7 +15,7 @@ from vcr1_fast.data.decode import BACKENDS, open_source
 from vcr1_fast.data.frame_folder import frame_names
 from vcr1_fast.data.media_file import NeedsPyav, VideoError
 from vcr1_fast.data.sampling import FrameConfig
-from vcr1_fast.data.timeline import _rate, _zero, is_even, read_timeline
+from vcr1_fast.data.timeline import Packets, _rate, _zero, is_even, read_timeline
 from vcr1_fast.data.truncation import cut_off
 from vcr1_fast.data.video import ClipReader, ClipRequest, probe, probe_all, read_clip
 
@@ -381,3 +381,15 @@ def test_an_index_that_points_past_the_file_is_reported(tmp_path):
     path.write_bytes(data)
     with pytest.raises(VideoError, match=rf"damaged: \d+ of {COUNT} samples could be read"):
         read_timeline(str(path))
+
+
+def test_leading_frames_of_an_open_gop_decode_from_the_key_before():
+    """Decoding order I0 P2 B1 | I6 B4 B5 P8: frames 4 and 5 refer to what comes before I6."""
+    pts = np.array([0, 2, 1, 6, 4, 5, 8])
+    key = np.array([True, False, False, True, False, False, False])
+    packets = Packets(pts, np.arange(7), key, np.ones(7, bool))
+    assert [packets.entry(place) for place in range(7)] == [0, 0, 0, 3, 0, 0, 3]
+    assert packets.places().tolist() == [0, 2, 1, 4, 5, 3, 6]
+    # A stream that was cut there has no key before: decoding begins at the first packet.
+    cut = Packets(pts[3:], np.arange(4), key[3:], np.ones(4, bool))
+    assert [cut.entry(place) for place in range(4)] == [0, 0, 0, 0]
