@@ -363,6 +363,13 @@ def test_a_checkpoint_is_mapped_and_not_read_whole(tmp_path):
     assert checkpoint.load_checkpoint(path)["x"].tolist() == [0, 1, 2, 3, 4]
 
 
+def test_the_system_prompt_is_shown(inputs, tmp_path):
+    config = configure(*inputs, tmp_path / "run", "data.system=Be brief.")
+    with setup.open_run(config, reference=False) as run:
+        samples = next(iter(run.batches()))
+    assert samples and all("Be brief." in sample.prompt.text for sample in samples)
+
+
 def test_records_that_hold_control_tokens_are_quarantined(inputs, tmp_path):
     model, path = inputs
     records = [r for r in load_records(path) if r.task == "multiple_choice"]
