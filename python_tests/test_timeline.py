@@ -15,7 +15,7 @@ from vcr1_fast.data.decode import BACKENDS, open_source
 from vcr1_fast.data.frame_folder import frame_names
 from vcr1_fast.data.media_file import NeedsPyav, VideoError
 from vcr1_fast.data.sampling import FrameConfig
-from vcr1_fast.data.timeline import Packets, _rate, _zero, is_even, read_timeline
+from vcr1_fast.data.timeline import Packets, _check_whole, _rate, _zero, is_even, read_timeline
 from vcr1_fast.data.truncation import cut_off
 from vcr1_fast.data.video import ClipReader, ClipRequest, probe, probe_all, read_clip
 
@@ -393,3 +393,13 @@ def test_leading_frames_of_an_open_gop_decode_from_the_key_before():
     # A stream that was cut there has no key before: decoding begins at the first packet.
     cut = Packets(pts[3:], np.arange(4), key[3:], np.ones(4, bool))
     assert [cut.entry(place) for place in range(4)] == [0, 0, 0, 0]
+
+
+def test_an_incomplete_last_packet_is_reported():
+    """Of a container whose size is written nowhere; FFmpeg marks the packet."""
+    container = SimpleNamespace(format=SimpleNamespace(name="other"))
+    stream = SimpleNamespace(index_entries=[], frames=0)
+    whole, torn = (SimpleNamespace(corrupt=corrupt, dts=0) for corrupt in (False, True))
+    _check_whole("v.x", container, stream, [torn, whole])  # damage within is found by decoding
+    with pytest.raises(VideoError, match="its last packet is incomplete"):
+        _check_whole("v.x", container, stream, [whole, torn])
