@@ -496,6 +496,21 @@ def test_logits_without_a_distribution_are_reported_of(temperature, value):
         check_possible(sampled.possible)
 
 
+def test_log_probs_under_what_was_sampled_from_and_under_the_whole_vocabulary():
+    """By hand: probabilities 0.5, 0.3, 0.2; the first token is banned, top-p then leaves one."""
+    logits = torch.tensor([[0.5, 0.3, 0.2]]).log()
+    banned, uniforms = torch.tensor([0]), torch.tensor([0.1], dtype=torch.float64)
+    got = sample(logits, uniforms, banned, SamplingConfig())
+    assert got.tokens.tolist() == [1]
+    assert float(got.logps) == pytest.approx(math.log(0.3 / 0.5), abs=1e-6)
+    assert float(got.full_logps) == pytest.approx(math.log(0.3), abs=1e-6)
+    got = sample(logits, uniforms, banned, SamplingConfig(top_p=0.5))
+    assert float(got.logps) == pytest.approx(0.0, abs=1e-6)
+    assert float(got.full_logps) == pytest.approx(math.log(0.3), abs=1e-6)
+    got = sample(logits, uniforms, banned, SamplingConfig(temperature=0.0))
+    assert float(got.full_logps) == pytest.approx(math.log(0.3), abs=1e-6)
+
+
 def test_truncation_keeps_ties_of_the_last_place_and_the_first_token():
     scores = torch.tensor([[1.0, 3.0, 2.0, 2.0]])
     assert torch.isfinite(truncate(scores, 2, 1.0)).tolist() == [[False, True, True, True]]
