@@ -1,4 +1,4 @@
-"""The family-free part of a processor: chat template, tokens, and what a completion may hold.
+"""The family-free part of a processor: chat template, tokens, and tokens banned from completions.
 
 A family adds how clips and images become patches, placeholder tokens and positions
 (`model/<family>/processor.py`).
