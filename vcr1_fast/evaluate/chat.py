@@ -178,7 +178,7 @@ def open_conversation(config: ChatConfig) -> Conversation:
         print(f"{clip.path}: {size}", file=sys.stderr)
     dtype, device = config.placement()
     model, processor = checkpoint.load(config.model, dtype=dtype, device=device, mrope=config.mrope)
-    processor = processor.with_frames(config.frames)
+    processor = processor.with_frames(config.frames, media_first=config.media_first)
     print(f"ready in {time.perf_counter() - began:.1f} s", file=sys.stderr)
     return Conversation(
         model,
