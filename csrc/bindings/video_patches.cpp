@@ -5,7 +5,7 @@ using namespace vcr1;
 
 namespace {
 
-#define VCR1_IS_SHAPE(p, m, t) layout.patch == p&& layout.merge == m&& layout.temporal == t ||
+#define VCR1_IS_SHAPE(p, m, t) (layout.patch == p && layout.merge == m && layout.temporal == t) ||
 #define VCR1_SHAPE_NAME(p, m, t) " (" #p ", " #m ", " #t ")"
 
 PatchLayout patch_layout(int patch, int merge, int temporal, const std::array<float, 3>& offset,

@@ -132,8 +132,7 @@ __device__ inline void zero_statistics(const GatherLogprobsForward& f, int64_t r
 template <bool kHeld, bool kEntropy, typename T>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     loss_kernel(const __grid_constant__ LogitsGrpoLossArgs a, int64_t first_row, int cluster) {
-  extern __shared__ __align__(16) unsigned char slice_bytes[];
-  auto* const held = reinterpret_cast<Pack<T>*>(slice_bytes);
+  auto* const held = reinterpret_cast<Pack<T>*>(dynamic_shared());
   const GatherLogprobsInput& in = a.forward.in;
   const int rank = blockIdx.x % cluster, vocab = static_cast<int>(in.vocab);
   const int64_t row = first_row + blockIdx.x / cluster;

@@ -5,6 +5,9 @@
 
 #include <cstdint>
 
+#ifdef VCR1_EMULATE
+#include "../emulation/instructions.h"
+#else
 namespace vcr1::cuda {
 
 // Starts a copy of 16 bytes, both sides aligned to them, past the registers and the first cache.
@@ -49,3 +52,4 @@ __device__ inline uint16_t saturate(int low, int high) {
 }
 
 }  // namespace vcr1::cuda
+#endif  // VCR1_EMULATE

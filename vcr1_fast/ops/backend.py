@@ -6,6 +6,9 @@ first name of `PREFERENCE` that the op has is used. The environment variable VCR
 `use()` override it; both take names separated by commas, and the first that the op has for the
 tensor's device counts ("triton,cpu": Triton on GPUs, C++ on the CPU).
 
+Two backends also take CPU tensors, for tests and by name only: "triton" with TRITON_INTERPRET=1, and
+"cuda" in a build whose kernels run on an emulated GPU (csrc/emulation).
+
 Nothing falls back silently: when the chosen backend is not installed, the call raises RuntimeError
 and names the remedy.
 """
@@ -55,6 +58,8 @@ def _import_native() -> ModuleType | None:
 
 native: Any = _import_native()
 """The compiled module `vcr1_fast._C`, or None when it was not built."""
+emulation: Any = getattr(native, "emulation", None)
+"""The GPU that a build with -DVCR1_EMULATE=ON emulates; None in every other."""
 if native is not None:
     native.use_team(openmp.entry_point())
 
@@ -139,7 +144,22 @@ class use:
 def _serves(backend: str, device: str) -> bool:
     if backend == "triton" and device == "cpu":
         return os.environ.get("TRITON_INTERPRET") == "1"
+    if backend == "cuda" and device == "cpu":
+        return emulation is not None
     return backend in PREFERENCE[device] or backend == "reference"
+
+
+def _emulated(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The "cuda" implementation `fn` on CPU tensors, which the native module takes for CUDA ones."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        before = emulation.present_cpu_as_cuda(True)
+        try:
+            return fn(*args, **kwargs)
+        finally:
+            emulation.present_cpu_as_cuda(before)
+
+    return run
 
 
 # Types of arguments that `direct` takes past the dispatcher. Subclasses of Tensor (fake, traced,
@@ -264,7 +284,8 @@ class Op:
         reason = unavailable(name)
         if reason is not None:
             raise RuntimeError(f"{self.name}: backend {name!r} was chosen, but {reason}")
-        return self._implementations[name]
+        fn = self._implementations[name]
+        return _emulated(fn) if name == "cuda" and device == "cpu" else fn
 
 
 _SCHEMA_TYPES: dict[Any, str] = {
