@@ -12,12 +12,12 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from gpu_backend import EMULATED
 from grpo_oracle import loop_loss
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from gpu_backend import EMULATED
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 

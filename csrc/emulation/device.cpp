@@ -25,6 +25,12 @@ enum class Wait { kNothing, kBlock, kWarp, kCluster, kEnded };
 struct Copy {
   void* to;
   const void* from;
+  int bytes;  // of 16; the rest is zeros
+
+  void arrive() const {
+    std::memset(to, 0, 16);
+    std::memcpy(to, from, static_cast<size_t>(bytes));
+  }
 };
 
 struct Block;
@@ -338,6 +344,7 @@ void run(const Launch& launch, const std::function<void()>& thread) {
 unsigned thread_index() { return self().index; }
 unsigned block_index() { return self().block->index; }
 unsigned block_size() { return self().block->cluster->launch->block; }
+unsigned grid_size() { return self().block->cluster->launch->grid; }
 unsigned lane() { return self().index % kWarp; }
 void* dynamic_shared() { return self().block->dynamic->data(); }
 
@@ -387,7 +394,7 @@ void multiply_add(int (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], b
   }
 }
 
-void copy_async(void* shared, const void* global) {
+void copy_async(void* shared, const void* global, int bytes) {
   Thread& t = self();
   const auto* const begin = t.block->dynamic->data();
   const size_t size = (t.block->cluster->launch->shared_bytes + 15) / 16 * 16;
@@ -395,14 +402,15 @@ void copy_async(void* shared, const void* global) {
     fail_launch("cp.async: both addresses must be multiples of 16");
   if (static_cast<char*>(shared) < begin || static_cast<char*>(shared) + 16 > begin + size)
     fail_launch("cp.async: outside dynamic shared memory");
+  if (bytes < 1 || bytes > 16) fail_launch("cp.async: expected 1 to 16 bytes");
   volatile char probe = static_cast<const char*>(global)[0];  // faults here, not in wait_copies()
-  probe = static_cast<const char*>(global)[15];
+  probe = static_cast<const char*>(global)[bytes - 1];
   (void)probe;
-  t.open.push_back({shared, global});
+  t.open.push_back({shared, global, bytes});
   if (t.block->cluster->late_copies) {
     fill_with_noise(static_cast<char*>(shared), 16);
   } else {
-    std::memcpy(shared, global, 16);
+    t.open.back().arrive();
   }
 }
 
@@ -416,7 +424,7 @@ void wait_copies(int pending) {
   Thread& t = self();
   while (static_cast<int>(t.groups.size()) > pending) {
     if (t.block->cluster->late_copies)
-      for (const Copy& copy : t.groups.front()) std::memcpy(copy.to, copy.from, 16);
+      for (const Copy& copy : t.groups.front()) copy.arrive();
     t.groups.erase(t.groups.begin());
   }
 }

@@ -34,6 +34,7 @@ struct Device {
   int major = 9;
   int code = 90;  // __CUDA_ARCH__ / 10
   int shared_bytes_optin = 232448;
+  int driver = 13000;  // CUDA version that the driver supports, as the runtime numbers them
 };
 Device& device();
 
@@ -48,12 +49,13 @@ void run(const Launch& launch, const std::function<void()>& thread);
 unsigned thread_index();
 unsigned block_index();
 unsigned block_size();
+unsigned grid_size();
 unsigned lane();
 void* dynamic_shared();
 void sync_block();
 void sync_warp(unsigned mask);
 uint64_t shuffle(unsigned mask, uint64_t value, unsigned source_lane);
-void copy_async(void* shared, const void* global);
+void copy_async(void* shared, const void* global, int bytes);
 void commit_copies();
 void wait_copies(int pending);
 // As mma.sync.m16n8k32 of s8 (or u8) and u8: see csrc/cuda/ptx.cuh for the layouts.

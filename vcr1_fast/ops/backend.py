@@ -6,8 +6,8 @@ first name of `PREFERENCE` that the op has is used. The environment variable VCR
 `use()` override it; both take names separated by commas, and the first that the op has for the
 tensor's device counts ("triton,cpu": Triton on GPUs, C++ on the CPU).
 
-Two backends also take CPU tensors, for tests and by name only: "triton" with TRITON_INTERPRET=1, and
-"cuda" in a build whose kernels run on an emulated GPU (csrc/emulation).
+Two more backends take CPU tensors, for tests and by name only: "triton" with TRITON_INTERPRET=1,
+and "cuda" in a build whose kernels run on an emulated GPU (csrc/emulation).
 
 Nothing falls back silently: when the chosen backend is not installed, the call raises RuntimeError
 and names the remedy.
@@ -75,9 +75,29 @@ def unavailable(backend: str) -> str | None:
             "vcr1_fast._C was built without CUDA: install nvcc (or set CUDACXX) and reinstall with "
             "VCR1_CUDA=ON"
         )
+    if backend == "cuda":
+        return _driver_problem(*native.cuda_versions())
     if backend == "triton" and importlib.util.find_spec("triton") is None:
         return "Triton is not installed: run `pip install triton`"
     return None
+
+
+def _driver_problem(driver: int, runtime: int) -> str | None:
+    """Why the CUDA driver cannot serve the runtime of the native module; None when it can.
+
+    Versions are 1000 major + 10 minor. Within a major version older drivers serve newer runtimes.
+    """
+    if driver // 1000 >= runtime // 1000:
+        return None
+    found = f"supports CUDA {_version(driver)}" if driver else "is missing"
+    return (
+        f"vcr1_fast._C was built for CUDA {_version(runtime)} and the NVIDIA driver {found}: "
+        "update the driver, or reinstall with an nvcc that it supports (CUDACXX)"
+    )
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 def from_triton(module: str, name: str) -> Callable[..., Any]:
@@ -150,7 +170,7 @@ def _serves(backend: str, device: str) -> bool:
 
 
 def _emulated(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """The "cuda" implementation `fn` on CPU tensors, which the native module takes for CUDA ones."""
+    """The "cuda" implementation `fn`, for CPU tensors that the native module takes for CUDA's."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         before = emulation.present_cpu_as_cuda(True)

@@ -31,7 +31,11 @@ enum cudaError_t {
   cudaErrorInvalidValue = 1,
   cudaErrorInvalidConfiguration = 9,
 };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+enum cudaFuncAttribute {
+  cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
+  cudaFuncAttributePreferredSharedMemoryCarveout = 9,
+};
+enum cudaSharedCarveout { cudaSharedmemCarveoutMaxShared = 100 };
 enum cudaDeviceAttr {
   cudaDevAttrComputeCapabilityMajor = 75,
   cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
@@ -79,8 +83,9 @@ cudaError_t cudaDriverGetVersion(int* version);
 cudaError_t cudaRuntimeGetVersion(int* version);
 
 template <typename F>
-cudaError_t cudaFuncSetAttribute(F* kernel, cudaFuncAttribute, int bytes) {
-  return vcr1::emulation::set_shared_limit(reinterpret_cast<const void*>(kernel), bytes);
+cudaError_t cudaFuncSetAttribute(F* kernel, cudaFuncAttribute attribute, int value) {
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
+  return vcr1::emulation::set_shared_limit(reinterpret_cast<const void*>(kernel), value);
 }
 template <typename F>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* out, F*) {
@@ -128,6 +133,7 @@ struct BuiltIn {
 inline constexpr vcr1::emulation::BuiltIn<&vcr1::emulation::thread_index> threadIdx{};
 inline constexpr vcr1::emulation::BuiltIn<&vcr1::emulation::block_index> blockIdx{};
 inline constexpr vcr1::emulation::BuiltIn<&vcr1::emulation::block_size> blockDim{};
+inline constexpr vcr1::emulation::BuiltIn<&vcr1::emulation::grid_size> gridDim{};
 
 inline void __syncthreads() { vcr1::emulation::sync_block(); }
 inline void __syncwarp(unsigned mask = ~0u) { vcr1::emulation::sync_warp(mask); }
@@ -184,22 +190,29 @@ inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
   return static_cast<unsigned>((uint64_t{high} << 32 | low) >> (shift & 31));
 }
 
-// Not contracted into a multiply-add, whatever the flags: the compiler must not see the operation.
+// Rounded before and after, whatever the flags: neither these operations nor the products that are
+// their operands are fused into a multiply-add. The compiler must not see through.
+namespace vcr1::emulation {
+inline float rounded(float x) {
+  asm("" : "+x"(x));
+  return x;
+}
+}  // namespace vcr1::emulation
 inline float __fadd_rn(float a, float b) {
-  volatile float out = a + b;
-  return out;
+  using vcr1::emulation::rounded;
+  return rounded(rounded(a) + rounded(b));
 }
 inline float __fsub_rn(float a, float b) {
-  volatile float out = a - b;
-  return out;
+  using vcr1::emulation::rounded;
+  return rounded(rounded(a) - rounded(b));
 }
 inline float __fmul_rn(float a, float b) {
-  volatile float out = a * b;
-  return out;
+  using vcr1::emulation::rounded;
+  return rounded(rounded(a) * rounded(b));
 }
 inline float __fdiv_rn(float a, float b) {
-  volatile float out = a / b;
-  return out;
+  using vcr1::emulation::rounded;
+  return rounded(rounded(a) / rounded(b));
 }
 inline int __float2int_rn(float x) { return static_cast<int>(std::nearbyint(x)); }
 
