@@ -12,6 +12,9 @@ class CudaResizePlan:
     @property
     def shared_bytes(self) -> int: ...
 
+class GrpoParameters:
+    def __init__(self, **kwargs) -> None: ...
+
 class ResizeAxis:
     def __init__(
         self,
@@ -44,6 +47,7 @@ def box_iou(
 ) -> None: ...
 def choose_cpu_isa(name: str) -> None: ...
 def cpu_isa() -> str: ...
+def cuda_versions() -> tuple[int, int]: ...
 def describe(tensor: Tensor) -> tuple[str, tuple[Any, ...], tuple[Any, ...], int]: ...
 def drop_kept_blocks() -> int: ...
 def gather_logprobs(
@@ -101,11 +105,7 @@ def group_attention_backward(
 ) -> None: ...
 def group_attention_scratch(rows: int, kv_heads: int, dim: int, tasks: int) -> int: ...
 def grpo_loss(
-    inputs: Sequence[Tensor | None],
-    kinds: Sequence[int],
-    values: Sequence[float],
-    outputs: Sequence[Tensor],
-    num_threads: int,
+    inputs: object, parameters: GrpoParameters, outputs: object, num_threads: int
 ) -> None: ...
 def interval_set_iou(
     pred: Tensor,
@@ -122,12 +122,11 @@ def logits_grpo_loss(
     mask: Tensor | None,
     row_temperature: Tensor | None,
     temperature: float,
-    tokens: Sequence[Tensor | None],
-    kinds: Sequence[int],
-    values: Sequence[float],
-    grad_entropy: Tensor | None,
-    outputs: Sequence[Tensor | None],
+    tokens: object,
+    parameters: GrpoParameters,
+    outputs: object,
 ) -> None: ...
+def multiply(x: Tensor, factor: Tensor) -> None: ...
 @overload
 def resize_frames(
     frames: Tensor, out: Tensor, plan: ResizePlan, scratch: Tensor, num_threads: int

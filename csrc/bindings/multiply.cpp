@@ -18,9 +18,8 @@ VCR1_BINDINGS(multiply, m) {
                        args.dtype == DType::kBFloat16 || args.dtype == DType::kFloat16,
                    "x: expected float64, float32, bfloat16 or float16, got ", name_of(args.dtype));
         args.factor_dtype = factor.dtype();
-        VCR1_CHECK(
-            args.factor_dtype == DType::kFloat64 || args.factor_dtype == DType::kFloat32,
-            "factor: expected float64 or float32, got ", name_of(args.factor_dtype));
+        VCR1_CHECK(args.factor_dtype == DType::kFloat64 || args.factor_dtype == DType::kFloat32,
+                   "factor: expected float64 or float32, got ", name_of(args.factor_dtype));
         args.x = x.raw();
         args.factor = factor.raw();
         args.rows = 1;

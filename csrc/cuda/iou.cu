@@ -140,8 +140,8 @@ void run(const BoxIouArgs& args, cudaStream_t stream) {
   if (args.pairwise) {
     const unsigned grid =
         blocks("box_iou", divide_up(args.n, kTileRows) * divide_up(args.m, kThreads));
-    launch("box_iou", pairwise_kernel<kKind, kExact, T>, {grid, kThreads}, stream, a, b, out, args.n,
-           args.m);
+    launch("box_iou", pairwise_kernel<kKind, kExact, T>, {grid, kThreads}, stream, a, b, out,
+           args.n, args.m);
   } else {
     const unsigned grid = blocks("box_iou", divide_up(args.n, kThreads));
     launch("box_iou", paired_kernel<kKind, kExact, T>, {grid, kThreads}, stream, a, b, out, args.n);

@@ -249,7 +249,8 @@ void logits_grpo_loss(const LogitsGrpoLossArgs& args, void* stream) {
     using T = decltype(type);
     constexpr int64_t kElement = sizeof(T);
     Plan plan{false, 1, 0};
-    if (same_alignment(args, kElement)) plan = plan_for(in.vocab * kElement, &loss_kernel<true, false, T>);
+    if (same_alignment(args, kElement))
+      plan = plan_for(in.vocab * kElement, &loss_kernel<true, false, T>);
     const bool entropy = args.forward.entropy != nullptr;
     const auto kernel = plan.held
                             ? entropy ? loss_kernel<true, true, T> : loss_kernel<true, false, T>
@@ -258,8 +259,8 @@ void logits_grpo_loss(const LogitsGrpoLossArgs& args, void* stream) {
     CUDA_CHECK("logits_grpo_loss",
                cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     static_cast<int>(plan.shared_bytes)));
-    // Left to itself, the driver may keep so much of the SM's memory for its cache that fewer blocks
-    // fit than registers allow.
+    // Left to itself, the driver may keep so much of the SM's memory for its cache that fewer
+    // blocks fit than registers allow.
     CUDA_CHECK("logits_grpo_loss",
                cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                     cudaSharedmemCarveoutMaxShared));

@@ -19,7 +19,8 @@ __device__ inline double product(double x, double factor) { return x * factor; }
 __device__ inline double product(double x, float factor) { return x * factor; }
 
 template <typename T, typename Factor>
-__global__ void __launch_bounds__(kThreads) multiply_kernel(const __grid_constant__ MultiplyArgs a) {
+__global__ void __launch_bounds__(kThreads)
+    multiply_kernel(const __grid_constant__ MultiplyArgs a) {
   const Factor factor = *static_cast<const Factor*>(a.factor);
   if (factor == Factor{1}) return;
   const int64_t parts = (a.columns + kPart - 1) / kPart;
@@ -45,8 +46,8 @@ template <typename T>
 void run(const MultiplyArgs& args, void* stream) {
   const int64_t parts = args.rows * ((args.columns + kPart - 1) / kPart);
   const LaunchShape shape{static_cast<unsigned>(std::min<int64_t>(parts, kMostBlocks)), kThreads};
-  const auto kernel = args.factor_dtype == DType::kFloat64 ? multiply_kernel<T, double>
-                                                           : multiply_kernel<T, float>;
+  const auto kernel =
+      args.factor_dtype == DType::kFloat64 ? multiply_kernel<T, double> : multiply_kernel<T, float>;
   launch("multiply", kernel, shape, stream, args);
 }
 

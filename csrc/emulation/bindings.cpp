@@ -1,5 +1,6 @@
 // Python bindings of the emulation, for tests: vcr1_fast._C.emulation. Not in other builds.
 #include "../bindings/bindings.h"
+
 #include "device.h"
 #include "presented.h"
 

@@ -60,8 +60,8 @@ struct Cluster;
 class GuardedMemory {
  public:
   explicit GuardedMemory(size_t bytes) : mapped_((bytes + kPage - 1) / kPage * kPage + kPage) {
-    void* const memory = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE,
-                              MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    void* const memory =
+        mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
     base_ = static_cast<char*>(memory);
     mprotect(base_ + mapped_ - kPage, kPage, PROT_NONE);
@@ -398,7 +398,8 @@ void copy_async(void* shared, const void* global, int bytes) {
   Thread& t = self();
   const auto* const begin = t.block->dynamic->data();
   const size_t size = (t.block->cluster->launch->shared_bytes + 15) / 16 * 16;
-  if (reinterpret_cast<uintptr_t>(shared) % 16 != 0 || reinterpret_cast<uintptr_t>(global) % 16 != 0)
+  if (reinterpret_cast<uintptr_t>(shared) % 16 != 0 ||
+      reinterpret_cast<uintptr_t>(global) % 16 != 0)
     fail_launch("cp.async: both addresses must be multiples of 16");
   if (static_cast<char*>(shared) < begin || static_cast<char*>(shared) + 16 > begin + size)
     fail_launch("cp.async: outside dynamic shared memory");

@@ -80,8 +80,8 @@ cudaError_t cudaGetDevice(int* device) {
 }
 cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrComputeCapabilityMajor ? device().major
-                                                          : device().shared_bytes_optin;
+  *value =
+      attribute == cudaDevAttrComputeCapabilityMajor ? device().major : device().shared_bytes_optin;
   return cudaSuccess;
 }
 cudaError_t cudaDriverGetVersion(int* version) {

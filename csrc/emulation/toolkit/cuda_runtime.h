@@ -102,8 +102,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   for (unsigned i = 0; i < config->numAttrs; ++i)
     if (config->attrs[i].id == cudaLaunchAttributeClusterDimension)
       launch.cluster = config->attrs[i].val.clusterDim.x;
-  const auto error =
-      vcr1::emulation::check_launch(launch, reinterpret_cast<const void*>(kernel));
+  const auto error = vcr1::emulation::check_launch(launch, reinterpret_cast<const void*>(kernel));
   if (error != cudaSuccess) return error;
   const auto call = [&](const Params&... params) {
     vcr1::emulation::run(launch, [&] { kernel(params...); });
