@@ -35,7 +35,7 @@ _ENTRY = re.compile(r"Compiling entry function '(\w+)' for")
 _STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _USED = re.compile(r"Used (\d+) registers")
 _SHARED = re.compile(r"(\d+) bytes smem")
-_PTX_ENTRY = re.compile(r"^\.(?:visible |weak )*entry (\w+)\(", re.MULTILINE)
+_PTX_ENTRY = re.compile(r"^(?:\.visible |\.weak )*\.entry (\w+)\(", re.MULTILINE)
 _WIDE = re.compile(r"\b(?:ld|st)\.global\S*\.v4\.[bus]32|\bcp\.async\.cg\.shared\.global\b")
 
 
