@@ -100,20 +100,34 @@ VCR1_HOST_DEVICE static inline int64_t merge(Span* spans, int64_t n, Sort sort) 
   return merged;
 }
 
+// A sum with its rounding errors carried along (Knuth's two-sum): for the few terms of a set or a
+// track the result is the correctly rounded one, whatever their order, as that of Python's fsum.
+// Needs a compiler that neither reorders additions nor fuses them.
+struct ExactSum {
+  double high = 0, low = 0;
+
+  VCR1_HOST_DEVICE void add(double term) {
+    const double sum = high + term, added = sum - high;
+    low += (high - (sum - added)) + (term - added);
+    high = sum;
+  }
+  VCR1_HOST_DEVICE double value() const { return high + low; }
+};
+
 // IoU of two sets of disjoint spans in order.
 VCR1_HOST_DEVICE static inline double overlap(const Span* p, int64_t n, const Span* t, int64_t m,
                                               double empty) {
-  double length = 0, shared = 0;
-  for (int64_t k = 0; k < n; ++k) length += p[k].end - p[k].start;
-  for (int64_t k = 0; k < m; ++k) length += t[k].end - t[k].start;
+  ExactSum length_p, length_t, common;
+  for (int64_t k = 0; k < n; ++k) length_p.add(p[k].end - p[k].start);
+  for (int64_t k = 0; k < m; ++k) length_t.add(t[k].end - t[k].start);
   for (int64_t j = 0, k = 0; j < n && k < m;) {
-    shared += at_least_zero(smaller(p[j].end, t[k].end) - larger(p[j].start, t[k].start));
+    common.add(at_least_zero(smaller(p[j].end, t[k].end) - larger(p[j].start, t[k].start)));
     if (p[j].end < t[k].end)
       ++j;
     else
       ++k;
   }
-  const double united = length - shared;
+  const double shared = common.value(), united = length_p.value() + length_t.value() - shared;
   return united == 0 ? empty : smaller(ratio<false>(shared, united), 1.0);
 }
 

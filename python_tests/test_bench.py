@@ -27,8 +27,8 @@ def clone(tmp_path, monkeypatch):
 
 def test_benches_are_listed_and_run_with_their_options(clone, capsys):
     assert cli.main(["bench"]) == 0
-    told = capsys.readouterr().out.splitlines()
-    assert told == [f"{name}  Times nothing." for name in ("iou ", "loss", "zoom")]
+    reported = capsys.readouterr().out.splitlines()
+    assert reported == [f"{name}  Times nothing." for name in ("iou ", "loss", "zoom")]
     assert cli.main(["bench", "iou", "--threads", "2", "--seconds", "0.5"]) == 0
     assert clone.read_text() == "--threads 2 --seconds 0.5;"
 
@@ -43,7 +43,7 @@ def test_an_unknown_bench_and_a_tree_without_benches_are_told(clone, capsys, mon
     assert "no bench 'speed'; there are iou, loss, zoom" in capsys.readouterr().err
     monkeypatch.chdir("/")
     assert cli.main(["bench", "iou"]) == 2
-    assert "not with the package" in capsys.readouterr().err
+    assert "not the package" in capsys.readouterr().err
 
 
 def test_the_source_tree_has_benches_with_a_first_line(capsys):

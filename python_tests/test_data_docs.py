@@ -1,4 +1,4 @@
-"""What docs/data.md says of records, tasks, prompts and formats is so."""
+"""docs/data.md agrees with the code: records, tasks, prompts, formats."""
 
 import re
 from dataclasses import fields
@@ -11,7 +11,7 @@ from vcr1_fast.config.loader import load_config
 from vcr1_fast.data.formats import FORMATS
 from vcr1_fast.data.records import Record
 from vcr1_fast.tasks import TASKS
-from vcr1_fast.tasks.wording import load_prompts
+from vcr1_fast.tasks.prompt_template import load_prompts
 from vcr1_fast.train.config import DataConfig, TrainConfig
 
 TEXT = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
@@ -40,16 +40,16 @@ def test_tasks():
     for name, row in rows.items():
         task = TASKS[name]
         assert set(names(row[1])) <= set(task.fields), name
-        assert row[3].split(", ") == list(task.rewards), name
+        assert row[3].split(", ") == list(task.reward_names), name
         image = Record("a", name, None, {}, None, image="a.png")
         with pytest.raises(ValueError) as caught:
             task.check(image)
         assert ("needs a video" in str(caught.value)) == (row[5] == "video"), name
 
 
-def test_gaps():
+def test_placeholders():
     rows = table("Prompts")
-    told, columns = set(), {}
+    reported, columns = set(), {}
     for row in rows:
         for name in names(row[0]):
             columns[name] = row
@@ -58,15 +58,17 @@ def test_gaps():
         like = columns["multiple_choice"] if row[1].startswith("as ") else row
         assert set(names(like[1])) == set(task.fields), name
         assert row[3].split(", ") == list(task.tags), name
-        assert {gap for group in task.needs for gap in group} <= set(names(like[1])), name
-        told.add(name)
-    assert set(columns) <= told
+        assert {name for group in task.required_placeholders for name in group} <= set(
+            names(like[1])
+        ), name
+        reported.add(name)
+    assert set(columns) <= reported
 
 
 def test_the_prompts_file_loads(tmp_path):
     (tmp_path / "p.yaml").write_text(re.search(r"```yaml\n(.*?)```", TEXT, re.DOTALL)[1])
-    wordings = load_prompts(tmp_path / "p.yaml", TASKS)
-    assert wordings["temporal_grounding"].think and wordings["tracking"].no_think
+    templates = load_prompts(tmp_path / "p.yaml", TASKS)
+    assert templates["temporal_grounding"].think and templates["tracking"].no_think
 
 
 def test_the_difficulty_settings_load(tmp_path):

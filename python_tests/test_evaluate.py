@@ -95,7 +95,7 @@ def test_parse_failures_count_as_zero_and_apart_and_quarantined_samples_nowhere(
     assert [(q.record_id, q.reason) for q in result.quarantined] == [("f", "f.mp4: no frames")]
 
 
-def test_the_floor_is_the_best_blind_strategy_fitted_on_training_records():
+def test_the_blind_baseline_is_the_best_strategy_fitted_on_training_records():
     train = [grounding(f"t{i}", (0.0, 1.0)) for i in range(5)]
     same = [grounding(f"t{i}", (2.0, 6.0)) for i in range(5)]
     test, texts = RECORDS[:2], TEXTS
@@ -256,7 +256,7 @@ def test_another_evaluation_in_the_same_folder_is_refused(folder):
     with pytest.raises(ValueError, match="max_new_tokens was 256, now 8"):
         folder("out", max_new_tokens=8)
     weights = folder.path / "model" / "config.json"
-    weights.write_text("{}")  # written anew, the same contents: the same model
+    weights.write_text("{}")  # written again, the same contents: the same model
     folder("out")
     weights.write_text("{ }")
     with pytest.raises(ValueError, match="model_files"):
@@ -327,7 +327,7 @@ def test_ids_must_differ_and_settings_be_possible():
     assert [len(b) for b in cut_batches(range(7), 3)] == [3, 3, 1]
 
 
-def test_main_eval_prints_scores_floor_and_quarantine(folder, capsys):
+def test_main_eval_prints_scores_baseline_and_quarantine(folder, capsys):
     run = EvalRun(
         model=str(folder.path / "model"),
         records=str(folder.path / "test.jsonl"),
@@ -335,7 +335,7 @@ def test_main_eval_prints_scores_floor_and_quarantine(folder, capsys):
     )
     assert main_eval(run) == 0
     out = capsys.readouterr().out
-    assert "blind" in out and "mIoU" in out and "multiple_choice" in out
+    assert "blind baseline" in out and "mIoU" in out and "multiple_choice" in out
     assert "quarantined q7: v1.mp4: cannot be decoded" in out
 
 
@@ -351,8 +351,10 @@ def test_processes_of_a_launcher_are_shards(folder, monkeypatch, capsys):
         for name, value in {"WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank}.items():
             monkeypatch.setenv(name, value)
         assert main_eval(run) == 0
-    told = capsys.readouterr()
-    assert "shard 1 of 2 is done" in told.out and "evaluate, shard 0 of 2: 12/12" in told.err
+    reported = capsys.readouterr()
+    assert (
+        "shard 1 of 2 is done" in reported.out and "evaluate, shard 0 of 2: 12/12" in reported.err
+    )
     assert results(folder.path / "launched") == results(folder.path / "one")
     own = EvalConfig(shard_index=1, shard_count=3)
     assert launched(own, {}) == own

@@ -70,7 +70,7 @@ def test_nothing_outside_its_folder_knows_the_first_family():
     """Names, sizes and normalisation of Qwen2.5-VL. The ops compile two patch sizes, which they
     must name; the demo says which family it trains."""
     words = re.compile(
-        r"qwen_?-?2(?!\d)|(?<![\w.])(?:14|28|1176|1_176)(?![\w.])|0\.4814\d*|0\.2686\d*",
+        r"qwen_?-?2(?!\d)|(?<![\w.:])(?:14|28|1176|1_176)(?![\w.:])|0\.4814\d*|0\.2686\d*",
         re.IGNORECASE,
     )
     allowed = {"demo/settings.py": 'FAMILY = family_named("qwen2_5_vl")'}
@@ -128,7 +128,7 @@ def test_its_patches_are_the_frames_normalised(loaded):
 
 def test_rollout_and_policy_of_the_second_family(loaded, fake):
     """Rollout's log-probs and the policy's are those of transformers' own forward over each
-    completion with a prompt of its own, and every trained parameter gets a gradient."""
+    completion with its own prompt, and every trained parameter gets a gradient."""
     model, processor = loaded
     prompts = [
         processor.prompt("When?", [_clip(4, 64, 96), _clip(1, 32, 64, fps=None)]),

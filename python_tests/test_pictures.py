@@ -18,8 +18,8 @@ from vcr1_fast.evaluate.config import EvalConfig, EvalRun
 from vcr1_fast.evaluate.run import evaluate_predictions
 from vcr1_fast.report.pictures import COLOURS, HEIGHT, Pictures, boxes_at, spans_of
 from vcr1_fast.report.rollouts import write_predictions_html, write_rollouts_html
-from vcr1_fast.rewards.strict import GroundedAnswer
 from vcr1_fast.tasks import TASKS
+from vcr1_fast.tasks.grounded_qa import GroundedAnswer
 
 image = pytest.importorskip("PIL.Image")
 
@@ -135,7 +135,7 @@ def test_an_image_has_a_box_and_no_time():
     assert "0.0 s" not in text and bars(text) == {}
 
 
-def test_frames_that_cannot_be_read_are_told_and_bars_stay():
+def test_frames_that_cannot_be_read_are_reported_and_bars_stay():
     lost = record("lost", metadata={"duration": 10.0})
     text = Pictures([lost], Reader()).next(lost, {"1": (0.0, 5.0)})
     assert "no &lt;such&gt; file" in text and "<img" not in text
@@ -207,8 +207,8 @@ def test_a_page_shows_what_was_asked(tmp_path, monkeypatch):
     data, said, prompts = (tmp_path / name for name in ("r.jsonl", "said.jsonl", "prompts.json"))
     write_records(data, [record("q")])
     said.write_text(json.dumps({"id": "q", "completion": "<answer>0.0 to 5.0</answer>"}) + "\n")
-    wording = "Muse in <think></think>: when, in <answer></answer>, does {event}?"
-    prompts.write_text(json.dumps({"temporal_grounding": {"think": wording}}))
+    template = "Muse in <think></think>: when, in <answer></answer>, does {event}?"
+    prompts.write_text(json.dumps({"temporal_grounding": {"think": template}}))
 
     def answer_and_lose_prompts(model, records, output, config):
         prompts.unlink()
@@ -221,7 +221,7 @@ def test_a_page_shows_what_was_asked(tmp_path, monkeypatch):
     assert command.main_eval(run) == 0
     page = html.unescape((out / "predictions.html").read_text())
     assert "Muse in <think></think>: when, in <answer></answer>, does it moves?" in page
-    assert TASKS["temporal_grounding"].wording.think != wording
+    assert TASKS["temporal_grounding"].prompt_template.think != template
 
     out = tmp_path / "given"
     run = EvalRun(records=str(data), output=str(out), predictions=str(said), eval=settings)

@@ -135,13 +135,13 @@ SUMMARY = {
 }
 
 
-def test_evaluation_table_puts_the_primary_metric_first_with_interval_and_floor():
+def test_evaluation_table_puts_the_primary_metric_first_with_interval_and_baseline():
     table = evaluation_table(SUMMARY)
     first, second = (dict(zip(table.columns, row, strict=True)) for row in table.rows)
     assert first["metric"] == "mIoU" and first["score"] == "0.412"
-    assert first["95 %"] == "0.300 to 0.520" and first["blind"] == "0.333"
+    assert first["95 %"] == "0.300 to 0.520" and first["blind baseline"] == "0.333"
     assert first["n"] == "40" and first["unparsed"] == "5.0 %" and first["cut off"] == "2"
-    assert second["metric"] == "R@0.5" and second["blind"] == "\N{EN DASH}"
+    assert second["metric"] == "R@0.5" and second["blind baseline"] == "\N{EN DASH}"
     assert "1 quarantined" in table.title
 
 
@@ -154,10 +154,10 @@ def test_the_picture_of_scores_has_every_number_at_its_place(tmp_path):
     points = [np.column_stack(line.get_data()).tolist() for line in axes.get_lines()]
     assert [[0.3, 0], [0.52, 0]] in points and [[0.1, 1], [0.4, 1]] in points  # intervals
     assert [[0.41234, 0], [0.25, 1]] in points
-    assert [[0.3333, 0]] in points  # the floor is known of one metric
+    assert [[0.3333, 0]] in points  # the baseline is known of one metric
     assert [[0.2, 0]] in points and points.count([[0.6, 0], [0.7, 1]]) == 2
     names = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert "blind: whole video" in names and "published: new" in names
+    assert "blind baseline: whole video" in names and "published: new" in names
     summary = {"level": 0.9, "tasks": {"temporal_grounding": task}, "published": {}}
     path = write_scores(summary, tmp_path / "scores.png")
     assert path.read_bytes().startswith(b"\x89PNG")

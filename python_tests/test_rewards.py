@@ -1,26 +1,51 @@
 """Rewards: hand-computed values, hostile text, time linear in the text."""
 
 import math
+import re
 import time
+from fractions import Fraction
+from itertools import pairwise, permutations
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vcr1_fast.rewards import (
-    box_iou,
-    interval_set_iop,
-    interval_set_iou,
+    box_ious,
     last_block,
     parse_boxes,
     parse_letter,
     parse_span,
     parse_spans,
-    temporal_iou,
-    track_iou,
+    scan,
+    span_ious,
+    span_set_iops,
+    span_set_ious,
+    track_ious,
     well_formed,
 )
 from vcr1_fast.rewards.text import parse_number
+
+
+def temporal_iou(prediction, target, duration=None):
+    return span_ious([prediction], [target], [duration])[0]
+
+
+def interval_set_iou(prediction, target):
+    return span_set_ious([prediction], [target])[0]
+
+
+def interval_set_iop(prediction, target):
+    return span_set_iops([prediction], [target])[0]
+
+
+def box_iou(prediction, target):
+    return box_ious([prediction], [target])[0]
+
+
+def track_iou(prediction, target):
+    return track_ious([prediction], [target])[0]
+
 
 OPTIONS = ("red circle", "blue square", "green star", "a dog")
 
@@ -317,3 +342,136 @@ def test_time_is_linear_in_hostile_text(piece):
     """100 kB takes well under a second; a quadratic parser takes minutes."""
     text = piece * (100_000 // len(piece))
     assert any(_seconds(text) < 1.0 for _ in range(3))  # the collector may walk in one of them
+
+
+# --- batches
+
+
+def exact_interval_set_iou(prediction, target, duration):
+    """In rational numbers, by the cells between all borders."""
+    end = max((e for spans in (prediction, target) for _, e in spans), default=0)
+    end = end if duration is None else min(end, Fraction(duration))
+    borders = {Fraction(x) for spans in (prediction, target) for span in spans for x in span}
+    cuts = sorted(x for x in borders | {Fraction(0), end} if 0 <= x <= end)
+    common = union = Fraction(0)
+    for low, high in pairwise(cuts):
+        inside = [any(s <= low and high <= e for s, e in one) for one in (prediction, target)]
+        common += (high - low) * all(inside)
+        union += (high - low) * any(inside)
+    return common / union if union else Fraction(0)
+
+
+tenths = st.integers(-20, 300).map(lambda n: n / 10)
+span = st.tuples(tenths, tenths)
+sets = st.lists(span, max_size=6)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.none() | sets, sets, st.none() | st.floats(1, 20)), max_size=12))
+def test_a_batch_of_span_sets_is_each_set_alone(cases):
+    predictions, targets, durations = ([case[i] for case in cases] for i in range(3))
+    got = span_set_ious(predictions, targets, durations)
+    alone = [span_set_ious([p], [t], [d])[0] for p, t, d in cases]
+    assert got == alone
+    for value, (p, t, d) in zip(got, cases, strict=True):
+        assert value == pytest.approx(float(exact_interval_set_iou(p or [], t, d)), abs=1e-12)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.none() | span, span, st.none() | st.floats(1, 20)), max_size=12))
+def test_a_batch_of_spans_is_each_span_alone(cases):
+    predictions, targets, durations = ([case[i] for case in cases] for i in range(3))
+    got = span_ious(predictions, targets, durations)
+    for value, (p, t, d) in zip(got, cases, strict=True):
+        assert [value] == span_ious([p], [t], [d])
+        exact = exact_interval_set_iou([p] if p else [], [t], d)
+        assert value == pytest.approx(float(exact), abs=1e-12)
+
+
+corner = st.integers(-1, 11).map(lambda n: n / 10)
+box = st.tuples(corner, corner, corner, corner)
+
+
+def plain_box_iou(a, b):
+    """The formula in the order in which the recorded rewards were computed."""
+    for x0, y0, x1, y1 in (a, b):
+        if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1):
+            return 0.0
+    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    common = max(0.0, width) * max(0.0, height)
+    areas = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1])
+    return common / (areas - common)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(
+        st.lists(st.tuples(box, box), max_size=9).map(lambda pairs: list(zip(*pairs, strict=True)))
+    )
+)
+def test_tracks_of_several_lengths_have_the_bits_of_a_correctly_rounded_mean(pairs):
+    tracks = [one or [(), ()] for one in pairs]
+    got = track_ious([p for p, _ in tracks], [t for _, t in tracks])
+    expected = [math.fsum(map(plain_box_iou, p, t)) / len(t) if t else 0.0 for p, t in tracks]
+    assert got == expected
+    boxes = [pair for p, t in tracks for pair in zip(p, t, strict=True)]
+    assert box_ious([p for p, _ in boxes], [t for _, t in boxes]) == [
+        plain_box_iou(*pair) for pair in boxes
+    ]
+
+
+def test_predictions_that_are_missing_or_of_another_length_score_zero():
+    whole = (0.0, 0.0, 1.0, 1.0)
+    assert track_ious([None, [whole], [whole] * 3], [[whole] * 2] * 3) == [0.0] * 3
+    assert box_ious([None, whole], [whole] * 2) == [0.0, 1.0]
+    assert span_ious([None, (0, 1)], [(0, 1)] * 2) == [0.0, 1.0]
+    assert span_set_ious([None, [], [(0, 1)]], [[(0, 1)]] * 3) == [0.0, 0.0, 1.0]
+    assert [f([], []) for f in (track_ious, box_ious, span_ious, span_set_ious)] == [[]] * 4
+    with pytest.raises(ValueError, match=r"expected 2 numbers, got \[1, 2, 3\]"):
+        span_ious([(0, 1), (0, 1)], [(1, 2, 3), (1,)])
+
+
+def test_one_scan_finds_blocks_of_any_tags():
+    found = scan("<think>a <way>up</way></think> <way>left</way> <glue>x</glue>", ("way", "glue"))
+    assert found.blocks == {"think": "a <way>up</way>", "way": "left", "glue": "x"}
+    assert found.sequence is None  # a tag inside the reasoning
+    assert scan("<way>left</way>", ("way",)).sequence == ("way",)
+    assert scan("<think>a</think>\n<way>b</way> ", ("way",)).sequence == ("think", "way")
+    assert scan("<way>left</way>", ("answer",)) == ({}, None)
+    assert scan(" ", ("way",)) == ({}, ())
+
+
+def old_last_block(completion, tag):
+    """The scan for one tag, as it was before all tags were found in one."""
+    found, opened, thinking = None, None, False
+    closing_think = completion.rfind("</think>")
+    for match in re.finditer(r"<(/?)(think|answer|glue)>", completion):
+        closes, name = match.groups()
+        if name == "think" and tag != "think":
+            thinking = not closes and match.start() < closing_think
+            opened = None
+        elif name == tag and not thinking:
+            if not closes:
+                opened = match.end()
+            elif opened is not None:
+                found, opened = completion[opened : match.start()], None
+    return found
+
+
+tags = st.sampled_from(["<think>", "</think>", "<answer>", "</answer>", "<glue>", "</glue>"])
+
+
+@settings(max_examples=500)
+@given(st.lists(tags | st.sampled_from(["x", " ", "\n", "y"]), max_size=14).map("".join))
+def test_one_scan_finds_what_a_scan_for_each_tag_does(text):
+    found = scan(text, ("answer", "glue"))
+    # A </think> that nothing opens closes what the chat template opened in the prompt.
+    first = re.search("</?think>", text)
+    if first and first[0] == "</think>":
+        text = "<think>" + text
+    for tag in ("think", "answer", "glue"):
+        assert found.blocks.get(tag) == old_last_block(text, tag)
+    for order in permutations(("think", "answer", "glue")):
+        for names in (order[:1], order[:2], order):
+            blocks = "".join(rf"\s*<{tag}>([^<]*[^<\s][^<]*)</{tag}>" for tag in names)
+            assert (found.sequence == names) == bool(re.fullmatch(rf"{blocks}\s*", text))

@@ -1,8 +1,10 @@
 """Signals that end a run, the lock of its folder, and a kill at every file operation."""
 
+import dataclasses
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import textwrap
@@ -12,7 +14,7 @@ import pytest
 from tiny_run import SETTINGS, configure, write_inputs
 
 from vcr1_fast.cli import main
-from vcr1_fast.train import checkpoint, loop, rollouts, scoring, setup, stopping
+from vcr1_fast.train import advantages, checkpoint, loop, rollouts, scoring, setup, stopping
 from vcr1_fast.train.loop import train
 from vcr1_fast.train.sft import sft
 
@@ -22,6 +24,18 @@ TIMES = ("seconds/", "tokens_per_second")
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def reward_text(answers, config, judge):
+    """A reward that differs between almost any two completions: a random model earns no other."""
+    return [({"text": sum(map(ord, text)) % 97 / 97}, {}) for _, text in answers]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def any_reward():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scoring, "own_rewards", reward_text)
+        yield
 
 
 def read(path):
@@ -84,21 +98,18 @@ def test_a_step_that_outlasts_the_grace_is_given_up(
     inputs, tmp_path, monkeypatch, uninterrupted, where
 ):
     """The checkpoint is of the step before, and the given-up step is taken again to the bit."""
-    run = tmp_path / "run"
-    options = (*OPTIONS, "run.stop_grace=0", "rollout.batch_prompts=1")
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    # 4 rollouts and 16 micro-batches a step.
+    options = (*OPTIONS, "rollout.batch_prompts=1", "optim.tokens_per_microbatch=1")
     with monkeypatch.context() as patch:
-        module, calls = (rollouts, 6) if where == "rollout" else (loop, 4)
-        patch.setattr(setup.Planner, "prompts", lambda *args, **kwargs: 1)
+        module, calls = (rollouts, 6) if where == "rollout" else (loop, 20)
         signalled(patch, module, where, signal.SIGTERM, at=calls)
-        options = (*options, "optim.tokens_per_microbatch=64")
-        with pytest.raises(stopping.RunStopped) as caught:
-            train(configure(*inputs, run, *options))
-    step = int(saved(run)[0][-1])
-    assert f"after step {step};" in str(caught.value) and step < 3
-    assert len(read(run / "metrics.jsonl")) == step
-    train(configure(*inputs, run, *OPTIONS, "optim.tokens_per_microbatch=64"))
-    whole = tmp_path / "whole"
-    train(configure(*inputs, whole, *OPTIONS, "optim.tokens_per_microbatch=64"))
+        with pytest.raises(stopping.RunStopped, match="after step 1;"):
+            train(configure(*inputs, run, *options, "run.stop_grace=0"))
+    assert saved(run) == ["step-00000001"]
+    assert len(read(run / "metrics.jsonl")) == 1
+    train(configure(*inputs, run, *options))
+    train(configure(*inputs, whole, *options))
     assert outcome(run) == outcome(whole)
 
 
@@ -192,6 +203,35 @@ def test_each_rank_samples_its_own_numbers(inputs, tmp_path):
         assert texts(4) == found[3]
 
 
+def test_each_rank_keeps_the_advantages_of_its_own_completions(inputs, tmp_path, monkeypatch):
+    """As rank 1 of 2: the other rank's completions come first, and are not as many."""
+    one = scoring.Scored("other", {"r": 0.0}, {}, length=1, finished=True)
+    others = [one] * 3 + [dataclasses.replace(one, rewards={"r": 9.0})]
+    monkeypatch.setattr(
+        loop,
+        "gather_object",
+        lambda own: [*others, *own] if isinstance(own[0], scoring.Scored) else own,
+    )
+    monkeypatch.setattr(advantages, "gather_object", lambda own: [len(others), *own])
+    monkeypatch.setattr(
+        scoring,
+        "own_rewards",
+        lambda answers, *rest: [({"r": float(len(text))}, {}) for _, text in answers],
+    )
+    monkeypatch.setattr(setup.Run, "rank", 1)
+    monkeypatch.setattr(setup.Run, "ranks", 2)
+    monkeypatch.setattr(setup.Run, "finish_step", lambda run, step: None)  # rank 0 would save
+    train(configure(*inputs, tmp_path / "run", "optim.steps=1", "loss.beta=0"))
+    rows = read(tmp_path / "run" / "rollouts.jsonl")
+    assert len(rows) == 8  # two of the four prompts
+    for group in (rows[:4], rows[4:]):
+        rewards = [float(len(row["completion"])) for row in group]
+        spread = statistics.stdev(rewards) + 1e-4
+        expected = [(reward - statistics.mean(rewards)) / spread for reward in rewards]
+        assert [row["advantage"] for row in group] == pytest.approx(expected, abs=1e-5)
+    assert any(row["advantage"] for row in rows)
+
+
 @pytest.mark.parametrize("loss_type", ["dapo", "bnpo", "grpo", "dr_grpo"])
 def test_the_loss_is_normalised_over_the_whole_step(inputs, tmp_path, monkeypatch, loss_type):
     """Completions of unlike lengths in micro-batches of one: the gradient of one pass over all."""
@@ -204,6 +244,7 @@ def test_the_loss_is_normalised_over_the_whole_step(inputs, tmp_path, monkeypatc
     for size in (1, 10**6):
         output = tmp_path / str(size)
         options = (f"loss.loss_type={loss_type}", "loss.beta=0", "optim.steps=1")
+        options += ("loss.max_length=8", "rollout.stop=[e, a, o]")  # some end early
         train(configure(*inputs, output, *options, f"optim.tokens_per_microbatch={size}"))
         (row,) = read(output / "metrics.jsonl")
         lengths = {one["tokens"] for one in read(output / "rollouts.jsonl")}
@@ -220,8 +261,11 @@ CRASH = """
     from pathlib import Path
     import torch
     from tiny_run import configure
+    from test_stopping import reward_text
+    from vcr1_fast.train import scoring
     from vcr1_fast.train.loop import train
 
+    scoring.own_rewards = reward_text
     model, records, output = map(Path, sys.argv[1:4])
     OPTIONS = ("optim.steps=2", "run.save_every=1", "run.keep_checkpoints=1", "loss.beta=0")
     torch.set_num_threads(1)  # a pool of threads does not survive a fork

@@ -1,7 +1,9 @@
-"""A task in one file (toy_task.py), registered by one call, trains and evaluates like any other."""
+"""A user's task: one file outside the package and one call, then it trains and evaluates."""
 
 import dataclasses
+import importlib.util
 import json
+import shutil
 
 import pytest
 import toy_task
@@ -11,15 +13,26 @@ from vcr1_fast.data.records import Record, RecordError, load_records, write_reco
 from vcr1_fast.evaluate.check import check
 from vcr1_fast.evaluate.config import EvalConfig
 from vcr1_fast.evaluate.run import evaluate_checkpoint
-from vcr1_fast.tasks import TASKS, register
+from vcr1_fast.tasks import TASKS, ask, register
 from vcr1_fast.train.loop import train
 from vcr1_fast.train.sft import sft
 
 
 @pytest.fixture
-def task():
-    yield register(toy_task.TASK)
-    del TASKS[toy_task.TASK.name]
+def module(tmp_path):
+    """The task's file in a temporary folder, imported from there."""
+    path = tmp_path / "toy_task_of_a_user.py"
+    shutil.copy(toy_task.__file__, path)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+@pytest.fixture
+def task(module):
+    yield register(module.TASK)
+    del TASKS[module.TASK.name]
 
 
 @pytest.fixture
@@ -36,13 +49,18 @@ def inputs(task, tmp_path):
 
 
 def test_it_trains_two_steps_and_evaluates(inputs, tmp_path):
-    model = train(configure(*inputs, tmp_path / "run"))
+    user = f"rewards.functions=['{tmp_path}/toy_task_of_a_user.py:effort']"
+    model = train(configure(*inputs, tmp_path / "run", user))
     rows = [json.loads(row) for row in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 2 and all(row["grad_norm"] > 0 for row in rows)
-    assert {"reward/direction/way", "metric/direction/accuracy"} <= set(rows[0])
-    drawn = [json.loads(row) for row in (tmp_path / "run/rollouts.jsonl").read_text().splitlines()]
-    assert {row["prompt"] for row in drawn} == {
-        "Which way does the circle move? Reply like <answer>left</answer>."
+    names = ("format", "way", "axis", "effort")
+    columns = {f"reward/direction/{name}" for name in names}
+    assert columns | {"metric/direction/accuracy"} <= set(rows[0])
+    sampled = [
+        json.loads(row) for row in (tmp_path / "run/rollouts.jsonl").read_text().splitlines()
+    ]
+    assert {row["prompt"] for row in sampled} == {
+        "Which way does the circle move? Reply like <way>left</way>."
     }
     config = EvalConfig(max_new_tokens=8, decode_workers=0)
     evaluation = evaluate_checkpoint(model, inputs[1], tmp_path / "out", config)
@@ -74,12 +92,79 @@ def test_its_records_are_checked_by_it(inputs, tmp_path):
         load_records(tmp_path / "bad.jsonl")
 
 
+def test_a_block_of_its_tag_is_the_answer(task):
+    record = task.example
+    assert task.score_one("<way> left </way>", record) == {"format": 1.0, "way": 1.0, "axis": 1.0}
+    assert task.score_one("<way>right</way>", record) == {"format": 1.0, "way": 0.0, "axis": 1.0}
+    assert set(task.score_one("<answer>left</answer>", record).values()) == {0.0}
+    reasoned = "<think><way>up</way></think><way>left</way>"
+    # Tags inside the reasoning are no answer, and are not well formed.
+    assert task.score_one(reasoned, record, think=True) == {"format": 0.0, "way": 1.0, "axis": 1.0}
+    clean = "<think>so</think> <way>left</way>"
+    assert set(task.score_one(clean, record, think=True).values()) == {1.0}
+    assert task.score_one(clean, record, think=False)["format"] == 0.0
+
+
 def test_a_name_is_taken_once_and_prompts_must_fit(task):
     with pytest.raises(ValueError, match="a task 'direction' already"):
-        register(toy_task.TASK)
+        register(task)
     other = dataclasses.replace(toy_task.TASK, name="other", fields={})
-    with pytest.raises(ValueError, match=r"other\.think: unknown field \{thing\}"):
+    with pytest.raises(ValueError, match=r"task 'other': other\.think: unknown field \{thing\}"):
         register(other)
     with pytest.raises(ValueError, match="ask for <glue>"):
-        register(dataclasses.replace(toy_task.TASK, name="other", tags=("answer", "glue")))
+        register(dataclasses.replace(toy_task.TASK, name="other", tags=("way", "glue")))
     assert "other" not in TASKS
+
+
+def old_reward(completion, record, duration=None, *, think=False):
+    return 1.0
+
+
+FAULTS = {
+    "a tag that is not read": (
+        {"tags": ("answer",), "prompt_template": ask("{thing}? <answer>", "as <way>left</way>")},
+        r"the prompt asks for <way>, which the parser does not read: tags are \('answer',\)",
+    ),
+    "a target in another tag": (
+        {"target": lambda record: f"<answer>{record.answer}</answer>"},
+        "its own target '<answer>left</answer>' cannot be read",
+    ),
+    "a target that is wrong": (
+        {"target": lambda record: "<way>right</way>"},
+        "earns 0 in way, expected 1",
+    ),
+    "text beside the target": (
+        {"target": lambda record: "It is <way>left</way>"},
+        "earns 0 in format, expected 1",
+    ),
+    "an example that does not fit": (
+        {"example": dataclasses.replace(toy_task.TASK.example, answer="north")},
+        "field 'answer': expected one of",
+    ),
+    "an old reward": (
+        {"rewards": {"way": old_reward}},
+        r"reward 'way' takes \(completion, record, duration, think\): rewards take \(predictions,",
+    ),
+    "a second format": ({"rewards": {"format": toy_task.way_reward}}, "none named 'format'"),
+    "no reward": ({"rewards": {}}, "at least one reward"),
+    "the tag of the reasoning": ({"tags": ("think",)}, "tag 'think' must be a plain name"),
+    "a tag with brackets": ({"tags": ("<way>",)}, "tag '<way>' must be a plain name"),
+    "a tag twice": ({"tags": ("way", "way")}, "each once"),
+    "one value for two samples": (
+        {"rewards": {"way": lambda predictions, records, durations: [1.0]}},
+        "reward 'way' must be 2 finite numbers for 2 samples",
+    ),
+    "a reward that is not a number": (
+        {"rewards": {"way": lambda predictions, records, durations: [1.0, float("nan")]}},
+        "reward 'way' must be 2 finite numbers",
+    ),
+    "no primary metric": ({"primary": "recall"}, "primary 'recall' is no metric: accuracy"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_task_that_cannot_work_is_refused(name):
+    changes, message = FAULTS[name]
+    with pytest.raises(ValueError, match=f"^task 'direction': .*{message}"):
+        register(dataclasses.replace(toy_task.TASK, **changes))
+    assert "direction" not in TASKS

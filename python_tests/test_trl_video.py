@@ -1,4 +1,4 @@
-"""Video GRPO inside TRL: the same losses and gradients as our own step and as the plain form."""
+"""Video GRPO inside TRL: losses and gradients equal our step's and the unshared baseline's."""
 
 import subprocess
 import sys
@@ -223,10 +223,18 @@ def test_rewards_are_those_of_our_trainer(inputs):
     table = {f.__name__: f(completions=turns, duration=durations, **columns) for f in functions}
     for i, text in enumerate(answers):
         record = read_record(data["record"][i])
-        own = TASKS[record.task].score(text, record, 2.0, think=True)
+        own = TASKS[record.task].score_one(text, record, 2.0, think=True)
         given = {name: row[i] for name, row in table.items() if row[i] is not None}
         assert given == {f"{record.task}/{name}": value for name, value in own.items()}
         assert max(own.values()) > 0.9
+    # The functions of a task share the parse of one batch, and of that batch alone.
+    silent = [[{"role": "assistant", "content": "no"}]] * len(data)
+    for function in functions:
+        after = function(completions=silent, duration=durations, **columns)
+        assert [v for v in after if v] == [] != table[function.__name__]
+        assert (
+            function(completions=turns, duration=durations, **columns) == (table[function.__name__])
+        )
 
 
 def test_records_become_rows(inputs):

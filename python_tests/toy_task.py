@@ -1,11 +1,8 @@
-"""A task of a user's own, all of it in one file: which way does something move?"""
+"""A user's task in one file, with a new tag: which way does something move?"""
 
 from collections import Counter
 
-from vcr1_fast.rewards import last_block
-from vcr1_fast.tasks import FieldError, Task, mean_metrics
-from vcr1_fast.tasks.base import tagged
-from vcr1_fast.tasks.wording import ask
+from vcr1_fast.tasks import FieldError, Record, Task, ask
 
 WAYS = ("left", "right", "up", "down")
 
@@ -15,43 +12,51 @@ def check(record):
         raise FieldError("answer", f"expected one of {WAYS}, got {record.answer!r}")
 
 
-def parse(completion, record=None):
-    answer = last_block(completion, "answer")
-    return answer.strip() if answer and answer.strip() in WAYS else None
+def read(blocks, record):
+    way = blocks.get("way", "").strip()
+    return way if way in WAYS else None
 
 
-def way_reward(completion, record, duration=None, *, think=False):
-    return float(parse(completion) == record.answer)
+def way_reward(predictions, records, durations):
+    return [float(way == record.answer) for way, record in zip(predictions, records, strict=True)]
 
 
-def form_reward(completion, record, duration=None, *, think=False):
-    return float(tagged(completion, think, "answer"))
+def axis_reward(predictions, records, durations):
+    """Whether the answer is on the right axis."""
+    axes = {"left": 0, "right": 0, "up": 1, "down": 1, None: 2}
+    return [
+        float(axes[way] == axes[record.answer])
+        for way, record in zip(predictions, records, strict=True)
+    ]
 
 
-def effort_reward(completion, record, duration=None, *, think=False):
-    return len(set(completion)) / 256  # so that a random model's completions differ
+def metrics(predictions, records):
+    return {"accuracy": way_reward(predictions, records, ())}
 
 
-def metrics(prediction, record):
-    return {"accuracy": float(prediction == record.answer)}
-
-
-def blind(train, test):
+def blind_guesses(train, test):
     frequent = Counter(record.answer for record in train).most_common(1)[0][0]
-    return {"most frequent way": mean_metrics(metrics(frequent, record) for record in test)}
+    return {"most frequent way": [frequent] * len(test)}
+
+
+def effort(completion, record, duration):
+    """A user's reward (`rewards.functions`): a random model's completions differ in it."""
+    return len(set(completion)) / 256
 
 
 TASK = Task(
     name="direction",
     check=check,
-    wording=ask("Which way does the {thing} move?", "like <answer>left</answer>"),
+    prompt_template=ask("Which way does the {thing} move?", "like <way>left</way>"),
     fields={"thing": lambda record: record.prompt["thing"]},
-    needs=(("thing",),),
-    target=lambda record: f"<answer>{record.answer}</answer>",
-    parse=parse,
-    rewards={"form": form_reward, "way": way_reward, "effort": effort_reward},
+    required_placeholders=(("thing",),),
+    target=lambda record: f"<way>{record.answer}</way>",
+    read=read,
+    tags=("way",),
+    rewards={"way": way_reward, "axis": axis_reward},
     metrics=metrics,
     primary="accuracy",
-    blind=blind,
+    blind_guesses=blind_guesses,
+    example=Record("example", "direction", "example.mp4", {"thing": "circle"}, "left"),
     label=lambda record: record.answer,
 )

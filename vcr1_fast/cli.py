@@ -55,7 +55,9 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--config", help="YAML file of settings")
         command.add_argument("--model", help="checkpoint folder or hub name (model.path)")
         command.add_argument("--data", help="records, JSONL (data.train)")
-        command.add_argument("--prompts", help="other wordings, YAML or JSON (data.prompts)")
+        command.add_argument(
+            "--prompts", help="other prompt templates, YAML or JSON (data.prompts)"
+        )
         command.add_argument("--output", help="folder of the run (run.output)")
         if name == "train":
             command.add_argument(
@@ -72,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--model", help="checkpoint folder or hub name (model)")
     command.add_argument("--predictions", help="completions to score, no model (predictions)")
     command.add_argument("--data", help="records, JSONL (records)")
-    command.add_argument("--prompts", help="other wordings, YAML or JSON (eval.prompts)")
+    command.add_argument("--prompts", help="other prompt templates, YAML or JSON (eval.prompts)")
     command.add_argument("--output", help="folder of the results (output)")
     _add_overrides(command)
     command.set_defaults(run=run_eval)
@@ -89,7 +91,7 @@ def parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("report", help="curves and rollouts of a training run")
     command.add_argument("folder", help="of the run (run.output)")
-    command.add_argument("--data", help="records trained on (default: as the run was told)")
+    command.add_argument("--data", help="records trained on (default: the run's data.train)")
     command.set_defaults(run=run_report)
 
     command = commands.add_parser("bench", help="time the operations beside their peers")
@@ -118,11 +120,14 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--benchmark", help="the published split that it is")
     command.set_defaults(run=run_convert)
 
-    command = kinds.add_parser("check", help="faults of records and media, and blind scores")
+    command = kinds.add_parser("check", help="faults of records and media, and blind baselines")
     command.add_argument("records", help="records, JSONL; or an annotation file, with --format")
     command.add_argument("--format", help="check a published file as it is (see data convert)")
-    command.add_argument("--train", help="records trained on: floors are fitted on them")
+    command.add_argument("--train", help="records trained on: blind baselines are fitted on them")
     command.add_argument("--media", help="folder of the videos (default: the records' own)")
+    command.add_argument(
+        "--inside-root", action="store_true", help="media outside that folder are faults"
+    )
     command.add_argument("--no-media", action="store_true", help="do not open the media")
     command.add_argument("--decode", action="store_true", help="also decode what is shown")
     command.add_argument(
@@ -275,7 +280,10 @@ def run_check(options: argparse.Namespace) -> int:
     how = {"train": options.train, "media": not options.no_media, "decode": options.decode}
     how["decoder"] = options.decoder
     if options.format is None:
+        how["inside_root"] = options.inside_root
         report = check(options.records, media_root=options.media, **how)
+    elif options.inside_root:
+        raise ValueError("--inside-root is for records: convert published files first")
     else:
         report = check_annotations(options.format, options.records, media_root=options.media, **how)
     print(report_text(report))

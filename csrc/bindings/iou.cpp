@@ -10,10 +10,10 @@ namespace {
 
 IouKind iou_kind(const std::string& name) {
   static const std::map<std::string, IouKind> kinds = {{"span", IouKind::kSpan},
-                                                {"iou", IouKind::kIou},
-                                                {"giou", IouKind::kGiou},
-                                                {"diou", IouKind::kDiou},
-                                                {"ciou", IouKind::kCiou}};
+                                                       {"iou", IouKind::kIou},
+                                                       {"giou", IouKind::kGiou},
+                                                       {"diou", IouKind::kDiou},
+                                                       {"ciou", IouKind::kCiou}};
   const auto found = kinds.find(name);
   VCR1_CHECK(found != kinds.end(), "kind: unknown ", name);
   return found->second;

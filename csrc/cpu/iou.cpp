@@ -96,17 +96,17 @@ inline void run_tracks(const TrackIouArgs& args, int num_threads) {
     T iou[kBoxes];
     for (int64_t i = begin, tracks; i < end; i += tracks) {
       tracks = std::min(together, end - i);
-      double sums[kBoxes] = {};
+      ExactSum sums[kBoxes];
       for (int64_t first = 0; first < steps; first += piece) {
         const int64_t at = (i * steps + first) * 4, count = std::min(piece, steps - first);
         run_rows<IouKind::kIou, false>(pred + at, target + at, iou, 0, tracks * count);
         for (int64_t t = 0; t < tracks; ++t)
           for (int64_t k = 0; k < std::min(count, args.lengths[i + t] - first); ++k)
-            sums[t] += iou[t * count + k];
+            sums[t].add(iou[t * count + k]);
       }
       for (int64_t t = 0; t < tracks; ++t) {
         const int64_t length = args.lengths[i + t];
-        out[i + t] = static_cast<T>(sums[t] / static_cast<double>(length > 0 ? length : 1));
+        out[i + t] = static_cast<T>(sums[t].value() / static_cast<double>(length > 0 ? length : 1));
       }
     }
   });

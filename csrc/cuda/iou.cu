@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kThreads) track_kernel(const TrackIouArgs args
   if (track >= args.batch) return;
   const int lane = threadIdx.x % 32;
   const int64_t length = smaller(at_least_zero(args.lengths[track]), args.steps);
-  double sum = 0;
+  ExactSum sum;
   for (int64_t k = 0; k < length; k += 32) {
     T value = T(0);
     if (k + lane < length) {
@@ -75,10 +75,10 @@ __global__ void __launch_bounds__(kThreads) track_kernel(const TrackIouArgs args
           load<IouKind::kIou, false>(static_cast<const T*>(args.target), i));
     }
     const int count = static_cast<int>(smaller<int64_t>(32, length - k));
-    for (int i = 0; i < count; ++i) sum += static_cast<double>(__shfl_sync(~0u, value, i));
+    for (int i = 0; i < count; ++i) sum.add(static_cast<double>(__shfl_sync(~0u, value, i)));
   }
   const double count = length > 0 ? static_cast<double>(length) : 1.0;
-  if (lane == 0) static_cast<T*>(args.out)[track] = static_cast<T>(sum / count);
+  if (lane == 0) static_cast<T*>(args.out)[track] = static_cast<T>(sum.value() / count);
 }
 
 // Heapsort: in place, without recursion, and never worse than n log n.

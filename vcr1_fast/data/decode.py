@@ -128,6 +128,7 @@ class _PyavReader:
     def read(self, indices: np.ndarray, shrink: Shrink) -> np.ndarray:
         """Frames (len(indices), h, w, 3) uint8 RGB of distinct ascending numbers."""
         gather, faults = _Gather(self.path, shrink), decoder_faults()
+        recoverable: tuple[type[BaseException], ...] = (*faults, _Astray)
         frames: dict[int, np.ndarray] = {}
         try:
             if self.timeline.packets is None:
@@ -135,7 +136,7 @@ class _PyavReader:
             else:
                 try:
                     self._enter_midway(indices, frames, gather)
-                except (*faults, _Astray) as error:
+                except recoverable as error:
                     if isinstance(error, VideoError):
                         raise
                 if len(frames) < len(indices):
@@ -182,12 +183,16 @@ class _PyavReader:
         places = packets.places()[indices]
         entries = [packets.entry(int(place)) for place in places]
         numbers = {int(packets.pts[p]): int(i) for p, i in zip(places, indices, strict=True)}
+        # FFmpeg compares a seek's target with showing times in these files, with decoding times in
+        # others. The smaller one would land a key frame too early: measured, twice the decoding.
+        by_pts = self.timeline.formats & {"mp4", "matroska"}
+        targets = packets.pts if by_pts else packets.dts
         skips = self.timeline.codec in _SKIPS_EXACTLY and not self.timeline.interlaced
         with open_container(self.path) as (container, stream):
             for begin, group in _groups(entries, places.tolist()):
                 wanted = {numbers[int(packets.pts[place])] for place in group}
                 context = stream.codec_context
-                container.seek(int(packets.dts[begin]), stream=stream)
+                container.seek(int(targets[begin]), stream=stream)
                 gather.is_damaged = False
                 last, is_first = int(packets.pts[max(group)]), True
                 for packet in container.demux(stream):
@@ -214,7 +219,8 @@ class _PyavReader:
 
 def _groups(entries: list[int], places: list[int]) -> Iterator[tuple[int, list[int]]]:
     """(key packet to begin at, wanted packets) of runs that are decoded in one go."""
-    begin, group, reached = -1, [], -1
+    begin = reached = -1
+    group: list[int] = []
     for entry, place in sorted(zip(entries, places, strict=True)):
         if group and entry > reached + _SEEK_GAIN:
             yield begin, group
@@ -296,8 +302,8 @@ def _decord_reader(
         # Of an MPEG transport stream it shows the first frames wrong, even when read in order.
         reason = f"decord is not exact for {'/'.join(sorted(timeline.formats))} files"
         raise NeedsPyav(path, f'{reason}, read it by backend="pyav" or put it into an mp4')
-    if reason := _decord_differs(path, timeline):
-        _hand_over(reason)
+    if (difference := _decord_differs(path, timeline)) is not None:
+        _hand_over(difference)
         return None
     decord.logging.set_level(decord.logging.QUIET)  # its faults come back as exceptions
     faults = (decord.DECORDError, RuntimeError, IndexError, OSError, StopIteration)

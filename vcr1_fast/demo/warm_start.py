@@ -1,4 +1,4 @@
-"""Makes the demo's initial checkpoint: a random tiny Qwen2.5-VL, fine-tuned until its answers
+"""Makes the demo's initial checkpoint: a random tiny model, fine-tuned until its answers
 depend on the video. The demo then fine-tunes it on imprecise labels, and GRPO starts there.
 
 Without it the demo would spend its minutes on this phase: before it, answers stay at the blind

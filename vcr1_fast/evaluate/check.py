@@ -1,7 +1,7 @@
-"""The data set doctor: what is wrong with records and their media, and what a blind guess earns.
+"""The data set doctor: faults of records and their media, and the blind baselines.
 
-Faults are counted by kind and the first of each are named. Floors are the scores of strategies that
-never look at the video: a model below them has learned nothing from it.
+Faults are counted by kind, and the first of each are named. A blind baseline is the score of a
+strategy that ignores the video: a model below it has learned nothing from the video.
 """
 
 from __future__ import annotations
@@ -34,8 +34,10 @@ from vcr1_fast.tasks.base import Metrics
 
 @dataclass(frozen=True)
 class Report:
-    """Of a set of records: counts, faults, share of the letters or labels, blind scores. `videos`
-    counts images too."""
+    """Counts, faults, shares of the letters or labels, and blind baselines of a set of records.
+
+    videos: counts images too. floors: task -> strategy -> metrics of the blind baseline.
+    """
 
     records: int
     videos: int
@@ -63,20 +65,29 @@ def check(
     *,
     train: str | Path | None = None,
     media_root: str | Path | None = None,
+    inside_root: bool = False,
     media: bool = True,
     decode: bool = False,
     decoder: str = DECODER,
 ) -> Report:
     """Examine the records of a JSONL file, and the rows that were refused when it was converted.
 
-    train: records that a model is trained on; floors are fitted on them, and a video in both is a
-        fault. Without it floors are fitted on the examined records: then they can only be higher.
+    train: records that a model is trained on; blind baselines are fitted on them, and a video in
+        both is a fault. Without it they are fitted on the examined records, which can only raise
+        them.
+    inside_root: media outside `media_root` are faults, as with data.inside_root of a run.
     media: open every video and image, to compare lengths with the annotation.
     decode: also decode what each record shows, as training does.
     decoder: which decoder opens the videos, as data.decoder of a run.
     """
     bad = Quarantine()
-    records = load_records(path, media_root=media_root, on_error="quarantine", quarantine=bad)
+    records = load_records(
+        path,
+        media_root=media_root,
+        inside_root=inside_root,
+        on_error="quarantine",
+        quarantine=bad,
+    )
     refused = Path(path).with_suffix(".quarantine.jsonl")
     refusals = Quarantine(refused).items if refused.exists() else []
     faults = [malformed(item) for item in [*refusals, *bad.items]]
@@ -99,7 +110,10 @@ def check(
         tasks={task: len(group) for task, group in by_task.items()},
         faults=faults,
         balance={task: shares for task, group in by_task.items() if (shares := _balance(group))},
-        floors={task: TASKS[task].blind(fitted[task], group) for task, group in by_task.items()},
+        floors={
+            task: TASKS[task].blind_baselines(fitted[task], group)
+            for task, group in by_task.items()
+        },
     )
 
 
@@ -122,7 +136,7 @@ def _balance(records: Sequence[Record]) -> dict[str, float]:
 
 
 def report_text(report: Report, examples: int = 3) -> str:
-    """The report in lines: counts, faults with the first few of each kind, balance, floors."""
+    """The report in lines: counts, faults with the first few of each kind, balance, baselines."""
     tasks = ", ".join(f"{task} {count}" for task, count in report.tasks.items())
     lines = [f"{report.records} records of {report.videos} videos or images: {tasks}"]
     for kind, count in sorted(report.counts().items()):
@@ -132,11 +146,11 @@ def report_text(report: Report, examples: int = 3) -> str:
         if count > examples:
             lines.append(f"  and {count - examples} more")
     for task, shares in report.balance.items():
-        told = ", ".join(f"{answer} {100 * share:.1f} %" for answer, share in shares.items())
-        lines.append(f"{task}: {told}")
-    lines.append("without looking at the video:")
+        text = ", ".join(f"{answer} {100 * share:.1f} %" for answer, share in shares.items())
+        lines.append(f"{task}: {text}")
+    lines.append("blind baselines:")
     for task, strategies in report.floors.items():
         for strategy, metrics in strategies.items():
-            told = ", ".join(f"{name} {100 * value:.1f}" for name, value in metrics.items())
-            lines.append(f"  {task}, {strategy}: {told}")
+            text = ", ".join(f"{name} {100 * value:.1f}" for name, value in metrics.items())
+            lines.append(f"  {task}, {strategy}: {text}")
     return "\n".join(lines)

@@ -18,7 +18,7 @@ from vcr1_fast.report.rollouts import write_predictions_html
 from vcr1_fast.report.scores import write_scores
 from vcr1_fast.report.table import print_table, summary_tables
 from vcr1_fast.tasks import TASKS
-from vcr1_fast.tasks.wording import prompts_from
+from vcr1_fast.tasks.prompt_template import prompts_from
 
 
 def main_eval(run: EvalRun) -> int:

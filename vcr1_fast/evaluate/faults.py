@@ -18,7 +18,7 @@ from vcr1_fast.data.requests import clip_key, clip_request
 from vcr1_fast.data.sampling import FrameConfig
 from vcr1_fast.data.video import DECODER, ClipReader, VideoError, probe_all, read_image
 from vcr1_fast.progress import Progress
-from vcr1_fast.rewards import box_iou
+from vcr1_fast.rewards import box_ious
 from vcr1_fast.tasks import TASKS
 
 DURATION_TOLERANCE = 1.0
@@ -131,7 +131,8 @@ def time_faults(record: Record, length: float | None) -> list[Fault]:
     """What does not go together with the file's length in seconds, or the annotated one."""
     faults = []
     annotated = record.metadata.get("duration")
-    if None not in (annotated, length) and abs(annotated - length) > DURATION_TOLERANCE:
+    apart = None if annotated is None or length is None else abs(annotated - length)
+    if apart is not None and apart > DURATION_TOLERANCE:
         detail = f"annotated {annotated:g} s, the file has {length:.2f} s"
         faults.append(Fault("duration mismatch", record.id, detail))
     duration = annotated if length is None else length
@@ -160,8 +161,9 @@ def doubled_boxes(records: Sequence[Record]) -> list[Fault]:
     tracks = [record.answer for record in records if len(record.answer) > 2]
     if not tracks:
         return []
-    first = fmean(box_iou(track[0], track[1]) for track in tracks)
-    later = fmean(box_iou(a, b) for track in tracks for a, b in pairwise(track[1:]))
+    first = fmean(box_ious([track[0] for track in tracks], [track[1] for track in tracks]))
+    neighbours = [pair for track in tracks for pair in pairwise(track[1:])]
+    later = fmean(box_ious([a for a, _ in neighbours], [b for _, b in neighbours]))
     if first < _STANDSTILL * later:
         return []
     detail = (

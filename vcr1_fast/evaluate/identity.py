@@ -12,7 +12,7 @@ from vcr1_fast.evaluate.config import EvalConfig
 from vcr1_fast.files import write_atomic
 from vcr1_fast.rewards.judge import JudgeConfig
 from vcr1_fast.tasks import TASKS
-from vcr1_fast.tasks.wording import load_prompts, prompts_from
+from vcr1_fast.tasks.prompt_template import load_prompts, prompts_from
 
 # Settings that completions depend on. An output folder holds one value of each.
 _IDENTITY = (
@@ -76,11 +76,11 @@ def given_identity(
 
 
 def _prompts(config: EvalConfig) -> dict[str, Any] | None:
-    """The wordings of the prompts file, checked."""
+    """The prompt templates of the prompts file, checked."""
     if config.prompts is None:
         return None
     with prompts_from(config.prompts, TASKS, think=config.think):
-        return {name: asdict(word) for name, word in load_prompts(config.prompts, TASKS).items()}
+        return {name: asdict(one) for name, one in load_prompts(config.prompts, TASKS).items()}
 
 
 def _judge(config: JudgeConfig) -> dict[str, Any]:

@@ -12,7 +12,8 @@ import numpy as np
 from vcr1_fast.data.records import Record
 from vcr1_fast.evaluate.completions import Completion, Pass
 from vcr1_fast.evaluate.intervals import bootstrap_means, percentile_interval
-from vcr1_fast.tasks import TASKS, Metrics, Task, mean_metrics
+from vcr1_fast.tasks import TASKS, Columns, Task
+from vcr1_fast.tasks.base import mean_metrics, rows
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Scored:
 
     def as_line(self) -> dict[str, Any]:
         """The predictions file's JSON object, without anything that depends on the machine."""
-        looks = self.completion.passes
+        passes = self.completion.passes
         return {
             "id": self.record.id,
             "task": self.record.task,
@@ -41,19 +42,23 @@ class Scored:
             "prediction": _plain(self.prediction),
             "answer": _plain(self.record.answer),
             "metrics": self.metrics,
-            **({"passes": [_untimed(look) for look in looks]} if len(looks) > 1 else {}),
+            **({"passes": [_untimed(one) for one in passes]} if len(passes) > 1 else {}),
         }
 
 
-Measure = Callable[[Task, Sequence[Any], Sequence[Record]], list[Metrics]]
-"""Scores of a task's predictions: all of an evaluation at once, for a judge to be asked once."""
+Measure = Callable[[Task, Sequence[Any], Sequence[Record]], Columns]
+"""Metrics of a task's predictions, all of an evaluation together, so that a judge gets one batch of
+requests."""
 
 
 def score(
     answered: Sequence[tuple[Record, Completion]], measure: Measure = Task.measure
 ) -> list[Scored]:
-    """Parse and score completions by their tasks, in order. One that cannot be parsed scores as the
-    task says for None (zero), and is counted apart in the summary."""
+    """Parse and score completions by their tasks, in order.
+
+    An unreadable completion has the metrics of the prediction None (zero); the summary also counts
+    it as a parse failure.
+    """
     by_task: dict[str, list[int]] = defaultdict(list)
     for index, (record, _) in enumerate(answered):
         by_task[record.task].append(index)
@@ -62,7 +67,7 @@ def score(
         task, pairs = TASKS[name], [answered[index] for index in indices]
         records = [record for record, _ in pairs]
         predictions = [task.parse(completion.text, record) for record, completion in pairs]
-        measured = measure(task, predictions, records)
+        measured = rows(measure(task, predictions, records), len(records))
         for index, prediction, metrics in zip(indices, predictions, measured, strict=True):
             scored[index] = Scored(*answered[index], prediction, metrics)
     return [scored[index] for index in range(len(answered))]
@@ -94,10 +99,10 @@ class TaskSummary:
     """Completions cut at the token limit."""
     mean_tokens: float
     floor: dict[str, float]
-    """Scores of the best strategy that never looks at the video."""
+    """Metrics of the blind baseline: the best answer that ignores the video."""
     floor_strategy: str
     floor_fitted_on: str
-    """"train", or "evaluated" where no training records were given: then it can only be higher."""
+    """"train", or "evaluated" without training records, which can only raise the baseline."""
     breakdown: dict[str, dict[str, Part]]
     """Metadata field -> its value -> scores of those records."""
 
@@ -120,7 +125,7 @@ def summarise(
 ) -> list[TaskSummary]:
     """Summaries in the order in which tasks first appear.
 
-    The no-look floor of a task is fitted on its `train_records`, else on the evaluated records.
+    The blind baseline of a task is fitted on its `train_records`, else on the evaluated records.
     `breakdown` names metadata fields; those that no record of a task has are left out.
     """
     by_task: dict[str, list[Scored]] = defaultdict(list)
@@ -134,7 +139,7 @@ def summarise(
         task = TASKS[name]
         records = [item.record for item in items]
         fitted_on = train_by_task[name] or records
-        floor_strategy, floor = task.floor(fitted_on, records)
+        strategy, baseline = task.blind_baseline(fitted_on, records)
         failures = sum(not item.parsed for item in items)
         metrics, intervals = means_and_intervals(items, bootstrap)
         summaries.append(
@@ -148,8 +153,8 @@ def summarise(
                 parse_failure_rate=failures / len(items),
                 unfinished=sum(not item.completion.finished for item in items),
                 mean_tokens=float(np.mean([item.completion.tokens for item in items])),
-                floor=with_f1(floor),
-                floor_strategy=floor_strategy,
+                floor=with_f1(baseline),
+                floor_strategy=strategy,
                 floor_fitted_on="train" if train_by_task[name] else "evaluated",
                 breakdown={
                     field: parts
@@ -166,21 +171,24 @@ def means_and_intervals(
 ) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
     """Mean of each metric, and its interval; questions about one video are resampled together."""
     names = list(items[0].metrics)
-    means = with_f1(mean_metrics(item.metrics for item in items))
-    drawn = bootstrap_means(
-        np.array([[item.metrics[name] for name in names] for item in items]),
+    values = {name: [item.metrics[name] for item in items] for name in names}
+    means = with_f1(mean_metrics(values))
+    resampled = bootstrap_means(
+        np.array(list(values.values())).T,
         groups=[item.record.media for item in items],
         resamples=bootstrap.resamples,
         seed=bootstrap.seed,
     )
-    columns = with_f1(dict(zip(names, drawn.T, strict=True)))
+    columns = with_f1(dict(zip(names, resampled.T, strict=True)))
     intervals = {name: percentile_interval(columns[name], bootstrap.level) for name in columns}
     return means, intervals
 
 
 def with_f1(means: dict[str, Any]) -> dict[str, Any]:
-    """With F1 as the harmonic mean of mean precision and mean recall, where both are there: F1 of a
-    split is not the mean of its samples' (DREAM-1k, arXiv 2407.00634). 0 where both are 0."""
+    """Replace F1 by the harmonic mean of mean precision and mean recall, where both are there.
+
+    F1 of a split is not the mean of its samples' (DREAM-1k, arXiv 2407.00634). 0 where both are 0.
+    """
     if not {"precision", "recall"} <= set(means):
         return means
     precision, recall = (np.asarray(means[name], np.float64) for name in ("precision", "recall"))
@@ -204,8 +212,8 @@ def _parts(
     return parts
 
 
-def _untimed(look: Pass) -> dict[str, Any]:
-    row = asdict(look)
+def _untimed(one: Pass) -> dict[str, Any]:
+    row = asdict(one)
     del row["seconds"]
     return row
 

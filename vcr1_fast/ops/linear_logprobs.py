@@ -46,6 +46,7 @@ def reference(
 ) -> LogProbs:
     """The specification: all logits at once, and `gather_logprobs.reference` with `options`."""
     logits = torch.nn.functional.linear(hidden, weight, bias)
+    # Before the temperature, as Gemma samples.
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     return gather_reference(logits, labels, **options)
@@ -102,6 +103,7 @@ class Upstream(NamedTuple):
     grad_lse: Tensor | None
 
 
+# Schemas are flat: the backward op takes both tuples one after the other.
 _FIELDS = len(Arguments._fields)
 
 
@@ -115,6 +117,7 @@ def _outputs(arguments: Arguments, fill: bool) -> RowStatistics:
 
 def _forward(*args: Any) -> tuple[Tensor, ...]:
     arguments = Arguments(*args)
+    # Masked rows keep the zeros of `_outputs`.
     head = arguments.head()
     out = _outputs(arguments, fill=True)
     chunks, buffer = head.chunks(arguments.valid_rows(), arguments.chunk_rows, gradient=False)
@@ -133,10 +136,12 @@ def _backward(*args: Any) -> tuple[Tensor, ...]:
     rows = arguments.valid_rows()
     grads = (given.grad_logps, given.grad_entropy, given.grad_lse)
     if arguments.hidden.device.type == "cpu":  # a GPU would have to be waited for
+        # Trainers mask or clip many tokens: their rows would cost three matrix products each.
         live = [(g != 0).view(*g.shape, 1).flatten(1).any(1) for g in grads if g is not None]
         rows = rows[torch.stack(live).any(0)[rows]]
     chunks, buffer = head.chunks(rows, arguments.chunk_rows, gradient=True)
     gradients = HeadGradients(head, given.needed, len(chunks))
+    # The gradient needs neither entropy nor lse: `stats` carries what they are made of.
     unused = given.logps.new_empty(0)
     for part in chunks:
         chunk = head.logits(part, buffer, gradient=True)
@@ -183,6 +188,7 @@ class LinearLogprobs(torch.autograd.Function):
         logps, row_entropy, lse, stats = forward_op(*arguments)
         ctx.save_for_backward(hidden, weight, bias, labels, mask, row_temperature, logps, stats)
         ctx.options = options
+        # A frozen head saves a product per chunk; the op itself does not see autograd's context.
         ctx.needed = [bool(need) for need in ctx.needs_input_grad[:3]]
         ctx.set_materialize_grads(False)
         if not arguments.entropy:
@@ -199,6 +205,7 @@ class LinearLogprobs(torch.autograd.Function):
     ) -> Any:
         *tensors, logps, stats = ctx.saved_tensors
         arguments = Arguments(*tensors, *ctx.options)
+        # The op demands this gradient, which is None where only entropy or lse were used.
         if grad_logps is None:
             grad_logps = torch.zeros_like(logps)
         upstream = Upstream(logps, stats, ctx.needed, grad_logps, grad_entropy, grad_lse)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from vcr1_fast.data.requests import clip_request
 from vcr1_fast.data.sampling import FrameConfig
 from vcr1_fast.data.video import Clip, ClipReader, VideoError
-from vcr1_fast.tasks.spans import duration_of
+from vcr1_fast.tasks.record import duration_of
 
 if TYPE_CHECKING:
     from vcr1_fast.data.records import Record

@@ -126,7 +126,7 @@ def write_predictions_html(
     """Write the page of an evaluation: `lines` as in predictions.jsonl, their `records` by id.
 
     `think`: whether the prompts asked for reasoning; None: they are not known, and the records' own
-    texts are shown. Other wordings are shown where the call is within `prompts_from`.
+    texts are shown. Other prompt templates are shown where the call is within `prompts_from`.
     Of more than `max_examples`, that many evenly spaced ones are shown. Frames, boxes and spans as
     in `write_rollouts_html`; of several passes over a clip also the spans each was aimed at.
     """

@@ -1,5 +1,5 @@
-"""Plots the scores of an evaluation: each metric with its interval, the blind baseline, and
-published numbers if the records are a published split."""
+"""Scores of an evaluation as a picture: each metric with its interval, the blind baseline,
+and published numbers where the records are a published split."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def draw_task(
     ours = [task["metrics"][metric] for metric in metrics]
     axes.plot(ours, list(rows.values()), "o", color=OURS, markersize=5, label=f"this run, {level}")
     floors = {metric: task["floor"][metric] for metric in metrics if metric in task["floor"]}
-    _marks(axes, rows, floors, "D", FLOOR, f"blind: {task['floor_strategy']}")
+    _marks(axes, rows, floors, "D", FLOOR, f"blind baseline: {task['floor_strategy']}")
     if split is not None:
         models = split["models"]
         best = max(models, key=lambda model: models[model].get(primary, -1.0))

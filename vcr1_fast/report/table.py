@@ -81,7 +81,8 @@ def summary_tables(summary: Mapping[str, Any]) -> list[Table]:
 
 
 def evaluation_table(summary: Mapping[str, Any]) -> Table:
-    """One row a metric: score, interval, blind baseline; the primary one also has failures.
+    """One row a metric: score, interval, blind baseline; the first, the primary metric's, also has
+    the task's failures.
 
     `summary` is what `vcr1 eval` writes to summary.json.
     """
@@ -102,7 +103,7 @@ def evaluation_table(summary: Mapping[str, Any]) -> Table:
                 ]
             )
     level = percent(summary["level"])
-    columns = ["task", "metric", "score", level, "blind", "n", "unparsed", "cut off"]
+    columns = ["task", "metric", "score", level, "blind baseline", "n", "unparsed", "cut off"]
     quarantined = len(summary["quarantined"])
     title = f"{quarantined} quarantined, in no score" if quarantined else None
     return Table(columns, rows, title=title, left=frozenset({0, 1}))
@@ -126,10 +127,10 @@ def breakdown_table(name: str, task: Mapping[str, Any], field: str, level: str) 
 
 
 def published_table(task: Mapping[str, Any], split: Mapping[str, Any]) -> Table:
-    """Ours, the blind baseline and every published model, by all metrics that one reports."""
+    """Ours, the blind baseline and every published model, by the metrics that any reports."""
     found = {metric for scores in split["models"].values() for metric in scores}
     metrics = [metric for metric in _metrics(task) if metric in found]
-    lines = {"this run": task["metrics"], "blind": task["floor"], **split["models"]}
+    lines = {"this run": task["metrics"], "blind baseline": task["floor"], **split["models"]}
     rows = [
         [model, *(number(scores.get(metric)) for metric in metrics)]
         for model, scores in lines.items()
@@ -180,7 +181,7 @@ def stages_table(runs: Sequence[Mapping[str, Any]]) -> Table:
         gains = [last - first for first, last in zip(scores[0], scores[-1], strict=True)]
         cells = [_mean_and_range(values) for values in (floors, *scores)]
         rows.append([name, metric, str(task["n"]), *cells, _mean_and_range(gains, sign="+")])
-    columns = ["task", "metric", "n", "blind", *stages, "gain"]
+    columns = ["task", "metric", "n", "blind baseline", *stages, "gain"]
     return Table(columns, rows, left=frozenset({0, 1}))
 
 

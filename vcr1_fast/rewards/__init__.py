@@ -1,4 +1,11 @@
-"""Rewards: what a completion says and how well it overlaps the target. No torch in here."""
+"""Rewards: reading a completion, and how well its answer agrees with the target.
+
+`score(task, completions, targets)` rewards a batch of completions by task. It needs the tasks,
+which are above this package, so it lives in `vcr1_fast.tasks.score` and is looked up at first use.
+"""
+
+from importlib import import_module
+from typing import Any
 
 from vcr1_fast.rewards.answer import (
     parse_boxes,
@@ -15,26 +22,23 @@ from vcr1_fast.rewards.caption import (
     event_recall,
     mentions,
 )
-from vcr1_fast.rewards.format import last_block, well_formed
+from vcr1_fast.rewards.format import Scan, last_block, scan, well_formed
 from vcr1_fast.rewards.overlap import (
-    box_iou,
-    interval_set_iop,
-    interval_set_iou,
-    temporal_iou,
-    track_iou,
+    box_ious,
+    span_ious,
+    span_set_iops,
+    span_set_ious,
+    track_ious,
 )
-from vcr1_fast.rewards.score import TERMS, score
 
 __all__ = [
-    "TERMS",
     "CaptionScore",
     "Judge",
     "MatchingJudge",
-    "box_iou",
+    "Scan",
+    "box_ious",
     "caption_scores",
     "event_recall",
-    "interval_set_iop",
-    "interval_set_iou",
     "last_block",
     "mentions",
     "parse_boxes",
@@ -42,8 +46,17 @@ __all__ = [
     "parse_letter",
     "parse_span",
     "parse_spans",
-    "score",
-    "temporal_iou",
-    "track_iou",
+    "scan",
+    "span_ious",
+    "span_set_iops",
+    "span_set_ious",
+    "track_ious",
     "well_formed",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Importing the tasks above would make a circle: they import this package.
+    if name == "score":
+        return import_module("vcr1_fast.tasks.score").score
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -118,7 +118,7 @@ class Endpoint:
         raise fault
 
     def _attempt(self, prompt: str) -> str:
-        """Send one request from a thread of its own, and leave that thread behind at the deadline.
+        """Send one request from a separate thread, and leave that thread behind at the deadline.
 
         A socket's time-out is per read: a server that sends a byte now and then never exceeds it,
         and no time-out at all bounds the lookup of a host name.
@@ -215,16 +215,14 @@ class _Batch:
             self._todo.put(pair)
 
     def next(self) -> tuple[str, Future[str]] | None:
-        """The next prompt and where its reply goes. After a fault, those left get that fault."""
-        while True:
-            try:
-                prompt, reply = self._todo.get_nowait()
-            except Empty:
-                return None
-            if not self.given_up.is_set():
-                return prompt, reply
-            if self.fault is not None:
-                _settle(reply, self.fault)
+        """The next prompt and where its reply goes; None at the end or after a fault."""
+        # Nobody waits for the replies left: prompts leave in order, so the fault is met before.
+        if self.given_up.is_set():
+            return None
+        try:
+            return self._todo.get_nowait()
+        except Empty:
+            return None
 
     def fail(self, fault: JudgeError) -> None:
         self.fault = self.fault or fault

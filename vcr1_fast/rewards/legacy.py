@@ -1,4 +1,4 @@
-"""The rewards that VideoChat-R1 released, fault for fault, to reproduce and to compare with.
+"""The rewards that VideoChat-R1 released, with their faults, to reproduce and to compare with.
 
 Specified by `src/open_r1/grpo_tasks.py`, `grpo_tg.py`, `grpo_qa.py` and `grpo_cls.py` of
 OpenGVLab/VideoChat-R1. Equal to them on every string, with these exceptions, where those raise or
@@ -14,7 +14,7 @@ boxes, {"answer": "(B)", "glue": spans}, or a text.
 import ast
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 _THINK_ANSWER = re.compile(r"</think>\s*<answer>")
@@ -158,7 +158,7 @@ def _interval_iou(a: list[list[float]], b: list[list[float]]) -> float:
 
 
 def boxes_iou(completion: str, target: Sequence[Sequence[float]]) -> float:
-    """Mean IoU of 8 boxes, the given first one included, without a look at their order."""
+    """Mean IoU of 8 boxes, the given first one included, whatever their order."""
     boxes = _eight_lists(_first_block(completion.replace("\n", ""), "answer"))
     if boxes is None or len(target) != 8:
         return 0.0
@@ -217,3 +217,17 @@ def label_accuracy(completion: str, target: dict[str, Any] | str) -> float:
     answer = _first_block(completion, "answer")
     truth = target["answer"] if isinstance(target, dict) else target
     return float(answer is not None and answer.strip().lower() == truth.strip().lower())
+
+
+REWARDS: Mapping[str, Mapping[str, Callable[[str, Any], float]]] = {
+    "temporal_grounding": {"format": think_answer_format, "iou": span_iou},
+    "tracking": {"format": boxes_format, "iou": boxes_iou},
+    "grounded_qa": {"format": glue_format, "iou": glue_iou, "accuracy": letter_accuracy},
+    # As released: scored by the format of grounded questions, which demands evidence that the
+    # prompt of multiple choice never asks for.
+    "multiple_choice": {"format": glue_format, "accuracy": letter_accuracy},
+    "classification": {"format": think_answer_format, "accuracy": label_accuracy},
+    # The code of caption recall was not released.
+    "caption": {"format": think_answer_format},
+}
+"""Task -> reward -> function of (completion, target): the tasks that VideoChat-R1 trained on."""

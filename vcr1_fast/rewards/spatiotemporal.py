@@ -1,12 +1,12 @@
-"""A thing's span of seconds and its box at every whole second of it, and single boxes.
+"""Tubes, an object's span of seconds with its box at every whole second of it, and single boxes.
 
-A tube is written as JSON, as EasyVideoR1 asks for it:
+A tube is written as JSON, in EasyVideoR1's form:
 
     {"time": [3.5, 8.0], "boxes": {"4": [0.1, 0.2, 0.5, 0.6], "5": [...], ...}}
 
-Its overlap is vIoU (VidSTG, arXiv 2001.06891): the box IoUs of the seconds that both tubes have,
-over the seconds that either has. A second that is missing counts as 0, and so does one too many;
-the mean over common seconds, which one easy second fills, does not price them.
+Its overlap is vIoU (VidSTG, arXiv 2001.06891): the sum of the box IoUs at the seconds that both
+tubes have, divided by the number of seconds that either has. A missing second counts as 0, and so
+does a superfluous one; a mean over the common seconds would let one easy second fill the score.
 """
 
 import json
@@ -14,10 +14,11 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from vcr1_fast.rewards.answer import Box, Span, parse_boxes
-from vcr1_fast.rewards.overlap import box_iou
+from vcr1_fast.rewards.overlap import box_ious
 
 MAX_SECONDS = 4096
 """Most boxes of a tube: above an hour."""
@@ -40,8 +41,8 @@ def parse_box(text: str) -> Box | None:
 
 
 def parse_tube(text: str) -> Tube | None:
-    """The tube that a text is; None for anything else, numbers that are not finite, an end before
-    the start, or a second that is named twice. Linear time; nothing is evaluated."""
+    """Parse a tube; None for any other text, numbers that are not finite, an end before the start,
+    or a second that is named twice. Linear time; nothing is evaluated."""
     try:
         content = json.loads(text, parse_int=float, parse_constant=_refuse, object_pairs_hook=_once)
     except (ValueError, RecursionError):
@@ -53,19 +54,35 @@ def parse_tube(text: str) -> Tube | None:
         return None
     if len(boxes) > MAX_SECONDS or not all(map(_SECOND.fullmatch, boxes)):
         return None
-    rows = {int(second): _row(box, 4) for second, box in boxes.items()}
-    if None in rows.values() or len(rows) < len(boxes):  # "4" and "04"
+    rows: dict[int, Box] = {}
+    for second, box in boxes.items():
+        row = _row(box, 4)
+        if row is None:
+            return None
+        rows[int(second)] = (row[0], row[1], row[2], row[3])
+    if len(rows) < len(boxes):  # "4" and "04"
         return None
-    return Tube(time, rows)
+    return Tube((time[0], time[1]), rows)
 
 
-def tube_iou(prediction: Mapping[int, Box], target: Mapping[int, Box]) -> float:
-    """vIoU of boxes by second; 0 where there are none at all. An impossible box scores 0."""
-    seconds = prediction.keys() | target.keys()
-    common = prediction.keys() & target.keys()
-    if not seconds:
-        return 0.0
-    return math.fsum(box_iou(prediction[s], target[s]) for s in common) / len(seconds)
+def tube_ious(
+    predictions: Sequence[Mapping[int, Box] | None], targets: Sequence[Mapping[int, Box]]
+) -> list[float]:
+    """vIoU of each pair of boxes by second; 0 without a prediction, and where there are no boxes at
+    all. An impossible box scores 0."""
+    pairs = [(one or {}, other) for one, other in zip(predictions, targets, strict=True)]
+    common = [sorted(one.keys() & other.keys()) for one, other in pairs]
+    overlaps = iter(
+        box_ious(
+            [one[s] for (one, _), seconds in zip(pairs, common, strict=True) for s in seconds],
+            [other[s] for (_, other), seconds in zip(pairs, common, strict=True) for s in seconds],
+        )
+    )
+    # fsum: the mean does not depend on the order of the seconds.
+    return [
+        math.fsum(islice(overlaps, len(seconds))) / max(len(one.keys() | other.keys()), 1)
+        for (one, other), seconds in zip(pairs, common, strict=True)
+    ]
 
 
 def _row(value: Any, length: int) -> tuple[float, ...] | None:

@@ -1,17 +1,20 @@
-"""Questions to be answered by yes or no."""
+"""Questions to be answered with yes or no."""
 
 from vcr1_fast.rewards.text import parse_boolean
-from vcr1_fast.tasks.single import Single, most_common
+from vcr1_fast.tasks.base import equal
+from vcr1_fast.tasks.blind import most_common
+from vcr1_fast.tasks.single_answer import SingleAnswer
 
-TASK = Single(
+TASK = SingleAnswer(
     name="boolean",
     field="question",
-    how="with yes or no, like <answer>yes</answer>",
-    measure="accuracy",
+    answer_format="with yes or no, like <answer>yes</answer>",
+    metric="accuracy",
     read=parse_boolean,
-    show=lambda answer: "yes" if answer else "no",
-    nearness=lambda prediction, answer: float(prediction == answer),
+    write=lambda answer: "yes" if answer else "no",
+    similarity=equal,
     typical=most_common,
-    fits=lambda answer: isinstance(answer, bool),
+    example=True,
+    is_answer=lambda answer: isinstance(answer, bool),
     expected="true or false",
 ).task()

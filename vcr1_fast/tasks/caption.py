@@ -1,5 +1,5 @@
-"""Captioning: the share of the annotated events that the description tells, and of its own that are
-annotated."""
+"""Captioning: the share of the annotated events that a caption states, and of the caption's own
+events that are annotated."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from itertools import chain
 from typing import Any
 
 from vcr1_fast.rewards.caption import Judge, Match, caption_scores, event_recall, mentions
-from vcr1_fast.tasks.base import Judged, Metrics, mean_metrics
+from vcr1_fast.tasks.base import Columns, Judged
+from vcr1_fast.tasks.blind import most_common
 from vcr1_fast.tasks.record import FieldError, Record, describe, is_text
-from vcr1_fast.tasks.single import Single, most_common
+from vcr1_fast.tasks.single_answer import SingleAnswer, each, stripped
 
 
 def _are_events(answer: Any) -> bool:
@@ -25,8 +26,9 @@ def _sentences(events: Sequence[str]) -> str:
 
 
 def check(record: Record) -> None:
-    """FieldError unless there is an instruction, events, and, if any, a description in words."""
-    SINGLE.check(record)
+    """FieldError unless there are an instruction and events, and the description, if any, is a
+    text."""
+    CAPTION.check(record)
     description = record.metadata.get("description")
     if description is not None and not is_text(description):
         raise FieldError("metadata.description", f"expected a text, got {describe(description)}")
@@ -34,9 +36,9 @@ def check(record: Record) -> None:
 
 def scores(
     predictions: Sequence[str | None], records: Sequence[Record], judge: Judge | Match = mentions
-) -> list[Metrics]:
-    """Recall, precision and F1 (DREAM-1k). A caption's own events are held against the annotated
-    `metadata["description"]` where there is one, else against the annotated events."""
+) -> Columns:
+    """Recall, precision and F1 (DREAM-1k). A caption's own events are compared with the annotated
+    `metadata["description"]` where there is one, else with the annotated events."""
     found = caption_scores(
         [prediction or "" for prediction in predictions],
         [record.answer for record in records],
@@ -45,37 +47,42 @@ def scores(
             record.metadata.get("description") or ". ".join(record.answer) for record in records
         ],
     )
-    return [{"recall": one.recall, "precision": one.precision, "F1": one.f1} for one in found]
+    return {
+        "recall": [one.recall for one in found],
+        "precision": [one.precision for one in found],
+        "F1": [one.f1 for one in found],
+    }
 
 
-def metrics(prediction: str | None, record: Record) -> Metrics:
+def metrics(predictions: Sequence[str | None], records: Sequence[Record]) -> Columns:
     """The scores by word matching, without a model."""
-    return scores([prediction], [record])[0]
+    return scores(predictions, records)
 
 
-def blind(train: Sequence[Record], test: Sequence[Record]) -> dict[str, Metrics]:
-    """The event that other videos have most often."""
+def blind_guesses(train: Sequence[Record], test: Sequence[Record]) -> dict[str, list[str | None]]:
+    """The most frequent event of the training videos."""
     events = list(chain.from_iterable(record.answer for record in train))
     guess = most_common(events) if events else None
-    return {"typical answer": mean_metrics(metrics(guess, record) for record in test)}
+    return {"typical answer": [guess] * len(test)}
 
 
-SINGLE = Single(
+CAPTION = SingleAnswer(
     name="caption",
     field="instruction",
-    how="with one sentence for each event, like <answer>A dog runs. It jumps.</answer>",
-    measure="recall",
-    read=lambda text: text.strip() or None,
-    show=_sentences,
-    nearness=event_recall,
+    answer_format="with one sentence for each event, like <answer>A dog runs. It jumps.</answer>",
+    metric="recall",
+    read=stripped,
+    write=_sentences,
+    similarity=each(event_recall),
     typical=most_common,
-    fits=_are_events,
+    example=("A dog runs.", "It jumps over a fence."),
+    is_answer=_are_events,
     expected="a list of events",
 )
 TASK = replace(
-    SINGLE.task(),
+    CAPTION.task(),
     check=check,
     metrics=metrics,
-    blind=blind,
+    blind_guesses=blind_guesses,
     judged=Judged(("recall", "precision", "F1"), scores),
 )

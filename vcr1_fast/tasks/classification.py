@@ -1,14 +1,14 @@
-"""Classification: one label of a few, in words. Video quality (VidTAB) is asked like this."""
+"""Classification: one of a few labels, in words. Video quality (VidTAB) is asked like this."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from vcr1_fast.rewards import last_block, parse_label, strict
-from vcr1_fast.tasks.base import Metrics, Task, mean_metrics, tagged
+from vcr1_fast.rewards import parse_label
+from vcr1_fast.tasks.base import Columns, Task, equal
+from vcr1_fast.tasks.blind import most_common
+from vcr1_fast.tasks.prompt_template import ask
 from vcr1_fast.tasks.record import FieldError, Record, check_prompt, describe
-from vcr1_fast.tasks.wording import ask
 
 FIELDS = {
     "question": lambda record: record.prompt["question"].strip(),
@@ -35,63 +35,77 @@ def target(record: Record) -> str:
     return f"<answer>{record.answer}</answer>"
 
 
-def parse(completion: str, record: Record | None = None) -> str | None:
-    """The label as it stands in the record's options; None for a text that is none of them."""
-    if record is None:
-        return strict.read_label(completion)
-    answer = last_block(completion, "answer")
-    return None if answer is None else _label_of(answer, record)
+def read(blocks: Mapping[str, str], record: Record) -> str | None:
+    """The label as the record's options write it; None for a text that is none of them. Every
+    label is an answer where the record has no options."""
+    answer = blocks.get("answer")
+    if answer is None:
+        return None
+    return _label_of(answer, record) if record.options else parse_label(answer)
 
 
 def _label_of(text: str, record: Record) -> str | None:
-    """The one label that the text is, letter for letter, or else as `parse_label` reads both."""
-    for read in (lambda label: " ".join(label.split()), parse_label):
-        said = read(text)
-        found = [option for option in record.options if said and read(option) == said]
+    """The one option that the text is, letter for letter, or else as `parse_label` reads both."""
+    for read_label in (lambda label: " ".join(label.split()), parse_label):
+        said = read_label(text)
+        found = [option for option in record.options if said and read_label(option) == said]
         if found:
             return found[0] if len(found) == 1 else None
     return None
 
 
-def format_reward(
-    completion: str, record: Record, duration: float | None = None, *, think: bool = False
-) -> float:
-    """1 for the tags asked for around one of the labels, else 0."""
-    return float(parse(completion, record) is not None and tagged(completion, think, "answer"))
-
-
 def accuracy_reward(
-    completion: str, record: Record, duration: float | None = None, *, think: bool = False
-) -> float:
-    """1 for the right label, else 0."""
-    return float(parse(completion, record) == record.answer)
+    predictions: Sequence[str | None],
+    records: Sequence[Record],
+    durations: Sequence[float | None] = (),
+) -> list[float]:
+    """1 for the right label, else 0. Without options in the record, case, markup, quotes and final
+    full stop make no difference."""
+    return [
+        float(label is not None and _same(label, record))
+        for label, record in zip(predictions, records, strict=True)
+    ]
 
 
-def metrics(prediction: str | None, record: Record) -> Metrics:
-    return {"accuracy": float(prediction == record.answer)}
+def _same(label: str, record: Record) -> bool:
+    if record.options:  # `read` has chosen one of them; two may read alike
+        return bool(label == record.answer)
+    return parse_label(label) == parse_label(record.answer)
 
 
-def blind(train: Sequence[Record], test: Sequence[Record]) -> dict[str, Metrics]:
-    """The label most often right in `train`."""
-    counts = Counter(record.answer for record in train)
-    frequent = min(counts, key=lambda label: (-counts[label], label)) if counts else None
-    return {"most frequent label": mean_metrics(metrics(frequent, record) for record in test)}
+def metrics(predictions: Sequence[str | None], records: Sequence[Record]) -> Columns:
+    """Accuracy."""
+    return {"accuracy": equal(predictions, [record.answer for record in records])}
+
+
+def blind_guesses(train: Sequence[Record], test: Sequence[Record]) -> dict[str, list[str | None]]:
+    """The most frequent label."""
+    frequent = most_common(record.answer for record in train) if train else None
+    return {"most frequent label": [frequent] * len(test)}
 
 
 TASK = Task(
     name="classification",
     check=check,
-    wording=ask(
+    prompt_template=ask(
         "{question} Choose one of these labels: {labels}.",
         "with the label, like <answer>{label}</answer>",
     ),
     fields=FIELDS,
-    needs=(("question",),),
+    required_placeholders=(("question",),),
     target=target,
-    parse=parse,
-    rewards={"format": format_reward, "accuracy": accuracy_reward},
+    read=read,
+    rewards={"accuracy": accuracy_reward},
     metrics=metrics,
     primary="accuracy",
-    blind=blind,
+    blind_guesses=blind_guesses,
+    example=Record(
+        "example",
+        "classification",
+        "example.mp4",
+        {"question": "How good is it?"},
+        "low",
+        options=("low", "high"),
+    ),
     label=lambda record: record.answer,
 )

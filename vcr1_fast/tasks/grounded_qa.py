@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from vcr1_fast.rewards import interval_set_iop, interval_set_iou, strict
-from vcr1_fast.rewards.strict import GroundedAnswer
-from vcr1_fast.tasks.base import Metrics, Task, mean_metrics
-from vcr1_fast.tasks.multiple_choice import FIELDS, NEEDS, blind_letters
+from vcr1_fast.rewards import parse_spans, span_set_iops, span_set_ious
+from vcr1_fast.tasks import blind
+from vcr1_fast.tasks.base import Columns, Task, at_least, equal
+from vcr1_fast.tasks.multiple_choice import FIELDS, REQUIRED, read_letter
+from vcr1_fast.tasks.prompt_template import ask
 from vcr1_fast.tasks.record import (
     Record,
     check_keys,
@@ -16,9 +18,15 @@ from vcr1_fast.tasks.record import (
     check_spans,
     check_video,
 )
-from vcr1_fast.tasks.spans import constant_spans
-from vcr1_fast.tasks.wording import ask
 from vcr1_fast.tasks.written import spans_text
+
+
+@dataclass(frozen=True)
+class GroundedAnswer:
+    """A letter, its evidence in seconds, or one of the two where the other cannot be read."""
+
+    letter: str | None
+    spans: tuple[tuple[float, float], ...] | None
 
 
 def check(record: Record) -> None:
@@ -37,79 +45,105 @@ def target(record: Record) -> str:
     return f"<answer>{record.answer['answer']}</answer><glue>{spans}</glue>"
 
 
-def parse(completion: str, record: Record | None = None) -> GroundedAnswer | None:
-    return strict.read_grounded(completion, record.options if record else ())
+def read(blocks: Mapping[str, str], record: Record) -> GroundedAnswer | None:
+    letter, glue = read_letter(blocks, record.options), blocks.get("glue")
+    spans = None if glue is None else parse_spans(glue)
+    return None if letter is None and spans is None else GroundedAnswer(letter, spans)
 
 
-def format_reward(
-    completion: str, record: Record, duration: float | None = None, *, think: bool = False
-) -> float:
-    """1 for the tags asked for around a readable letter and readable spans, else 0."""
-    return strict.grounded_format(completion, record.options, think)
+def complete(answer: GroundedAnswer) -> bool:
+    """Both a letter and spans."""
+    return bool(answer.letter and answer.spans)
 
 
 def accuracy_reward(
-    completion: str, record: Record, duration: float | None = None, *, think: bool = False
-) -> float:
+    predictions: Sequence[GroundedAnswer | None],
+    records: Sequence[Record],
+    durations: Sequence[float | None] = (),
+) -> list[float]:
     """1 for the right letter, else 0."""
-    return strict.letter_accuracy(completion, record.answer["answer"], record.options)
+    letters = [answer.letter if answer else None for answer in predictions]
+    return equal(letters, [record.answer["answer"] for record in records])
 
 
 def iou_reward(
-    completion: str, record: Record, duration: float | None = None, *, think: bool = False
-) -> float:
-    """IoU of the unions of the evidence given and the evidence annotated, clipped to the clip."""
-    return strict.evidence_iou(completion, record.answer["glue"], duration)
+    predictions: Sequence[GroundedAnswer | None],
+    records: Sequence[Record],
+    durations: Sequence[float | None],
+) -> list[float]:
+    """IoU of the unions of the predicted and annotated evidence, clipped to the clip."""
+    return span_set_ious(_spans(predictions), _evidence(records), durations)
 
 
-def metrics(prediction: GroundedAnswer | None, record: Record) -> Metrics:
+def metrics(predictions: Sequence[GroundedAnswer | None], records: Sequence[Record]) -> Columns:
     """Letter accuracy, IoU and IoP (intersection over prediction) of the evidence with their rates
     at 0.3 and 0.5, and Acc@GQA: right letter with IoP of at least 0.5."""
-    letter = prediction.letter if prediction else None
-    spans = (prediction.spans if prediction else None) or ()
-    right = letter == record.answer["answer"]
-    iou = interval_set_iou(spans, record.answer["glue"])
-    iop = interval_set_iop(spans, record.answer["glue"])
-    out = {
-        "accuracy": float(right),
-        "mIoU": iou,
-        "mIoP": iop,
-        "Acc@GQA": float(right and iop >= 0.5),
+    accuracy = accuracy_reward(predictions, records)
+    ious = span_set_ious(_spans(predictions), _evidence(records))
+    iops = span_set_iops(_spans(predictions), _evidence(records))
+    grounded = at_least(iops, 0.5)
+    columns = {
+        "accuracy": accuracy,
+        "mIoU": ious,
+        "mIoP": iops,
+        "Acc@GQA": [right * well for right, well in zip(accuracy, grounded, strict=True)],
     }
     for level in (0.3, 0.5):
-        out |= {f"IoU@{level}": float(iou >= level), f"IoP@{level}": float(iop >= level)}
-    return out
+        columns |= {f"IoU@{level}": at_least(ious, level), f"IoP@{level}": at_least(iops, level)}
+    return columns
 
 
-def blind(train: Sequence[Record], test: Sequence[Record]) -> dict[str, Metrics]:
-    """Every blind letter with every blind span."""
-    letters = blind_letters(train, test, lambda record: record.answer["answer"])
-    spans = constant_spans(train, test, lambda record: record.answer["glue"])
-    out = {}
-    for letter_name, chosen in letters.items():
-        for span_name, given in spans.items():
-            answers = [GroundedAnswer(c, (s,)) for c, s in zip(chosen, given, strict=True)]
-            out[f"{letter_name}, {span_name}"] = mean_metrics(map(metrics, answers, test))
-    return out
+def _spans(
+    predictions: Sequence[GroundedAnswer | None],
+) -> list[tuple[tuple[float, float], ...] | None]:
+    return [answer.spans if answer else None for answer in predictions]
+
+
+def _evidence(records: Sequence[Record]) -> list[Sequence[Sequence[float]]]:
+    return [record.answer["glue"] for record in records]
+
+
+def blind_guesses(
+    train: Sequence[Record], test: Sequence[Record]
+) -> dict[str, list[GroundedAnswer]]:
+    """Every blind letter with every constant span."""
+    letters = blind.letters(train, test, lambda record: record.answer["answer"])
+    spans = blind.constant_spans(train, test, lambda record: record.answer["glue"])
+    return {
+        f"{letter_strategy}, {span_strategy}": [
+            GroundedAnswer(letter, (span,)) for letter, span in zip(chosen, given, strict=True)
+        ]
+        for letter_strategy, chosen in letters.items()
+        for span_strategy, given in spans.items()
+    }
 
 
 TASK = Task(
     name="grounded_qa",
     check=check,
-    wording=ask(
+    prompt_template=ask(
         "{question} {options}",
         "with the letter and when it can be seen, in seconds, "
         "like <answer>B</answer><glue>[(1.0, 4.5)]</glue>",
     ),
     fields=FIELDS,
-    needs=NEEDS,
+    required_placeholders=REQUIRED,
     tags=("answer", "glue"),
     target=target,
-    parse=parse,
-    rewards={"format": format_reward, "accuracy": accuracy_reward, "iou": iou_reward},
+    read=read,
+    complete=complete,
+    rewards={"accuracy": accuracy_reward, "iou": iou_reward},
     metrics=metrics,
     primary="accuracy",
-    blind=blind,
+    blind_guesses=blind_guesses,
+    example=Record(
+        "example",
+        "grounded_qa",
+        "example.mp4",
+        {"question": "What is seen?"},
+        {"answer": "B", "glue": [[1.0, 4.5]]},
+        options=("red circle", "blue square"),
+    ),
     spans=lambda record: record.answer["glue"],
     label=lambda record: record.answer["answer"],
 )

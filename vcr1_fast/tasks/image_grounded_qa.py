@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from vcr1_fast.rewards import box_iou, last_block, strict
+from vcr1_fast.rewards import box_ious
 from vcr1_fast.rewards.spatiotemporal import parse_box
-from vcr1_fast.tasks.base import Metrics, Task, mean_metrics, tagged
-from vcr1_fast.tasks.multiple_choice import FIELDS, NEEDS, blind_letters
+from vcr1_fast.tasks import blind
+from vcr1_fast.tasks.base import Columns, Task, at_least, equal
+from vcr1_fast.tasks.multiple_choice import FIELDS, REQUIRED, read_letter
+from vcr1_fast.tasks.prompt_template import ask
 from vcr1_fast.tasks.record import (
     Record,
     check_box,
@@ -16,10 +18,7 @@ from vcr1_fast.tasks.record import (
     check_letter,
     check_prompt,
 )
-from vcr1_fast.tasks.wording import ask
 from vcr1_fast.tasks.written import box_text
-
-Box = tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class BoxedAnswer:
     """A letter and its evidence [x0, y0, x1, y1], or one of the two."""
 
     letter: str | None
-    box: Box | None
+    box: tuple[float, ...] | None
 
 
 def check(record: Record) -> None:
@@ -45,84 +44,85 @@ def target(record: Record) -> str:
     return f"<answer>{record.answer['answer']}</answer><glue>{box}</glue>"
 
 
-def parse(completion: str, record: Record | None = None) -> BoxedAnswer | None:
-    letter = strict.read_letter(completion, record.options if record else ())
-    glue = last_block(completion, "glue")
+def read(blocks: Mapping[str, str], record: Record) -> BoxedAnswer | None:
+    letter, glue = read_letter(blocks, record.options), blocks.get("glue")
     box = None if glue is None else parse_box(glue)
     return None if letter is None and box is None else BoxedAnswer(letter, box)
 
 
-def format_reward(
-    completion: str, record: Record, duration: float | None = None, *, think: bool = False
-) -> float:
-    """1 for the tags asked for around a readable letter and a readable box, else 0."""
-    answer = parse(completion, record)
-    readable = answer is not None and answer.letter is not None and answer.box is not None
-    return float(readable and tagged(completion, think, "answer", "glue"))
+def complete(answer: BoxedAnswer) -> bool:
+    """Both a letter and a box."""
+    return answer.letter is not None and answer.box is not None
 
 
 def accuracy_reward(
-    completion: str, record: Record, duration: float | None = None, *, think: bool = False
-) -> float:
+    predictions: Sequence[BoxedAnswer | None],
+    records: Sequence[Record],
+    durations: Sequence[float | None] = (),
+) -> list[float]:
     """1 for the right letter, else 0."""
-    return strict.letter_accuracy(completion, record.answer["answer"], record.options)
+    letters = [answer.letter if answer else None for answer in predictions]
+    return equal(letters, [record.answer["answer"] for record in records])
 
 
 def iou_reward(
-    completion: str, record: Record, duration: float | None = None, *, think: bool = False
-) -> float:
+    predictions: Sequence[BoxedAnswer | None],
+    records: Sequence[Record],
+    durations: Sequence[float | None] = (),
+) -> list[float]:
     """IoU of the box in `<glue>` (R1.5 weighs it 0.2)."""
-    return _box_iou(parse(completion, record), record)
+    boxes = [answer.box if answer else None for answer in predictions]
+    return box_ious(boxes, [record.answer["glue"] for record in records])
 
 
-def metrics(prediction: BoxedAnswer | None, record: Record) -> Metrics:
+def metrics(predictions: Sequence[BoxedAnswer | None], records: Sequence[Record]) -> Columns:
     """Letter accuracy, IoU of the evidence and its rate at 0.5, and both right at once."""
-    right = prediction is not None and prediction.letter == record.answer["answer"]
-    iou = _box_iou(prediction, record)
+    accuracy, ious = accuracy_reward(predictions, records), iou_reward(predictions, records)
+    shown = at_least(ious, 0.5)
     return {
-        "accuracy": float(right),
-        "IoU": iou,
-        "IoU@0.5": float(iou >= 0.5),
-        "Acc@IoU0.5": float(right and iou >= 0.5),
+        "accuracy": accuracy,
+        "IoU": ious,
+        "IoU@0.5": shown,
+        "Acc@IoU0.5": [right * well for right, well in zip(accuracy, shown, strict=True)],
     }
 
 
-def blind(train: Sequence[Record], test: Sequence[Record]) -> dict[str, Metrics]:
+def blind_guesses(train: Sequence[Record], test: Sequence[Record]) -> dict[str, list[BoxedAnswer]]:
     """Every blind letter, with the mean box of the training answers."""
-    boxes = [record.answer["glue"] for record in train]
-    mean = tuple(sum(side) / len(boxes) for side in zip(*boxes, strict=True)) or None
-    strategies = blind_letters(train, test, lambda record: record.answer["answer"])
+    box = blind.mean_box(record.answer["glue"] for record in train)
+    letters = blind.letters(train, test, lambda record: record.answer["answer"])
     return {
-        f"{name}, mean box": mean_metrics(
-            metrics(BoxedAnswer(letter, mean), record)
-            for letter, record in zip(letters, test, strict=True)
-        )
-        for name, letters in strategies.items()
+        f"{strategy}, mean box": [BoxedAnswer(letter, box) for letter in chosen]
+        for strategy, chosen in letters.items()
     }
-
-
-def _box_iou(prediction: BoxedAnswer | None, record: Record) -> float:
-    if prediction is None or prediction.box is None:
-        return 0.0
-    return box_iou(prediction.box, record.answer["glue"])
 
 
 TASK = Task(
     name="image_grounded_qa",
     check=check,
-    wording=ask(
+    prompt_template=ask(
         "{question} {options}",
         "with the letter and the box [x0, y0, x1, y1] from 0 to 1 that shows it, "
         "like <answer>B</answer><glue>[0.10, 0.20, 0.30, 0.40]</glue>",
     ),
     fields=FIELDS,
-    needs=NEEDS,
+    required_placeholders=REQUIRED,
     tags=("answer", "glue"),
     target=target,
-    parse=parse,
-    rewards={"format": format_reward, "accuracy": accuracy_reward, "iou": iou_reward},
+    read=read,
+    complete=complete,
+    rewards={"accuracy": accuracy_reward, "iou": iou_reward},
     metrics=metrics,
     primary="accuracy",
-    blind=blind,
+    blind_guesses=blind_guesses,
+    example=Record(
+        "example",
+        "image_grounded_qa",
+        None,
+        {"question": "What is seen?"},
+        {"answer": "B", "glue": [0.1, 0.2, 0.5, 0.6]},
+        image="example.png",
+        options=("red circle", "blue square"),
+    ),
     label=lambda record: record.answer["answer"],
 )

@@ -1,19 +1,19 @@
-"""Temporal grounding of what may happen several times: all its spans, as VideoChat-R1.5 writes one.
+"""Temporal grounding of an event that may happen several times: all its spans.
 
-Answer: `[(1.0, 4.5), (7.0, 9.5)]`, in seconds; overlap is that of the unions (QVHighlights, and
-R1.5's grounding, whose list has one span).
+Answer: `[(1.0, 4.5), (7.0, 9.5)]`, in seconds, in the form in which VideoChat-R1.5 writes a single
+span; the overlap is that of the unions (QVHighlights).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from vcr1_fast.rewards import interval_set_iou, last_block, parse_spans
-from vcr1_fast.tasks.base import Metrics, Task, mean_metrics, tagged
+from vcr1_fast.rewards import parse_spans, span_set_ious
+from vcr1_fast.tasks.base import Columns, Task
+from vcr1_fast.tasks.blind import Spans, constant_spans
+from vcr1_fast.tasks.prompt_template import ask
 from vcr1_fast.tasks.record import Record, check_prompt, check_spans, check_video
-from vcr1_fast.tasks.spans import Spans, constant_spans
-from vcr1_fast.tasks.temporal_grounding import FIELDS, rates
-from vcr1_fast.tasks.wording import ask
+from vcr1_fast.tasks.temporal_grounding import FIELDS, recalls
 from vcr1_fast.tasks.written import spans_text
 
 
@@ -28,52 +28,52 @@ def target(record: Record) -> str:
     return f"<answer>{spans_text(record.answer)}</answer>"
 
 
-def parse(completion: str, record: Record | None = None) -> Spans | None:
-    answer = last_block(completion, "answer")
+def read(blocks: Mapping[str, str], record: Record) -> Spans | None:
+    answer = blocks.get("answer")
     return None if answer is None else parse_spans(answer.strip())
 
 
-def format_reward(
-    completion: str, record: Record, duration: float | None = None, *, think: bool = False
-) -> float:
-    """1 for the tags asked for around readable spans, else 0."""
-    return float(parse(completion) is not None and tagged(completion, think, "answer"))
-
-
 def iou_reward(
-    completion: str, record: Record, duration: float | None = None, *, think: bool = False
-) -> float:
-    """IoU of the unions of the spans given and annotated, clipped to the clip."""
-    return interval_set_iou(parse(completion) or (), record.answer, duration)
+    predictions: Sequence[Spans | None],
+    records: Sequence[Record],
+    durations: Sequence[float | None],
+) -> list[float]:
+    """IoU of the unions of the predicted and annotated spans, clipped to the clip."""
+    return span_set_ious(predictions, [record.answer for record in records], durations)
 
 
-def metrics(prediction: Spans | None, record: Record) -> Metrics:
-    """mIoU of the unions and the recalls at 0.3, 0.5 and 0.7 of it; nothing is clipped."""
-    return rates(interval_set_iou(prediction or (), record.answer))
+def metrics(predictions: Sequence[Spans | None], records: Sequence[Record]) -> Columns:
+    """mIoU of the unions, and the recalls at 0.3, 0.5 and 0.7 of it."""
+    return recalls(span_set_ious(predictions, [record.answer for record in records]))
 
 
-def blind(train: Sequence[Record], test: Sequence[Record]) -> dict[str, Metrics]:
-    strategies = constant_spans(train, test, lambda record: record.answer)
-    return {
-        name: mean_metrics(metrics([span], one) for span, one in zip(spans, test, strict=True))
-        for name, spans in strategies.items()
-    }
+def blind_guesses(train: Sequence[Record], test: Sequence[Record]) -> dict[str, list[Spans]]:
+    """Constant spans, one for each record."""
+    spans = constant_spans(train, test, lambda record: record.answer)
+    return {strategy: [[span] for span in guesses] for strategy, guesses in spans.items()}
 
 
 TASK = Task(
     name="moment_retrieval",
     check=check,
-    wording=ask(
+    prompt_template=ask(
         "When in the video does this happen, once or several times: {event}?",
         "with every span in seconds, like <answer>[(1.0, 4.5), (7.0, 9.5)]</answer>",
     ),
     fields=FIELDS,
-    needs=(("event",),),
+    required_placeholders=(("event",),),
     target=target,
-    parse=parse,
-    rewards={"format": format_reward, "iou": iou_reward},
+    read=read,
+    rewards={"iou": iou_reward},
     metrics=metrics,
     primary="mIoU",
-    blind=blind,
+    blind_guesses=blind_guesses,
+    example=Record(
+        "example",
+        "moment_retrieval",
+        "example.mp4",
+        {"event": "a dog runs"},
+        [[1.0, 4.5], [7.0, 9.5]],
+    ),
     spans=lambda record: record.answer,
 )

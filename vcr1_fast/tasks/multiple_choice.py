@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from string import ascii_uppercase
 
-from vcr1_fast.rewards import strict
-from vcr1_fast.tasks.base import Metrics, Task, mean_metrics
+from vcr1_fast.rewards import parse_letter
+from vcr1_fast.tasks import blind
+from vcr1_fast.tasks.base import Columns, Task, equal
+from vcr1_fast.tasks.prompt_template import ask
 from vcr1_fast.tasks.record import Record, check_letter, check_prompt
-from vcr1_fast.tasks.wording import ask
 
 
 def _lettered(record: Record) -> list[str]:
@@ -25,7 +25,7 @@ FIELDS = {
     "option_lines": lambda record: "\n".join(_lettered(record)),
     "option_list": lambda record: str(_lettered(record)),  # as VideoChat-R1 shows them
 }
-NEEDS = (("question",), ("options", "option_lines", "option_list"))
+REQUIRED = (("question",), ("options", "option_lines", "option_list"))
 
 
 def check(record: Record) -> None:
@@ -38,76 +38,54 @@ def target(record: Record) -> str:
     return f"<answer>{record.answer}</answer>"
 
 
-def parse(completion: str, record: Record | None = None) -> str | None:
-    return strict.read_letter(completion, record.options if record else ())
+def read(blocks: Mapping[str, str], record: Record) -> str | None:
+    return read_letter(blocks, record.options)
 
 
-def format_reward(
-    completion: str, record: Record, duration: float | None = None, *, think: bool = False
-) -> float:
-    """1 for the tags asked for around one readable letter, else 0."""
-    return strict.letter_format(completion, record.options, think)
+def read_letter(blocks: Mapping[str, str], options: Sequence[str]) -> str | None:
+    """The letter in `<answer>`."""
+    answer = blocks.get("answer")
+    return None if answer is None else parse_letter(answer, options)
 
 
 def accuracy_reward(
-    completion: str, record: Record, duration: float | None = None, *, think: bool = False
-) -> float:
+    predictions: Sequence[str | None],
+    records: Sequence[Record],
+    durations: Sequence[float | None] = (),
+) -> list[float]:
     """1 for the right letter, else 0."""
-    return strict.letter_accuracy(completion, record.answer, record.options)
+    return equal(predictions, [record.answer for record in records])
 
 
-def metrics(prediction: str | None, record: Record) -> Metrics:
-    return {"accuracy": float(prediction == record.answer)}
+def metrics(predictions: Sequence[str | None], records: Sequence[Record]) -> Columns:
+    """Accuracy."""
+    return {"accuracy": accuracy_reward(predictions, records)}
 
 
-def blind(train: Sequence[Record], test: Sequence[Record]) -> dict[str, Metrics]:
-    strategies = blind_letters(train, test, lambda record: record.answer)
-    return {name: mean_metrics(map(metrics, letters, test)) for name, letters in strategies.items()}
-
-
-def blind_letters(
-    train: Sequence[Record], test: Sequence[Record], letter_of: Callable[[Record], str]
-) -> dict[str, list[str]]:
-    """Per strategy, one letter for each test record: the letter most often right in `train`, and
-    the option whose text was right most often among the times it was offered. A record that is in
-    `train` too does not vote for its own option."""
-    counts = Counter(letter_of(record) for record in train)
-    frequent = min(counts, key=lambda letter: (-counts[letter], letter)) if counts else "A"
-    offered = Counter(option for record in train for option in record.options)
-    right = Counter(
-        record.options[ascii_uppercase.index(letter_of(record))]
-        for record in train
-        if ascii_uppercase.index(letter_of(record)) < len(record.options)
-    )
-
-    known = {record.id for record in train}
-
-    def likeliest(record: Record) -> str:
-        own = record.options[ascii_uppercase.index(letter_of(record))]
-        votes = record.id in known
-        rates = [
-            (right[option] - (votes and option == own)) / max(offered[option] - votes, 1)
-            for option in record.options
-        ]
-        return ascii_uppercase[rates.index(max(rates))] if rates else frequent
-
-    return {
-        "most frequent letter": [frequent] * len(test),
-        "likeliest option": [likeliest(record) for record in test],
-    }
+def blind_guesses(train: Sequence[Record], test: Sequence[Record]) -> dict[str, list[str]]:
+    """The most frequent letter, and the likeliest option."""
+    return blind.letters(train, test, lambda record: record.answer)
 
 
 TASK = Task(
     name="multiple_choice",
     check=check,
-    wording=ask("{question} {options}", "with the letter, like <answer>B</answer>"),
+    prompt_template=ask("{question} {options}", "with the letter, like <answer>B</answer>"),
     fields=FIELDS,
-    needs=NEEDS,
+    required_placeholders=REQUIRED,
     target=target,
-    parse=parse,
-    rewards={"format": format_reward, "accuracy": accuracy_reward},
+    read=read,
+    rewards={"accuracy": accuracy_reward},
     metrics=metrics,
     primary="accuracy",
-    blind=blind,
+    blind_guesses=blind_guesses,
+    example=Record(
+        "example",
+        "multiple_choice",
+        "example.mp4",
+        {"question": "What is seen?"},
+        "B",
+        options=("red circle", "blue square"),
+    ),
     label=lambda record: record.answer,
 )

@@ -1,15 +1,17 @@
-"""Text to be read off the video: 1 less the word error rate."""
+"""Text to be read off the video: 1 minus the word error rate."""
 
 from vcr1_fast.rewards.text import word_accuracy
-from vcr1_fast.tasks.single import Single, most_common
+from vcr1_fast.tasks.blind import most_common
+from vcr1_fast.tasks.single_answer import SingleAnswer, each, stripped
 
-TASK = Single(
+TASK = SingleAnswer(
     name="ocr",
     field="question",
-    how="with the text alone, like <answer>no entry</answer>",
-    measure="word_accuracy",
-    read=lambda text: text.strip() or None,
-    show=str,
-    nearness=word_accuracy,
+    answer_format="with the text alone, like <answer>no entry</answer>",
+    metric="word_accuracy",
+    read=stripped,
+    write=str,
+    similarity=each(word_accuracy),
     typical=most_common,
+    example="no entry",
 ).task()

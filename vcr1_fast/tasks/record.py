@@ -42,6 +42,15 @@ class Record:
         return self.video or self.image or ""
 
 
+def duration_of(record: Record) -> float | None:
+    """Seconds of the part to watch, from start/end or `metadata["duration"]`, the length of the
+    file; None if unknown."""
+    if record.end is not None:
+        return record.end - (record.start or 0.0)
+    duration = record.metadata.get("duration")
+    return None if duration is None else float(duration) - (record.start or 0.0)
+
+
 class FieldError(ValueError):
     """What a check raises: the field at fault (e.g. "answer.glue") and the fault."""
 

@@ -1,13 +1,15 @@
-"""Spatio-temporal grounding: when something is seen, and its box at every whole second of that."""
+"""Spatio-temporal grounding: when an object is seen, and its box at every whole second of that."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from vcr1_fast.rewards import last_block, temporal_iou
-from vcr1_fast.rewards.spatiotemporal import MAX_SECONDS, Tube, parse_tube, tube_iou
-from vcr1_fast.tasks.base import Metrics, Task, mean_metrics, tagged
+from vcr1_fast.rewards import span_ious
+from vcr1_fast.rewards.spatiotemporal import MAX_SECONDS, Tube, parse_tube, tube_ious
+from vcr1_fast.tasks.base import Columns, Task, at_least
+from vcr1_fast.tasks.blind import constant_spans, mean_box
+from vcr1_fast.tasks.prompt_template import ask
 from vcr1_fast.tasks.record import (
     FieldError,
     Record,
@@ -18,9 +20,7 @@ from vcr1_fast.tasks.record import (
     check_video,
     describe,
 )
-from vcr1_fast.tasks.spans import constant_spans
 from vcr1_fast.tasks.temporal_grounding import FIELDS
-from vcr1_fast.tasks.wording import ask
 from vcr1_fast.tasks.written import box_text, span_texts
 
 
@@ -64,72 +64,74 @@ def target(record: Record) -> str:
     return f'<answer>{{"time": [{start}, {end}], "boxes": {{{boxes}}}}}</answer>'
 
 
-def parse(completion: str, record: Record | None = None) -> Tube | None:
-    answer = last_block(completion, "answer")
+def read(blocks: Mapping[str, str], record: Record) -> Tube | None:
+    answer = blocks.get("answer")
     return None if answer is None else parse_tube(answer)
 
 
-def format_reward(
-    completion: str, record: Record, duration: float | None = None, *, think: bool = False
-) -> float:
-    """1 for the tags asked for around a readable span with boxes, else 0."""
-    return float(parse(completion) is not None and tagged(completion, think, "answer"))
-
-
 def iou_reward(
-    completion: str, record: Record, duration: float | None = None, *, think: bool = False
-) -> float:
+    predictions: Sequence[Tube | None],
+    records: Sequence[Record],
+    durations: Sequence[float | None] | None = None,
+) -> list[float]:
     """IoU of the spans, both clipped to the clip."""
-    tube = parse(completion)
-    return 0.0 if tube is None else temporal_iou(tube.time, record.answer["time"], duration)
+    spans = [tube.time if tube else None for tube in predictions]
+    return span_ious(spans, [record.answer["time"] for record in records], durations)
 
 
 def tube_reward(
-    completion: str, record: Record, duration: float | None = None, *, think: bool = False
-) -> float:
+    predictions: Sequence[Tube | None],
+    records: Sequence[Record],
+    durations: Sequence[float | None] = (),
+) -> list[float]:
     """vIoU: box IoU over all seconds that either tube has; one without a partner counts as 0."""
-    tube = parse(completion)
-    return 0.0 if tube is None else tube_iou(tube.boxes, truth(record).boxes)
+    boxes = [tube.boxes if tube else None for tube in predictions]
+    return tube_ious(boxes, [truth(record).boxes for record in records])
 
 
-def metrics(prediction: Tube | None, record: Record) -> Metrics:
+def metrics(predictions: Sequence[Tube | None], records: Sequence[Record]) -> Columns:
     """m_tIoU, m_vIoU, and the rates of vIoU at 0.3 and 0.5, as VidSTG and HC-STVG report them."""
-    answer = truth(record)
-    time = 0.0 if prediction is None else temporal_iou(prediction.time, answer.time)
-    tube = 0.0 if prediction is None else tube_iou(prediction.boxes, answer.boxes)
-    rates = {f"vIoU@{level}": float(tube >= level) for level in (0.3, 0.5)}
-    return {"m_tIoU": time, "m_vIoU": tube, **rates}
+    tubes = tube_reward(predictions, records)
+    rates = {f"vIoU@{level}": at_least(tubes, level) for level in (0.3, 0.5)}
+    return {"m_tIoU": iou_reward(predictions, records), "m_vIoU": tubes, **rates}
 
 
-def blind(train: Sequence[Record], test: Sequence[Record]) -> dict[str, Metrics]:
-    """Every blind span, with the mean box of the training answers at its whole seconds."""
+def blind_guesses(train: Sequence[Record], test: Sequence[Record]) -> dict[str, list[Tube]]:
+    """Every constant span, with the mean box of the training answers at its whole seconds."""
     seen = [box for record in train for box in record.answer["boxes"].values()]
-    mean = tuple(sum(side) / len(seen) for side in zip(*seen, strict=True)) or (0.0, 0.0, 1.0, 1.0)
-    out = {}
-    for name, spans in constant_spans(train, test, lambda r: [r.answer["time"]]).items():
-        tubes = [
+    mean = mean_box(seen) or (0.0, 0.0, 1.0, 1.0)
+    spans = constant_spans(train, test, lambda record: [record.answer["time"]])
+    return {
+        f"{strategy}, mean box": [
             Tube((s, e), dict.fromkeys(range(math.ceil(s), math.floor(e) + 1), mean))
-            for s, e in spans
+            for s, e in guesses
         ]
-        out[f"{name}, mean box"] = mean_metrics(map(metrics, tubes, test))
-    return out
+        for strategy, guesses in spans.items()
+    }
 
 
 TASK = Task(
     name="spatio_temporal_grounding",
     check=check,
-    wording=ask(
+    prompt_template=ask(
         "When and where in the video is this: {event}?",
         "with its seconds and its box [x0, y0, x1, y1] from 0 to 1 at each whole second, like "
         '<answer>{{"time": [3.5, 4.8], "boxes": {{"4": [0.10, 0.20, 0.30, 0.40]}}}}</answer>',
     ),
     fields=FIELDS,
-    needs=(("event",),),
+    required_placeholders=(("event",),),
     target=target,
-    parse=parse,
-    rewards={"format": format_reward, "iou": iou_reward, "tube_iou": tube_reward},
+    read=read,
+    rewards={"iou": iou_reward, "tube_iou": tube_reward},
     metrics=metrics,
     primary="m_vIoU",
-    blind=blind,
+    blind_guesses=blind_guesses,
+    example=Record(
+        "example",
+        "spatio_temporal_grounding",
+        "example.mp4",
+        {"event": "a dog runs"},
+        {"time": [3.5, 4.8], "boxes": {"4": [0.1, 0.2, 0.5, 0.6]}},
+    ),
     spans=lambda record: [record.answer["time"]],
 )

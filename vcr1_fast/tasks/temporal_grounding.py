@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from vcr1_fast.rewards import strict, temporal_iou
-from vcr1_fast.tasks.base import Metrics, Task, mean_metrics
+from vcr1_fast.rewards import parse_span, span_ious
+from vcr1_fast.tasks.base import Columns, Task, at_least
+from vcr1_fast.tasks.blind import constant_spans
+from vcr1_fast.tasks.prompt_template import ask
 from vcr1_fast.tasks.record import Record, check_prompt, check_span, check_video
-from vcr1_fast.tasks.spans import constant_spans
-from vcr1_fast.tasks.wording import ask
 from vcr1_fast.tasks.written import span_texts
 
 Span = tuple[float, float]
-
 
 FIELDS = {"event": lambda record: record.prompt["event"].strip().rstrip(".")}
 
@@ -29,54 +28,54 @@ def target(record: Record) -> str:
     return f"<answer>{start} to {end}</answer>"
 
 
-def parse(completion: str, record: Record | None = None) -> Span | None:
-    return strict.read_span(completion)
-
-
-def format_reward(
-    completion: str, record: Record, duration: float | None = None, *, think: bool = False
-) -> float:
-    """1 for the tags asked for around one readable span, else 0."""
-    return strict.span_format(completion, think)
+def read(blocks: Mapping[str, str], record: Record) -> Span | None:
+    answer = blocks.get("answer")
+    return None if answer is None else parse_span(answer)
 
 
 def iou_reward(
-    completion: str, record: Record, duration: float | None = None, *, think: bool = False
-) -> float:
+    predictions: Sequence[Span | None],
+    records: Sequence[Record],
+    durations: Sequence[float | None],
+) -> list[float]:
     """IoU with the annotated span, both clipped to the clip."""
-    return strict.span_iou(completion, record.answer, duration)
+    return span_ious(predictions, [record.answer for record in records], durations)
 
 
-def metrics(prediction: Span | None, record: Record) -> Metrics:
-    """mIoU and the recalls at IoU 0.3, 0.5 and 0.7 of one sample; nothing is clipped here, as in
-    the published tables."""
-    return rates(0.0 if prediction is None else temporal_iou(prediction, record.answer))
+def metrics(predictions: Sequence[Span | None], records: Sequence[Record]) -> Columns:
+    """mIoU, and the recalls at IoU 0.3, 0.5 and 0.7."""
+    return recalls(span_ious(predictions, [record.answer for record in records]))
 
 
-def rates(iou: float) -> Metrics:
-    """The metrics of one sample whose overlap is `iou`."""
-    return {"mIoU": iou} | {f"R@{level}": float(iou >= level) for level in (0.3, 0.5, 0.7)}
+def recalls(ious: list[float]) -> Columns:
+    """The metrics of samples with these overlaps."""
+    return {"mIoU": ious} | {f"R@{level}": at_least(ious, level) for level in (0.3, 0.5, 0.7)}
 
 
-def blind(train: Sequence[Record], test: Sequence[Record]) -> dict[str, Metrics]:
-    strategies = constant_spans(train, test, lambda record: [record.answer])
-    return {name: mean_metrics(map(metrics, spans, test)) for name, spans in strategies.items()}
+def blind_guesses(
+    train: Sequence[Record], test: Sequence[Record]
+) -> dict[str, list[tuple[float, float]]]:
+    """Constant spans."""
+    return constant_spans(train, test, lambda record: [record.answer])
 
 
 TASK = Task(
     name="temporal_grounding",
     check=check,
-    wording=ask(
+    prompt_template=ask(
         "When in the video does this happen: {event}?",
         "with start and end in seconds, like <answer>3.5 to 8.0</answer>",
     ),
     fields=FIELDS,
-    needs=(("event",),),
+    required_placeholders=(("event",),),
     target=target,
-    parse=parse,
-    rewards={"format": format_reward, "iou": iou_reward},
+    read=read,
+    rewards={"iou": iou_reward},
     metrics=metrics,
     primary="mIoU",
-    blind=blind,
+    blind_guesses=blind_guesses,
+    example=Record(
+        "example", "temporal_grounding", "example.mp4", {"event": "a dog runs"}, [3.5, 8.0]
+    ),
     spans=lambda record: [record.answer],
 )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import islice
 
-from vcr1_fast.rewards import box_iou, strict
-from vcr1_fast.tasks.base import Metrics, Task, mean_metrics
+from vcr1_fast.rewards import box_ious, parse_boxes, track_ious
+from vcr1_fast.tasks.base import Columns, Task, at_least
+from vcr1_fast.tasks.prompt_template import ask
 from vcr1_fast.tasks.record import (
     FieldError,
     Record,
@@ -15,15 +17,9 @@ from vcr1_fast.tasks.record import (
     describe,
     is_number,
 )
-from vcr1_fast.tasks.wording import ask
 from vcr1_fast.tasks.written import box_text
 
-Box = tuple[float, float, float, float]
-Boxes = tuple[Box, ...]
-
-BOXES = 8
-"""Boxes of an answer, unless a record has another number of them."""
-
+Boxes = tuple[tuple[float, float, float, float], ...]
 
 FIELDS = {
     "object": lambda record: record.prompt["object"].strip(),
@@ -54,8 +50,10 @@ def target(record: Record) -> str:
     return f"<answer>[{', '.join(map(box_text, record.answer))}]</answer>"
 
 
-def parse(completion: str, record: Record | None = None) -> Boxes | None:
-    return strict.read_boxes(completion, len(record.answer) if record else BOXES)
+def read(blocks: Mapping[str, str], record: Record) -> Boxes | None:
+    """As many boxes as the record has."""
+    answer = blocks.get("answer")
+    return None if answer is None else parse_boxes(answer, len(record.answer))
 
 
 def times(record: Record, duration: float) -> list[float]:
@@ -67,49 +65,53 @@ def times(record: Record, duration: float) -> list[float]:
     return [duration * i / max(count - 1, 1) for i in range(count)]
 
 
-def format_reward(
-    completion: str, record: Record, duration: float | None = None, *, think: bool = False
-) -> float:
-    """1 for the tags asked for around as many boxes as asked for, else 0."""
-    return strict.boxes_format(completion, len(record.answer), think)
-
-
 def iou_reward(
-    completion: str, record: Record, duration: float | None = None, *, think: bool = False
-) -> float:
+    predictions: Sequence[Boxes | None],
+    records: Sequence[Record],
+    durations: Sequence[float | None] = (),
+) -> list[float]:
     """Mean IoU over the boxes after the given first one; an impossible box scores 0."""
-    return strict.boxes_iou(completion, record.answer)
+    unseen = [None if boxes is None else boxes[1:] for boxes in predictions]
+    return track_ious(unseen, [record.answer[1:] for record in records])
 
 
-def metrics(prediction: Boxes | None, record: Record) -> Metrics:
+def metrics(predictions: Sequence[Boxes | None], records: Sequence[Record]) -> Columns:
     """Average overlap (AO), whether it reaches 0.5 and 0.7 (R), success rates (SR: share of boxes
     with at least that IoU), over all boxes, as published, and over those that the prompt did not
     give ("unseen")."""
-    truth = record.answer
-    ious = [0.0] * len(truth) if prediction is None else list(map(box_iou, prediction, truth))
-    out = {}
-    for suffix, part in (("", ious), ("_unseen", ious[1:])):
-        out[f"AO{suffix}"] = sum(part) / max(len(part), 1)
+    truths = [record.answer for record in records]
+    pairs = [
+        pair
+        for boxes, truth in zip(predictions, truths, strict=True)
+        for pair in zip(boxes or [None] * len(truth), truth, strict=True)
+    ]
+    overlaps = iter(box_ious([box for box, _ in pairs], [box for _, box in pairs]))
+    tracks = [list(islice(overlaps, len(truth))) for truth in truths]
+    columns: Columns = {}
+    for suffix, parts in (("", tracks), ("_unseen", [ious[1:] for ious in tracks])):
+        means = [sum(ious) / max(len(ious), 1) for ious in parts]
+        columns[f"AO{suffix}"] = means
         for level in (0.5, 0.7):
-            out[f"R@{level}{suffix}"] = float(out[f"AO{suffix}"] >= level)
-            out[f"SR@{level}{suffix}"] = sum(iou >= level for iou in part) / max(len(part), 1)
-    return out
+            columns[f"R@{level}{suffix}"] = at_least(means, level)
+            columns[f"SR@{level}{suffix}"] = [
+                sum(iou >= level for iou in ious) / max(len(ious), 1) for ious in parts
+            ]
+    return columns
 
 
-def blind(train: Sequence[Record], test: Sequence[Record]) -> dict[str, Metrics]:
-    """Repeating the first box, and adding to it the mean motion of the training tracks."""
-    still, drift = [], []
+def blind_guesses(train: Sequence[Record], test: Sequence[Record]) -> dict[str, list[Boxes]]:
+    """The first box repeated, and moved by the mean motion of the training tracks."""
     steps = max((len(record.answer) for record in (*train, *test)), default=0)
     offsets = [[_mean_offset(train, step, axis) for axis in range(4)] for step in range(steps)]
-    for record in test:
-        truth = record.answer
-        still.append(metrics((truth[0],) * len(truth), record))
-        moved = tuple(
-            tuple(min(1.0, max(0.0, v + o)) for v, o in zip(truth[0], offset, strict=True))
-            for offset in offsets[: len(truth)]
+    moved = [
+        tuple(
+            tuple(min(1.0, max(0.0, v + o)) for v, o in zip(record.answer[0], offset, strict=True))
+            for offset in offsets[: len(record.answer)]
         )
-        drift.append(metrics(moved, record))
-    return {"first box repeated": mean_metrics(still), "mean motion": mean_metrics(drift)}
+        for record in test
+    ]
+    still = [(record.answer[0],) * len(record.answer) for record in test]
+    return {"first box repeated": still, "mean motion": moved}
 
 
 def _mean_offset(records: Sequence[Record], step: int, axis: int) -> float:
@@ -124,19 +126,26 @@ def _mean_offset(records: Sequence[Record], step: int, axis: int) -> float:
 TASK = Task(
     name="tracking",
     check=check,
-    wording=ask(
+    prompt_template=ask(
         "Follow this object: {object}, at first in {box}.",
         "with its {count} boxes [x0, y0, x1, y1] from 0 to 1 at equal time steps, "
         "like <answer>[[0.10, 0.20, 0.30, 0.40], ...]</answer>",
     ),
     fields=FIELDS,
-    needs=(("object",), ("box", "box_list")),
+    required_placeholders=(("object",), ("box", "box_list")),
     target=target,
-    parse=parse,
-    rewards={"format": format_reward, "iou": iou_reward},
+    read=read,
+    rewards={"iou": iou_reward},
     metrics=metrics,
     primary="AO_unseen",
-    blind=blind,
+    blind_guesses=blind_guesses,
+    example=Record(
+        "example",
+        "tracking",
+        "example.mp4",
+        {"object": "the dog"},
+        [[0.1, 0.2, 0.5, 0.6], [0.2, 0.2, 0.6, 0.6]],
+    ),
     times=times,
     spans=lambda record: [[0.0, max(record.metadata.get("times") or [0.0])]],
 )

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from decimal import Decimal
 
-from vcr1_fast.rewards.overlap import box_iou, interval_set_iou
+from vcr1_fast.rewards.overlap import box_ious, span_set_ious
 
 LEAST_OVERLAP = 0.95
 """IoU of what is written with what is annotated. Below it a right answer loses reward visibly;
-above it the model learns digits that no viewer can tell."""
+above it the model learns digits that no viewer can see."""
 
 _MOST_DECIMALS = 17  # as many as a float of 0 to 1 has
 
@@ -30,7 +30,8 @@ def number_text(value: float) -> str:
 def span_texts(spans: Sequence[Sequence[float]]) -> list[tuple[str, str]]:
     """(start, end) of each span as texts, with one number of decimals for all, at least 1."""
     return [
-        (start, end) for start, end in _rounded(spans, 1, lambda got: interval_set_iou(got, spans))
+        (start, end)
+        for start, end in _rounded(spans, 1, lambda got: span_set_ious([got], [spans])[0])
     ]
 
 
@@ -41,7 +42,7 @@ def spans_text(spans: Sequence[Sequence[float]]) -> str:
 
 def box_text(box: Sequence[float]) -> str:
     """A box as a completion writes it, with at least 2 decimals: `[0.10, 0.20, 0.30, 0.40]`."""
-    (sides,) = _rounded([box], 2, lambda got: box_iou(got[0], box))
+    (sides,) = _rounded([box], 2, lambda got: box_ious(got[:1], [box])[0])
     return f"[{', '.join(sides)}]"
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -14,7 +15,7 @@ from vcr1_fast.data import requests
 from vcr1_fast.data.records import Record, load_records, parse_record
 from vcr1_fast.data.sampling import FrameConfig
 from vcr1_fast.data.video import ClipRequest
-from vcr1_fast.tasks import TASKS
+from vcr1_fast.tasks import TASKS, Columns, Task
 
 COLUMNS = ("prompt", "video", "image", "start", "end", "record", "think")
 RewardFunction = Callable[..., list[float | None]]
@@ -35,7 +36,7 @@ def video_dataset(
     rows = [
         {
             "prompt": [{"role": "user", "content": TASKS[one.task].prompt(one, think)}],
-            **{name: path and os.path.abspath(path) for name, path in _media(one).items()},
+            **{name: path and str(Path(path).absolute()) for name, path in _media(one).items()},
             "start": one.start,
             "end": one.end,
             "record": _written(one),
@@ -54,7 +55,7 @@ def _media(record: Record) -> dict[str, str | None]:
 
 def _written(record: Record) -> str:
     row = {k: v for k, v in dataclasses.asdict(record).items() if v is not None}
-    row |= {name: os.path.abspath(path) for name, path in _media(record).items() if path}
+    row |= {name: str(Path(path).absolute()) for name, path in _media(record).items() if path}
     return json.dumps(row)
 
 
@@ -64,11 +65,11 @@ def read_record(text: str) -> Record:
 
 
 def task_rewards(*data: Dataset | str) -> list[RewardFunction]:
-    """One reward function for each reward of each task, to be given to a trainer together.
+    """One reward function for each reward of each task, to be passed to a trainer together.
 
-    `data`: names of tasks, or data sets of `video_dataset`, which stand for the tasks in them. A
-    function says None of another task's samples, so TRL adds up what each sample's task gives.
-    ValueError for an unknown task.
+    data: names of tasks, or data sets of `video_dataset`, which stand for the tasks in them. A
+    function returns None for another task's samples, so TRL adds up the rewards of each sample's
+    task. The functions of a task share one parse of a batch. ValueError for an unknown task.
     """
     names: dict[str, None] = {}
     for one in data:
@@ -77,28 +78,60 @@ def task_rewards(*data: Dataset | str) -> list[RewardFunction]:
     unknown = sorted(set(names) - set(TASKS))
     if unknown:
         raise ValueError(f"unknown tasks {unknown}: expected some of {sorted(TASKS)}")
-    return [_reward(task, name) for task in names for name in TASKS[task].rewards]
+    return [reward for task in names for reward in _rewards(TASKS[task])]
 
 
-def _reward(task: str, name: str) -> RewardFunction:
-    reward = TASKS[task].rewards[name]
+def _rewards(task: Task) -> list[RewardFunction]:
+    """The reward functions of one task; TRL calls one after the other with the same batch."""
+    cached: tuple[Any, list[Record | None], Columns] | None = None
 
-    def score(
-        completions: list[Any],
-        record: list[str],
-        duration: list[float],
-        think: list[bool],
-        **_: Any,
-    ) -> list[float | None]:
-        return [
-            reward(turns[0]["content"], one, seconds, think=asked) if one.task == task else None
-            for turns, one, seconds, asked in zip(
-                completions, map(read_record, record), duration, think, strict=True
-            )
-        ]
+    def columns(
+        texts: list[str], written: list[str], durations: list[float], think: list[bool]
+    ) -> tuple[list[Record | None], Columns]:
+        nonlocal cached
+        key = (texts, written, durations, think)
+        if cached is None or cached[0] != key:
+            records = [one if one.task == task.name else None for one in map(read_record, written)]
+            cached = key, records, _scores(task, texts, records, durations, think)
+        return cached[1], cached[2]
 
-    score.__name__ = f"{task}/{name}"
-    return score
+    def function(name: str) -> RewardFunction:
+        def score(
+            completions: list[Any],
+            record: list[str],
+            duration: list[float],
+            think: list[bool],
+            **_: Any,
+        ) -> list[float | None]:
+            texts = [turns[0]["content"] for turns in completions]
+            records, scores = columns(texts, list(record), list(duration), list(think))
+            values = iter(scores[name])
+            return [None if one is None else next(values) for one in records]
+
+        score.__name__ = f"{task.name}/{name}"
+        return score
+
+    return [function(name) for name in task.reward_names]
+
+
+def _scores(
+    task: Task,
+    texts: list[str],
+    records: list[Record | None],
+    durations: list[float],
+    think: list[bool],
+) -> Columns:
+    """The task's rewards of its samples, in order."""
+    own = [i for i, record in enumerate(records) if record is not None]
+    mine = [record for record in records if record is not None]
+    answers = task.answers([texts[i] for i in own], mine)
+    seconds = [durations[i] for i in own]
+    columns = task.score(answers, mine, seconds, think=None)
+    # A batch may hold prompts with and without reasoning.
+    columns["format"] = [
+        task.format_reward(answer, think[i]) for answer, i in zip(answers, own, strict=True)
+    ]
+    return columns
 
 
 def clip_request(row: dict[str, Any], frames: FrameConfig) -> ClipRequest:
@@ -106,12 +139,13 @@ def clip_request(row: dict[str, Any], frames: FrameConfig) -> ClipRequest:
     video, image = row.get("video"), row.get("image")
     if (video is None) == (image is None):
         raise ValueError(f"a row needs a video or an image, got {video!r} and {image!r}")
-    part = {"start": row.get("start"), "end": row.get("end")}
+    start, end = row.get("start"), row.get("end")
     if row.get("record"):
         record = read_record(row["record"])
-        shown = dataclasses.replace(record, video=video, image=image, **part)
+        shown = dataclasses.replace(record, video=video, image=image, start=start, end=end)
         return requests.clip_request(shown, frames)
-    return ClipRequest(path=video or image, config=frames, is_image=video is None, **part)
+    path: Any = image if video is None else video  # one of them is there
+    return ClipRequest(path=path, config=frames, is_image=video is None, start=start, end=end)
 
 
 def prompt_texts(messages: Any) -> tuple[str, str | None]:

@@ -121,7 +121,7 @@ class VideoGRPOTrainer(GRPOTrainer):
             raise ValueError("a model that is loaded already needs its processor")
         frames = FrameConfig(**cast("dict[str, Any]", args.frame_kwargs or {}))
         shown = processor.with_frames(frames, media_first=processor.media_first)
-        self.processor = dataclasses.replace(shown, mrope=args.mrope)
+        self.processor = dataclasses.replace(shown, mrope=cast(Mrope, args.mrope))
         self.frames = self.processor.frames
         prepare_vision(unwrap(model))
         super().__init__(
@@ -206,7 +206,7 @@ class VideoGRPOTrainer(GRPOTrainer):
             max_new_tokens=self.max_completion_length,
         )
         with self.accelerator.autocast():
-            drawn = rollout(
+            sampled = rollout(
                 self.accelerator.unwrap_model(self.model_wrapped),
                 self.processor,
                 [shown[i].prompt for i in places],
@@ -214,9 +214,9 @@ class VideoGRPOTrainer(GRPOTrainer):
                 sampling,
             )
         if self.args.freeze_vision:
-            for i, vision in zip(places, drawn.vision, strict=True):
+            for i, vision in zip(places, sampled.vision, strict=True):
                 shown[i].vision = vision
-        return [tokens.tolist() for group in drawn.tokens for tokens in group], None
+        return [tokens.tolist() for group in sampled.tokens for tokens in group], None
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         self._rows = inputs["shown"].tolist()

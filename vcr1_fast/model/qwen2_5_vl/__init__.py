@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from vcr1_fast.model.family import Family, LayerSizes, ModelSizes
 from vcr1_fast.model.qwen2_5_vl.last_layer import skip_unused_rows
@@ -27,7 +27,7 @@ def _kv_layers(config: Any) -> range:
     return range(config.num_hidden_layers)
 
 
-def _prepare_language_model(language_model: nn.Module) -> None:
+def _prepare_language_model(language_model: Any) -> None:
     skip_unused_rows(language_model.layers[-1])
 
 

@@ -124,6 +124,7 @@ class Processor(base.Processor):
                 f"the prompt has {found[0]} image and {found[1]} video tokens for {given[0]} "
                 f"images and {given[1]} clips: {rendered!r}"
             )
+        self.refuse_control_tokens(text, system)
         parts = [self._patches(clip) for clip in clips]
         repeats = torch.ones_like(ids)
         if parts:

@@ -137,7 +137,7 @@ class TinyConfig:
 def train_tokenizer(texts: Iterable[str], vocab_limit: int) -> "Tokenizer":
     """Byte-level BPE over `texts`, at most `vocab_limit` text tokens, then Qwen's special tokens.
 
-    A number that occurs in `texts` is one token as long as the limit leaves room for its merges.
+    A number that occurs in `texts` is one token as long as the limit allows its merges.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -188,7 +188,8 @@ def write_tiny(
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(texts, config.vocab_limit)
-    ids = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
+    found = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
+    ids = {token: number for token, number in found.items() if number is not None}
     model_config = _model_config(config, -(-tokenizer.get_vocab_size() // 8) * 8, ids)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -246,6 +247,8 @@ def _model_config(config: TinyConfig, vocab_size: int, ids: dict[str, int]) -> A
         "tokens_per_second": config.tokens_per_second,
         "initializer_range": config.initializer_range,
     }
+    # A parent's keyword, which the class's own annotations do not list.
+    shared: dict[str, Any] = {"initializer_range": config.initializer_range}
     return Qwen2_5_VLConfig(
         text_config=text,
         vision_config=vision,
@@ -254,8 +257,8 @@ def _model_config(config: TinyConfig, vocab_size: int, ids: dict[str, int]) -> A
         vision_start_token_id=ids["<|vision_start|>"],
         vision_end_token_id=ids["<|vision_end|>"],
         tie_word_embeddings=config.tie_embeddings,
-        initializer_range=config.initializer_range,
         architectures=["Qwen2_5_VLForConditionalGeneration"],
+        **shared,
     )
 
 

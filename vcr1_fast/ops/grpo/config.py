@@ -5,7 +5,7 @@ Symbols, for a completion b and its token t (tokens outside the mask never count
     x_t = logp_t - old_t            log-ratio between the policy and the one that sampled
     r   = exp(x_t)                  level "token"
     r   = exp(mean_t x_t)           level "sequence"  (GSPO: one ratio per completion)
-    r   = the sequence's value, with the gradient of its own token   level "sequence_token"
+    r   = the sequence's value, with the gradient of each token   level "sequence_token"
     A   = the advantage of the completion, or of the token
 """
 
@@ -184,12 +184,14 @@ class GRPOLossConfig:
         _one_of("entropy_aggregation", self.entropy_aggregation, ENTROPY_AGGREGATIONS)
         _one_of("aggregation", self.resolved_aggregation, AGGREGATIONS)
         _one_of("rollout_correction", self.rollout_correction or "none", ROLLOUT_CORRECTIONS)
+        # vespo sums token log-ratios itself; a sequence ratio would average them first.
         if self.loss_type == "vespo" and self.level != "token":
             raise ValueError(f'vespo needs level "token", got {self.level!r}')
         if self.delta is not None and self.loss_type not in CLIPPED_LOSSES:
             raise ValueError(f"delta is for {CLIPPED_LOSSES}, not for {self.loss_type!r}")
         if self.resolved_aggregation == "max_length" and self.max_length is None:
             raise ValueError(f"{self.loss_type} averages over max_length, which is missing")
+        # Without both bounds icepop would drop nothing and look as if it worked.
         if "icepop" in (self.rollout_correction or "") and None in (
             self.rollout_min,
             self.rollout_max,
@@ -198,6 +200,7 @@ class GRPOLossConfig:
                 f"{self.rollout_correction} needs rollout_min and rollout_max, got "
                 f"{self.rollout_min} and {self.rollout_max}"
             )
+        # Reversed bounds would drop or clamp every token without an error.
         low, high = self.rollout_min, self.rollout_max
         if low is not None and high is not None and not low <= high:
             raise ValueError(f"rollout_min {low} is above rollout_max {high}")
@@ -296,6 +299,7 @@ def encode(config: GRPOLossConfig) -> str:
 
 
 def _resolve(config: GRPOLossConfig) -> LossParameters:
+    # MiniMax gives cispo's bound as the ratio itself, verl as a distance from 1.
     absolute = config.loss_type == "cispo" and config.cispo_bounds == "absolute"
     return LossParameters(
         loss_type=config.loss_type,
@@ -337,6 +341,7 @@ def denominator(config: GRPOLossConfig) -> Tensor | None:
     if aggregation == "token_mean":
         return None
     count = config.num_items if aggregation == "num_items" else config.num_sequences
+    # A tensor stays out of the parameters: reading a GPU's value would wait for the device.
     return count if isinstance(count, Tensor) else None
 
 

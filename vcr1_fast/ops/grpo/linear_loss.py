@@ -83,17 +83,20 @@ def _run(*arguments: Any) -> tuple[Tensor, ...]:
     p = decode(args.parameters)
     any_gradient = any(needed)
     chunks, buffer = head.chunks(_valid_rows(inputs), given.chunk_rows, gradient=any_gradient)
+    # Every chunk overwrites the same buffer, so gradients are taken before the next one.
     gradients = HeadGradients(head, needed, len(chunks))
     tokens = as_tokens(inputs, p) if any_gradient and not couples_tokens(inputs, p) else None
     for part in chunks:
         chunk = head.logits(part, buffer, gradient=tokens is not None)
         statistics = head.forward(chunk)
+        # Also with one pass: the loss and its metrics are sums over all tokens, below.
         logps.view(-1).index_copy_(0, part, statistics.logps[:, 0])
         if entropy is not None:
             entropy.view(-1).index_copy_(0, part, statistics.entropy)
         if tokens is not None:
             upstream = tokens.upstream(part, statistics.logps)
             gradients.add(chunk, head.backward_(chunk, statistics, *upstream))
+    # All tokens again, which cost little beside a chunk's logits: metrics need the whole batch.
     loss, grad_logps, grad_entropy, metrics = grpo_loss_op(*inputs, args.parameters)
     if any_gradient and tokens is None:
         # The logits again: keeping them would take the memory that chunks save.
@@ -117,6 +120,7 @@ def _valid_rows(inputs: LossInputs) -> Tensor:
 
 def _fake(*arguments: Any) -> tuple[Tensor, ...]:
     given, _ = _unpack_arguments(*arguments)
+    # Shapes of the gradients depend on `needed` only, not on the mask's values.
     dtype = accumulation_dtype(given.hidden)
     return (
         given.hidden.new_empty((), dtype=dtype),

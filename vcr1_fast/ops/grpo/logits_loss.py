@@ -116,6 +116,7 @@ def _two_passes(logits: Tensor, rows: _Rows, gradient: bool) -> tuple[Tensor, Te
 
 def _two_passes_(logits: Tensor, rows: _Rows) -> tuple[Tensor, Tensor]:
     loss, metrics, rest = _statistics(logits, rows)
+    # After the statistics, which read the logits that this overwrites.
     inplace_backward_op(logits, *rest)
     return loss, metrics
 
@@ -133,7 +134,9 @@ def _one_pass(logits: Tensor, rows: _Rows, grad: Tensor) -> tuple[Tensor, Tensor
     """(loss, metrics); writes the logits' gradient to `grad`, which may be the logits."""
     with_entropy = rows.arguments.entropy
     logps, entropy, lse, stats = allocate(logits, rows.labels, with_entropy)
+    # The values of `logps` are not there yet: weights depend on counts and shapes only.
     tokens = as_tokens(rows.inputs._replace(logps=logps[..., 0]), decode(rows.arguments.parameters))
+    # The kernel indexes tokens by row number; a token costs 4 bytes, a row of logits 2 V.
     dense = map_tensors(Tensor.contiguous, tokens.inputs)
     native.logits_grpo_loss(
         logits=logits,
@@ -169,8 +172,10 @@ def _run_(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 def _cuda(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     *rest, gradient = arguments
     rows = _Rows(logits, LossArguments(*rest))
+    # Without a gradient there is nothing to write, and one read is all that is needed.
     if not gradient or not _fits_one_pass(logits, rows):
         return _two_passes(logits, rows, gradient)
+    # Contiguous, whatever the logits' strides: the kernel then writes whole sectors.
     grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
     return *_one_pass(logits, rows, grad), grad
 

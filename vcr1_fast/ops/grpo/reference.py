@@ -158,6 +158,7 @@ def rollout_correction(
     gap = torch.zeros_like(old)
     if inputs.rollout_logps is not None:
         gap = old - rows.keep(inputs.rollout_logps)
+        # Some samplers report no log-prob for forced tokens: count them as on-policy.
         gap = torch.where(gap.isnan(), 0.0, gap)
     kind = p.rollout_correction
     ones = torch.ones_like(gap)
@@ -176,6 +177,7 @@ def rollout_correction(
         weight = ratio.clamp(low, high)
     else:
         weight = torch.where(clipped, torch.zeros_like(ratio), ratio)
+    # A weight of 0 has log -inf, which would make vespo's phi NaN.
     log_weight = weight.log().clamp(VESPO_LOG_FLOOR, VESPO_LOG_CEILING)
     log_weight = rows.keep(log_weight)
     if scope == "sequence" and action != "icepop":

@@ -1,7 +1,7 @@
-"""Prompts as texts with named gaps, the built-in ones and those of a file.
+"""Prompt templates: texts with named placeholders, the built-in ones and those of a file.
 
-In a wording `{name}` is filled with the task's field of that name and `{{`, `}}` are braces. Names
-are plain: nothing is looked up in what they stand for, and what is filled in is not read again.
+`{name}` is filled with the task's field of that name; `{{` and `}}` are braces. Names are plain:
+no attribute or index of a field can be looked up, and the text filled in is not parsed again.
 """
 
 from __future__ import annotations
@@ -21,29 +21,28 @@ if TYPE_CHECKING:
 
 _PIECE = re.compile(r"\{\{|\}\}|\{([A-Za-z_][A-Za-z0-9_]*)\}|[{}]")
 _BRACES = {"{{": "{", "}}": "}"}
+_CLOSING = re.compile(r"</([A-Za-z_][\w-]*)>", re.ASCII)
 KINDS = ("think", "no_think")
 
 
 @dataclass(frozen=True)
-class Wording:
-    """How a task asks: with reasoning before the answer, and without. None: not worded so."""
+class PromptTemplate:
+    """Prompts of a task, with reasoning before the answer and without. None: no such prompt."""
 
     no_think: str | None
     think: str | None
 
     def fill(self, think: bool, value: Callable[[str], str]) -> str:
-        """The prompt, `value(name)` filling each gap. ValueError where it is not worded so."""
+        """The prompt, with `value(name)` in each placeholder. ValueError without such a prompt."""
         template = self.think if think else self.no_think
         if template is None:
-            raise ValueError(
-                f"the prompts given have no {'think' if think else 'no_think'} wording"
-            )
+            raise ValueError(f"the prompt template has no {'think' if think else 'no_think'} text")
         return _PIECE.sub(lambda m: _BRACES.get(m[0]) or value(m[1]), template)
 
 
-def ask(question: str, answer: str) -> Wording:
-    """The question, then how to answer it: `answer` names the content and shows the tags."""
-    return Wording(
+def ask(question: str, answer: str) -> PromptTemplate:
+    """A question and how to answer it: `answer` names the content and shows the tags."""
+    return PromptTemplate(
         f"{question} Reply {answer}.",
         f"{question} First reason step by step inside <think> </think>{{times}}. "
         f"Then reply {answer}.",
@@ -51,77 +50,82 @@ def ask(question: str, answer: str) -> Wording:
 
 
 def ask_for_times(record: Record) -> str:
-    """What every task has for the gap `{times}`: nothing for an image, which has none."""
+    """The text for `{times}` in every task: empty for an image, which has no times."""
     if record.image is not None:
         return ""
     return ", giving the times you rely on as <timestep>2.0 to 3.5</timestep>"
 
 
-def names(template: str) -> list[str]:
-    """The gaps of a wording, in order. ValueError for a brace that is neither a gap's nor doubled,
-    attribute and index look-ups among them."""
+def placeholder_names(text: str) -> list[str]:
+    """Names of the placeholders of a text, in order. ValueError for a brace that is neither a
+    placeholder's nor doubled, such as those of an attribute or index look-up."""
     found = []
-    for match in _PIECE.finditer(template):
+    for match in _PIECE.finditer(text):
         if match[1]:
             found.append(match[1])
         elif match[0] not in _BRACES:
-            near = template[max(match.start() - 8, 0) : match.end() + 16]
+            near = text[max(match.start() - 8, 0) : match.end() + 16]
             raise ValueError(f"expected {{name}}, or a doubled brace, at {near!r}")
     return found
 
 
-def load_prompts(path: str | Path, tasks: Mapping[str, Task]) -> dict[str, Wording]:
-    """Wordings by task from a YAML or JSON file: task -> {think: text, no_think: text}, either of
-    the two or both.
+def example_tags(template: PromptTemplate) -> set[str]:
+    """Names of the tags that the prompts show closed, as in `<answer>B</answer>`."""
+    return set(_CLOSING.findall(f"{template.think or ''} {template.no_think or ''}"))
 
-    ValueError, naming the file, task and field: for an unknown task or field; for a wording that
+
+def load_prompts(path: str | Path, tasks: Mapping[str, Task]) -> dict[str, PromptTemplate]:
+    """Prompt templates by task from a YAML or JSON file: task -> {think: text, no_think: text},
+    either of the two or both.
+
+    ValueError, naming the file, task and field: for an unknown task or field, and for a prompt that
     leaves out a field the task cannot be answered without, or a tag that its parser reads. OSError
     where the file cannot be read.
     """
-    content = _read(Path(path))
+    content = _load(Path(path))
     if not isinstance(content, dict) or not content:
         raise ValueError(f"{path}: expected task: {{think: text, no_think: text}}")
-    wordings = {}
+    templates = {}
     for name, given in content.items():
         if name not in tasks:
             raise ValueError(f"{path}: unknown task {name!r}; known: {', '.join(sorted(tasks))}")
         if not isinstance(given, dict) or not given or not set(given) <= set(KINDS):
             raise ValueError(f"{path}: {name}: expected think and no_think, got {given!r:.80}")
-        wordings[name] = Wording(given.get("no_think"), given.get("think"))
+        templates[name] = PromptTemplate(given.get("no_think"), given.get("think"))
         try:
-            check_wording(replace(tasks[name], wording=wordings[name]))
+            check_prompt_template(replace(tasks[name], prompt_template=templates[name]))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-    return wordings
+    return templates
 
 
 @contextmanager
 def prompts_from(
     path: str | Path | None, tasks: MutableMapping[str, Task], *, think: bool
 ) -> Iterator[None]:
-    """Have the tasks ask in the words of a file meanwhile; those it does not name, and all without
-    a file, ask in their own. It holds for the whole process. Errors as `load_prompts`, and for a
-    task worded in the other way only.
+    """Use the prompt templates of a file inside the `with` block, in the whole process; tasks that
+    the file does not name keep their own. No file: no change.
+
+    ValueError as `load_prompts`, and for a task whose template lacks the kind of prompt needed.
     """
-    wordings = {} if path is None else load_prompts(path, tasks)
+    templates = {} if path is None else load_prompts(path, tasks)
     kind = "think" if think else "no_think"
-    for name, wording in wordings.items():
-        if getattr(wording, kind) is None:
-            raise ValueError(f"{path}: {name} has no {kind} wording, which this run needs")
-    own = {name: tasks[name] for name in wordings}
+    for name, template in templates.items():
+        if getattr(template, kind) is None:
+            raise ValueError(f"{path}: {name} has no {kind} text, which this run needs")
+    own = {name: tasks[name] for name in templates}
     try:
-        for name, wording in wordings.items():
-            tasks[name] = replace(tasks[name], wording=wording)
+        for name, template in templates.items():
+            tasks[name] = replace(tasks[name], prompt_template=template)
         yield
     finally:
         tasks.update(own)
 
 
-def check_wording(task: Task) -> None:
-    """ValueError, naming task and kind, where the task's prompts and its fields or tags do not go
-    together."""
+def check_prompt_template(task: Task) -> None:
+    """ValueError, naming task and kind, for prompts that do not fit the task's fields and tags."""
     for kind in KINDS:
-        text = getattr(task.wording, kind)
+        text = getattr(task.prompt_template, kind)
         if text is not None:
             try:
                 _check(task, kind, text)
@@ -132,12 +136,12 @@ def check_wording(task: Task) -> None:
 def _check(task: Task, kind: str, text: Any) -> None:
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"expected a text, got {text!r:.80}")
-    given = names(text)
+    given = placeholder_names(text)
     for name in given:
-        if name not in task.gaps:
-            known = ", ".join(f"{{{field}}}" for field in task.gaps)
+        if name not in task.placeholders:
+            known = ", ".join(f"{{{field}}}" for field in task.placeholders)
             raise ValueError(f"unknown field {{{name}}}; the task has {known}")
-    for alternatives in task.needs:
+    for alternatives in task.required_placeholders:
         if not set(alternatives) & set(given):
             missing = " or ".join(f"{{{name}}}" for name in alternatives)
             raise ValueError(f"{missing} is missing: the question cannot be answered without it")
@@ -147,7 +151,7 @@ def _check(task: Task, kind: str, text: Any) -> None:
             raise ValueError(f"it does not ask for <{tag}>, which the parser reads")
 
 
-def _read(path: Path) -> Any:
+def _load(path: Path) -> Any:
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".json":
         try:

@@ -13,7 +13,12 @@ from vcr1_fast.data.records import Record, load_records, write_records
 from vcr1_fast.evaluate.config import EvalConfig
 from vcr1_fast.evaluate.run import evaluate_checkpoint
 from vcr1_fast.tasks import TASKS
-from vcr1_fast.tasks.wording import Wording, load_prompts, names, prompts_from
+from vcr1_fast.tasks.prompt_template import (
+    PromptTemplate,
+    load_prompts,
+    placeholder_names,
+    prompts_from,
+)
 from vcr1_fast.train.loop import train
 
 EVENT = Record("a", "temporal_grounding", "a.mp4", {"event": "a {x} opens{{"}, [1.0, 2.0])
@@ -30,15 +35,15 @@ def write(path, content):
     return path
 
 
-def test_gaps_are_filled_once_and_doubled_braces_are_braces(tmp_path):
+def test_placeholders_are_filled_once_and_doubled_braces_are_braces(tmp_path):
     text = 'Find "{event}" as {{"answer"}}: <answer>12.54 to 17.83</answer>'
     path = write(tmp_path / "p.json", {"temporal_grounding": {"no_think": text}})
     before = TASKS["temporal_grounding"]
     with prompts_from(path, TASKS, think=False):
         filled = TASKS["temporal_grounding"].prompt(EVENT, False)
-        with pytest.raises(ValueError, match="no think wording"):
+        with pytest.raises(ValueError, match="no think text"):
             TASKS["temporal_grounding"].prompt(EVENT, True)
-    # What a record holds is not read as a wording.
+    # The text of a record is not parsed as a template.
     assert filled == 'Find "a {x} opens{{" as {"answer"}: <answer>12.54 to 17.83</answer>'
     assert TASKS["temporal_grounding"] is before
 
@@ -61,8 +66,8 @@ multiple_choice:
   think: "<think> {question} {option_list} <answer>"
 """,
     )
-    wordings = load_prompts(path, TASKS)
-    assert set(wordings) == {"tracking", "multiple_choice"}
+    templates = load_prompts(path, TASKS)
+    assert set(templates) == {"tracking", "multiple_choice"}
     with prompts_from(path, TASKS, think=True):
         assert TASKS["tracking"].prompt(TRACK, True) == (
             "<think> dog from [0.12, 0.25, 0.50, 0.75], <answer>"
@@ -140,13 +145,13 @@ def test_files_that_are_none(tmp_path):
 def test_a_run_that_needs_the_other_form_is_refused_at_once(tmp_path):
     path = write(tmp_path / "p.json", {"temporal_grounding": {"no_think": GOOD}})
     with (
-        pytest.raises(ValueError, match="temporal_grounding has no think wording"),
+        pytest.raises(ValueError, match="temporal_grounding has no think text"),
         prompts_from(path, TASKS, think=True),
     ):
         pass
     with pytest.raises(RuntimeError), prompts_from(path, TASKS, think=False):
         raise RuntimeError
-    assert TASKS["temporal_grounding"].wording.think is not None  # put back all the same
+    assert TASKS["temporal_grounding"].prompt_template.think is not None  # restored
 
 
 @given(st.text(st.sampled_from("{}ab_1.[ ")))
@@ -161,11 +166,11 @@ def test_names_are_those_of_the_standard_formatter(text):
         plain = False
     if not plain:
         with pytest.raises(ValueError, match="doubled"):
-            names(text)
+            placeholder_names(text)
         return
-    assert names(text) == [name for name, _, _ in parsed]
-    values = {name: f"<{name}>" for name in names(text)}
-    assert Wording(text, None).fill(False, values.__getitem__) == text.format(**values)
+    assert placeholder_names(text) == [name for name, _, _ in parsed]
+    values = {name: f"<{name}>" for name in placeholder_names(text)}
+    assert PromptTemplate(text, None).fill(False, values.__getitem__) == text.format(**values)
 
 
 @pytest.fixture(scope="module")
