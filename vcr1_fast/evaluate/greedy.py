@@ -95,7 +95,7 @@ def greedy_answers(
     """
     perception = config.perception
     shown = processor.with_frames(config.frames, media_first=config.media_first)
-    processor = replace(shown, mrope=config.mrope)
+    processor = replace(shown, mrope=config.mrope, video_text=config.video_text)
     sampling = SamplingConfig(temperature=0.0, max_new_tokens=config.max_new_tokens)
 
     def answer(batches: Sequence[Sequence[Record]]) -> Iterator[list[Completion]]:
@@ -152,7 +152,10 @@ def greedy_answers(
             if isinstance(clip, VideoError):
                 look.error = str(clip)
             else:
-                look.clip, look.vision = replace(clip, fps=look.clip.fps), None
+                # Played in zoomed time: the model is given the times of the first pass, which the
+                # answer's are mapped back from.
+                look.clip = replace(clip, fps=look.clip.fps, times=look.clip.times)
+                look.vision = None
 
     def ask(looks: Sequence[Look], text: Callable[[Record, bool], str], began: float) -> None:
         """Put one question about each look's clip, all in one batch, and keep what is answered."""

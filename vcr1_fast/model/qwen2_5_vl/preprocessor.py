@@ -49,7 +49,7 @@ def smart_resize(
 
 @dataclass(frozen=True)
 class ImageProcessorConfig(base.ImageProcessorConfig):
-    """How an image becomes patches; the defaults are those of transformers' Qwen2VLImageProcessor."""
+    """How an image becomes patches; defaults of transformers' Qwen2VLImageProcessor."""
 
     classes: ClassVar[dict[str, str]] = {
         "image_processor_type": "Qwen2VLImageProcessor",
