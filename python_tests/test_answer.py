@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from vcr1_fast.rewards import parse_label, parse_letter, parse_span, score
 from vcr1_fast.rewards.answer import MAX_MENTIONS
+from vcr1_fast.rewards.format import last_block
 from vcr1_fast.rewards.text import parse_boolean, parse_number, rouge, word_accuracy
 
 OPTIONS = (
@@ -1204,13 +1205,14 @@ def test_reasons_after_a_letter_never_flip_it(other, reason):
 @settings(deadline=None)
 @given(st.text(max_size=60))
 def test_reasoning_before_the_answer_never_changes_it(reasoning):
-    from vcr1_fast.rewards.strict import read_letter, read_span
+    def block(completion):
+        return last_block(completion, "answer")
 
     reasoning = reasoning.replace("<", " ")
     for opening in ("<think>", ""):
         head = f"{opening}{reasoning} the answer is C, 1 to 2</think>"
-        assert read_letter(head + "<answer>B</answer>", OPTIONS) == "B"
-        assert read_span(head + "<answer>3 to 5</answer>") == (3.0, 5.0)
+        assert parse_letter(block(head + "<answer>B</answer>"), OPTIONS) == "B"
+        assert parse_span(block(head + "<answer>3 to 5</answer>")) == (3.0, 5.0)
 
 
 def test_options_that_read_alike_or_hold_letters():

@@ -60,8 +60,9 @@ def test_frames_are_right_or_refused(odd, tmp_path):
         numbers = [odd_media.number(frame) for frame in frames]
         if odd.verdict == "shown":
             assert numbers == list(odd.numbers)
+            rounding = 6e-3 if odd.name.startswith("gif") else ROUNDING  # a GIF counts hundredths
             off = seconds - np.array(odd.times())
-            np.testing.assert_allclose(off, off[0], atol=ROUNDING)
+            np.testing.assert_allclose(off, off[0], atol=rounding)
             # Sound may begin a moment before the picture, by the padding of its codec.
             assert abs(off[0]) < (0.05 if "mkv" in odd.name else ROUNDING)
             assert odd_media.corners(frames[0]) == "RGYB" or odd.name == "gray"
@@ -74,9 +75,14 @@ def test_frames_are_right_or_refused(odd, tmp_path):
         if odd.verdict == "shown" and not odd.name.startswith(NO_STAMPS):
             theirs = np.array(odd_media.probed(path))
             assert len(theirs) == len(seconds)
-            np.testing.assert_allclose(theirs - theirs[0], seconds - seconds[0], atol=ROUNDING)
-        check_random_access(str(path), backend, frames)
-    assert len(given) < 2 or np.array_equal(*given)
+            known = ~np.isnan(theirs)  # of a last frame of MPEG-PS it may not know
+            assert known.sum() >= len(theirs) - 1
+            off = (theirs - seconds)[known]
+            np.testing.assert_allclose(off, off[0], atol=ROUNDING)
+        if odd.is_exact():
+            check_random_access(str(path), backend, frames)
+    if odd.is_exact() and len(given) == 2:
+        assert np.array_equal(*given)
     assert given or odd.verdict in ("refused", "either")
 
 

@@ -3,17 +3,19 @@
 import logging
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import odd_media
 import pytest
 from PIL import Image
 
+from vcr1_fast.data import decode
 from vcr1_fast.data.decode import BACKENDS, open_source
 from vcr1_fast.data.frame_folder import frame_names
 from vcr1_fast.data.media_file import NeedsPyav, VideoError
 from vcr1_fast.data.sampling import FrameConfig
-from vcr1_fast.data.timeline import is_even, read_timeline
+from vcr1_fast.data.timeline import _rate, _zero, is_even, read_timeline
 from vcr1_fast.data.truncation import cut_off
 from vcr1_fast.data.video import ClipReader, ClipRequest, probe, probe_all, read_clip
 
@@ -157,6 +159,8 @@ def test_uneven_frames_are_sampled_in_time(tmp_path, backend, rule, suffix):
     assert numbers(clip) == on_screen.tolist()
     np.testing.assert_allclose(clip.times, given, atol=2e-3)
     assert len(clip.frames) / clip.fps == pytest.approx(32, abs=2)
+    if rule == "linspace":  # from the first frame to the last one
+        assert given[-1] == pytest.approx(32, abs=2e-3) and numbers(clip)[-1] == COUNT - 1
     # From 9 s on the frame of 8 s is on screen, though it came before the part began.
     part = read_clip(
         path, FrameConfig(num_frames=4, rule=rule), start=9.0, end=21.0, backend=backend
@@ -178,6 +182,36 @@ def test_a_nominal_rate_that_is_absurd_is_measured_instead(tmp_path):
     assert is_even(stamps + 0.3, 3.0, begin=0.0) and not is_even(stamps + 0.7, 3.0, begin=0.0)
     # One dropped frame leaves a file even; a second that stands still does not.
     assert is_even(np.delete(stamps, 5), 3.0) and not is_even(np.delete(stamps, [4, 5, 6, 7]), 3.0)
+
+
+def test_a_rate_is_the_containers_unless_its_stamps_contradict_it():
+    stamps = (np.arange(100) * 1001 / 24000).round(3)
+    assert _rate("v", stamps, 24000 / 1001) == 24000 / 1001
+    assert _rate("v", stamps, 1000.0) == pytest.approx(24000 / 1001, rel=1e-4)
+    assert _rate("v", stamps, 25.0) == pytest.approx(24000 / 1001, rel=1e-4)
+    assert _rate("v", stamps, 0.0) == pytest.approx(24000 / 1001, rel=1e-4)
+    with pytest.raises(VideoError, match="same time stamp"):
+        _rate("v", np.zeros(3), 25.0)
+    with pytest.raises(VideoError, match="frame rate is unknown"):
+        _rate("v", np.zeros(1), 0.0)
+
+
+@pytest.mark.parametrize(
+    ("starts", "zero"),
+    [
+        ((2.0, 0.0), 0.0),
+        ((2.0, 0.017), 0.0),
+        ((0.0, -0.021), 0.0),
+        ((1.48, 1.4), 1.4),
+        ((0.5,), 0.5),
+    ],
+)
+def test_seconds_count_from_the_first_stream(starts, zero):
+    base = Fraction(1, 1000)
+    streams = [SimpleNamespace(start_time=s * 1000, time_base=base) for s in (*starts,)]
+    unknown = SimpleNamespace(start_time=None, time_base=base)
+    of_kinds = SimpleNamespace(video=streams[:1], audio=[*streams[1:], unknown])
+    assert _zero(SimpleNamespace(streams=of_kinds), 0.1) == pytest.approx(zero)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -253,6 +287,29 @@ def test_a_damaged_frame_spoils_those_that_refer_to_it(tmp_path):
             read_clip(str(path), times=[0.0, 2.2], backend=backend)
 
 
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+@pytest.mark.parametrize("b_frames", ["0", "3"])
+def test_only_the_frames_that_are_needed_are_decoded(tmp_path, monkeypatch, suffix, b_frames):
+    path = write(tmp_path / f"v.{suffix}", sc_threshold="0", bf=b_frames, **{"b-pyramid": "none"})
+    keep, seen = decode._keep, []
+
+    def counted(frame, *more):
+        seen.append(odd_media.number(frame.to_ndarray(format="rgb24")))
+        return keep(frame, *more)
+
+    monkeypatch.setattr(decode, "_keep", counted)
+    clip = read_clip(path, times=[2.0], backend="pyav")  # GOPs of 9 begin at 18 and 27
+    assert numbers(clip) == [20] and min(seen) == 18
+    assert len(seen) <= (3 if b_frames == "0" else 6)
+    seen.clear()
+    assert numbers(read_clip(path, times=[0.1, 3.5], backend="pyav")) == [1, 35]
+    assert not set(seen) & set(range(9, 27))
+    seen.clear()
+    assert numbers(read_clip(path, times=[3.5], backend="pyav")) == [35]
+    references = {"0": 9, "3": 5}  # of the last GOP; nothing refers to its B-frames
+    assert len(seen) <= references[b_frames]
+
+
 def test_codecs_that_decord_lacks_go_to_pyav_and_the_log_says_so(tmp_path, caplog):
     path = write(tmp_path / "v.mp4", "libsvtav1", preset="12")
     assert numbers(read_clip(path, times=[0.0, 1.5], backend="pyav")) == [0, 15]
@@ -311,3 +368,13 @@ def test_strays_in_frame_folders_are_refused(tmp_path):
     ):
         with pytest.raises(VideoError, match=reason):
             frame_names(folder(*names))
+
+
+def test_an_index_that_points_past_the_file_is_reported(tmp_path):
+    path = Path(write(tmp_path / "v.mp4"))
+    data = bytearray(path.read_bytes())
+    place = data.index(b"stsz") + 16 + 4 * 20  # the size of sample 20: the later ones move
+    data[place : place + 4] = (1 << 24).to_bytes(4, "big")
+    path.write_bytes(data)
+    with pytest.raises(VideoError, match=rf"damaged: \d+ of {COUNT} samples could be read"):
+        read_timeline(str(path))

@@ -12,6 +12,9 @@ class CudaResizePlan:
     @property
     def shared_bytes(self) -> int: ...
 
+class GrpoParameters:
+    def __init__(self, **kwargs) -> None: ...
+
 class ResizeAxis:
     def __init__(
         self,
@@ -101,11 +104,7 @@ def group_attention_backward(
 ) -> None: ...
 def group_attention_scratch(rows: int, kv_heads: int, dim: int, tasks: int) -> int: ...
 def grpo_loss(
-    inputs: Sequence[Tensor | None],
-    kinds: Sequence[int],
-    values: Sequence[float],
-    outputs: Sequence[Tensor],
-    num_threads: int,
+    inputs: object, parameters: GrpoParameters, outputs: object, num_threads: int
 ) -> None: ...
 def interval_set_iou(
     pred: Tensor,
@@ -122,11 +121,9 @@ def logits_grpo_loss(
     mask: Tensor | None,
     row_temperature: Tensor | None,
     temperature: float,
-    tokens: Sequence[Tensor | None],
-    kinds: Sequence[int],
-    values: Sequence[float],
-    grad_entropy: Tensor | None,
-    outputs: Sequence[Tensor | None],
+    tokens: object,
+    parameters: GrpoParameters,
+    outputs: object,
 ) -> None: ...
 @overload
 def resize_frames(

@@ -182,12 +182,16 @@ class _PyavReader:
         places = packets.places()[indices]
         entries = [packets.entry(int(place)) for place in places]
         numbers = {int(packets.pts[p]): int(i) for p, i in zip(places, indices, strict=True)}
+        # FFmpeg compares a seek's target with showing times in these files, with decoding times in
+        # others. The smaller one would land a key frame too early: measured, twice the decoding.
+        by_pts = self.timeline.formats & {"mp4", "matroska"}
+        targets = packets.pts if by_pts else packets.dts
         skips = self.timeline.codec in _SKIPS_EXACTLY and not self.timeline.interlaced
         with open_container(self.path) as (container, stream):
             for begin, group in _groups(entries, places.tolist()):
                 wanted = {numbers[int(packets.pts[place])] for place in group}
                 context = stream.codec_context
-                container.seek(int(packets.dts[begin]), stream=stream)
+                container.seek(int(targets[begin]), stream=stream)
                 gather.is_damaged = False
                 last, is_first = int(packets.pts[max(group)]), True
                 for packet in container.demux(stream):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vcr1_fast.rewards.format import scan
 from vcr1_fast.tasks.base import Columns, Task
 from vcr1_fast.tasks.prompt_template import ask
 from vcr1_fast.tasks.record import FieldError, Record, check_prompt, describe, is_text
@@ -46,7 +47,7 @@ class SingleAnswer:
             reason = f"expected {self.expected}, got {describe(record.answer)}"
             raise FieldError("answer", reason)
         # Symbols that no reward compares, or tags in the text: no completion could be right.
-        read = self.read(self.write(record.answer))
+        read = self.read_blocks(scan(self.target(record), ("answer",)).blocks, record)
         if read is None or self.similarity([read], [record.answer])[0] < LEAST_OVERLAP:
             reason = f"no completion could earn the reward of {describe(record.answer)}"
             raise FieldError("answer", reason)
