@@ -41,11 +41,14 @@ from vcr1_fast.ops.video_patches import PatchLayout
 class LayerSizes:
     """Equal transformer layers, for estimates of memory.
 
-    depth: layers; width: H; keys: width of all key heads together; mlp: width inside the MLP.
+    depth: layers; width: H; queries, keys: width of all query heads, and of all key heads,
+    together; mlp: width inside the MLP. A family whose layers keep other tensors than the estimate
+    counts (`train/planner.py`) says so by other widths.
     """
 
     depth: int
     width: int
+    queries: float
     keys: float
     mlp: int
 

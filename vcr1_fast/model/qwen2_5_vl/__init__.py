@@ -44,12 +44,14 @@ def _sizes(config: Any) -> ModelSizes:
         text=LayerSizes(
             depth=text.num_hidden_layers,
             width=text.hidden_size,
+            queries=text.hidden_size,
             keys=head * text.num_key_value_heads,
             mlp=text.intermediate_size,
         ),
         vision=LayerSizes(
             depth=vision.depth,
             width=vision.hidden_size,
+            queries=vision.hidden_size,
             # All heads have keys, and a window's queries, keys and values are also gathered from
             # the others: 1.5 H more.
             keys=2.5 * vision.hidden_size,

@@ -34,17 +34,24 @@ def _prepare_language_model(language_model: nn.Module) -> None:
 
 def _sizes(config: Any) -> ModelSizes:
     text, vision = config.text_config, config.vision_config
+    queries, keys = (
+        text.head_dim * heads for heads in (text.num_attention_heads, text.num_key_value_heads)
+    )
     return ModelSizes(
         text=LayerSizes(
             depth=text.num_hidden_layers,
             width=text.hidden_size,
-            keys=text.head_dim * text.num_key_value_heads,
+            # Queries and keys are normalised: their norms keep input, float32 copy and output, 1.5
+            # times the queries' and attention outputs that the estimate counts.
+            queries=queries + 1.5 * (queries + keys),
+            keys=keys,
             mlp=text.intermediate_size,
         ),
         vision=LayerSizes(
             # A projection of DeepStack keeps about what a layer keeps.
             depth=vision.depth + len(vision.deepstack_visual_indexes),
             width=vision.hidden_size,
+            queries=vision.hidden_size,
             keys=vision.hidden_size,
             # Without a gate the MLP keeps its input's projection and the activation: half of the
             # four tensors that the estimate counts.
