@@ -11,7 +11,7 @@ OP_STEMS := native properties $(basename $(notdir $(shell find csrc/cpu csrc/cud
 OP_TESTS := $(wildcard $(addsuffix .py,$(addprefix python_tests/test_,$(sort $(OP_STEMS)))))
 CLANG_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build demo test odd-media sanitize lint format docs bench gpu-check inplace clean
+.PHONY: build demo test odd-media fuzz soak sanitize lint format docs bench gpu-check inplace clean
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -23,7 +23,7 @@ $(VENV)/.built: $(VENV)/bin/python pyproject.toml constraints.txt $(CSRC)
 	touch $@
 
 # torchvision breaks transformers' imports when it was built for another torch, so the tests' oracle
-# lives in a folder of its own.
+# lives in a separate folder.
 $(VENV)/.oracle: $(VENV)/bin/python constraints.txt
 	$(PIP_INSTALL) --no-deps --upgrade --target $(VENV)/oracle torchvision
 	touch $@
@@ -48,6 +48,14 @@ test: $(VENV)/.built $(VENV)/.oracle $(VENV)/.trl-previous  ## Every test that t
 
 odd-media: $(VENV)/.built  ## Every file of the generator of odd and broken media (needs ffmpeg), minutes.
 	VCR1_ODD_MEDIA=full $(PY) -m pytest -q python_tests/test_odd_media.py $(ARGS)
+
+FUZZ ?= --seconds 60
+fuzz: $(VENV)/.built  ## Parsers, records, decoders and native code on hostile inputs; FUZZ='--seconds 3600' for long.
+	$(PY) python_tests/fuzz.py $(FUZZ)
+
+SOAK ?= --minutes 60
+soak: $(VENV)/.built  ## The demo's training, killed every minute, beside a run left alone; takes twice SOAK's minutes.
+	$(PY) python_tests/soak.py $(SOAK)
 
 # Native code under AddressSanitizer and UBSan, in a separate build that VCR1_NATIVE names. The
 # runtimes are preloaded because Python itself lacks them, and libstdc++ too, or they miss

@@ -7,7 +7,7 @@ through its head as well, and ours does not: the first rows' ratio includes that
 prompt is one token.
 
 Video: `VideoGRPOTrainer` beside the plain repeated form, in which each completion has its own copy
-of prompt and clip, as TRL trains on images, with its fused head and the batched vision tower.
+of prompt and clip, as TRL trains on images, with its fused head and the batched vision encoder.
 
 Losses and gradients are compared before anything is timed. The limit, "bare products", are the
 matrix products of the model's linear layers and of the head over completion tokens, forward and

@@ -48,12 +48,12 @@ from vcr1_fast.train.planner import GIB, Footprint
 # model, prompt tokens, completion tokens, completions
 TARGETS = [("0.7M", 2048, 64, 8), ("6M", 2048, 64, 8)]
 GRID = [(p, 64, g) for p in (256, 1024, 4096) for g in (4, 8, 16)]
-LONG_WORK = 2e11  # multiply-adds of the plain form, forward: ten seconds on two cores
+LONG_WORK = 2e11  # multiply-adds of the unshared baseline, forward: ten seconds on two cores
 LARGE_BATCH = 2 * GIB
 
 
 class Models:
-    """The same weights three times: ours, the plain form's, and as transformers loads them."""
+    """The same weights for ours, for the unshared baseline, and as transformers loads them."""
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         self.ours, self.processor = checkpoint.load(folder, device=device)
@@ -80,7 +80,7 @@ class Models:
 
 
 def batch_bytes(model: nn.Module, case: Case) -> float:
-    """What the plain form's batch takes, with all of its logits."""
+    """Bytes of the unshared baseline's batch, with all of its logits."""
     prompt, length, count = case.shape
     cost, rows = Footprint.of(model), count * (prompt + length)
     return cost.bytes(rows, 0, count * case.group.patches) + cost.per_label * rows
@@ -163,7 +163,7 @@ def bench_trl(bench: Bench, folder: Path, name: str, models: Models, shape: tupl
 
 
 def encode(model: nn.Module, case: Case, copies: int) -> None:
-    """The vision tower forward and backward."""
+    """The vision encoder forward and backward."""
     features = prompt_features(model, [case.group.prompt] * copies)
     torch.cat(features).square().mean().backward()
 
@@ -182,10 +182,10 @@ def shared_logps(model: nn.Module, case: Case) -> None:
 
 
 def bench_stages(bench: Bench, name: str, models: Models, case: Case) -> None:
-    """The step's other stages: tower, reference, rollout."""
+    """The step's other stages: vision encoder, reference, rollout."""
     _, length, count = case.shape
     bench.run(
-        "vision tower, forward + backward",
+        "vision encoder, forward + backward",
         name,
         "float32",
         {

@@ -155,7 +155,7 @@ class Bench:
         An entry named "ours, ..." is another form of ours: its time is a column, not a row.
 
         bytes: least traffic of the work, for GB/s; limit: "read" or "copy", which it is held to,
-        or the entry of `fns` whose time is the limit (it then gets no row of its own).
+        or the entry of `fns` whose time is the limit (it then gets no separate row).
         errors: for "ours" and the entries that have one, against float64 (see scaled_error).
         memory: measure the peak that each entry adds while it runs (see machine.py); a callable is
         called before each measurement, to free what an earlier call has left (gradients).

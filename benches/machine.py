@@ -68,7 +68,7 @@ class OtherLoad:
         return time.perf_counter(), busy - sum(os.times()[:4])
 
     def mean(self) -> float | None:
-        """Since the beginning; None where the system does not tell."""
+        """Since the beginning; None where the system does not report it."""
         now = self._now()
         if self._start is None or now is None:
             return None
@@ -79,7 +79,7 @@ def peak_extra(
     fn: Callable[[], object], device: torch.device, release: Callable[[], None] | None = None
 ) -> int | None:
     """Bytes at the peak of fn(), its result included, above what is held before it; None where the
-    system does not tell.
+    system does not report it.
 
     On a GPU: torch's own count (`torch.cuda.max_memory_allocated`), bytes of live tensors; a
     library's workspace outside its allocator is not seen. On a CPU: the kernel's count of resident

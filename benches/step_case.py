@@ -1,8 +1,8 @@
 """One GRPO policy step in both forms: group-shared, and as G copies of prompt and clip.
 
-The plain form is what the released VideoChat-R1 trainer runs: every completion with its own copy of
-the prompt and its own pass of the vision tower, logits over prompt and completion, log-softmax row
-by row.
+The unshared baseline is what the released VideoChat-R1 trainer runs: every completion with its own
+copy of the prompt and its own pass of the vision encoder, logits over prompt and completion,
+log-softmax row by row.
 """
 
 from collections.abc import Callable
@@ -167,25 +167,25 @@ def operations(model: nn.Module, case: Case) -> tuple[float, float]:
     layers = sum(map(linear, model.model.language_model.layers))
     per_pair = 2 * text.num_hidden_layers * text.hidden_size
     head = text.hidden_size * text.vocab_size
-    tower = 0.0
+    encoder = 0.0
     if case.group.prompt.patches:
         # In the merger four patches are one row.
         patches = case.group.prompt.patches
-        tower = patches * (linear(visual.patch_embed) + sum(map(linear, visual.blocks)))
-        tower += patches / 4 * linear(visual.merger)
+        encoder = patches * (linear(visual.patch_embed) + sum(map(linear, visual.blocks)))
+        encoder += patches / 4 * linear(visual.merger)
         grid = case.group.prompt.video_grid_thw[0]
         for i in range(len(visual.blocks)):
             full = i in model.config.vision_config.fullatt_block_indexes
             seen = int(grid[1] * grid[2]) if full else 64
-            tower += 2 * patches * seen * model.config.vision_config.hidden_size
+            encoder += 2 * patches * seen * model.config.vision_config.hidden_size
     row = prompt + length
-    plain = count * (tower + row * (layers + head) + per_pair * row * row / 2)
+    plain = count * (encoder + row * (layers + head) + per_pair * row * row / 2)
     answers = int(case.mask.sum())
     pairs = prompt**2 / 2 + answers * prompt + answers * length / 2
     # Of the prompt the last layer computes keys and values alone.
-    unread = prompt * linear(model.model.language_model.layers[-1].mlp)
-    unread += per_pair / text.num_hidden_layers * prompt**2 / 2
-    shared = tower + (prompt + answers) * layers - unread + answers * head + per_pair * pairs
+    unused = prompt * linear(model.model.language_model.layers[-1].mlp)
+    unused += per_pair / text.num_hidden_layers * prompt**2 / 2
+    shared = encoder + (prompt + answers) * layers - unused + answers * head + per_pair * pairs
     return plain, shared
 
 

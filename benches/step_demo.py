@@ -36,20 +36,20 @@ def bench_demo(bench: Bench, folder: Path) -> None:
     with setup.open_run(config, reference=False) as run:
         samples = next(iter(run.batches()))
 
-        def draw() -> list[rollouts.Rollout]:
+        def sample() -> list[rollouts.Rollout]:
             parts = rollouts.sample_completions(run, samples, 0, Stopwatch())
             return [one for chunk in parts for one in chunk.rollouts]
 
-        def groups_of(drawn: list[rollouts.Rollout]) -> list:
-            # No group is silent, so that both sides run all of them.
+        def groups_of(sampled: list[rollouts.Rollout]) -> list:
+            # No group has zero advantages, so that both sides run all of them.
             count = demo.group_size * len(samples)
             advantages = torch.linspace(-1, 1, count)
             return PolicyGroup.with_advantages(
-                list(map(PolicyGroup.from_rollout, samples, drawn)), advantages
+                list(map(PolicyGroup.from_rollout, samples, sampled)), advantages
             )
 
-        drawn = draw()
-        groups = groups_of(drawn)
+        sampled = sample()
+        groups = groups_of(sampled)
         cases = [Case.make(plain, one.group, one.advantages) for one in groups]
         tokens = sum(sum(one.lengths) for one in groups)
         settings = step_loss_config(config.loss, demo.group_size * len(samples), tokens)
@@ -67,8 +67,8 @@ def bench_demo(bench: Bench, folder: Path) -> None:
             for case in cases:
                 generate(plain, case)
 
-        anew = [one.with_vision(None) for one in groups]
-        policy(anew)
+        unencoded = [one.with_vision(None) for one in groups]
+        policy(unencoded)
         plain_policy()
         assert_same_gradient(run.model, plain)
         forms = [operations(plain, case) for case in cases]
@@ -80,17 +80,17 @@ def bench_demo(bench: Bench, folder: Path) -> None:
             demo.group_size,
         )
         for op, fns, notes in (
-            ("rollout", {"plain": plain_rollout, "ours": draw}, {}),
+            ("rollout", {"plain": plain_rollout, "ours": sample}, {}),
             (
                 "policy step",
-                {"plain": plain_policy, "ours": lambda: policy(anew)},
+                {"plain": plain_policy, "ours": lambda: policy(unencoded)},
                 {"predicted_speedup": round(predicted, 2)},
             ),
             (
                 "GRPO step",
                 {
                     "plain": lambda: (plain_rollout(), plain_policy()),
-                    "ours": lambda: policy(groups_of(draw())),
+                    "ours": lambda: policy(groups_of(sample())),
                 },
                 {},
             ),

@@ -1,4 +1,4 @@
-"""The plain form's rollout: transformers' own `generate` on G copies of prompt and clip."""
+"""The unshared baseline's rollout: transformers' own `generate` on G copies of prompt and clip."""
 
 import torch
 from step_case import Case

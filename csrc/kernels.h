@@ -15,7 +15,7 @@
 
 // Declares `void name(const Args&, int num_threads)` once per instruction set, as CMake's
 // vcr1_cpu_kernel() compiles it, and the function that picks one at run time. _VBMI: with a variant
-// of its own for AVX-512 VBMI and VNNI, where the others run their AVX-512 one.
+// for AVX-512 VBMI and VNNI, where the others run their AVX-512 one.
 #ifdef VCR1_MULTI_ISA
 #define VCR1_CPU_VARIANT(isa, name, Args)       \
   namespace isa {                               \
@@ -315,7 +315,7 @@ struct GrpoLossArgs {
   grpo::Parameters parameters;
   void* loss;
   void* grad_logps;    // written at the completions' tokens only
-  void* grad_entropy;  // likewise
+  void* grad_entropy;  // the same, of the entropy
   void* metrics;       // (grpo::kMetrics,)
   double* scratch;     // (B, grpo::kScratch)
 };

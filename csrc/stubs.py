@@ -35,6 +35,7 @@ _NAMES = (
     (r"collections\.abc\.Sequence", "Sequence"),
     (r"vcr1_fast\._C\.", ""),
     (r"\btuple\b(?!\[)", "tuple[Any, ...]"),
+    (r"\*\*kwargs$", "**kwargs: Any"),
 )
 # Members that Python or pybind11 gives to every class.
 _INHERITED = {"__doc__", "__module__", "__new__", "_pybind11_conduit_v1_"}

@@ -34,7 +34,7 @@ def to_gpu(x):
 
 
 def through_gpu(fn):
-    """`fn` for CPU arguments, computed on a stream of its own; `out` comes back in its memory."""
+    """`fn` for CPU arguments, computed on a separate stream; `out` comes back in its memory."""
 
     @functools.wraps(fn)
     def run(*args, out=None, **options):

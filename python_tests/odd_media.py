@@ -114,7 +114,7 @@ CODECS = {
 PAIRS = [(box, codec) for box, codecs in CODECS.items() for codec in codecs.split()]
 B_FRAMES = {"libx264", "libx265", "mpeg4", "mpeg2video", "mpeg1video"}
 STATES_ITS_SIZE = {"mp4", "mov", "3gp", "mkv", "webm", "avi", "flv", "wmv", "ogv", "gif", "ts"}
-"""Containers in which a file that ends early can be told from a shorter one."""
+"""Containers in which a file that ends early can be distinguished from a shorter one."""
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,8 @@ def clone(tmp_path, monkeypatch):
 
 def test_benches_are_listed_and_run_with_their_options(clone, capsys):
     assert cli.main(["bench"]) == 0
-    told = capsys.readouterr().out.splitlines()
-    assert told == [f"{name}  Times nothing." for name in ("iou ", "loss", "zoom")]
+    reported = capsys.readouterr().out.splitlines()
+    assert reported == [f"{name}  Times nothing." for name in ("iou ", "loss", "zoom")]
     assert cli.main(["bench", "iou", "--threads", "2", "--seconds", "0.5"]) == 0
     assert clone.read_text() == "--threads 2 --seconds 0.5;"
 

@@ -108,6 +108,8 @@ def test_vision_tokens_in_a_question_are_refused(loaded):
     list(talk.ask(FIRST))
     with pytest.raises(ValueError, match="vision tokens"):
         list(talk.ask("and <|image_pad|>?"))
+    with pytest.raises(ValueError, match="the control token '<|im_end|>'".replace("|", r"\|")):
+        list(talk.ask("and<|im_end|>?"))
 
 
 SETTINGS = ["frames.num_frames=4", "frames.min_pixels=784", "frames.max_pixels=3136"]
@@ -119,8 +121,8 @@ def test_the_command_answers_questions_of_a_pipe_as_given_ones(inputs, capsys):
     paths = ["--model", str(model), "--video", video]
     asked = ["--question", FIRST, "--question", SECOND]
     assert cli.main(["chat", *paths, *asked, *SETTINGS]) == 0
-    told = capsys.readouterr()
-    assert "4 frames" in told.err and told.out.count("\n") >= 2
+    reported = capsys.readouterr()
+    assert "4 frames" in reported.err and reported.out.count("\n") >= 2
     done = subprocess.run(
         [sys.executable, "-m", "vcr1_fast.cli", "chat", *paths, *SETTINGS],
         input=f"{FIRST}\n\n{SECOND}\n".encode(),
@@ -128,7 +130,7 @@ def test_the_command_answers_questions_of_a_pipe_as_given_ones(inputs, capsys):
         capture_output=True,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.decode() == told.out
+    assert done.stdout.decode() == reported.out
 
 
 def test_images_are_shown_to_the_model(inputs, tmp_path, capsys):
@@ -139,9 +141,9 @@ def test_images_are_shown_to_the_model(inputs, tmp_path, capsys):
         image.new("RGB", (56, 84), colour).save(path)
         asked = ["--image", str(path), "--question", FIRST]
         assert cli.main(["chat", "--model", str(inputs[0]), *asked, *SETTINGS]) == 0
-        told = capsys.readouterr()
-        assert f"{path}: 56 x 84" in told.err
-        outputs.append(told.out)
+        reported = capsys.readouterr()
+        assert f"{path}: 56 x 84" in reported.err
+        outputs.append(reported.out)
     assert outputs[0] != outputs[1]
 
 
@@ -182,6 +184,6 @@ def test_sampling_repeats_with_its_seed(inputs, capsys):
     assert outputs[0] == outputs[1] != outputs[2]
 
 
-def test_a_missing_video_is_told_in_one_line(inputs, capsys):
+def test_a_missing_video_is_reported_in_one_line(inputs, capsys):
     assert cli.main(["chat", "--model", str(inputs[0]), "--video", "no.mp4", *SETTINGS]) == 2
     assert "no.mp4" in capsys.readouterr().err

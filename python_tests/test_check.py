@@ -252,11 +252,11 @@ def test_the_command_checks_a_published_file_and_what_was_refused_of_it(tmp_path
     name = ANNOTATIONS / "Charades/train.json"
     records = tmp_path / "train.jsonl"
     convert("charades", name, records, media_root="/media")
-    told = []
+    reported = []
     for arguments in ([str(name), "--format", "charades"], [str(records)]):
         output = tmp_path / "report.json"
         assert cli.main(["data", "check", *arguments, "--no-media", "--json", str(output)]) == 0
-        told.append(json.loads(output.read_text()))
+        reported.append(json.loads(output.read_text()))
         assert "start not before end: 4 (0.0 %)" in capsys.readouterr().out
-    assert told[0] == told[1]
-    assert told[0]["faults"] == SHIPPED["charades", "Charades/train.json"]
+    assert reported[0] == reported[1]
+    assert reported[0]["faults"] == SHIPPED["charades", "Charades/train.json"]

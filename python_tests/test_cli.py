@@ -1,4 +1,4 @@
-"""The command line: each command end to end on tiny inputs, and mistakes told in one line."""
+"""The command line: each command end to end on tiny inputs, and mistakes reported in one line."""
 
 import json
 import subprocess
@@ -35,8 +35,10 @@ def test_synth_sft_train_eval(tmp_path, inputs, capsys):
         assert len((output / "metrics.jsonl").read_text().splitlines()) == 1
         assert f"path: {arguments[1]}" in (output / "config.yaml").read_text()
     assert cli.main(["report", str(output)]) == 0
-    told = capsys.readouterr().out.splitlines()
-    assert str(output / "curves" / "reward.png") in told and told[-1].endswith("rollouts.html")
+    reported = capsys.readouterr().out.splitlines()
+    assert str(output / "curves" / "reward.png") in reported and reported[-1].endswith(
+        "rollouts.html"
+    )
     page = (output / "rollouts.html").read_text()
     assert page.count("<img") >= 4 and "no frames" not in page
     settings = [
@@ -70,7 +72,7 @@ def test_a_saved_config_runs_again(inputs, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "reported"),
     [
         (["train"], "vcr1 train: model.path: missing"),
         (["train", "--model", "m", "--data", "d", "--output", "o", "optim.lr=x"], "optim.lr: "),
@@ -83,11 +85,11 @@ def test_a_saved_config_runs_again(inputs, tmp_path, capsys):
         (["chat"], "vcr1 chat: model: missing"),
     ],
 )
-def test_mistakes_are_told_in_one_line(arguments, told, capsys, tmp_path, monkeypatch):
+def test_mistakes_are_reported_in_one_line(arguments, reported, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cli.main(arguments) == 2
     message = capsys.readouterr().err
-    assert told in message
+    assert reported in message
     assert len(message.splitlines()) == 1
 
 
@@ -95,9 +97,9 @@ def test_a_missing_package_is_named_with_what_installs_it(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "yaml", None)
     monkeypatch.delitem(sys.modules, "vcr1_fast.config.loader", raising=False)
     assert cli.main(["train"]) == 2
-    told = capsys.readouterr().err
-    assert "yaml" in told
-    assert "vcr1_fast[train,report]" in told
+    reported = capsys.readouterr().err
+    assert "yaml" in reported
+    assert "vcr1_fast[train,report]" in reported
 
 
 def test_bad_checkpoints_and_data_are_named(inputs, tmp_path, capsys):

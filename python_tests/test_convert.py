@@ -55,7 +55,7 @@ def test_charades(tmp_path):
     (refused,) = map(json.loads, output.with_suffix(".quarantine.jsonl").read_text().splitlines())
     assert refused["record_id"] == "AAAAA-1" and refused["source"].endswith("json:AAAAA[1]")
     assert "start 8 is not before end 7" in refused["reason"]
-    # Once more: the list of refusals is written anew, not added to.
+    # Once more: the list of refusals is overwritten, not added to.
     assert converted(tmp_path, "charades", CHARADES)[0] == done
 
 
@@ -246,8 +246,15 @@ def test_video_r1_by_problem_type(tmp_path):
     assert (text.video, text.answer) == (None, "STOP")
     refused = output.with_suffix(".quarantine.jsonl").read_text().splitlines()
     reasons = [json.loads(line)["reason"] for line in refused]
-    told = ("is no number", "'math'", "solution", "options", "occurs twice", "1,5</answer>' is no")
-    for reason, words in zip(reasons, told, strict=True):
+    phrases = (
+        "is no number",
+        "'math'",
+        "solution",
+        "options",
+        "occurs twice",
+        "1,5</answer>' is no",
+    )
+    for reason, words in zip(reasons, phrases, strict=True):
         assert words in reason
 
 

@@ -1,4 +1,4 @@
-"""What docs/data.md says of records, tasks, prompts and formats is so."""
+"""docs/data.md agrees with the code: records, tasks, prompts, formats."""
 
 import re
 from dataclasses import fields
@@ -49,7 +49,7 @@ def test_tasks():
 
 def test_placeholders():
     rows = table("Prompts")
-    told, columns = set(), {}
+    reported, columns = set(), {}
     for row in rows:
         for name in names(row[0]):
             columns[name] = row
@@ -61,8 +61,8 @@ def test_placeholders():
         assert {name for group in task.required_placeholders for name in group} <= set(
             names(like[1])
         ), name
-        told.add(name)
-    assert set(columns) <= told
+        reported.add(name)
+    assert set(columns) <= reported
 
 
 def test_the_prompts_file_loads(tmp_path):

@@ -1,4 +1,4 @@
-"""The demo's own parts: blurred answers stay valid and imprecise, the warm start ships whole."""
+"""The demo's parts: imprecise answers stay valid, the warm start ships whole."""
 
 import dataclasses
 import json
@@ -134,14 +134,14 @@ def test_the_caption_reward_does_not_pay_for_telling_everything(tmp_path):
     record = Record(
         "c", "caption", "v.mp4", {"instruction": "x"}, ["red leftwards.", "blue comes."]
     )
-    told = {
+    reported = {
         "right": "red leftwards. blue comes.",  # recall 1, precision 1
         "all": " ".join(f"red {way}wards." for way in DIRECTIONS) + " blue comes.",  # 1, 2/5
         "half": "red leftwards.",  # 1/2, 1
     }
     answers = [
         (Sample(record, None, 10.0), f"<think>x</think><answer>{text}</answer>")
-        for text in told.values()
+        for text in reported.values()
     ]
     config = grpo_config(QUICK, tmp_path, tmp_path)
     totals = [

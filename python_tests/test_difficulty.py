@@ -80,7 +80,7 @@ def test_a_record_stays_within_the_window_and_the_order_depends_on_the_place_alo
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "reported"),
     [
         ('{"id": "a", "score": NaN}', ":2: expected"),
         ('{"id": "a", "score": 1' + "0" * 400 + "}", ":2: expected"),
@@ -92,15 +92,15 @@ def test_a_record_stays_within_the_window_and_the_order_depends_on_the_place_alo
         ('{"id": "z", "score": 0.25}', ":2: a second score of 'z'"),
     ],
 )
-def test_what_is_no_score_is_named(tmp_path, line, told):
+def test_what_is_no_score_is_named(tmp_path, line, reported):
     path = tmp_path / "s.jsonl"
     path.write_text('{"id": "z", "score": 1, "task": "x"}\n' + line + "\n")
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=reported):
         read_scores(path)
 
 
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("fields", "reported"),
     [
         ({"order": "easy_first"}, "difficulty: goes with"),
         ({"difficulty_range": [0, 1]}, "difficulty: goes with"),
@@ -110,8 +110,8 @@ def test_what_is_no_score_is_named(tmp_path, line, told):
         ({"difficulty": "s", "order": "hard_first"}, "order: "),
     ],
 )
-def test_settings_that_do_not_go_together(fields, told):
-    with pytest.raises(ValueError, match=told):
+def test_settings_that_do_not_go_together(fields, reported):
+    with pytest.raises(ValueError, match=reported):
         build(DataConfig, {"train": "t", **fields})
 
 

@@ -228,7 +228,7 @@ def test_close_frees_whoever_waits():
 
         def wait():
             try:
-                judge.tells([("a", "b"), ("c", "d")])
+                judge.entails([("a", "b"), ("c", "d")])
             except JudgeError as error:
                 errors.append(str(error))
 
@@ -261,7 +261,9 @@ def test_close_goes_through_the_record(tmp_path):
 
 
 CLIENT = """
-import sys
+import signal, sys
+# A parent in the background of a shell leaves SIGINT ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from concurrent.futures import ThreadPoolExecutor
 from vcr1_fast.rewards.endpoint import Endpoint
 from vcr1_fast.rewards.judge import JudgeConfig

@@ -256,7 +256,7 @@ def test_another_evaluation_in_the_same_folder_is_refused(folder):
     with pytest.raises(ValueError, match="max_new_tokens was 256, now 8"):
         folder("out", max_new_tokens=8)
     weights = folder.path / "model" / "config.json"
-    weights.write_text("{}")  # written anew, the same contents: the same model
+    weights.write_text("{}")  # written again, the same contents: the same model
     folder("out")
     weights.write_text("{ }")
     with pytest.raises(ValueError, match="model_files"):
@@ -351,8 +351,10 @@ def test_processes_of_a_launcher_are_shards(folder, monkeypatch, capsys):
         for name, value in {"WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank}.items():
             monkeypatch.setenv(name, value)
         assert main_eval(run) == 0
-    told = capsys.readouterr()
-    assert "shard 1 of 2 is done" in told.out and "evaluate, shard 0 of 2: 12/12" in told.err
+    reported = capsys.readouterr()
+    assert (
+        "shard 1 of 2 is done" in reported.out and "evaluate, shard 0 of 2: 12/12" in reported.err
+    )
     assert results(folder.path / "launched") == results(folder.path / "one")
     own = EvalConfig(shard_index=1, shard_count=3)
     assert launched(own, {}) == own

@@ -138,7 +138,7 @@ def test_its_patches_are_the_frames_normalised(loaded):
 
 def test_rollout_and_policy_of_the_second_family(loaded, fake):
     """Rollout's log-probs and the policy's are those of transformers' own forward over each
-    completion with a prompt of its own, and every trained parameter gets a gradient."""
+    completion with its own prompt, and every trained parameter gets a gradient."""
     model, processor = loaded
     prompts = [
         processor.prompt("When?", [_clip(4, 64, 96), _clip(1, 32, 64, fps=None)]),

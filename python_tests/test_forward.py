@@ -1,4 +1,4 @@
-"""The group forward against the plain form: each completion with its own prompt."""
+"""The group forward against the unshared baseline: each completion with its own prompt."""
 
 import random
 from dataclasses import dataclass

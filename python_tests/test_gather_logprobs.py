@@ -637,7 +637,7 @@ def test_opcheck(name):
         assert backward_op(*args).shape == logits.shape
 
 
-# torch's tracer makes a Function object while it looks at one, and warns about it.
+# torch's tracer makes a Function object while it inspects one, and warns about it.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("name", ["reference", "cpu", *TRITON])

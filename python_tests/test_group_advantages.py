@@ -116,7 +116,7 @@ def test_reward_functions_are_summed_with_weights(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("estimator", ("grpo", "gdpo"))
 def test_weights_may_differ_from_row_to_row(backend, estimator):
-    """Two tasks with weights of their own, in one call and in two."""
+    """Two tasks with different weights, in one call and in two."""
     rewards = torch.rand(16, 3, generator=torch.Generator().manual_seed(3))
     first, second = torch.tensor([1.0, 0.1, 0.0]), torch.tensor([2.0, 1.0, 0.5])
     weights = torch.stack([first] * 8 + [second] * 8)

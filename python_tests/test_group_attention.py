@@ -258,10 +258,10 @@ def test_queries_in_no_part_are_zero_and_have_no_gradient(backend):
     parts = [(19, 20, 0, 19), (20, 26, 0, 20), (26, 27, 0, 20), (30, 33, 30, 30)]
     query, key, value = (x.requires_grad_() for x in inputs(35, dtype=torch.float32))
     out, lse = group_attention(query, key, value, parts, scale=SCALE)
-    unread = [*range(19), 27, 28, 29, 33, 34]
-    read = [i for i in range(35) if i not in unread]
-    assert torch.equal(out[unread], torch.zeros(len(unread), 4, 16))
-    assert bool((lse[:, unread] == -torch.inf).all())
+    unused = [*range(19), 27, 28, 29, 33, 34]
+    read = [i for i in range(35) if i not in unused]
+    assert torch.equal(out[unused], torch.zeros(len(unused), 4, 16))
+    assert bool((lse[:, unused] == -torch.inf).all())
     exact = [x.detach().double().requires_grad_() for x in (query, key, value)]
     expected, expected_lse = dense(*exact, parts)
     assert_close((out[read], lse[:, read]), (expected[read], expected_lse[:, read]), 4e-6)

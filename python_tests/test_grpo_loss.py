@@ -28,7 +28,7 @@ from vcr1_fast.ops.grpo.loss import LossOutputs, grpo_loss_op, native_parameters
 from vcr1_fast.ops.grpo.reference import METRICS, LossInputs
 
 LENGTHS = (7, 0, 1, 40, 12)
-# Interpreted Triton is tested in a process of its own, alone and in float32, all that it computes
+# Interpreted Triton is tested in a separate process, alone and in float32, all that it computes
 # in itself.
 TRITON = "triton" in grpo_loss_op.backends("cpu")
 BACKENDS = ("triton",) if TRITON else grpo_loss_op.backends("cpu")

@@ -60,6 +60,22 @@ def test_an_update_that_is_not_finite_is_skipped_and_written_down(
     assert {row["step"] for row in read(tmp_path / "run" / "rollouts.jsonl")} == {2}
 
 
+def test_completions_of_a_skipped_update_are_written_where_no_others_are(
+    inputs, tmp_path, monkeypatch
+):
+    rewarded(monkeypatch, lambda i: float(i % 3))
+    right = loop.policy_loss
+
+    def spoiled(model, *args, **kwargs):
+        loss, metrics = right(model, *args, **kwargs)
+        return loss * math.nan, metrics
+
+    monkeypatch.setattr(loop, "policy_loss", spoiled)
+    overrides = ("loss.beta=0", "optim.steps=1", "run.log_rollouts_every=0")
+    train(configure(*inputs, tmp_path / "run", *overrides))
+    assert len(read(tmp_path / "run" / "skipped.jsonl")) == 16
+
+
 def test_a_run_of_skipped_updates_stops(inputs, tmp_path, monkeypatch):
     rewarded(monkeypatch, lambda i: float(i % 3))
     right = loop.policy_loss

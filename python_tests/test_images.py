@@ -73,7 +73,7 @@ def read(path):
 
 @pytest.mark.parametrize("frozen", ["false", "true"])
 def test_grpo_on_images_and_videos(inputs, tmp_path, frozen):
-    # A random model earns nothing; the entropy term gives the step a gradient all the same.
+    # A random model earns nothing; the entropy term still gives the step a gradient.
     settings = ("optim.prompts_per_step=8", "optim.steps=4", "loss.entropy_coef=0.1")
     frozen = f"model.freeze_vision={frozen}"
     train(configure(*inputs, tmp_path / "run", *settings, frozen))

@@ -18,8 +18,8 @@ def test_captions_are_judged_by_the_replies_a_file_holds(tmp_path):
     captions = {"c1": "A man opens a door. He sings.", "c2": "Rain falls."}
     events = {"c1": ["a man opens a door", "a dog barks"], "c2": ["it rains"]}
     records = [
-        Record(name, "caption", "v.mp4", prompt={"instruction": "Tell."}, answer=told)
-        for name, told in events.items()
+        Record(name, "caption", "v.mp4", prompt={"instruction": "Tell."}, answer=reported)
+        for name, reported in events.items()
     ]
     data, said = tmp_path / "test.jsonl", tmp_path / "said.jsonl"
     write_records(data, records)
@@ -31,8 +31,8 @@ def test_captions_are_judged_by_the_replies_a_file_holds(tmp_path):
         """Finds the door and the rain, and draws two and one events."""
         for prompt in prompts:
             if "yes or no" in prompt:
-                told = prompt[prompt.index("Event: ") :]
-                yield "Yes." if "door" in told or "rain" in told.lower() else "perhaps"
+                reported = prompt[prompt.index("Event: ") :]
+                yield "Yes." if "door" in reported or "rain" in reported.lower() else "perhaps"
             else:
                 yield "a man opens a door\nhe sings" if "door" in prompt else "rain falls"
 

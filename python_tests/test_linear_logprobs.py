@@ -275,7 +275,7 @@ def test_opcheck(backend_name):
     assert [g.shape for g in backward_op(*args)] == [hidden.shape, weight.shape, (0,)]
 
 
-# torch's tracer makes a Function object while it looks at one, and warns about it.
+# torch's tracer makes a Function object while it inspects one, and warns about it.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @EACH
 def test_compiles_whole(backend_name):

@@ -111,3 +111,59 @@ def test_older_torch_is_read_through_attributes():
         "    raise SystemExit('a tensor without memory was accepted')\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def _axis(n_in, n_out, columns, bits, dtype):
+    return native.ResizeAxis(
+        n_in=n_in,
+        n_out=n_out,
+        bits=bits,
+        first=torch.zeros(max(n_out, 0), dtype=torch.int32),
+        weights=torch.ones(max(n_out, 0), columns, dtype=dtype),
+    )
+
+
+@pytest.mark.parametrize("axis", ["vertical", "horizontal"])
+@pytest.mark.parametrize(
+    ("mode", "given", "message"),
+    [
+        ("int16", (8, 4, 0, 8), "positive multiple of 2 columns, got 0"),
+        ("int16", (8, 4, 3, 8), "positive multiple of 2 columns, got 3"),
+        ("int22", (8, 4, 0, 8), "positive multiple of 4 columns, got 0"),
+        ("int22", (8, 4, 6, 8), "positive multiple of 4 columns, got 6"),
+        ("float", (8, 4, 0, 0), "positive multiple of 1 columns, got 0"),
+        ("int16", (8, 4, 2, 0), "bits: expected 1 to 22, got 0"),
+        ("int22", (8, 4, 4, -1), "bits: expected 1 to 22, got -1"),
+        ("int22", (8, 4, 4, 40), "bits: expected 1 to 22, got 40"),
+        ("float", (0, 4, 1, 0), "n_in and n_out: expected at least 1, got 0 and 4"),
+        ("copy", (4, -1, 1, 0), "n_in and n_out: expected at least 1, got 4 and -1"),
+    ],
+)
+def test_bad_resize_plans_are_refused(mode, given, message, axis):
+    """Tables of 0 columns ended the process with a segmentation fault."""
+    dtype = torch.int16 if mode.startswith("int") else torch.float32
+    columns = {"int16": 2, "int22": 4}.get(mode, 1)
+    good = _axis(8, 8 if mode == "copy" else 4, columns, 8, dtype)
+    axes = {"vertical": good, "horizontal": good, axis: _axis(*given, dtype)}
+    with pytest.raises(ValueError, match=message):
+        native.ResizePlan(mode=mode, **axes)
+
+
+@pytest.mark.parametrize("threads", [-(2**31), 0, 4097, 2**31 - 1])
+def test_absurd_numbers_of_threads_are_refused(threads):
+    """libgomp ends the process when it cannot start a team."""
+    boxes = torch.zeros(100_000, 4)
+    arguments = {"kind": "iou", "pairwise": False, "torchvision": False}
+    with pytest.raises(ValueError, match=f"num_threads: expected 1 to 4096, got {threads}"):
+        native.box_iou(a=boxes, b=boxes, out=torch.empty(100_000), num_threads=threads, **arguments)
+    axis = _axis(4, 4, 1, 0, torch.float32)
+    plan = native.ResizePlan(mode="copy", vertical=axis, horizontal=axis)
+    frames = torch.zeros(1, 4, 4, 3, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=f"num_threads: expected 1 to 4096, got {threads}"):
+        native.resize_frames(
+            frames=frames,
+            out=frames.clone(),
+            plan=plan,
+            scratch=torch.empty(0, dtype=torch.uint8),
+            num_threads=threads,
+        )

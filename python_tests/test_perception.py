@@ -1,4 +1,4 @@
-"""Several looks at a clip: which frames each shows, by hand, and what a scripted model is asked."""
+"""Several passes over a clip: the frames of each, by hand, and a scripted model's questions."""
 
 import json
 from dataclasses import dataclass, field
@@ -101,7 +101,7 @@ def question(name, task="multiple_choice"):
 
 @pytest.fixture
 def script(monkeypatch):
-    """Answers by record and look in the place of a model, and what was shown and asked for them.
+    """Answers by record and pass in the place of a model, and what was shown and asked for them.
     Clips have 10 s; ten frames, one a second, unless other times are asked for."""
     said, shown, calls, texts = {}, {}, [], []
 
@@ -152,7 +152,7 @@ def script(monkeypatch):
     def roll(model, processor, prompts, *_, vision, **__):
         names = [prompt[0] for prompt in prompts]
         for name, known in zip(names, vision, strict=True):
-            # The tower's features are used again for the same frames, and for no others.
+            # The encoder's features are used again for the same frames, and for no others.
             times = [times for _, times in shown[name]]
             assert known == (times[-1] if times[-1:] == times[-2:-1] else None)
         calls.append(names)
@@ -185,12 +185,12 @@ def test_the_evidence_of_a_look_is_shown_more_densely_in_the_next(script):
     script.said["q"] = [f"{A}<glue>[(4.0, 6.0)]</glue>", f"{A}<glue>[(1.0, 2.0)]</glue>", B]
     result = run(script, [question("q")])
     asked, times = zip(*script.shown["q"], strict=True)
-    assert asked == (True, True, False)  # evidence is asked for before the last look
+    assert asked == (True, True, False)  # evidence is asked for before the last pass
     assert times[0] == PLAIN
     assert list(times[1]) == CLOSER.real_times(PLAIN)
     # 1 to 2 s of what was shown is 1.1 to 2.2 s of the clip.
     assert list(times[2]) == pytest.approx(zoom([(1.1, 2.2)], 10.0, 1.5).real_times(PLAIN))
-    assert result.tasks[0].metrics["accuracy"] == 1.0  # the last look's answer counts
+    assert result.tasks[0].metrics["accuracy"] == 1.0  # the last pass's answer counts
     first, second, third = result.predictions[0].completion.passes
     assert first.spans == () and second.spans == ((4.0, 6.0),)
     assert third.spans[0] == pytest.approx((1.1, 2.2))
@@ -220,7 +220,7 @@ def test_every_look_asks_for_reasoning_or_none_does(script, think):
 
 
 def test_looks_end_early_where_the_evidence_repeats(script):
-    # The second look names, in its own seconds, what it was shown: 40/11 to 70/11 is 4 to 6.
+    # The second pass names, in its own seconds, what it was shown: 40/11 to 70/11 is 4 to 6.
     script.said["q"] = [f"{A}<glue>[(4, 6)]</glue>", f"{A}<glue>[(3.7, 6.4)]</glue>", B]
     run(script, [question("q")], passes=6)
     times = [times for _, times in script.shown["q"]]

@@ -135,7 +135,7 @@ def test_an_image_has_a_box_and_no_time():
     assert "0.0 s" not in text and bars(text) == {}
 
 
-def test_frames_that_cannot_be_read_are_told_and_bars_stay():
+def test_frames_that_cannot_be_read_are_reported_and_bars_stay():
     lost = record("lost", metadata={"duration": 10.0})
     text = Pictures([lost], Reader()).next(lost, {"1": (0.0, 5.0)})
     assert "no &lt;such&gt; file" in text and "<img" not in text

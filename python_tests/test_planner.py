@@ -1,4 +1,4 @@
-"""Micro-batches by tokens and by memory, and what happens when memory runs out all the same."""
+"""Micro-batches by tokens and by memory, and the retry on out-of-memory."""
 
 from dataclasses import dataclass, replace
 
@@ -124,31 +124,31 @@ def test_the_prediction_of_a_rollout_is_near_what_it_keeps(run, monkeypatch):
 
 def test_a_rollout_that_runs_out_of_memory_draws_the_same_by_halves(run, monkeypatch):
     samples = next(iter(run.batches()))[:3]
-    told = []
-    run.planner.log = told.append
+    reported = []
+    run.planner.log = reported.append
 
-    def drawn(most):
-        def limited(model, processor, prompts, count, sampling, chance, **kwargs):
+    def sampled(most):
+        def limited(model, processor, prompts, count, sampling, generator, **kwargs):
             if len(prompts) > most:
-                torch.rand(7, generator=chance)  # it runs out when some have been drawn
+                torch.rand(7, generator=generator)  # it runs out when some have been sampled
                 raise MemoryError("no more")
             return rollout_module.rollout(
-                model, processor, prompts, count, sampling, chance, **kwargs
+                model, processor, prompts, count, sampling, generator, **kwargs
             )
 
         monkeypatch.setattr(rollouts, "rollout", limited)
         generator = torch.Generator().manual_seed(0)
         return rollouts.sample_group(run, samples, [None] * 3, 4, generator)
 
-    whole = drawn(3)
-    assert not told
-    halves = drawn(1)
-    assert told == [
+    whole = sampled(3)
+    assert not reported
+    halves = sampled(1)
+    assert reported == [
         f"out of memory with rollouts of {n} prompts: retrying by halves" for n in (3, 2)
     ]
     assert [one.texts for one in halves] == [one.texts for one in whole]
     with pytest.raises(MemoryError):
-        drawn(0)
+        sampled(0)
 
 
 def test_the_prediction_counts_what_is_trained_and_kept(run, inputs, tmp_path):
@@ -231,8 +231,8 @@ def test_out_of_memory_halves_the_budget_and_keeps_the_gradient(run, monkeypatch
     fresh, settings = [one.with_vision(None) for one in groups], settings_of(run, groups)
     loop.accumulate_gradients(run, fresh, settings, on_policy=True)
     expected = collect(run)
-    told, calls, alone = [], [], []
-    run.planner.log = told.append
+    reported, calls, alone = [], [], []
+    run.planner.log = reported.append
     right = loop.policy_loss
 
     def failing(model, part, *args, **kwargs):
@@ -264,7 +264,7 @@ def test_out_of_memory_halves_the_budget_and_keeps_the_gradient(run, monkeypatch
         one or tokens <= run.planner.tokens
         for one, tokens in zip(alone[2:], calls[2:], strict=True)
     )
-    assert len(told) == 1 and "20 MiB" in told[0]
+    assert len(reported) == 1 and "20 MiB" in reported[0]
 
 
 def test_other_errors_are_not_taken_for_it(run, monkeypatch):
@@ -306,8 +306,8 @@ def test_fine_tuning_survives_it_too(run, monkeypatch, error):
     ]
     run.planner.tokens = 200
     monkeypatch.setattr(sft, "clipped_step", lambda *args: 0.0)
-    told = []
-    run.planner.log = told.append
+    reported = []
+    run.planner.log = reported.append
     expected_loss = sft_update(run, groups, 0.0)["loss"]
     expected = collect(run)
     right, calls = sft.completion_logps, []
@@ -320,6 +320,6 @@ def test_fine_tuning_survives_it_too(run, monkeypatch, error):
 
     monkeypatch.setattr(sft, "completion_logps", failing)
     assert sft_update(run, groups, 0.0)["loss"] == pytest.approx(expected_loss, rel=1e-5)
-    assert len(told) == 1 and (str(error) or "MemoryError") in told[0]
+    assert len(reported) == 1 and (str(error) or "MemoryError") in reported[0]
     for ours, theirs in zip(collect(run), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Rewards of a user's own: both forms, where they are found, and what is told when they fail."""
+"""A user's rewards: both forms, where they are found, and what is reported when they fail."""
 
 import math
 import signal
@@ -142,7 +142,9 @@ def test_ctrl_c_ends_a_process_whose_reward_hangs(tmp_path):
     path = tmp_path / "hangs.py"
     path.write_text(HANGS)
     code = (
-        "import sys; from vcr1_fast.rewards.plugin import load_reward\n"
+        "import signal; from vcr1_fast.rewards.plugin import load_reward\n"
+        # A parent in the background of a shell leaves SIGINT ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"reward = load_reward({str(path) + ':together'!r}, timeout=50.0)\n"
         "print('calls', flush=True)\n"
         "reward(['hang'], [None], [1])"
@@ -179,7 +181,7 @@ def test_errors_name_the_function(file):
 
 
 def test_a_file_is_a_module_while_it_runs(tmp_path):
-    """Dataclasses look their module up where annotations are texts."""
+    """Dataclasses find their module where annotations are texts."""
     path = tmp_path / "with_dataclass.py"
     path.write_text(
         "from __future__ import annotations\n"

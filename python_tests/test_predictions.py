@@ -107,8 +107,8 @@ def test_a_hand_made_file_scores_as_by_hand(folder, capsys):
     }
     counts = {name: (t["n"], t["parse_failures"]) for name, t in summary["tasks"].items()}
     assert counts == {"temporal_grounding": (3, 1), "tracking": (2, 1), "grounded_qa": (3, 0)}
-    told = capsys.readouterr().out
-    assert "0.311" in told and "33.3 %" in told
+    reported = capsys.readouterr().out
+    assert "0.311" in reported and "33.3 %" in reported
     assert (out / "scores.png").read_bytes().startswith(b"\x89PNG")
     assert not list(out.glob(".*"))
     assert "| accuracy" in (out / "tables.md").read_text()
@@ -155,7 +155,7 @@ def test_parts_of_a_split_by_metadata(folder):
 
 
 @pytest.mark.parametrize(
-    ("lines", "told"),
+    ("lines", "reported"),
     [
         ([{"id": "a", "completion": "x"}], "1 records have no completion, first 'b'"),
         ([{"id": n, "text": "x"} for n in "aab"], ":2: answers 'a' again"),
@@ -169,10 +169,10 @@ def test_parts_of_a_split_by_metadata(folder):
         ([{"id": "a", "text": "x", "finished": None}], ":1: needs .* `finished` None"),
     ],
 )
-def test_files_that_would_change_the_denominator_are_refused(tmp_path, lines, told):
+def test_files_that_would_change_the_denominator_are_refused(tmp_path, lines, reported):
     path = tmp_path / "said.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=reported):
         given_completions(path, ["a", "b"])
 
 
@@ -191,14 +191,14 @@ def test_a_model_or_a_file_and_folders_do_not_mix(folder):
     assert {task.task: task.metrics for task in again.tasks}["grounded_qa"]["accuracy"] == 1.0
 
 
-def test_a_wrong_benchmark_or_judge_is_told_before_anything_is_answered(folder, monkeypatch):
+def test_a_wrong_benchmark_or_judge_is_reported_before_anything_is_answered(folder, monkeypatch):
     monkeypatch.setattr(run_module, "load_answers", lambda path, config: pytest.fail("answered"))
     paths = (folder, folder / "test.jsonl", folder / "out")
-    for name, told in {
+    for name, reported in {
         "imagenet": "benchmark must be one of",
         "mvbench": "of multiple_choice",
     }.items():
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=reported):
             run_module.evaluate_checkpoint(*paths, EvalConfig(benchmark=name))
     monkeypatch.delenv("NO_KEY", raising=False)
     config = EvalConfig(judge=JudgeConfig(kind="http", model="m", api_key_env="NO_KEY"))
@@ -212,11 +212,11 @@ def test_f1_is_of_the_means_and_its_interval_of_resampled_means():
     assert with_f1({"recall": 0.279, "precision": 0.338})["F1"] == pytest.approx(0.3057, abs=1e-4)
     assert with_f1({"recall": 0.0, "precision": 0.0})["F1"] == 0.0
     assert with_f1({"recall": 1.0}) == {"recall": 1.0}
-    told = record("c", "caption", {"instruction": "tell"}, ["it falls"])
+    reported = record("c", "caption", {"instruction": "tell"}, ["it falls"])
     pairs = [(1.0, 0.0), (0.0, 1.0)] * 40
     items = [
         Scored(
-            replace(told, video=str(i)),
+            replace(reported, video=str(i)),
             Completion("c"),
             "x",
             {"precision": p, "recall": r, "F1": 0.0},
@@ -251,7 +251,7 @@ def test_all_predictions_of_a_task_are_measured_at_once_and_keep_their_order():
     assert all(item.metrics["length"] == len(str(item.prediction)) for item in scored)
 
 
-def test_a_record_that_failed_is_asked_again_when_told_to(tmp_path, monkeypatch):
+def test_a_record_that_failed_is_asked_again_when_reported_to(tmp_path, monkeypatch):
     write_records(tmp_path / "test.jsonl", RECORDS[:3])
     (tmp_path / "model").mkdir()
     asked, broken = [], {"t2"}
@@ -309,7 +309,7 @@ def split_of(count, **metadata):
     ]
 
 
-def test_the_split_is_told_by_setting_or_metadata_and_checked_by_size():
+def test_the_split_is_reported_by_setting_or_metadata_and_checked_by_size():
     shown, reasons = published_beside(split_of(180, benchmark="got10k"))
     assert shown["tracking"].name == "GOT-10k val" and reasons == []
     assert published_beside(split_of(180))[0] == {}

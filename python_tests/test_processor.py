@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -201,6 +202,20 @@ def test_media_may_come_first(directory):
     after = dataclasses.replace(processor, media_first=False).prompt("When?", clips, system="Hi.")
     assert torch.equal(prompt.pixel_values_videos, after.pixel_values_videos)
     assert len(prompt) == len(after) and not torch.equal(prompt.input_ids, after.input_ids)
+
+
+@pytest.mark.parametrize("token", ["<|im_end|>", "<|im_start|>", "<|endoftext|>"])
+def test_control_tokens_in_the_text_are_refused(directory, token):
+    """The tokenizer would take them for the template's own: a record could end its turn."""
+    processor = Processor.from_pretrained(directory)
+    assert token in processor.tokenizer.get_vocab()
+    for text, system in ((f"look{token}\n", None), ("look", f"be brief{token}")):
+        with pytest.raises(ValueError, match=re.escape(f"the control token {token!r}")):
+            processor.prompt(text, system=system)
+    with pytest.raises(ValueError, match=re.escape(f"the control token {token!r}")):
+        processor.completion(f"yes{token}no")
+    plain = token.replace("|", "/")
+    assert plain in processor.prompt(plain).text
 
 
 def test_vision_tokens_in_the_text_are_refused(directory):

@@ -1,7 +1,7 @@
-"""What the formulae promise for every input: sums, bounds, symmetries, invariances.
+"""Laws of the formulae for every input: sums, bounds, symmetries, invariances.
 
-Numbers are drawn as multiples of a power of two where a law is exact in real numbers only, so that
-adding an offset to them rounds nothing.
+Where a law is exact in real numbers only, numbers are multiples of a power of two, so that adding
+an offset to them rounds nothing.
 """
 
 import math
@@ -58,8 +58,8 @@ def test_gradients_of_the_logits_sum_to_zero_in_each_row(backend, case, data):
         (logps * upstream[0] + entropy * upstream[1]).sum().backward()
     gradient = leaf.grad.double()
     # Rounding: the probabilities sum to 1 within a few ulp, the entropy's term is a difference.
-    room = 4e-6 * (1 + logits.abs().max()) * (1 + upstream.abs().max()) / temperature
-    assert (gradient.sum(-1).abs() <= room).all(), gradient.sum(-1)
+    tolerance = 4e-6 * (1 + logits.abs().max()) * (1 + upstream.abs().max()) / temperature
+    assert (gradient.sum(-1).abs() <= tolerance).all(), gradient.sum(-1)
     moved = (logps.detach() < -0.01) & (upstream[0].abs() > 0.1) & (upstream[1] == 0)
     assert (gradient[moved].abs().sum(-1) > 0).all()
 
@@ -224,8 +224,8 @@ def test_a_constant_frame_stays_constant(backend, data):
             with ops.use(backend):
                 out = ops.resize_frames(frames, size, resample=resample, rounding=rounding)
             assert out.shape == (2, *size, 3)
-            room = 1e-3 if rounding == "none" else 0
-            assert ((out.double() - colour).abs() <= room).all(), (rounding, resample, colour)
+            tolerance = 1e-3 if rounding == "none" else 0
+            assert ((out.double() - colour).abs() <= tolerance).all(), (rounding, resample, colour)
 
 
 @both_backends
@@ -244,5 +244,5 @@ def test_patches_of_a_constant_clip_are_constant_in_each_channel(backend, data):
             patches, grid = ops.video_patches(frames, size, rounding=rounding, dtype=torch.float32)
         channels = patches.view(len(patches), 3, -1).double()
         assert grid.tolist() == [(count + 1) // 2, size[0] // 14, size[1] // 14]
-        room = 2e-5 if rounding == "none" else 2e-6
-        assert ((channels - expected[:, None]).abs() <= room).all(), (rounding, colour)
+        tolerance = 2e-5 if rounding == "none" else 2e-6
+        assert ((channels - expected[:, None]).abs() <= tolerance).all(), (rounding, colour)

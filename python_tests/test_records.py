@@ -79,6 +79,53 @@ def test_every_task_and_field_loads(tmp_path):
         load_records(path, tasks=["trakcing"])
 
 
+def test_media_outside_the_root_are_quarantined_on_request(tmp_path):
+    """A path that climbs, an absolute one, a link to a file, and a link in a folder of frames."""
+    root, outside = tmp_path / "media", tmp_path / "elsewhere.mp4"
+    (root / "frames").mkdir(parents=True)
+    (root / "linked").mkdir()
+    for path in (outside, root / "in.mp4", root / "frames" / "0.png"):
+        path.write_bytes(b"")
+    (root / "link.mp4").symlink_to(outside)
+    (root / "linked" / "0.png").symlink_to(outside)
+    (tmp_path / "alias").symlink_to(root)
+    videos = {
+        "in": "in.mp4",
+        "same": str(tmp_path / "alias" / "in.mp4"),
+        "folder": "frames",
+        "absent": "absent.mp4",
+        "up": "../elsewhere.mp4",
+        "down and up": "frames/../../elsewhere.mp4",
+        "absolute": str(outside),
+        "link": "link.mp4",
+        "folder with a link": "linked",
+    }
+    rows = [row(id=name, video=path) for name, path in videos.items()]
+    path = write(tmp_path / "data.jsonl", *rows)
+    assert len(load_records(path, media_root=root)) == len(rows)
+    bad = Quarantine()
+    kept = load_records(
+        path, media_root=root, inside_root=True, on_error="quarantine", quarantine=bad
+    )
+    assert [record.id for record in kept] == ["in", "same", "folder", "absent"]
+    assert [item.record_id for item in bad.items] == list(videos)[4:]
+    assert all(f"outside the media root {root}" in item.reason for item in bad.items)
+    with pytest.raises(RecordError, match=r"data\.jsonl:5: field 'video': .*elsewhere\.mp4"):
+        load_records(path, media_root=root, inside_root=True)
+
+
+def test_written_paths_name_the_same_file_behind_a_symbolic_link(tmp_path):
+    """`link/../x` is beside what the link points to, not beside the link."""
+    (tmp_path / "disk" / "videos").mkdir(parents=True)
+    (tmp_path / "disk" / "x.mp4").write_bytes(b"right")
+    (tmp_path / "x.mp4").write_bytes(b"wrong")
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "videos")
+    rows = write(tmp_path / "rows.jsonl", row(video="link/../x.mp4"))
+    write_records(tmp_path / "again.jsonl", load_records(rows))
+    (record,) = load_records(tmp_path / "again.jsonl")
+    assert Path(record.media).read_bytes() == b"right"
+
+
 BAD_ROWS = {
     "no id": (row(id=...), "id", "missing"),
     "no video": (row(video=...), "video", "either a video or an image"),

@@ -237,7 +237,7 @@ def test_static_shapes_draw_the_same(exact, bias):
 
 class _FakeGraph:
     """Records a step as CUDA does: a replay reads and writes the very tensors of the recording, and
-    no Python runs that could look at anything else."""
+    no Python runs that could read anything else."""
 
     recorded: ClassVar[list] = []
 
@@ -280,7 +280,7 @@ def test_graphs_are_recorded_for_each_shape_and_replayed(exact, monkeypatch):
         graphed = current[-1]
         reads = [x.data_ptr() for own in graphed.step.memory._own.values() for x in own]
         memory = graphed.step.memory
-        # The tensors are the recording's own from here on; `drawn` is set after this block.
+        # The tensors are the recording's own from here on; `sampled` is set after this block.
         graph.tape = [graphed.step, graphed.inputs, graphed.step.last, memory.version, reads]
 
     class Step(rollout_module.TokenStep):
@@ -319,7 +319,7 @@ def _chi_square_limit(freedom, z=3.719):
     [(1.0, 0, 1.0), (0.6, 0, 1.0), (1.0, 6, 1.0), (1.0, 0, 0.7), (1.3, 12, 0.8)],
 )
 def test_completions_are_distributed_as_those_of_generate(loaded, temperature, top_k, top_p):
-    """Chi-square of homogeneity over the first two tokens, drawn 4000 times by either."""
+    """Chi-square of homogeneity over the first two tokens, sampled 4000 times by either."""
     model, processor = loaded
     count = 4000
     prompt = _prompts(processor)[1]
@@ -341,9 +341,9 @@ def test_completions_are_distributed_as_those_of_generate(loaded, temperature, t
         pad_token_id=processor.stop_id,
     )[:, len(prompt) :]
     # After a stop in the first place generate pads with it.
-    drawn = [tuple(row.tolist() if len(row) == 2 else [int(row[0])] * 2) for row in ours]
-    counts = Counter(drawn), Counter(map(tuple, theirs.tolist()))
-    assert len(theirs) == count == len(drawn)
+    sampled = [tuple(row.tolist() if len(row) == 2 else [int(row[0])] * 2) for row in ours]
+    counts = Counter(sampled), Counter(map(tuple, theirs.tolist()))
+    assert len(theirs) == count == len(sampled)
     cells, rest = [], [0, 0]
     for key in counts[0] | counts[1]:
         pair = [c[key] for c in counts]
@@ -355,7 +355,7 @@ def test_completions_are_distributed_as_those_of_generate(loaded, temperature, t
     assert len(cells) > 10
     statistic = sum((a - b) ** 2 / (a + b) for a, b in cells)
     assert statistic < _chi_square_limit(len(cells) - 1)
-    # The test can tell: a twentieth of the draws more in one cell is outside.
+    # The test has power: a twentieth of the samples more in one cell is outside.
     moved = [[a, b] for a, b in cells]
     moved[0][0] += count // 20
     assert sum((a - b) ** 2 / (a + b) for a, b in moved) > _chi_square_limit(len(cells) - 1)
@@ -486,14 +486,14 @@ def test_ends_of_the_unit_interval_give_possible_tokens():
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_logits_without_a_distribution_are_told_of(temperature, value):
+def test_logits_without_a_distribution_are_reported_of(temperature, value):
     logits = torch.zeros(3, 6)
     logits[1] = value
     uniforms = torch.full((3,), 0.5, dtype=torch.float64)
-    drawn = sample(logits, uniforms, torch.tensor([0]), SamplingConfig(temperature=temperature))
-    assert drawn.tokens.max() < 6  # an index past the end would end the process on a GPU
+    sampled = sample(logits, uniforms, torch.tensor([0]), SamplingConfig(temperature=temperature))
+    assert sampled.tokens.max() < 6  # an index past the end would end the process on a GPU
     with pytest.raises(ValueError, match=r"nan or infinite in rows \[1\] of 3"):
-        check_possible(drawn.possible)
+        check_possible(sampled.possible)
 
 
 def test_truncation_keeps_ties_of_the_last_place_and_the_first_token():

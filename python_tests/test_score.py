@@ -1,4 +1,4 @@
-"""`rewards.score`: the released rewards as recorded, the mended ones against hand-made values."""
+"""`rewards.score`: the released rewards as recorded, the fixed ones against hand-made values."""
 
 import gc
 import json
@@ -67,15 +67,15 @@ def test_the_table_of_faults_is_whole():
 
 
 @pytest.mark.parametrize(
-    ("task", "term", "completion", "released", "mended"),
+    ("task", "term", "completion", "released", "fixed"),
     [row[1:] for row in FAULTS],
     ids=[row[0] for row in FAULTS],
 )
-def test_faults_before_and_after(task, term, completion, released, mended):
+def test_faults_before_and_after(task, term, completion, released, fixed):
     before = one(task, completion, mode="legacy", durations=[7.0])[term]
     assert before == pytest.approx(float(released), abs=1e-4, nan_ok=True)
     assert before != one(task, completion, durations=[7.0])[term]
-    assert one(task, completion, durations=[7.0])[term] == pytest.approx(float(mended), abs=1e-4)
+    assert one(task, completion, durations=[7.0])[term] == pytest.approx(float(fixed), abs=1e-4)
 
 
 def spans(answer):
@@ -144,15 +144,15 @@ def test_format_asks_for_reasoning_as_told():
 
 
 def test_caption_recall():
-    told = "<answer>A man is opening the red door. Then his dog jumped the fence.</answer>"
-    assert one("caption", told) == {"format": 1.0, "recall": 1.0}
+    reported = "<answer>A man is opening the red door. Then his dog jumped the fence.</answer>"
+    assert one("caption", reported) == {"format": 1.0, "recall": 1.0}
     assert one("caption", "<answer>A man opens a door, which is red.</answer>")["recall"] == 0.5
     assert one("caption", "<answer></answer>") == {"format": 0.0, "recall": 0.0}
     # Far apart in the caption is not one event.
     assert not mentions("A man waits. Rain falls. Cars pass. A door is red.", TARGETS["caption"][0])
     asked = []
     judged = one(
-        "caption", told, judge=lambda caption, event: asked.append(event) or "dog" in event
+        "caption", reported, judge=lambda caption, event: asked.append(event) or "dog" in event
     )
     assert judged["recall"] == 0.5 and asked == TARGETS["caption"]
 

@@ -46,7 +46,7 @@ def config(*overrides):
     return load_config(TrainConfig, None, [*NEEDED, *overrides])
 
 
-def drawn(*texts, lengths=None):
+def sampled(*texts, lengths=None):
     """A group's rollout: these texts, of these lengths."""
     lengths = lengths or [10] * len(texts)
     tokens = [torch.zeros(n, dtype=torch.int64) for n in lengths]
@@ -151,14 +151,14 @@ def test_the_page_on_rewards_has_every_setting_and_its_example_loads(tmp_path):
 
 
 def test_default_is_the_plain_sum():
-    (one, two) = scored(config(), [(SPAN, drawn(RIGHT, HALF))])
+    (one, two) = scored(config(), [(SPAN, sampled(RIGHT, HALF))])
     assert one.rewards == {"format": 1.0, "iou": 1.0}
     assert (one.total, two.total) == (2.0, 1.5)
 
 
 def test_weights_are_in_the_sum_and_in_the_advantages():
     settings = config("rewards.weights={format: 0.5, multiple_choice: {accuracy: 3}}")
-    groups = [(SPAN, drawn(RIGHT, "4 to 5")), (LETTER, drawn("<answer>B</answer>", "A"))]
+    groups = [(SPAN, sampled(RIGHT, "4 to 5")), (LETTER, sampled("<answer>B</answer>", "A"))]
     found = scored(settings, groups)
     assert [one.total for one in found] == [1.5, 0.0, 3.5, 0.0]
     assert found[0].rewards == {"format": 1.0, "iou": 1.0}  # shown as they are
@@ -172,7 +172,7 @@ def test_weights_are_in_the_sum_and_in_the_advantages():
 
 def test_legacy_is_the_released_code():
     texts = ["<think>x</think><answer>2 to 6</answer>", RIGHT, "<answer>2s to 6s</answer>"]
-    found = scored(config("rewards.mode=legacy"), [(SPAN, drawn(*texts))])
+    found = scored(config("rewards.mode=legacy"), [(SPAN, sampled(*texts))])
     columns = score("temporal_grounding", texts, [SPAN.answer] * 3, mode="legacy")
     for name, values in columns.items():
         assert [one.rewards[name] for one in found] == values
@@ -189,7 +189,7 @@ def test_terms_are_columns_of_their_own():
         "rewards.weights.overlong=0.5",
     )
     one, two, three = scored(
-        settings, [(SPAN, drawn(RIGHT, f"so so so {HALF}", WRONG, lengths=[4, 90, 100]))]
+        settings, [(SPAN, sampled(RIGHT, f"so so so {HALF}", WRONG, lengths=[4, 90, 100]))]
     )
     assert one.rewards == {
         "format": 1.0, "iou": 1.0, "overlong": 0.0, "repetition": 0.0, "length": 0.0,
@@ -200,17 +200,17 @@ def test_terms_are_columns_of_their_own():
     assert (three.rewards["overlong"], three.rewards["length"]) == (-1.0, 0.0)
     assert two.total == pytest.approx(0.5 - 0.25 - 1 / 3 + 0.2)
     short = config("rewards.overlong_buffer=2", "rewards.overlong_limit=6")
-    assert scored(short, [(SPAN, drawn(RIGHT, lengths=[5]))])[0].rewards["overlong"] == -0.5
+    assert scored(short, [(SPAN, sampled(RIGHT, lengths=[5]))])[0].rewards["overlong"] == -0.5
 
 
 def test_the_order_term_compares_a_group_with_its_shuffled_one():
     settings = config("rewards.temporal.rollouts=2")
-    group = (SPAN, drawn(RIGHT, HALF, WRONG, WRONG))  # mean IoU 0.375
-    helped = scored(settings, [group], [drawn(HALF, WRONG)])  # 0.25
+    group = (SPAN, sampled(RIGHT, HALF, WRONG, WRONG))  # mean IoU 0.375
+    helped = scored(settings, [group], [sampled(HALF, WRONG)])  # 0.25
     assert [one.rewards["temporal"] for one in helped] == [0.3, 0.3, 0.0, 0.0]
-    not_helped = scored(settings, [group], [drawn(HALF, HALF)])  # 0.5 > 0.375 / 0.8
+    not_helped = scored(settings, [group], [sampled(HALF, HALF)])  # 0.5 > 0.375 / 0.8
     assert [one.rewards["temporal"] for one in not_helped] == [0.0] * 4
-    both = scored(settings, [group, group], [None, drawn(HALF, WRONG)])
+    both = scored(settings, [group, group], [None, sampled(HALF, WRONG)])
     assert ["temporal" in one.rewards for one in both] == [False] * 4 + [True] * 4
 
 
@@ -228,8 +228,8 @@ def test_each_completion_is_parsed_once(monkeypatch):
             return read_blocks(blocks, record)
 
         monkeypatch.setitem(TASKS, record.task, replace(task, read=counted))
-    groups = [(one, drawn("<answer>B</answer>", RIGHT, "no")) for one in (SPAN, LETTER, CAPTION)]
-    shuffled = [drawn(HALF, WRONG), None, None]
+    groups = [(one, sampled("<answer>B</answer>", RIGHT, "no")) for one in (SPAN, LETTER, CAPTION)]
+    shuffled = [sampled(HALF, WRONG), None, None]
     found = scored(config("rewards.temporal.rollouts=2"), groups, shuffled)
     assert len(found) == 9 and len(scanned) == len(read) == 11
     assert Counter(read) == {"temporal_grounding": 5, "multiple_choice": 3, "caption": 3}
@@ -250,14 +250,14 @@ def test_user_rewards_are_columns(tmp_path):
     settings = config(
         f"rewards.functions=['{path}:brevity', '{path}:agreement']", "rewards.weights.brevity=0.01"
     )
-    found = scored(settings, [(SPAN, drawn(RIGHT, WRONG)), (LETTER, drawn("A", "B"))])
+    found = scored(settings, [(SPAN, sampled(RIGHT, WRONG)), (LETTER, sampled("A", "B"))])
     assert found[0].rewards["brevity"] == len(RIGHT) * 10.0
     assert found[0].total == pytest.approx(2.0 + 0.1 * len(RIGHT) + 4)
     assert "brevity" not in found[2].rewards and found[2].rewards["agreement"] == 4.0
     assert task_metrics(found)["reward/temporal_grounding/brevity"] == len(RIGHT) * 10.0
 
 
-def test_a_function_that_is_not_there_is_told_before_anything_is_loaded(tmp_path, capsys):
+def test_a_function_that_is_not_there_is_reported_before_anything_is_loaded(tmp_path, capsys):
     given = ["--model", "gone", "--data", "gone", "--output", str(tmp_path / "run")]
     assert main(["train", *given, "--reward", "gone.py:f"]) == 2
     assert "reward gone.py:f: FileNotFoundError: no file gone.py" in capsys.readouterr().err
@@ -272,7 +272,7 @@ def test_a_released_nan_counts_as_not_given():
     settings = config(
         "rewards.mode=legacy", "rewards.length_bonus=1", "rewards.length_band=[0, 99]"
     )
-    (one,) = scored(settings, [(track, drawn(text))])
+    (one,) = scored(settings, [(track, sampled(text))])
     assert one.rewards == {"format": 1.0, "length": 0.0}
 
 
@@ -282,11 +282,11 @@ def test_a_released_nan_counts_as_not_given():
 def test_a_judges_scores_are_metrics_and_rewards():
     """Recall by default; precision and F1 once they have a weight."""
     caption = "<answer>A man opens a door. It rains.</answer>"
-    (plain,) = scored(config(), [(CAPTION, drawn(caption))])
+    (plain,) = scored(config(), [(CAPTION, sampled(caption))])
     assert plain.rewards == {"format": 1.0, "recall": 0.5}
     assert plain.metrics == {"recall": 0.5, "precision": 0.5, "F1": 0.5}
     settings = config("rewards.weights={caption: {F1: 2, recall: 0}}")
-    (weighted,) = scored(settings, [(CAPTION, drawn(caption))])
+    (weighted,) = scored(settings, [(CAPTION, sampled(caption))])
     assert weighted.rewards == {"format": 1.0, "recall": 0.5, "F1": 0.5}
     assert weighted.total == 2.0
 
@@ -298,7 +298,7 @@ def test_a_judge_is_asked_about_a_whole_part_at_once():
         asked.append(len(prompts))
         return ["yes" if "Event" in prompt else "one\ntwo" for prompt in prompts]
 
-    group = (CAPTION, drawn("<answer>a</answer>", "<answer>b</answer>"))
+    group = (CAPTION, sampled("<answer>a</answer>", "<answer>b</answer>"))
     judge = ModelJudge(ask)
     found = scored(config(), [group, group], judge=judge)
     assert [one.rewards["recall"] for one in found] == [1.0] * 4
@@ -309,15 +309,15 @@ def test_scoring_does_not_wait_for_the_judge():
     answered = threading.Event()
 
     class Slow(MatchingJudge):
-        def tells(self, pairs):
+        def entails(self, pairs):
             assert answered.wait(30)
-            return super().tells(pairs)
+            return super().entails(pairs)
 
     sample = Sample(CAPTION, None, 10.0)
     with Scoring(config(), tasks=["caption"]) as scoring:
         scoring.judge = Slow()
         for text in ("A man opens a door.", "A dog jumps. A man opens a door."):
-            scoring.submit([sample], [drawn(f"<answer>{text}</answer>")], [None])
+            scoring.submit([sample], [sampled(f"<answer>{text}</answer>")], [None])
         answered.set()
         assert [one.rewards["recall"] for one in scoring.results()] == [0.5, 1.0]
         assert scoring.results() == []
@@ -332,15 +332,17 @@ def test_what_cannot_run_beside_the_rollout_takes_its_turn(overrides):
     done = []
 
     class Slow(MatchingJudge):
-        def tells(self, pairs):
+        def entails(self, pairs):
             time.sleep(0.05)
             done.append(len(pairs))
-            return super().tells(pairs)
+            return super().entails(pairs)
 
     with Scoring(config(*overrides), tasks=["caption"]) as scoring:
         scoring.judge = Slow()
         for count in (1, 2):
-            scoring.submit([Sample(CAPTION, None, 10.0)], [drawn("<answer>A dog</answer>")], [None])
+            scoring.submit(
+                [Sample(CAPTION, None, 10.0)], [sampled("<answer>A dog</answer>")], [None]
+            )
             assert len(done) == count
         assert len(scoring.results()) == 2
 
@@ -348,7 +350,7 @@ def test_what_cannot_run_beside_the_rollout_takes_its_turn(overrides):
 def test_own_claims_are_held_against_the_annotated_description():
     record = replace(CAPTION, metadata={"description": "It rains."})
     caption = "<answer>A man opens a door. It rains. A cat sleeps.</answer>"
-    (one,) = scored(config(), [(record, drawn(caption))])
+    (one,) = scored(config(), [(record, sampled(caption))])
     assert (one.metrics["recall"], one.metrics["precision"]) == (0.5, 1 / 3)
 
 
@@ -362,7 +364,7 @@ def test_a_failing_judge_stops_the_step_and_unreadable_replies_are_counted():
     def ask(prompts):
         raise OSError("the judge is gone")
 
-    group = (CAPTION, drawn("<answer>a</answer>"))
+    group = (CAPTION, sampled("<answer>a</answer>"))
     with pytest.raises(OSError, match="the judge is gone"):
         scored(config(), [group], judge=ModelJudge(ask))
     with Scoring(config(), tasks=["caption"]) as scoring:
@@ -470,7 +472,7 @@ def test_shuffled_frames_cost_no_vision_pass_and_leave_the_rest_alone(
 
 
 def test_shuffled_completions_are_those_of_the_reordered_clip(inputs, tmp_path):
-    """Against a rollout whose tower sees patches in the other order."""
+    """Against a rollout whose encoder sees patches in the other order."""
     settings = configure(*inputs, tmp_path / "run", "rewards.temporal.rollouts=3", "loss.beta=0")
     with setup.open_run(settings, reference=False) as run:
         samples = next(iter(run.batches()))

@@ -42,9 +42,9 @@ def test_help_lists_every_setting_with_its_default(command, capsys):
 def test_help_shows_the_defaults_of_the_tree(capsys):
     with pytest.raises(SystemExit):
         parser().parse_args(["train", "--help"])
-    told = capsys.readouterr().out
+    reported = capsys.readouterr().out
     for line in ("loss.beta (0.04): ", "optim.lr (1e-06): ", "model.path (required): "):
-        assert f"\n  {line}" in told
+        assert f"\n  {line}" in reported
 
 
 @pytest.mark.parametrize("command", SETTINGS)
@@ -99,7 +99,7 @@ def test_docs_of_fields():
 
 
 def test_a_section_refuses_in_python_what_it_refuses_in_a_file():
-    for values, told in (
+    for values, reported in (
         ({"group_size": 1}, "group_size: must be at least 2, got 1"),
         ({"group_size": "8"}, "group_size: expected a whole number, got '8'"),
         ({"top_p": True}, "top_p: expected a finite number, got True"),
@@ -110,18 +110,18 @@ def test_a_section_refuses_in_python_what_it_refuses_in_a_file():
     ):
         with pytest.raises(ConfigError) as caught:
             RolloutConfig(**values)
-        assert str(caught.value) == told
+        assert str(caught.value) == reported
 
 
 def test_a_wrong_value_is_reported_before_a_missing_one():
-    for values, told in (
+    for values, reported in (
         ({"seed": -1}, "seed: must be at least 0, got -1"),
         ({"outputs": "o"}, "outputs: unknown field; did you mean output?"),
         ({}, "output: missing"),
     ):
         with pytest.raises(ConfigError) as caught:
             RunConfig(**values)
-        assert str(caught.value) == told
+        assert str(caught.value) == reported
     with pytest.raises(ConfigError, match=r"^micro_prompts: replaced by tokens_per_microbatch"):
         OptimConfig(micro_prompts=4)
 

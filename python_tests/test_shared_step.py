@@ -1,5 +1,5 @@
 """The policy step's loss and every gradient, shared, against each completion run alone with its
-prompt: full and by adapters, trained and frozen tower, kept and recomputed activations."""
+prompt: full and by adapters, trained and frozen encoder, kept and recomputed activations."""
 
 import random
 
@@ -122,7 +122,7 @@ def _both(directory, dtype, seed, *, adapters=False, frozen=False, recomputed=Fa
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.*:FutureWarning")  # peft asks it
 @pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("frozen", [False, True], ids=["tower", "frozen"])
+@pytest.mark.parametrize("frozen", [False, True], ids=["encoder", "frozen"])
 @pytest.mark.parametrize("adapters", [False, True], ids=["full", "adapters"])
 def test_loss_and_gradients_in_float64(directory, adapters, frozen, recomputed):
     """To 1e-7, the norms being float32 in the model itself."""

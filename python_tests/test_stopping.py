@@ -1,8 +1,10 @@
 """Signals that end a run, the lock of its folder, and a kill at every file operation."""
 
+import dataclasses
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import textwrap
@@ -12,7 +14,7 @@ import pytest
 from tiny_run import SETTINGS, configure, write_inputs
 
 from vcr1_fast.cli import main
-from vcr1_fast.train import checkpoint, loop, rollouts, scoring, setup, stopping
+from vcr1_fast.train import advantages, checkpoint, loop, rollouts, scoring, setup, stopping
 from vcr1_fast.train.loop import train
 from vcr1_fast.train.sft import sft
 
@@ -190,6 +192,35 @@ def test_each_rank_samples_its_own_numbers(inputs, tmp_path):
         found += [texts(3), texts(4)]
         assert all(a != b for i, a in enumerate(found) for b in found[:i])
         assert texts(4) == found[3]
+
+
+def test_each_rank_keeps_the_advantages_of_its_own_completions(inputs, tmp_path, monkeypatch):
+    """As rank 1 of 2: the other rank's completions come first, and are not as many."""
+    one = scoring.Scored("other", {"r": 0.0}, {}, length=1, finished=True)
+    others = [one] * 3 + [dataclasses.replace(one, rewards={"r": 9.0})]
+    monkeypatch.setattr(
+        loop,
+        "gather_object",
+        lambda own: [*others, *own] if isinstance(own[0], scoring.Scored) else own,
+    )
+    monkeypatch.setattr(advantages, "gather_object", lambda own: [len(others), *own])
+    monkeypatch.setattr(
+        scoring,
+        "own_rewards",
+        lambda answers, *rest: [({"r": float(len(text))}, {}) for _, text in answers],
+    )
+    monkeypatch.setattr(setup.Run, "rank", 1)
+    monkeypatch.setattr(setup.Run, "ranks", 2)
+    monkeypatch.setattr(setup.Run, "finish_step", lambda run, step: None)  # rank 0 would save
+    train(configure(*inputs, tmp_path / "run", "optim.steps=1", "loss.beta=0"))
+    rows = read(tmp_path / "run" / "rollouts.jsonl")
+    assert len(rows) == 8  # two of the four prompts
+    for group in (rows[:4], rows[4:]):
+        rewards = [float(len(row["completion"])) for row in group]
+        spread = statistics.stdev(rewards) + 1e-4
+        expected = [(reward - statistics.mean(rewards)) / spread for reward in rewards]
+        assert [row["advantage"] for row in group] == pytest.approx(expected, abs=1e-5)
+    assert any(row["advantage"] for row in rows)
 
 
 @pytest.mark.parametrize("loss_type", ["dapo", "bnpo", "grpo", "dr_grpo"])

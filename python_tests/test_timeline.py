@@ -258,7 +258,10 @@ def test_files_that_end_early_are_reported(tmp_path, suffix, codec):
             ):
                 read_clip(str(path), FrameConfig(num_frames=2), backend=backend)
     path.write_bytes(whole + b"\n<!-- appended by a server -->\n")
-    if suffix not in ("ts", "gif"):  # they cannot be told from a packet, a picture, cut in two
+    if suffix not in (
+        "ts",
+        "gif",
+    ):  # these look like a packet or picture cut in two
         assert cut_off(str(path)) is None
 
 

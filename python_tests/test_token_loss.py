@@ -83,7 +83,7 @@ def test_fake_tensors_have_its_shapes():
     assert {x.shape for x in (*out, logps.grad)} == {(B, T)}
 
 
-# torch's tracer makes a Function object while it looks at one, and warns about it.
+# torch's tracer makes a Function object while it inspects one, and warns about it.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_compiles_whole():
     tensors, upstream = make(torch.float32)

@@ -56,8 +56,10 @@ def test_it_trains_two_steps_and_evaluates(inputs, tmp_path):
     names = ("format", "way", "axis", "effort")
     columns = {f"reward/direction/{name}" for name in names}
     assert columns | {"metric/direction/accuracy"} <= set(rows[0])
-    drawn = [json.loads(row) for row in (tmp_path / "run/rollouts.jsonl").read_text().splitlines()]
-    assert {row["prompt"] for row in drawn} == {
+    sampled = [
+        json.loads(row) for row in (tmp_path / "run/rollouts.jsonl").read_text().splitlines()
+    ]
+    assert {row["prompt"] for row in sampled} == {
         "Which way does the circle move? Reply like <way>left</way>."
     }
     config = EvalConfig(max_new_tokens=8, decode_workers=0)
@@ -90,7 +92,7 @@ def test_its_records_are_checked_by_it(inputs, tmp_path):
         load_records(tmp_path / "bad.jsonl")
 
 
-def test_a_block_of_its_own_tag_is_the_answer(task):
+def test_a_block_of_its_tag_is_the_answer(task):
     record = task.example
     assert task.score_one("<way> left </way>", record) == {"format": 1.0, "way": 1.0, "axis": 1.0}
     assert task.score_one("<way>right</way>", record) == {"format": 1.0, "way": 0.0, "axis": 1.0}

@@ -235,7 +235,7 @@ def test_a_sharded_head_is_gathered_for_the_backward_pass(monkeypatch):
         torch.testing.assert_close(mine, other)
 
 
-# torch's tracer makes a Function object while it looks at one, and warns about it.
+# torch's tracer makes a Function object while it inspects one, and warns about it.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_in_a_compiled_function_and_under_autocast():
     hidden, weight, _, targets = head_inputs(dtype=torch.float32)

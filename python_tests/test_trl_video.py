@@ -1,4 +1,4 @@
-"""Video GRPO inside TRL: the same losses and gradients as our own step and as the plain form."""
+"""Video GRPO inside TRL: losses and gradients equal our step's and the unshared baseline's."""
 
 import subprocess
 import sys

@@ -258,7 +258,7 @@ def test_what_a_fused_head_refuses():
         FusedLinearForPPO(impl_backend="triton")
 
 
-# torch's tracer makes a Function object while it looks at one, and warns about it.
+# torch's tracer makes a Function object while it inspects one, and warns about it.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_compiled_checkpointed_and_under_autocast():
     """verl compiles the entropy, checkpoints it, and runs the engine under autocast."""

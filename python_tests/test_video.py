@@ -69,7 +69,7 @@ def write(
 
 
 def shown(clip: Clip) -> list[int]:
-    """The number of each frame, told from its grey."""
+    """The number of each frame, read from its grey."""
     levels = clip.frames[:, SIZE[0] // 2 :].mean((1, 2, 3)) / STEP
     assert np.abs(levels - levels.round()).max() < 0.35
     return levels.round().astype(int).tolist()
@@ -417,18 +417,18 @@ def test_a_reader_that_workers_cannot_import_is_a_fault_of_the_program(monkeypat
 
 
 def test_reading_runs_ahead_within_bounds_and_ends_when_left():
-    drawn = []
+    taken = []
 
     def endless():
         for index in range(10**9):
-            drawn.append(index)
+            taken.append(index)
             yield ClipRequest(f"ok-{index % 100}")
 
     before = threading.active_count()
     with ClipReader(workers=2, prefetch=5, reader=fake_readers.by_name) as reader:
         clips = reader.read(endless())
         pids = {int(next(clips).fps) for _ in range(12)}
-        assert 12 <= len(drawn) <= 12 + 5
+        assert 12 <= len(taken) <= 12 + 5
         clips.close()
         assert len(list(reader.read(requests("ok-1", "ok-2")))) == 2
     assert 1 <= len(pids) <= 2 and not any(map(alive, pids))

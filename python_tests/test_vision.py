@@ -132,7 +132,7 @@ def test_a_clip_does_not_depend_on_the_others(directory):
         assert torch.allclose(a, b, rtol=0, atol=1e-7)
 
 
-def test_frozen_tower_keeps_no_graph(directory):
+def test_frozen_encoder_keeps_no_graph(directory):
     model, _ = checkpoint.load(directory)
     grid = torch.tensor([(1, 4, 4)])
     assert encode_videos(model, _patches(grid, torch.float32), grid)[0].requires_grad
@@ -173,8 +173,8 @@ def test_flash_attention_is_left_in_place(directory):
 )
 @pytest.mark.parametrize("grid", [[(5, 10, 14)], [(1, 4, 4), (3, 12, 6), (2, 8, 16)]])
 def test_frames_in_another_order_are_features_in_another_order(directory, grid, dtype, tolerance):
-    """The tower on reordered patches against the reordered features of its pass on the clip; some
-    of its blocks look within windows, one at whole frames."""
+    """The encoder on reordered patches against the reordered features of its pass on the clip; some
+    of its blocks attend within windows, one within whole frames."""
     assert 0 < len(CONFIG.vision_full_attention) < CONFIG.vision_depth
     model, _ = checkpoint.load(directory, dtype=dtype)
     grid = torch.tensor(grid)

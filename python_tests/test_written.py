@@ -155,7 +155,7 @@ def test_what_is_written_overlaps_what_is_annotated(rows, box):
         (["a  b", "a c"], "a  b"),
     ],
 )
-def test_labels_that_fall_together_are_told_apart(choices, answer):
+def test_labels_that_fall_together_are_reported_apart(choices, answer):
     record = Record("r", "classification", "v", PROMPT, answer, options=tuple(choices))
     task = TASKS["classification"]
     task.check(record)

@@ -1,4 +1,4 @@
-"""A user's task in one file, with a tag of its own: which way does something move?"""
+"""A user's task in one file, with a new tag: which way does something move?"""
 
 from collections import Counter
 

@@ -1,5 +1,5 @@
 """TRL's fused head with the patch in DDP, and with a head that FSDP2 shards, in one process: run by
-test_trl_patch.py in a process of its own, as `python trl_parallel.py MODEL STORE`."""
+test_trl_patch.py in a separate process, as `python trl_parallel.py MODEL STORE`."""
 
 import sys
 

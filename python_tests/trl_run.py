@@ -48,7 +48,7 @@ def write_model(folder: Path) -> Path:
 
 
 def even_share(completion_ids, **_):
-    """Share of even tokens: every completion has a reward of its own."""
+    """Share of even tokens: every completion has a different reward."""
     return [sum(i % 2 == 0 for i in ids) / len(ids) for ids in completion_ids]
 
 

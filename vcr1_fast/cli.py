@@ -91,7 +91,7 @@ def parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("report", help="curves and rollouts of a training run")
     command.add_argument("folder", help="of the run (run.output)")
-    command.add_argument("--data", help="records trained on (default: as the run was told)")
+    command.add_argument("--data", help="records trained on (default: the run's data.train)")
     command.set_defaults(run=run_report)
 
     command = commands.add_parser("bench", help="time the operations beside their peers")
@@ -125,6 +125,9 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--format", help="check a published file as it is (see data convert)")
     command.add_argument("--train", help="records trained on: blind baselines are fitted on them")
     command.add_argument("--media", help="folder of the videos (default: the records' own)")
+    command.add_argument(
+        "--inside-root", action="store_true", help="media outside that folder are faults"
+    )
     command.add_argument("--no-media", action="store_true", help="do not open the media")
     command.add_argument("--decode", action="store_true", help="also decode what is shown")
     command.add_argument(
@@ -277,7 +280,10 @@ def run_check(options: argparse.Namespace) -> int:
     how = {"train": options.train, "media": not options.no_media, "decode": options.decode}
     how["decoder"] = options.decoder
     if options.format is None:
+        how["inside_root"] = options.inside_root
         report = check(options.records, media_root=options.media, **how)
+    elif options.inside_root:
+        raise ValueError("--inside-root is for records: convert published files first")
     else:
         report = check_annotations(options.format, options.records, media_root=options.media, **how)
     print(report_text(report))

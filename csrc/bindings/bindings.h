@@ -33,12 +33,20 @@ struct RegisterBinding {
   }
 };
 
+// More threads than any machine has. libgomp ends the process when it cannot start a team.
+constexpr int kMaxThreads = 4096;
+
+inline void check_threads(int num_threads) {
+  VCR1_CHECK(num_threads > 0 && num_threads <= kMaxThreads, "num_threads: expected 1 to ",
+             kMaxThreads, ", got ", num_threads);
+}
+
 // Runs a CPU launcher without the GIL.
 template <typename Args>
 void launch_cpu(const char* op, const Tensor& on, void (*fn)(const Args&, int), const Args& args,
                 int num_threads) {
   VCR1_CHECK(on.on_cpu(), op, ": there is no kernel for the tensors' device");
-  VCR1_CHECK(num_threads > 0, "num_threads: expected at least 1, got ", num_threads);
+  check_threads(num_threads);
   const py::gil_scoped_release released;
   fn(args, num_threads);
 }

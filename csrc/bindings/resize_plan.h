@@ -19,6 +19,17 @@ struct AxisTables {
   int tile, groups, steps, span, reach;
 };
 
+// Shift of integer weights: PIL's has 22 bits, torch's at most as many. Kernels add 1 << (bits -
+// 1), and a sum of 255 * 2^22 still fits an int32.
+constexpr int kMaxResizeBits = 22;
+
+inline void check_axis(const AxisTables& axis, bool is_int) {
+  VCR1_CHECK(axis.n_in > 0 && axis.n_out > 0, "n_in and n_out: expected at least 1, got ",
+             axis.n_in, " and ", axis.n_out);
+  VCR1_CHECK(!is_int || (axis.bits > 0 && axis.bits <= kMaxResizeBits), "bits: expected 1 to ",
+             kMaxResizeBits, ", got ", axis.bits);
+}
+
 // Sets frames (T, H, W, 3) of any strides, of the size that the plan `args` was made for.
 template <typename ResizeArgs>
 void set_frames(ResizeArgs& args, const Tensor& frames) {
@@ -65,7 +76,7 @@ class ResizePlan {
     cpu::ResizeArgs out = args_;
     VCR1_CHECK(frames.on_cpu() && scratch.on_cpu(), "frames and scratch: expected CPU tensors");
     set_frames(out, frames);
-    VCR1_CHECK(num_threads > 0, "num_threads: expected at least 1, got ", num_threads);
+    check_threads(num_threads);
     VCR1_CHECK(scratch.numel() >= num_threads * scratch_bytes(), "scratch: expected ",
                num_threads * scratch_bytes(), " bytes, got ", scratch.numel());
     out.scratch = scratch.dense<uint8_t>("scratch");
@@ -78,6 +89,7 @@ class ResizePlan {
   }
 
   void set_axis(cpu::ResizeAxis& axis, int index, const AxisTables& tables) {
+    check_axis(tables, is_int());
     const int64_t n_in = tables.n_in, n_out = tables.n_out;
     axis.n_in = n_in;
     axis.n_out = n_out;
@@ -92,7 +104,11 @@ class ResizePlan {
     const auto [rows, columns] = weights.shape<2>("weights");
     VCR1_CHECK(rows == n_out && first.numel() == n_out, "tables: expected ", n_out, " rows, got ",
                rows, " and ", first.numel());
-    axis.taps = is_int() ? columns / (2 * parts) : columns;
+    // Integer weights come in pairs of source lines, and by low and high halves for int22.
+    const int64_t unit = is_int() ? 2 * parts : 1;
+    VCR1_CHECK(columns > 0 && columns % unit == 0, "weights: expected a positive multiple of ",
+               unit, " columns, got ", columns);
+    axis.taps = columns / unit;
     const int32_t* begin = first.dense<int32_t>("first");
     first_[index].assign(begin, begin + n_out);
     const int64_t lines = is_int() ? (n_in + 1) / 2 : n_in;
@@ -158,6 +174,9 @@ class CudaResizePlan {
  private:
   void set_axis(cuda::ResizeAxis& axis, const AxisTables& tables) {
     using cuda::ResizeMethod;
+    check_axis(tables, is_matrix() || args_.method == ResizeMethod::kInt);
+    VCR1_CHECK(tables.steps > 0 || args_.method == ResizeMethod::kCopy,
+               "steps: expected at least 1, got ", tables.steps);
     axis.n_in = tables.n_in;
     axis.n_out = tables.n_out;
     axis.bits = tables.bits;

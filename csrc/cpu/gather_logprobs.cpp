@@ -331,7 +331,7 @@ void backward_row(const Backward& a, int64_t row) {
   h != 0.0f ? write_row<true>(gradient, x, out, in.vocab, a.fresh)
             : write_row<false>(gradient, x, out, in.vocab, a.fresh);
 
-  // Each label's element anew in fp32, because the row may hold it rounded, and from its log-prob,
+  // Each label's element again in fp32, because the row may hold it rounded, and from its log-prob,
   // because in place its logit is gone. A label that stands twice gets both gradients.
   const int64_t* const labels = in.labels + row * in.k;
   for (int64_t j = 0; j < in.k; ++j) {

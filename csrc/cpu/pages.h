@@ -21,7 +21,7 @@ struct Block {
 };
 Block* take_block(size_t bytes);
 
-// From any thread, without Python. At most kKeptBytes are kept; the oldest block makes room.
+// From any thread, without Python. At most kKeptBytes are kept; the oldest block is released.
 // MADV_FREE, with which the system could take kept pages back, made their next use up to 1 us a
 // page slower.
 constexpr size_t kKeptBytes = size_t{256} << 20;

@@ -269,7 +269,7 @@ constexpr int kStreamAlign = 16;
 
 #endif
 
-// 2 * kWidth elements, for each dtype in an order of its own: bf16's are cheapest as the even ones
+// 2 * kWidth elements, for each dtype in its own order: bf16's are cheapest as the even ones
 // and the odd ones. A NaN given to store_pair() must have a clear low half, as those have that come
 // from a half or from arithmetic on numbers.
 template <typename T>

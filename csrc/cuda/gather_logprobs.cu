@@ -10,7 +10,7 @@
 namespace vcr1::cuda {
 namespace {
 
-// Threads of an SM that its registers should have room for.
+// Threads of an SM that its registers should hold.
 constexpr int kThreadsPerSm = 1024;
 
 template <int kTeam>

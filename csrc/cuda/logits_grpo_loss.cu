@@ -15,7 +15,7 @@ namespace vcr1::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kBlocksPerSm = 4;  // that registers should have room for
+constexpr int kBlocksPerSm = 4;  // that registers should hold
 constexpr int kStages = 4;       // of the copy into shared memory
 constexpr int kMaxCluster = 8;   // every sm_90 can schedule that
 constexpr int kSliceBytes =

@@ -113,7 +113,7 @@ struct Sums {
   }
 };
 
-// Columns of a row are counted in 32 bits, with room for a loop to run over the end.
+// Columns of a row are counted in 32 bits, with a margin for a loop that runs over the end.
 constexpr int64_t kMaxVocab = int64_t{1} << 30;
 constexpr int kUnroll = 4;  // 16-byte loads in flight a thread
 

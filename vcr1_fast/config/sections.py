@@ -28,6 +28,8 @@ class ReadingConfig(PromptConfig):
 
     media_root: str | None = None
     """Folder that media paths are relative to; null: the folder of the records file."""
+    inside_root: bool = False
+    """Quarantine records whose media lie outside `media_root`, symbolic links followed."""
     tasks: tuple[str, ...] | None = None
     """Use the records of these tasks only; null: all tasks in the file."""
     think: bool = False

@@ -57,7 +57,7 @@ def sections(cls: type, name: str = "", default: Any = None) -> Iterator[Section
         elif is_settable(hint):
             shown = None if value is dataclasses.MISSING else json.dumps(plain(value))
             found.append(Setting(where, kind(hint), shown, docs.get(field.name, "")))
-    # No docstring of its own: dataclass writes the signature there.
+    # No docstring in the class: dataclass writes the signature there.
     text = inspect.cleandoc(cls.__doc__ or "").split("\n\n")[0]
     yield Section(name, " ".join(text.split()), found)
     for hint, where, value in inner:

@@ -47,7 +47,7 @@ def convert(
 
     media_root: folder that holds the media. benchmark: the published split that these are, kept as
     `metadata.benchmark`; None: the format's own, where it has one. Refused rows: `output` with the
-    ending .quarantine.jsonl, written anew. ValueError for an unknown format, or a file of which no
+    ending .quarantine.jsonl, overwritten. ValueError for an unknown format, or a file of which no
     entry is of the format, naming the file, the entry and the field.
     """
     if kind not in FORMATS:

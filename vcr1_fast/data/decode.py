@@ -128,6 +128,7 @@ class _PyavReader:
     def read(self, indices: np.ndarray, shrink: Shrink) -> np.ndarray:
         """Frames (len(indices), h, w, 3) uint8 RGB of distinct ascending numbers."""
         gather, faults = _Gather(self.path, shrink), decoder_faults()
+        recoverable: tuple[type[BaseException], ...] = (*faults, _Astray)
         frames: dict[int, np.ndarray] = {}
         try:
             if self.timeline.packets is None:
@@ -135,7 +136,7 @@ class _PyavReader:
             else:
                 try:
                     self._enter_midway(indices, frames, gather)
-                except (*faults, _Astray) as error:
+                except recoverable as error:
                     if isinstance(error, VideoError):
                         raise
                 if len(frames) < len(indices):
@@ -218,7 +219,8 @@ class _PyavReader:
 
 def _groups(entries: list[int], places: list[int]) -> Iterator[tuple[int, list[int]]]:
     """(key packet to begin at, wanted packets) of runs that are decoded in one go."""
-    begin, group, reached = -1, [], -1
+    begin = reached = -1
+    group: list[int] = []
     for entry, place in sorted(zip(entries, places, strict=True)):
         if group and entry > reached + _SEEK_GAIN:
             yield begin, group
@@ -300,8 +302,8 @@ def _decord_reader(
         # Of an MPEG transport stream it shows the first frames wrong, even when read in order.
         reason = f"decord is not exact for {'/'.join(sorted(timeline.formats))} files"
         raise NeedsPyav(path, f'{reason}, read it by backend="pyav" or put it into an mp4')
-    if reason := _decord_differs(path, timeline):
-        _hand_over(reason)
+    if (difference := _decord_differs(path, timeline)) is not None:
+        _hand_over(difference)
         return None
     decord.logging.set_level(decord.logging.QUIET)  # its faults come back as exceptions
     faults = (decord.DECORDError, RuntimeError, IndexError, OSError, StopIteration)

@@ -39,6 +39,7 @@ def load_records(
     path: str | os.PathLike[str],
     *,
     media_root: str | os.PathLike[str] | None = None,
+    inside_root: bool = False,
     tasks: Collection[str] | None = None,
     on_error: str = "raise",
     quarantine: Quarantine | None = None,
@@ -46,8 +47,9 @@ def load_records(
     """The records of a JSONL file, in order, each checked.
 
     A relative `video` or `image` is taken from `media_root`, or from the JSONL's own folder.
-    `tasks` keeps those tasks only. The first fault raises RecordError; with on_error="quarantine"
-    the row goes to `quarantine` instead and is left out. Blank lines are allowed.
+    `inside_root` refuses media outside that folder. `tasks` keeps those tasks only. The first fault
+    raises RecordError; with on_error="quarantine" the row goes to `quarantine` instead and is left
+    out. Blank lines are allowed.
     FileNotFoundError for no file.
     """
     if on_error not in ("raise", "quarantine"):
@@ -65,6 +67,8 @@ def load_records(
         try:
             row = _decode(line)
             record = parse_record(row, root)
+            if inside_root:
+                _check_inside(record, root)
             if record.id in first_line:
                 raise FieldError("id", f"{record.id!r} is already on line {first_line[record.id]}")
             first_line[record.id] = number
@@ -93,7 +97,8 @@ def write_records(path: str | os.PathLike[str], records: Iterable[Record]) -> No
         row = {f.name: getattr(record, f.name) for f in fields(Record)}
         row = {k: v for k, v in row.items() if k in _REQUIRED or v not in ((), None, {})}
         medium = "video" if record.image is None else "image"
-        path = Path(os.path.abspath(record.media))
+        # Not abspath: behind a symbolic link ".." leads elsewhere than the text of the path says.
+        path = Path(record.media).absolute()
         row[medium] = (
             path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
         )
@@ -160,6 +165,18 @@ def parse_record(row: Any, media_root: str | os.PathLike[str] = ".") -> Record:
     )
     TASKS[record.task].check(record)
     return record
+
+
+def _check_inside(record: Record, root: Path) -> None:
+    """FieldError unless the record's file, and each picture of a folder of frames, lies in `root`
+    once symbolic links are followed."""
+    name = "image" if record.video is None else "video"
+    media, real_root = Path(record.media), root.resolve()
+    pictures = media.iterdir() if media.is_dir() else ()
+    for path in (media, *pictures):
+        real = path.resolve()
+        if not real.is_relative_to(real_root):
+            raise FieldError(name, f"{path} is {real}, outside the media root {real_root}")
 
 
 _FIELDS = tuple(f.name for f in fields(Record))

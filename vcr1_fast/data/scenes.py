@@ -2,7 +2,7 @@
 
 A scene holds one *mover*, visible throughout and crossing the frame along one axis, and one or
 two *visitors*, each visible during one span. The colours within a scene are distinct. The light
-falls from one side and above, and warms as the clip plays: so a patch of the background tells,
+falls from one side and above, and warms as the clip plays: so a patch of the background shows,
 under its noise, where it lies and when, and a model of a million parameters can learn to read both.
 Everything follows from the random generator: equal seeds give equal scenes, frames, questions.
 """
@@ -38,16 +38,16 @@ _NOON = 4.5
 
 @dataclass(frozen=True)
 class SceneConfig:
-    """What scenes look like: times in seconds, sizes in pixels, radii as fractions of the frame."""
+    """Appearance of scenes: times in seconds, sizes in pixels, radii as fractions of the frame."""
 
     min_seconds: float = 6.0
     """Shortest clip, in seconds."""
     max_seconds: float = 9.0
     """Longest clip, in seconds."""
     fps: tuple[float, ...] = (6.0, 8.0, 10.0, 12.0)
-    """Frame rates that clips are drawn from."""
+    """Frame rates to sample from."""
     sizes: tuple[tuple[int, int], ...] = ((112, 112),)
-    """Frame sizes (height, width) in pixels that clips are drawn from."""
+    """Frame sizes (height, width) in pixels to sample from."""
     visitors: tuple[int, int] = (1, 2)
     """Fewest and most moving shapes of a clip."""
     span: tuple[float, float] = (0.12, 0.4)
@@ -245,7 +245,7 @@ def questions(scene: Scene, rng: np.random.Generator) -> list[dict[str, Any]]:
             "answer": mover.color,
         }
     )
-    # Two words of substance each, so that half an event told is an event missed.
+    # Two words of substance each, so that half an event is an event missed.
     events = [f"{mover.color} {scene.direction}wards."]
     events += [f"{thing.color} comes." for thing in sorted(visitors, key=lambda one: one.start)]
     asked.append(

@@ -42,7 +42,7 @@ TASKS = (
 
 @dataclass(frozen=True)
 class SynthConfig:
-    """Clips per split, the seed, what scenes look like, and which tasks are asked about them.
+    """Clips per split, the seed, the appearance of scenes, and which tasks are asked about them.
 
     Every question on a scene whose task is in `tasks` becomes a record.
     """

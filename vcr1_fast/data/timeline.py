@@ -253,7 +253,7 @@ def _packets(path: str, rows: list[_Row]) -> Packets:
     if moved.max() > MAX_REORDER or backwards:
         raise VideoError(path, f"its time stamps run backwards; {REMUX}")
     leaders = shown & (pts < pts[np.argmax(key)])
-    if leaders.any():  # of an open GOP whose beginning was cut away, or decodable all the same
+    if leaders.any():  # of an open GOP whose beginning was cut away, or decodable without it
         decoded = _decoded_before(path, int(pts[np.argmax(key)]))
         shown &= ~leaders | np.isin(pts, decoded)
     return Packets(pts, dts, key, shown)

@@ -37,7 +37,8 @@ def cut_off(path: str) -> str | None:
 
 
 def _mp4(file: BinaryIO, size: int) -> str | None:
-    position, kinds = 0, []
+    position = 0
+    kinds: list[bytes] = []
     while position + 8 <= size:
         file.seek(position)
         header = file.read(16)

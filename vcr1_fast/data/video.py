@@ -5,7 +5,7 @@ An image is read like a clip: one frame, without a rate or a length.
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
@@ -221,7 +221,7 @@ def probe_all(
     backend: str = DECODER,
     timeout: float | None = 60.0,
     workers: int = 2,
-) -> Iterator[VideoInfo | VideoError]:
+) -> Generator[VideoInfo | VideoError, None, None]:
     """`probe` of each (path, folder_fps) in worker processes: a decoder that crashes costs that
     file only. In order; `backend`, `timeout` and `workers` as for ClipReader."""
     pool = WorkerPool(partial(_probe, backend), workers=workers, timeout=timeout)
@@ -311,7 +311,7 @@ def _sample(
     stamps = source.timestamps[part.first : part.stop]
     rate = source.fps
     if not is_even(stamps, rate) and stamps[-1] > stamps[0]:
-        rate = (total - 1) / float(stamps[-1] - stamps[0])  # this part may have a rate of its own
+        rate = (total - 1) / float(stamps[-1] - stamps[0])  # this part may have another rate
     even = is_even(stamps, rate, part.begin)
     try:
         count = config.count(total, rate if even else total / part.length)

@@ -78,7 +78,7 @@ class WorkerPool:
     def map(self, items: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
         """(item, result) for each item, in order. A result may be an exception, not raised:
 
-        what the function raised, WorkerTimeout, or WorkerDied. Items are drawn as they are needed.
+        what the function raised, WorkerTimeout, or WorkerDied. Items are taken as they are needed.
         """
         if self._closed:
             raise ValueError("the worker pool is closed")

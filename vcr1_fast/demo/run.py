@@ -67,11 +67,11 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     seconds: dict[str, float] = {}
     with _timed("clips", seconds):
         splits = write_dataset(out / "data", dataclasses.replace(config.clips, seed=config.seed))
-        blurred = splits["train"].with_name("blurred.jsonl")
+        imprecise = splits["train"].with_name("imprecise.jsonl")
         vague = blur_records(load_records(splits["train"]), config.seed, config.blur)
-        write_records(blurred, with_reasoning(vague))
+        write_records(imprecise, with_reasoning(vague))
     with _timed("sft", seconds):
-        sft(_sft(config, blurred))
+        sft(_sft(config, imprecise))
     stages = {}
     with _timed("evaluate", seconds):
         stages["SFT"] = _evaluate(out / "sft", splits, config)

@@ -30,7 +30,7 @@ FAMILY = family_named("qwen2_5_vl")
 """The demo's model family: the one place outside its folder that names one."""
 
 # A small head needs fast rotations: with theta 10 neighbouring rows, columns and seconds differ by
-# angles that attention can tell apart, on all three axes.
+# angles that attention can separate, on all three axes.
 MODEL = FAMILY.tiny_config(
     hidden_size=64,
     layers=3,

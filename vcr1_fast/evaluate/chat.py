@@ -55,21 +55,21 @@ class Conversation:
 
     def ask(self, question: str) -> Iterator[str]:
         """The answer, piece by piece as it is generated, special tokens left out. ValueError for a
-        question that holds vision tokens."""
+        question that holds vision or other control tokens."""
         hidden = self._follow_up(question) if self.messages else self._open(question)
-        stop, tokens, told = self.processor.stop_id, [], ""
+        stop, tokens, shown = self.processor.stop_id, [], ""
         for _ in range(self.sampling.max_new_tokens):
             tokens.append(self._sample(hidden))
             if tokens[-1] == stop:
                 break
             text = self.processor.decode(tokens)
             if not text.endswith(_HALF_A_LETTER):
-                yield text[len(told) :]
-                told = text
+                yield text[len(shown) :]
+                shown = text
             hidden = self._read(torch.tensor(tokens[-1:]))
         text = self.processor.decode(tokens)
-        if len(text) > len(told):
-            yield text[len(told) :]
+        if len(text) > len(shown):
+            yield text[len(shown) :]
         self.messages += [
             {"role": "user", "content": question},
             {"role": "assistant", "content": text},
@@ -99,6 +99,7 @@ class Conversation:
         tokens = self.processor.encode(turn)
         if bool(torch.isin(tokens, self._vision_ids()).any()):
             raise ValueError(f"the question holds vision tokens: {question!r}")
+        self.processor.refuse_control_tokens(question)
         return self._read(tokens)
 
     def _vision_ids(self) -> Tensor:
@@ -149,7 +150,7 @@ def main_chat(config: ChatConfig, questions: TextIO | None = None) -> int:
 
 
 def open_conversation(config: ChatConfig) -> Conversation:
-    """Load the model and read the clip; tells on the standard error what is shown."""
+    """Load the model and read the clip; describes the clip on the standard error."""
     from vcr1_fast.model import checkpoint
 
     began, clips = time.perf_counter(), []
@@ -171,10 +172,10 @@ def open_conversation(config: ChatConfig) -> Conversation:
     clips += [read_image(path) for path in config.image]
     for clip in clips:
         height, width = clip.frames.shape[1:3]
-        told = f"{width} x {height}"
+        size = f"{width} x {height}"
         if clip.duration is not None:
-            told = f"{len(clip.frames)} frames of {clip.duration:.1f} s, {told}"
-        print(f"{clip.path}: {told}", file=sys.stderr)
+            size = f"{len(clip.frames)} frames of {clip.duration:.1f} s, {size}"
+        print(f"{clip.path}: {size}", file=sys.stderr)
     dtype, device = config.placement()
     model, processor = checkpoint.load(
         config.model,

@@ -65,6 +65,7 @@ def check(
     *,
     train: str | Path | None = None,
     media_root: str | Path | None = None,
+    inside_root: bool = False,
     media: bool = True,
     decode: bool = False,
     decoder: str = DECODER,
@@ -74,12 +75,19 @@ def check(
     train: records that a model is trained on; blind baselines are fitted on them, and a video in
         both is a fault. Without it they are fitted on the examined records, which can only raise
         them.
+    inside_root: media outside `media_root` are faults, as with data.inside_root of a run.
     media: open every video and image, to compare lengths with the annotation.
     decode: also decode what each record shows, as training does.
     decoder: which decoder opens the videos, as data.decoder of a run.
     """
     bad = Quarantine()
-    records = load_records(path, media_root=media_root, on_error="quarantine", quarantine=bad)
+    records = load_records(
+        path,
+        media_root=media_root,
+        inside_root=inside_root,
+        on_error="quarantine",
+        quarantine=bad,
+    )
     refused = Path(path).with_suffix(".quarantine.jsonl")
     refusals = Quarantine(refused).items if refused.exists() else []
     faults = [malformed(item) for item in [*refusals, *bad.items]]
@@ -138,11 +146,11 @@ def report_text(report: Report, examples: int = 3) -> str:
         if count > examples:
             lines.append(f"  and {count - examples} more")
     for task, shares in report.balance.items():
-        told = ", ".join(f"{answer} {100 * share:.1f} %" for answer, share in shares.items())
-        lines.append(f"{task}: {told}")
+        text = ", ".join(f"{answer} {100 * share:.1f} %" for answer, share in shares.items())
+        lines.append(f"{task}: {text}")
     lines.append("blind baselines:")
     for task, strategies in report.floors.items():
         for strategy, metrics in strategies.items():
-            told = ", ".join(f"{name} {100 * value:.1f}" for name, value in metrics.items())
-            lines.append(f"  {task}, {strategy}: {told}")
+            text = ", ".join(f"{name} {100 * value:.1f}" for name, value in metrics.items())
+            lines.append(f"  {task}, {strategy}: {text}")
     return "\n".join(lines)

@@ -16,7 +16,7 @@ from vcr1_fast.files import append_jsonl, read_jsonl
 
 @dataclass(frozen=True)
 class Pass:
-    """One look at the clip: what the model said, and what the look cost."""
+    """One pass over the clip: the model's text and the pass's cost."""
 
     text: str
     spans: tuple[tuple[float, float], ...]
@@ -44,13 +44,13 @@ class Completion:
     """False: cut at max_new_tokens before the end-of-sequence token."""
     error: str | None = None
     passes: tuple[Pass, ...] = ()
-    """Every look at the clip, the last one being `text`; () where no model was asked."""
+    """Every pass over the clip, the last one being `text`; () where no model was asked."""
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> Completion:
         """Of one decoded line; TypeError for other fields than these."""
-        looks = ({**look, "spans": tuple(map(tuple, look["spans"]))} for look in row["passes"])
-        return cls(**{**row, "passes": tuple(Pass(**look) for look in looks)})
+        passes = ({**one, "spans": tuple(map(tuple, one["spans"]))} for one in row["passes"])
+        return cls(**{**row, "passes": tuple(Pass(**one) for one in passes)})
 
 
 def shard_path(out_dir: str | Path, index: int, count: int) -> Path:
@@ -117,8 +117,8 @@ def given_completions(
             raise ValueError(f"{path}:{number}: answers {name!r} again")
         tokens, finished = row.get("tokens", 0), row.get("finished", True)
         if type(tokens) is not int or type(finished) is not bool:
-            told = f"`tokens` {tokens!r:.80} and `finished` {finished!r:.80}"
-            raise ValueError(f"{path}:{number}: needs an integer and a boolean, has {told}")
+            given = f"`tokens` {tokens!r:.80} and `finished` {finished!r:.80}"
+            raise ValueError(f"{path}:{number}: needs an integer and a boolean, has {given}")
         found[name] = Completion(name, text, tokens=tokens, finished=finished)
     known = set(record_ids)
     lacking = [name for name in record_ids if name not in found]

@@ -36,16 +36,16 @@ class PlacementConfig(PositionConfig):
 
 @section
 class PerceptionConfig:
-    """Iterative perception: look at a clip, name the evidence, look again where it is.
+    """Iterative perception: name the evidence in a first pass, then show it more densely.
 
-    The first `passes` - 1 looks ask for the answer and its evidence. The evidence is then shown
-    `density` times as densely as the rest, in the same number of frames. The last look asks the
+    The first `passes` - 1 passes ask for the answer and its evidence. The evidence is then shown
+    `density` times as densely as the rest, in the same number of frames. The last pass asks the
     task's own question. For questions with lettered options; other tasks are asked once. See
     perception.py.
     """
 
     passes: PositiveInt = 1
-    """Looks at a clip; 1: no iterative perception."""
+    """Passes over a clip; 1: no iterative perception."""
     density: Annotated[float, Field(ge=1, le=100)] = 1.5
     """Frame rate inside the evidence divided by that outside; the default is VideoChat-R1.5's."""
     max_spans: PositiveInt = 3
@@ -64,7 +64,7 @@ class EvalConfig(ReadingConfig, PlacementConfig):
     """Ask again about records whose clip or prompt failed in an earlier run of this folder."""
     perception: PerceptionConfig = field(default_factory=PerceptionConfig)
     train_records: str | None = None
-    """Records on which the no-look floor is fitted; null: the evaluated records themselves."""
+    """Records on which the blind baseline is fitted; null: the evaluated records themselves."""
     shard_index: NonNegativeInt = 0
     """Number of the shard that this process answers, from 0."""
     shard_count: PositiveInt = 1
@@ -140,7 +140,7 @@ class ChatConfig(PromptConfig, LengthConfig, PlacementConfig):
     """Seed of sampling."""
 
     def sampling(self) -> SamplingConfig:
-        """How answers are drawn."""
+        """How answers are sampled."""
         return SamplingConfig(
             temperature=self.temperature, top_p=self.top_p, max_new_tokens=self.max_new_tokens
         )

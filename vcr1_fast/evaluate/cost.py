@@ -12,10 +12,10 @@ from vcr1_fast.evaluate.completions import Completion, Pass
 
 @dataclass(frozen=True)
 class PassCost:
-    """Means over the records that had this look: frames, tokens read and written, seconds."""
+    """Means over the records that had this pass: frames, tokens read and written, seconds."""
 
     number: int
-    """1 for the first look, and so on; 0 for all looks of a record together."""
+    """1 for the first pass, and so on; 0 for all passes of a record together."""
     records: int
     frames: float
     prompt_tokens: float
@@ -24,15 +24,15 @@ class PassCost:
 
 
 def pass_costs(completions: Sequence[Completion]) -> list[PassCost]:
-    """One a look, and where some record had several, one for all of a record's looks.
+    """One per pass, and where some record had several, one for all of a record's passes.
 
-    The task's own question, which is the last look, counts under its own number: where evidence
+    The task's own question, which is the last pass, counts under its own number: where evidence
     repeated early, records reach it at a lower number than others.
     """
     by_number: dict[int, list[Sequence[Pass]]] = defaultdict(list)
     for completion in completions:
-        for number, look in enumerate(completion.passes, start=1):
-            by_number[number].append((look,))
+        for number, one in enumerate(completion.passes, start=1):
+            by_number[number].append((one,))
     if len(by_number) > 1:
         by_number[0] = [completion.passes for completion in completions if completion.passes]
     return [_mean(number, groups) for number, groups in by_number.items()]
@@ -40,7 +40,7 @@ def pass_costs(completions: Sequence[Completion]) -> list[PassCost]:
 
 def _mean(number: int, groups: Sequence[Sequence[Pass]]) -> PassCost:
     def mean(name: str) -> float:
-        return fmean(sum(getattr(look, name) for look in group) for group in groups)
+        return fmean(sum(getattr(one, name) for one in group) for group in groups)
 
     return PassCost(
         number,

@@ -131,7 +131,8 @@ def time_faults(record: Record, length: float | None) -> list[Fault]:
     """What does not go together with the file's length in seconds, or the annotated one."""
     faults = []
     annotated = record.metadata.get("duration")
-    if None not in (annotated, length) and abs(annotated - length) > DURATION_TOLERANCE:
+    apart = None if annotated is None or length is None else abs(annotated - length)
+    if apart is not None and apart > DURATION_TOLERANCE:
         detail = f"annotated {annotated:g} s, the file has {length:.2f} s"
         faults.append(Fault("duration mismatch", record.id, detail))
     duration = annotated if length is None else length

@@ -33,7 +33,7 @@ from vcr1_fast.tasks.prompt_template import prompts_from
 
 
 @dataclass
-class Look:
+class RecordState:
     """A record while it is answered: the clip as it is shown now, and every pass so far."""
 
     record: Record
@@ -44,17 +44,22 @@ class Look:
     spans: tuple[Span, ...] = ()
     """Evidence that is shown more densely now."""
     settled: bool = False
-    """Another look would show the same again."""
+    """Another pass would show the same frames."""
     passes: list[Pass] = field(default_factory=list)
     vision: torch.Tensor | None = None
     """Features of the clip as it is shown now."""
     error: str | None = None
 
     @classmethod
-    def first(cls, record: Record, clip: Clip) -> Look:
-        # An image has no length, hence nothing to look at more closely.
+    def first(cls, record: Record, clip: Clip) -> RecordState:
+        # An image has no length, hence nothing to show more densely.
         plain = zoom((), clip.duration or 1.0, 1.0)
         return cls(record, clip, clip.times.tolist(), plain, settled=clip.duration is None)
+
+    @property
+    def may_be_asked_again(self) -> bool:
+        """Whether a further pass could show other frames."""
+        return self.record.task in LETTERED and not self.settled and self.error is None
 
     def aim(self, perception: PerceptionConfig) -> bool:
         """Choose what to show next from the last completion; False where that is the same again.
@@ -62,11 +67,12 @@ class Look:
         Evidence that is absent, unreadable or wholly outside the clip leaves the aim as it is.
         """
         found = read_evidence(self.passes[-1].text, self.record)
-        duration = self.clip.duration
+        duration, fps = self.clip.duration, self.clip.fps
+        assert duration is not None and fps is not None  # an image is settled from the start
         shown = key_spans(found, duration, perception.max_spans)
         spans = tuple(self.played.real_spans(shown))
         # Borders nearer than half the distance between frames take the same frames, or almost.
-        tolerance = 0.5 / self.clip.fps
+        tolerance = 0.5 / fps
         self.settled = not spans or same_spans(spans, self.spans, tolerance)
         if not self.settled:
             self.spans = spans
@@ -118,55 +124,56 @@ def greedy_answers(
         batch: Sequence[Record], clips: Iterator[Clip | VideoError], reader: ClipReader
     ) -> list[Completion]:
         began = time.perf_counter()
-        looks, errors = [], {}
+        states, errors = [], {}
         for record in batch:
             clip = next(clips)
             if isinstance(clip, VideoError):
                 errors[record.id] = str(clip)
             else:
-                looks.append(Look.first(record, clip))
+                states.append(RecordState.first(record, clip))
         for _ in range(perception.passes - 1):
-            again = [look for look in looks if look.record.task in LETTERED and not look.settled]
-            again = [look for look in again if look.error is None]
+            again = [state for state in states if state.may_be_asked_again]
             ask(again, evidence_prompt, began)
             began = time.perf_counter()
-            aimed = [look for look in again if look.error is None and look.aim(perception)]
+            aimed = [state for state in again if state.error is None and state.aim(perception)]
             show(aimed, reader)
-        ask([look for look in looks if look.error is None], task_prompt, began)
-        done = {look.record.id: look.completion() for look in looks}
+        ask([state for state in states if state.error is None], task_prompt, began)
+        done = {state.record.id: state.completion() for state in states}
         return [
             done.get(record.id) or Completion(record.id, error=errors[record.id])
             for record in batch
         ]
 
-    def show(looks: Sequence[Look], reader: ClipReader) -> None:
-        """Read the frames that each look is aimed at."""
+    def show(states: Sequence[RecordState], reader: ClipReader) -> None:
+        """Read the frames that each record shows next."""
         requests = [
             replace(
-                clip_request(look.record, processor.frames),
-                times=look.played.real_times(look.plain_times),
+                clip_request(state.record, processor.frames),
+                times=state.played.real_times(state.plain_times),
             )
-            for look in looks
+            for state in states
         ]
-        for look, clip in zip(looks, reader.read(requests), strict=True):
+        for state, clip in zip(states, reader.read(requests), strict=True):
             if isinstance(clip, VideoError):
-                look.error = str(clip)
+                state.error = str(clip)
             else:
                 # Played in zoomed time: the model is given the times of the first pass, which the
                 # answer's are mapped back from.
-                look.clip = replace(clip, fps=look.clip.fps, times=look.clip.times)
-                look.vision = None
+                state.clip = replace(clip, fps=state.clip.fps, times=state.clip.times)
+                state.vision = None
 
-    def ask(looks: Sequence[Look], text: Callable[[Record, bool], str], began: float) -> None:
-        """Put one question about each look's clip, all in one batch, and keep what is answered."""
-        prompts: list[tuple[Look, Prompt]] = []
-        for look in looks:
+    def ask(
+        states: Sequence[RecordState], text: Callable[[Record, bool], str], began: float
+    ) -> None:
+        """Put one question about each record's clip, all in one batch, and keep the answers."""
+        prompts: list[tuple[RecordState, Prompt]] = []
+        for state in states:
             try:
-                question = text(look.record, config.think)
-                prompt = processor.prompt(question, [look.clip], system=config.system)
-                prompts.append((look, prompt))
+                question = text(state.record, config.think)
+                prompt = processor.prompt(question, [state.clip], system=config.system)
+                prompts.append((state, prompt))
             except (ValueError, KeyError) as error:
-                look.error = str(error)
+                state.error = str(error)
         if not prompts:
             return
         result = rollout(
@@ -175,17 +182,17 @@ def greedy_answers(
             [prompt for _, prompt in prompts],
             1,
             sampling,
-            torch.Generator(),  # greedy, but the global generator would be drawn from
-            vision=[look.vision for look, _ in prompts],
+            torch.Generator(),  # greedy, but the global generator would advance
+            vision=[state.vision for state, _ in prompts],
         )
         share = (time.perf_counter() - began) / len(prompts)
-        for index, (look, prompt) in enumerate(prompts):
-            look.vision = result.vision[index] if perception.passes > 1 else None
-            look.passes.append(
+        for index, (state, prompt) in enumerate(prompts):
+            state.vision = result.vision[index] if perception.passes > 1 else None
+            state.passes.append(
                 Pass(
                     text=result.texts[index][0],
-                    spans=look.spans,
-                    frames=len(look.clip.frames),
+                    spans=state.spans,
+                    frames=len(state.clip.frames),
                     prompt_tokens=len(prompt),
                     tokens=len(result.tokens[index][0]),
                     finished=bool(result.finished[index][0]),

@@ -61,9 +61,9 @@ def bootstrap_means(
     rows = max(1, _INDICES_AT_A_TIME // size)
     means = []
     for first in range(0, resamples, rows):
-        drawn = rng.integers(0, size, size=(min(rows, resamples - first), size))
-        totals = [column[drawn].sum(axis=1) for column in sums.T]
-        means.append(np.stack(totals, axis=1) / counts[drawn].sum(axis=1)[:, None])
+        sampled = rng.integers(0, size, size=(min(rows, resamples - first), size))
+        totals = [column[sampled].sum(axis=1) for column in sums.T]
+        means.append(np.stack(totals, axis=1) / counts[sampled].sum(axis=1)[:, None])
     return np.concatenate(means)
 
 

@@ -51,7 +51,7 @@ class Zoom:
         return np.interp(shown, self.shown, self.real).tolist()
 
     def real_spans(self, spans: Iterable[Span]) -> list[Span]:
-        return [tuple(self.real_times(span)) for span in spans]
+        return [(start, end) for start, end in map(self.real_times, spans)]
 
 
 def zoom(spans: Sequence[Span], duration: float, density: float) -> Zoom:

@@ -17,7 +17,7 @@ FILE = Path(__file__).with_name("published.json")
 @dataclass(frozen=True)
 class Published:
     """One benchmark split: the task it is asked as, its size, and models' scores in [0, 1] under
-    our metrics' names. `records` is None where the source does not tell the split."""
+    our metrics' names. `records` is None where the source does not name the split."""
 
     name: str
     task: str

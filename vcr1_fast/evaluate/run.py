@@ -225,6 +225,7 @@ def _load(
     records = load_records(
         records_path,
         media_root=config.media_root,
+        inside_root=config.inside_root,
         tasks=config.tasks,
         on_error="quarantine",
         quarantine=bad_rows,
@@ -237,7 +238,7 @@ def _load(
 
 
 def _check_scoring(records: Sequence[Record], config: EvalConfig) -> None:
-    """A wrong benchmark, or a judge without its key, is told now and not after hours."""
+    """A wrong benchmark, or a judge without its key, is an error now and not after hours."""
     published_beside(records, config.benchmark)
     open_judge(config.judge)
 
@@ -247,8 +248,8 @@ def _judge_notes(judge: Judge, tasks: Sequence[TaskSummary]) -> list[str]:
     judged = [summary.task for summary in tasks if TASKS[summary.task].judged is not None]
     if not judged or not isinstance(judge, ModelJudge):
         return []
-    told = f"{', '.join(judged)}: judged by a model, the blind baseline by matching words"
-    return [f"{told}; {judge.unreadable} replies were neither yes nor no and count as no"]
+    note = f"{', '.join(judged)}: judged by a model, the blind baseline by matching words"
+    return [f"{note}; {judge.unreadable} replies were neither yes nor no and count as no"]
 
 
 def _model_answers(model: Any, processor: Any, config: EvalConfig) -> Answer:

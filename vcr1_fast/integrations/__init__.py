@@ -1,1 +1,1 @@
-"""Our ops inside other trainers: thin, no maths of their own, one file per package."""
+"""Our ops inside other trainers: thin, without maths, one file per package."""

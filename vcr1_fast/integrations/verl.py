@@ -4,7 +4,7 @@ registry.
     from vcr1_fast.integrations.verl import patch_verl
     patch_verl()
 
-verl runs its workers in processes of their own: name `vcr1_fast.integrations.verl_plugin`, which
+verl runs its workers in separate processes: name `vcr1_fast.integrations.verl_plugin`, which
 patches when it is imported, as `actor_rollout_ref.model.external_lib`, and choose a loss with
 `actor_rollout_ref.actor.policy_loss.loss_mode=vcr1_vanilla`.
 """

@@ -60,7 +60,7 @@ def dummy_mask(device: torch.device) -> Tensor:
 
 
 def attention(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -182,8 +182,8 @@ def fused_group_attention(
     and are zero here (`Family.prepare_language_model`).
     """
     parts = [part for span in spans for part in span.parts(is_last)]
-    rows = (x[0].transpose(0, 1) for x in (query, key, value))
-    return group_attention(*rows, parts, scale=scaling)[0][None]
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    return group_attention(q, k, v, parts, scale=scaling)[0][None]
 
 
 def merged_group_attention(
@@ -229,7 +229,15 @@ def masked_group_attention(
 
 class _MergedParts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, scaling, spans, is_last):
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        spans: Sequence[Span],
+        is_last: bool,
+    ) -> Tensor:
         out = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
         out = out.transpose(1, 2)
         exact = torch.promote_types(query.dtype, torch.float32)
@@ -245,18 +253,23 @@ class _MergedParts(torch.autograd.Function):
             out[:, :, prompt], lse[:, :, prompt] = part
             if not span.lengths:
                 continue
-            q, *own = (x[:, :, answers] for x in (query, key, value))
-            padded = partial(*(_to_batch(x, span) for x in (q, *own)), scaling, causal=True)
+            own = tuple(x[:, :, answers] for x in (query, key, value))
+            padded_q, padded_k, padded_v = (_to_batch(x, span) for x in own)
+            padded = partial(padded_q, padded_k, padded_v, scaling, causal=True)
             on_own = [_from_batch(x, span) for x in padded]
-            out[:, :, answers], lse[:, :, answers] = merge(partial(q, k, v, scaling), on_own)
+            # Keys and values are the prompt's: what the completions see of it.
+            on_prompt = partial(own[0], k, v, scaling)
+            out[:, :, answers], lse[:, :, answers] = merge(on_prompt, on_own)
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.scaling, ctx.spans, ctx.is_last = scaling, spans, is_last
         return out.transpose(1, 2)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        # (grad, query, key, value, out, lse) in this order, as `partial_backward` takes them.
         saved = [grad.transpose(1, 2), *ctx.saved_tensors]
+        backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = partial_backward
         grads = [torch.empty_like(x) for x in saved[1:4]]
         for span in ctx.spans:
             prompt, answers = slice(span.start, span.middle), slice(span.middle, span.end)
@@ -266,7 +279,7 @@ class _MergedParts(torch.autograd.Function):
                 read = slice(span.middle - 1, span.middle)
                 grads[0][:, :, prompt] = 0
                 of_prompt = [x if i in (2, 3) else x[:, :, -1:] for i, x in enumerate(of_prompt)]
-            parts = partial_backward(*of_prompt, ctx.scaling, causal=not ctx.is_last)
+            parts = backward(*of_prompt, ctx.scaling, causal=not ctx.is_last)
             for whole, part, where in zip(grads, parts, (read, prompt, prompt), strict=True):
                 whole[:, :, where] = part
             if not span.lengths:
@@ -276,11 +289,11 @@ class _MergedParts(torch.autograd.Function):
             if span.is_ragged:
                 # Padding repeats a token: it must not send gradients to the keys before it.
                 own[0] = own[0] * span.valid[:, None, :, None]
-            parts = partial_backward(*own, ctx.scaling, causal=True)
+            parts = backward(*own, ctx.scaling, causal=True)
             for whole, part in zip(grads, parts, strict=True):
                 whole[:, :, answers] = _from_batch(part, span)
             of_answers[2:4] = of_prompt[2:4]
-            parts = partial_backward(*of_answers, ctx.scaling)
+            parts = backward(*of_answers, ctx.scaling)
             for whole, part, where in zip(grads, parts, (answers, prompt, prompt), strict=True):
                 whole[:, :, where] += part
         return (*grads, None, None, None)

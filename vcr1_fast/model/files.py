@@ -3,6 +3,7 @@
 import json
 import struct
 from pathlib import Path
+from typing import Any
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -13,7 +14,7 @@ _MAX_HEADER = 100_000_000
 class CheckpointError(ValueError):
     """A checkpoint cannot be used; the message starts with the file at fault."""
 
-    def __init__(self, path: str | Path, reason: str):
+    def __init__(self, path: str | Path, reason: str) -> None:
         super().__init__(f"{path}: {reason}")
         self.path = Path(path)
 
@@ -41,7 +42,7 @@ def resolve(path: str | Path) -> Path:
         ) from error
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; CheckpointError when it is missing or is not one."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))

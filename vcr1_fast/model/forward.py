@@ -143,7 +143,7 @@ def prompt_features(
 
     Those not `given` go through the vision encoder together, with gradient if it is trained.
     """
-    features = list(given) if given is not None else [None] * len(prompts)
+    features: list[Tensor | None] = [None] * len(prompts) if given is None else list(given)
     todo = [i for i, prompt in enumerate(prompts) if features[i] is None and prompt.patches]
     if todo:
         media = [prompts[i].media() for i in todo]
@@ -157,7 +157,7 @@ def prompt_features(
 
 
 def embed(
-    model: nn.Module, tokens: Tensor, is_vision: Tensor, features: Sequence[Tensor | None]
+    model: Any, tokens: Tensor, is_vision: Tensor, features: Sequence[Tensor | None]
 ) -> tuple[Tensor, dict[str, Any]]:
     """Embeddings of tokens, with vision features in the places of vision tokens.
 

@@ -54,7 +54,7 @@ class Span:
 
     Completions attend to themselves as a batch padded to the longest. `padded` (G, longest) holds
     the offset, behind the prompt, of the token at each place of that batch, the completion's last
-    one again where there is none; `valid` (G, longest) tells which places hold one of their own,
+    one again where there is none; `valid` (G, longest) marks the places that hold their own token,
     and `places` (S,) lists those.
     """
 

@@ -9,6 +9,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args
 
@@ -110,8 +111,8 @@ class Processor(ABC):
         """A user turn of `text` and `clips` (and images: those without a rate), up to where the
         assistant starts.
 
-        `system` is the system turn; None leaves it to the chat template. ValueError when the text
-        itself holds vision tokens, or an image has more than one frame.
+        `system` is the system turn; None leaves it to the chat template. ValueError when a text
+        itself holds vision or other control tokens, or an image has more than one frame.
         """
         kinds = torch.tensor([IMAGE if clip.fps is None else VIDEO for clip in clips]).long()
         names = {IMAGE: "image", VIDEO: "video"}
@@ -125,6 +126,7 @@ class Processor(ABC):
                 f"the prompt has {found[0]} image and {found[1]} video tokens for {given[0]} "
                 f"images and {given[1]} clips: {rendered!r}"
             )
+        self.refuse_control_tokens(text, system)
         parts = [self._patches(clip) for clip in clips]
         if parts:
             expanded, runs = self.expand(rendered, clips, torch.stack([grid for _, grid in parts]))
@@ -224,12 +226,30 @@ class Processor(ABC):
         user: list[dict[str, Any]] = [{"role": "user", "content": content}]
         return user if system is None else [{"role": "system", "content": system}, *user]
 
+    def refuse_control_tokens(self, *texts: str | None) -> None:
+        """ValueError when a text holds a special token of the tokenizer, such as `<|im_end|>`.
+
+        The tokenizer does not tell such text from the template's own tokens: a record could end its
+        turn and answer itself.
+        """
+        for text in texts:
+            for token in self._control_tokens:
+                if text is not None and token in text:
+                    raise ValueError(f"the text holds the control token {token!r}: {text!r}")
+
+    @cached_property
+    def _control_tokens(self) -> tuple[str, ...]:
+        added = self.tokenizer.added_tokens_decoder.values()
+        return tuple(token.content for token in added if token.special)
+
     def encode(self, text: str) -> Tensor:
         """Tokens (T,) int64 of a text, with nothing added."""
         return torch.tensor(self.tokenizer.encode(text, add_special_tokens=False))
 
     def completion(self, text: str) -> Tensor:
-        """Tokens (C,) int64 of an assistant's answer, its end-of-turn token included."""
+        """Tokens (C,) int64 of an assistant's answer, its end-of-turn token included; ValueError
+        when the answer holds control tokens."""
+        self.refuse_control_tokens(text)
         ids = self.tokenizer.encode(text, add_special_tokens=False)
         return torch.tensor([*ids, self.stop_id])
 

@@ -108,7 +108,7 @@ class TokenStep:
     """Feed a token to every row and sample the next. `memory` must have room (`make_room`)."""
 
     def __init__(
-        self, model: nn.Module, memory: SharedPrefix, banned: Tensor, sampling: SamplingConfig
+        self, model: Any, memory: SharedPrefix, banned: Tensor, sampling: SamplingConfig
     ) -> None:
         self.model, self.memory = model, memory
         self.banned, self.sampling = banned, sampling

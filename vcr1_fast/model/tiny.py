@@ -72,7 +72,7 @@ _CHAT_TEMPLATE = """\
 def train_tokenizer(texts: Iterable[str], vocab_limit: int) -> "Tokenizer":
     """Byte-level BPE over `texts`, at most `vocab_limit` text tokens, then the special tokens.
 
-    A number that occurs in `texts` is one token as long as the limit leaves room for its merges.
+    A number that occurs in `texts` is one token as long as the limit allows its merges.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -130,7 +130,8 @@ def write_random(
 
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    ids = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
+    found = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
+    ids = {token: number for token, number in found.items() if number is not None}
     config = model_config(-(-tokenizer.get_vocab_size() // 8) * 8, ids)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -6,8 +6,8 @@ size are one batch: the same products, softmax by softmax. On CUDA, in half prec
 attention over packed sequences takes them all in one call, where this torch has it.
 
 The model's own modules run unchanged; they use this attention because it is registered with
-transformers under its own name. `model/family.py` says which module of a model is the encoder and
-how it is called.
+transformers under a separate name. `model/family.py` says which module of a model is the encoder
+and how it is called.
 """
 
 import inspect
@@ -47,11 +47,11 @@ def packed_attention(
     """
     if takes_varlen(query):
         return varlen_attention(query, key, value, scaling, cu_seq_lens_q), None
-    plan = getattr(cu_seq_lens_q, "_vcr1_plan", None)
+    # All blocks of a forward pass get the same tensor: the plan is made once and dropped with it.
+    boundaries: Any = cu_seq_lens_q
+    plan = getattr(boundaries, "_vcr1_plan", None)
     if plan is None:
-        # All blocks of a forward pass get the same tensor: the plan is made once and dropped with
-        # it.
-        plan = cu_seq_lens_q._vcr1_plan = _plan(cu_seq_lens_q, query.device)
+        plan = boundaries._vcr1_plan = _plan(cu_seq_lens_q, query.device)
     groups, order = plan
     heads, size, dim = query.shape[1:]
     if order is None:
@@ -79,7 +79,7 @@ def takes_varlen(query: Tensor) -> bool:
 
 
 def varlen_attention(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float, boundaries: Tensor
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, boundaries: Any
 ) -> Tensor:
     """`packed_attention` by `torch.nn.attention.varlen`; returns (1, N, heads, D)."""
     longest = getattr(boundaries, "_vcr1_longest", None)
@@ -87,7 +87,9 @@ def varlen_attention(
         longest = boundaries._vcr1_longest = int(boundaries.diff().max())
     edges = boundaries.to(query.device, torch.int32)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    return _varlen_kernel()(q, k, v, edges, edges, longest, longest, scale=scaling)[None]
+    kernel = _varlen_kernel()
+    assert kernel is not None  # `takes_varlen`
+    return kernel(q, k, v, edges, edges, longest, longest, scale=scaling)[None]
 
 
 @cache
@@ -97,7 +99,8 @@ def _varlen_kernel() -> Callable[..., Tensor] | None:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    return varlen_attn if "scale" in inspect.signature(varlen_attn).parameters else None
+    kernel: Any = varlen_attn  # its other results come with arguments that are not given here
+    return kernel if "scale" in inspect.signature(kernel).parameters else None
 
 
 def _plan(boundaries: Tensor, device: torch.device) -> tuple[list[tuple[int, int]], Tensor | None]:
@@ -138,7 +141,7 @@ def use_packed_attention(encoder: nn.Module) -> None:
         config._attn_implementation = PACKED_ATTENTION
 
 
-def use_patch_projection(patch_embed: nn.Module) -> None:
+def use_patch_projection(patch_embed: Any) -> None:
     """Compute `patch_embed.proj` by `PatchProjection`; parameters and their names stay."""
     projection = patch_embed.proj
     if type(projection) is nn.Conv3d and projection.kernel_size == projection.stride:
@@ -192,7 +195,7 @@ def reorder_frames(features: Tensor, grid_thw: Tensor, orders: Sequence[Sequence
     """Features of clips with their temporal patches in another order, computed from the features
     of the clips as they are.
 
-    Exact for an encoder that never looks beyond a temporal patch and takes its positions from
+    Exact for an encoder that never attends beyond a temporal patch and takes its positions from
     height and width alone: what it makes of a temporal patch does not depend on its place.
 
     Args:

@@ -41,6 +41,7 @@ def _import_native() -> ModuleType | None:
     try:
         from vcr1_fast import _C
     except ModuleNotFoundError as error:
+        # A missing dependency of the module is an error, not a missing build.
         if error.name != "vcr1_fast._C":
             raise
         return None
@@ -107,6 +108,7 @@ _ops: list[Op] = []
 def _set_override(names: tuple[str, ...] | None) -> None:
     global _override
     _override = names
+    # An op remembers its choice for a device, which must not outlive the setting.
     for op in _ops:
         op.forget_choice()
 
@@ -161,18 +163,61 @@ def _observed() -> bool:
     )
 
 
+def _device_check(name: str, on_cpu: tuple[str, ...] = ()) -> Callable[..., None]:
+    """A check that all tensors of a call of the op `name` are on one device.
+
+    Takes the call's arguments by position and by name; ValueError names the argument that differs.
+    """
+    arguments = getattr(getattr(torch.ops, _NAMESPACE), name).default._schema.arguments
+    tensor = torch._C.OptionalType(torch._C.TensorType.get())
+    places = [i for i, argument in enumerate(arguments) if argument.type.isSubtypeOf(tensor)]
+    names = [argument.name for argument in arguments]
+
+    def check(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        count = len(args)
+        for i in places:
+            x = args[i] if i < count else kwargs.get(names[i])
+            # The usual case first, and by `is_cpu`: reading `device` takes four times as long.
+            if x is None or (x.is_cpu and args[0].is_cpu):
+                continue
+            expected = torch.device("cpu") if names[i] in on_cpu else args[0].device
+            # A number on the CPU goes with any device, as in torch.
+            if x.device != expected and not (x.is_cpu and x.dim() == 0):
+                raise ValueError(
+                    f"{name}: {names[i]} is on {x.device}, but "
+                    + ("must be on cpu" if names[i] in on_cpu else f"{names[0]} on {expected}")
+                )
+
+    return check
+
+
+def check_one_device(first_name: str, first: torch.Tensor, **others: torch.Tensor | None) -> None:
+    """ValueError naming the first of `others` that is not on the device of `first`.
+
+    For public functions that compute in plain torch; ops check their own arguments.
+    """
+    for name, x in others.items():
+        if x is not None and x.device != first.device:
+            raise ValueError(f"{name} is on {x.device}, but {first_name} on {first.device}")
+
+
 class Op:
     """A torch operator `torch.ops.vcr1_fast.<name>` with one implementation a backend.
 
     `schema` as in `torch.library.define`, without the name; `fake` computes output shapes only.
-    Autograd is not part of the op: wrap calls in a `torch.autograd.Function`.
+    Autograd is not part of the op: wrap calls in a `torch.autograd.Function`. A call whose tensors
+    are on several devices raises ValueError; those named in `on_cpu` are on the CPU in any case,
+    and 0-d tensors may be.
     """
 
-    def __init__(self, name: str, schema: str, fake: Callable[..., Any]) -> None:
+    def __init__(
+        self, name: str, schema: str, fake: Callable[..., Any], *, on_cpu: tuple[str, ...] = ()
+    ) -> None:
         self.name = name
         qualified = f"{_NAMESPACE}::{name}"
         torch.library.define(qualified, schema)
-        torch.library.register_fake(qualified, fake)
+        self._check_devices = _device_check(name, on_cpu)
+        torch.library.register_fake(qualified, self._checked(fake))
         self._runners = {device: self._runner(device) for device in PREFERENCE}
         for device, run in self._runners.items():
             torch.library.impl(qualified, device, run)
@@ -189,6 +234,7 @@ class Op:
         """
         if backend not in BACKENDS:
             raise ValueError(f"unknown backend {backend!r}: expected one of {', '.join(BACKENDS)}")
+        # An earlier call may have chosen another backend for want of this one.
         self._implementations[backend] = fn
         self._chosen.clear()
 
@@ -212,14 +258,30 @@ class Op:
         Only for an op without side effects whose first argument is a tensor, where no gradient is
         recorded.
         """
+        # The dispatcher is 1.5 us of a small call (benches/notes/iou.md), as much as its kernel.
         if _observed() or not _PLAIN_TYPES.issuperset(map(type, args)):
             return self._call(*args)
+        self._check_devices(args, {})
         run = self._runners.get(args[0].device.type)
         # On a device without kernels, meta among them, torch has the fake or the right error.
         return (run or self._call)(*args)
 
-    def _runner(self, device: str) -> Callable[..., Any]:
+    def _checked(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
+            self._check_devices(args, kwargs)
+            return fn(*args, **kwargs)
+
+        return run
+
+    def _runner(self, device: str) -> Callable[..., Any]:
+        # The dispatcher runs the CPU's kernel only when all tensors are on the CPU, CUDA's when any
+        # is on a GPU, and the fake when any is a meta tensor: the last would return memory that
+        # nobody wrote, as a tensor of the device that the others are on.
+        check = device != "cpu"
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if check:
+                self._check_devices(args, kwargs)
             fn = self._chosen.get(device)
             return (fn or self._choose(device))(*args, **kwargs)
 
@@ -294,11 +356,20 @@ def opaque(
     """`fn` as the torch operator `torch.ops.vcr1_fast.<name>`, which compilers do not trace.
 
     For functions built of ops that a graph cannot express, such as loops over chunks whose number
-    depends on values. No kernel of its own, so no backends: the ops inside choose theirs.
+    depends on values. It has no kernel, so no backends: the ops inside choose theirs.
     """
     qualified = f"{_NAMESPACE}::{name}"
     torch.library.define(qualified, schema)
-    torch.library.impl(qualified, "default", fn)
-    torch.library.register_fake(qualified, fake)
+    check = _device_check(name)
+
+    def checked(run: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            check(args, kwargs)
+            return run(*args, **kwargs)
+
+        return call
+
+    torch.library.impl(qualified, "default", checked(fn))
+    torch.library.register_fake(qualified, checked(fake))
     operator: Callable[..., Any] = getattr(getattr(torch.ops, _NAMESPACE), name)
     return operator

@@ -94,6 +94,7 @@ def _scaled(
     if mask is not None:
         x = x.masked_fill(~mask[..., None], 0)
     t = temperature if row_temperature is None else row_temperature[..., None].to(x.dtype)
+    # The maximum is subtracted before the division, as in the kernels: the backends round alike.
     top = x.amax(-1, keepdim=True)
     return (x - top) / t, top, t
 
@@ -206,6 +207,7 @@ def _native_forward(
     if logits.dtype not in KERNEL_DTYPES:
         return reference_forward(logits, labels, mask, row_temperature, temperature, entropy)
     if logits.stride(-1) != 1:
+        # The kernels read a row as one stretch; rows may have any distance.
         logits = logits.contiguous()
     logps, row_entropy, lse, stats = allocate(logits, labels, entropy)
     backend.native.gather_logprobs(
@@ -238,6 +240,7 @@ def _native_backward(logits: Tensor, *args: Any) -> Tensor:
 
 
 def _native_backward_(logits: Tensor, *args: Any) -> None:
+    # The gradient of a contiguous copy would not reach the caller's memory.
     if logits.dtype not in KERNEL_DTYPES or logits.stride(-1) != 1:
         reference_backward_(logits, *args)
     else:
@@ -298,6 +301,7 @@ class _GatherLogprobs(torch.autograd.Function):
         ctx.save_for_backward(logits, labels, logps, stats, mask, row_temperature)
         ctx.temperature = temperature
         ctx.inplace = inplace
+        # None for an unused result, instead of zeros that the kernel would have to read.
         ctx.set_materialize_grads(False)
         if not entropy:
             ctx.mark_non_differentiable(row_entropy)
@@ -332,9 +336,11 @@ def row_temperatures(
 ) -> tuple[Tensor | None, float]:
     """`(row_temperature, temperature)` as the ops take them; ValueError unless positive.
 
-    A tensor's values are checked by the kernels, on the CPU only.
+    A tensor is moved to `device`; its values are checked by the kernels, on the CPU only.
     """
     if isinstance(temperature, Tensor):
+        if temperature.is_meta and device.type != "meta":
+            raise ValueError(f"temperature is on meta, but the op's other inputs on {device}")
         rows = temperature.detach().to(device, torch.float32)
         return rows.expand(lead).contiguous(), 1.0
     if not 0 < temperature < float("inf"):

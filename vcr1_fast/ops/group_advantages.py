@@ -92,10 +92,12 @@ def group_advantages_reference(
     if len(rewards) == 0:
         return rewards.new_zeros(0, dtype=torch.float32)
     groups = _Groups(rewards, group_index, o.group_size)
+    # float64: ten thousand rewards cost nothing, and the difference to a mean loses no digits.
     matrix = rewards.double().reshape(len(rewards), -1)
     valid = valid.reshape(len(rewards), -1)
     weights = matrix.new_ones(matrix.shape[1]) if weights is None else weights.double()
     if o.estimator == "gdpo":
+        # Each reward is normalised by itself first, or one of large range would hide the others.
         z = [_scores(matrix[:, k], valid[:, k], groups, o.eps) for k in range(matrix.shape[1])]
         total = (torch.stack(z, 1) * weights).sum(1)
         rows = valid.any(1)
@@ -111,6 +113,7 @@ def group_advantages_reference(
     mean = groups.reduce(rewards * kept, "sum") / count.clamp(min=1)
     baseline = mean
     if o.estimator == "opo":
+        assert lengths is not None  # `group_advantages` checks it
         share = kept * lengths.double()
         baseline = groups.reduce(share * rewards, "sum") / groups.reduce(share, "sum").clamp(min=1)
     advantages = _centre(rewards, rows, baseline, groups)
@@ -122,6 +125,7 @@ def group_advantages_reference(
     elif o.scale == "given":
         # A group far from its task's usual spread would outweigh the batch: its own std is used,
         # over n rather than n - 1, as the authors do.
+        assert stds is not None  # `group_advantages` checks it
         given = advantages / (stds.double() + o.eps)
         own = advantages / ((squares / count.clamp(min=1)).sqrt() + o.eps)
         largest = groups.reduce(given.abs(), "max")

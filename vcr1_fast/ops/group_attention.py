@@ -98,11 +98,13 @@ def group_attention_backward_reference(
             # Over the query heads that share a key head.
             shared = part.unflatten(0, (key.shape[1], -1)).sum(1)
             whole.index_add_(0, keys, shared.transpose(0, 1))
-    return tuple(x.to(query.dtype) for x in grads)
+    grad_query, grad_key, grad_value = (x.to(query.dtype) for x in grads)
+    return grad_query, grad_key, grad_value
 
 
 def _pieces(parts: Tensor, device: torch.device) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """For each part: its rows, the keys (m,) that they attend to, and the mask (rows, m) bool."""
+    # One comparison of numbers is the mask: the prefix lies before the part's rows.
     for row, end, prefix, prefix_end in parts.tolist():
         stretches = ((prefix, prefix_end), (row, end))
         keys = torch.cat([torch.arange(a, b, device=device) for a, b in stretches])
@@ -117,6 +119,7 @@ def _heads(x: Tensor, rows: slice | Tensor) -> Tensor:
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b, where consecutive heads of a share a head of b."""
+    # Copies of the shared heads: the reference may be slow, a reshape would be harder to check.
     return a @ b.repeat_interleave(len(a) // len(b), dim=0)
 
 
@@ -135,6 +138,8 @@ def _new(query: Tensor, parts: Tensor) -> Tensor:
 
 
 def _dense_rows(x: Tensor) -> Tensor:
+    # The kernel reads a head's D values as one stretch. Rows and heads may have any distance: views
+    # of a fused projection need no copy.
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 or x.numel() == 0 else x.contiguous()
 
 
@@ -169,6 +174,7 @@ def _backward_cpu(
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_query = _new(query, parts)
     grad_key, grad_value = (x.new_empty(x.shape) for x in (key, value))
+    # Per key head, so that all heads together make at least `_TASKS`.
     tasks = -(-_TASKS // key.shape[1])
     native.group_attention_backward(
         query=_dense_rows(query),
@@ -199,13 +205,14 @@ def _fake_forward(
 def _fake_backward(
     query: Tensor, key: Tensor, value: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(x.new_empty(x.shape) for x in (query, key, value))
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
 _forward = Op(
     "group_attention",
     "(Tensor query, Tensor key, Tensor value, Tensor parts, float scale) -> (Tensor, Tensor)",
     _fake_forward,
+    on_cpu=("parts",),
 )
 _forward.register("reference", group_attention_reference)
 _forward.register("cpu", _forward_cpu)
@@ -214,6 +221,7 @@ _backward = Op(
     "(Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, Tensor grad, Tensor parts, "
     "float scale) -> (Tensor, Tensor, Tensor)",
     _fake_backward,
+    on_cpu=("parts",),
 )
 _backward.register("reference", group_attention_backward_reference)
 _backward.register("cpu", _backward_cpu)
@@ -221,16 +229,19 @@ _backward.register("cpu", _backward_cpu)
 
 class _GroupAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, parts, scale):
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, parts: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor]:
         out, lse = _forward(query, key, value, parts, scale)
         ctx.save_for_backward(query, key, value, out, lse, parts)
         ctx.scale = scale
+        # The backward kernel takes no gradient of lse.
         ctx.mark_non_differentiable(lse)
         return out, lse
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad, _):
+    def backward(ctx: Any, grad: Tensor, _grad_lse: None) -> Any:
         *saved, parts = ctx.saved_tensors
         return *_backward(*saved, grad, parts, ctx.scale), None, None
 

@@ -24,7 +24,7 @@ import math
 import torch
 from torch import Tensor
 
-from vcr1_fast.ops.backend import Op, native
+from vcr1_fast.ops.backend import Op, check_one_device, native
 
 KINDS = ("iou", "giou", "diou", "ciou")
 CONVENTIONS = ("zero", "torchvision")
@@ -48,6 +48,8 @@ def temporal_iou_reference(pred: Tensor, target: Tensor, pairwise: bool) -> Tens
     pred, target = _pair_up(pred, target, pairwise)
     length_pred = (pred[..., 1] - pred[..., 0]).clamp(min=0)
     length_target = (target[..., 1] - target[..., 0]).clamp(min=0)
+    # Reversed spans have length 0 and share nothing: lengths and overlap are clamped, ends are not
+    # sorted, so that a span of nonsense earns nothing.
     first_end = torch.minimum(pred[..., 1], target[..., 1])
     last_start = torch.maximum(pred[..., 0], target[..., 0])
     shared = (first_end - last_start).clamp(min=0)
@@ -95,6 +97,7 @@ def box_iou_reference(a: Tensor, b: Tensor, kind: str, pairwise: bool, conventio
         return iou - divide(area - union, area)
     eps = _TORCHVISION_EPS if exact else 0.0
     diagonal = hull[..., 0] ** 2 + hull[..., 1] ** 2 + eps
+    # Halved before the difference, as torchvision rounds.
     centres = (a[..., :2] + a[..., 2:]) / 2 - (b[..., :2] + b[..., 2:]) / 2
     iou_minus_distance = iou - divide(centres[..., 0] ** 2 + centres[..., 1] ** 2, diagonal)
     if kind == "diou":
@@ -146,6 +149,7 @@ def interval_set_iou_reference(
         strict=True,
     ):
         p, t = pred[p0:p1].double(), target[t0:t1].double()
+        # Comparisons with NaN are false: a NaN span is dropped like an empty or reversed one.
         p, t = p[p[:, 1] > p[:, 0]], t[t[:, 1] > t[:, 0]]
         (p_start, p_end), (t_start, t_end) = _merge(p), _merge(t)
         overlap = torch.minimum(p_end[:, None], t_end) - torch.maximum(p_start[:, None], t_start)
@@ -316,6 +320,7 @@ def temporal_iou(pred: Tensor, target: Tensor, *, pairwise: bool = False) -> Ten
     """
     _check_floats("pred and target", pred, target, 2)
     _check_shapes("pred and target", pred, target, pairwise)
+    # The kernels have no backward pass; plain torch differentiates the same formula.
     if _needs_gradient(pred, target):
         return temporal_iou_reference(pred, target, pairwise)
     return _temporal.direct(pred, target, pairwise)
@@ -371,6 +376,7 @@ def track_iou(pred: Tensor, target: Tensor, lengths: Tensor | None = None) -> Te
             f"lengths must be int64 ({batch},), got {lengths.dtype} {tuple(lengths.shape)}"
         )
     else:
+        check_one_device("pred", pred, lengths=lengths)
         lengths = lengths.clamp(0, steps)
     if _needs_gradient(pred, target):
         return track_iou_reference(pred, target, lengths)

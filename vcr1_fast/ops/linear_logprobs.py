@@ -46,6 +46,7 @@ def reference(
 ) -> LogProbs:
     """The specification: all logits at once, and `gather_logprobs.reference` with `options`."""
     logits = torch.nn.functional.linear(hidden, weight, bias)
+    # Before the temperature, as Gemma samples.
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     return gather_reference(logits, labels, **options)
@@ -102,6 +103,7 @@ class Upstream(NamedTuple):
     grad_lse: Tensor | None
 
 
+# Schemas are flat: the backward op takes both tuples one after the other.
 _FIELDS = len(Arguments._fields)
 
 
@@ -186,6 +188,7 @@ class LinearLogprobs(torch.autograd.Function):
         logps, row_entropy, lse, stats = forward_op(*arguments)
         ctx.save_for_backward(hidden, weight, bias, labels, mask, row_temperature, logps, stats)
         ctx.options = options
+        # A frozen head saves a product per chunk; the op itself does not see autograd's context.
         ctx.needed = [bool(need) for need in ctx.needs_input_grad[:3]]
         ctx.set_materialize_grads(False)
         if not arguments.entropy:
@@ -202,6 +205,7 @@ class LinearLogprobs(torch.autograd.Function):
     ) -> Any:
         *tensors, logps, stats = ctx.saved_tensors
         arguments = Arguments(*tensors, *ctx.options)
+        # The op demands this gradient, which is None where only entropy or lse were used.
         if grad_logps is None:
             grad_logps = torch.zeros_like(logps)
         upstream = Upstream(logps, stats, ctx.needed, grad_logps, grad_entropy, grad_lse)

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from vcr1_fast.ops.backend import check_one_device
 from vcr1_fast.ops.gather_logprobs import forward_op, inplace_backward_op
 from vcr1_fast.ops.memory import available_bytes
 
@@ -296,7 +297,9 @@ def empty_gradients(
 def under_autocast(
     hidden: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The three in autocast's dtype if it is on for their device, as a linear layer casts them."""
+    """The three in autocast's dtype if it is on for their device, as a linear layer casts them;
+    ValueError where they are on several devices."""
+    check_one_device("hidden", hidden, weight=weight, bias=bias)
     kind = hidden.device.type
     if not torch.is_autocast_enabled(kind) or hidden.dtype == torch.float64:
         return hidden, weight, bias

@@ -114,11 +114,14 @@ def video_patches_reference(
 ) -> None:
     p, m, tp = layout.patch, layout.merge, layout.temporal
     x = resize_reference(frames, size, resample, True, rounding)
+    # The last frame is repeated, as by transformers' processor; so an image fills its patch.
     missing = -len(x) % tp
     x = torch.cat([x, x[-1:].expand(missing, -1, -1, -1)])
     offset, scale = (v.to(x.device) for v in pixel_scale(layout))
     x = (x.float() - offset) / scale
     rows, columns = size[0] // p, size[1] // p
+    # Rows in the order of tokens: the m x m patches that the merger joins are neighbours. A row is
+    # (channel, time, height, width), the order of the weights of the encoder's projection.
     x = x.view(-1, tp, rows // m, m, p, columns // m, m, p, 3)
     out.copy_(x.permute(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(-1, layout.values))
 
@@ -132,6 +135,7 @@ def _cpu(
     layout: PatchLayout,
 ) -> None:
     plan = cpu_plan(tuple(frames.shape[1:3]), tuple(size), resample, True, rounding)
+    # Scratch memory is per thread.
     threads = torch.get_num_threads()
     native.video_patches(
         frames=frames,
@@ -169,6 +173,7 @@ def _native_layout(layout: PatchLayout) -> dict[str, Any]:
     }
 
 
+# The op's schema cannot carry a dataclass: it is built again from its fields, once per layout.
 _layout = functools.lru_cache(maxsize=64)(PatchLayout)
 
 
@@ -242,6 +247,7 @@ def video_patches(
         mean = layout.mean if mean is None else tuple(mean)
         std = layout.std if std is None else tuple(std)
         layout = replace(layout, mean=mean, std=std)
+    # Frames that a decoding worker has resized pass through without a resize.
     given = frames.shape[1:3] if size is None else size
     height, width = check_size(given, multiple=layout.token)
     check_choice("resample", resample, tuple(RESAMPLE))

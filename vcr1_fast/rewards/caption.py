@@ -1,13 +1,13 @@
-"""Caption scores: which events of a video a caption tells, and which it makes up.
+"""Caption scores: which events of a video a caption entails, and which it makes up.
 
-    recall = share of the annotated events that the caption tells
-    precision = share of the caption's own events that the annotation tells
+    recall = share of the annotated events that the caption entails
+    precision = share of the caption's events that the annotation entails
     F1 = 2 precision recall / (precision + recall)
 
-VideoChat-R1 rewards recall, with events drawn from the captions and judged by a language model, by
-code it never released. DREAM-1k (Tarsier, arXiv 2407.00634) reports all three. A judge draws events
-from captions and says whether a caption tells an event: `MatchingJudge` needs no model, it is
-deterministic, offline, blind to order and negation; `judge.ModelJudge` asks one.
+VideoChat-R1 rewards recall, with events extracted from the captions and judged by a language model,
+by code it never released. DREAM-1k (Tarsier, arXiv 2407.00634) reports all three. A judge extracts
+events from captions and says whether a caption entails an event. `MatchingJudge` needs no model: it
+is deterministic, offline, blind to order and negation. `judge.ModelJudge` asks one.
 """
 
 import re
@@ -18,7 +18,7 @@ from typing import Protocol, runtime_checkable
 from vcr1_fast.rewards.text import words_of
 
 Match = Callable[[str, str], bool]
-"""(caption, event) -> whether the caption tells the event."""
+"""(caption, event) -> whether the caption entails the event."""
 
 
 @runtime_checkable
@@ -29,8 +29,8 @@ class Judge(Protocol):
         """The events of each caption, in its order."""
         ...
 
-    def tells(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
-        """Whether each (caption, event)'s caption tells its event."""
+    def entails(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
+        """Whether each (caption, event)'s caption entails its event."""
         ...
 
 
@@ -80,7 +80,7 @@ class MatchingJudge:
         parts = [map(str.strip, _SENTENCE.split(caption)) for caption in captions]
         return [tuple(sentence for sentence in part if _content(sentence)) for part in parts]
 
-    def tells(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
+    def entails(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
         return [bool(self.match(caption, event)) for caption, event in pairs]
 
 
@@ -133,9 +133,9 @@ def event_recall(caption: str, events: Sequence[str], judge: Judge | Match = men
 
 
 def _told(captions: Iterable[str], events: Sequence[Sequence[str]], judge: Judge) -> list[float]:
-    """Share of each caption's events that it tells; 0 without any."""
+    """Share of each caption's events that it entails; 0 without any."""
     pairs = [(c, event) for c, some in zip(captions, events, strict=True) for event in some]
-    answers = iter(judge.tells(pairs) if pairs else [])
+    answers = iter(judge.entails(pairs) if pairs else [])
     return [sum(next(answers) for _ in some) / max(len(some), 1) for some in events]
 
 

@@ -118,7 +118,7 @@ class Endpoint:
         raise fault
 
     def _attempt(self, prompt: str) -> str:
-        """Send one request from a thread of its own, and leave that thread behind at the deadline.
+        """Send one request from a separate thread, and leave that thread behind at the deadline.
 
         A socket's time-out is per read: a server that sends a byte now and then never exceeds it,
         and no time-out at all bounds the lookup of a host name.

@@ -51,7 +51,7 @@ def scan(completion: str, tags: Iterable[str]) -> Scan:
 
 
 def _thinks_from_start(completion: str) -> bool:
-    """Whether the first think tag closes: the prompt ended with `<think>`."""
+    """Whether the first think tag closes: the chat template ends the prompt with `<think>`."""
     closing = completion.find(f"</{THINK}>")
     return closing >= 0 and completion.find(f"<{THINK}>", 0, closing) < 0
 
@@ -95,12 +95,6 @@ def _last_blocks(completion: str, pieces: Sequence[str]) -> dict[str, str]:
 def last_block(completion: str, tag: str) -> str | None:
     """Text inside the last closed `<tag>…</tag>` after the reasoning, or None; see `Scan`."""
     return scan(completion, (tag,)).blocks.get(tag)
-
-
-def _thinks_from_start(completion: str) -> bool:
-    """Whether the first think tag closes: the chat template ends the prompt with `<think>`."""
-    closing = completion.find("</think>")
-    return closing >= 0 and completion.find("<think>", 0, closing) < 0
 
 
 def well_formed(completion: str, tags: Sequence[str]) -> bool:

@@ -99,7 +99,7 @@ class ModelJudge:
         prompts = [_EVENTS.format(caption=_quoted(caption)) for caption in captions]
         return [_lines(reply) for reply in self.ask(prompts)]
 
-    def tells(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
+    def entails(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
         prompts = [_TELLS.format(caption=_quoted(c), event=_quoted(event)) for c, event in pairs]
         verdicts = [_verdict(reply) for reply in self.ask(prompts)]
         self.unreadable += verdicts.count(None)

@@ -158,7 +158,7 @@ def _interval_iou(a: list[list[float]], b: list[list[float]]) -> float:
 
 
 def boxes_iou(completion: str, target: Sequence[Sequence[float]]) -> float:
-    """Mean IoU of 8 boxes, the given first one included, without a look at their order."""
+    """Mean IoU of 8 boxes, the given first one included, whatever their order."""
     boxes = _eight_lists(_first_block(completion.replace("\n", ""), "answer"))
     if boxes is None or len(target) != 8:
         return 0.0

@@ -1,6 +1,6 @@
 """Terms added to a task's own rewards: length, repetition, and the use of the order of frames.
 
-Each is a column of its own, off unless configured, and reads lengths and scores, not answers.
+Each is a separate column, off unless configured, and reads lengths and scores, not answers.
 """
 
 import re
@@ -57,7 +57,7 @@ def temporal_bonuses(
     threshold: float = 0.1,
 ) -> list[float]:
     """T-GRPO's term for one group: `bonus` for each completion that is right (its accuracy above
-    `threshold`), if the mean accuracy is at least `ratio` times that of completions drawn from the
+    `threshold`), if the mean accuracy is at least `ratio` times that of completions sampled on the
     same clip with its frames shuffled; else 0 [Video-R1, arXiv 2503.21776, and its trainer].
 
     accuracies (G,), shuffled (G',) of at least one completion, both as the task scores them.

@@ -99,8 +99,8 @@ class Task:
     metrics(predictions, records): name -> one value a sample; the means over a split are the
         split's. Nothing is clipped to the clip here, as in the published tables.
     primary: the metric to watch; more is better.
-    blind_guesses(train, test): strategy -> one prediction for each test record, made without a look
-        at the videos, from the training records alone.
+    blind_guesses(train, test): strategy -> one prediction for each test record, made without the
+        videos, from the training records alone.
     example: a synthetic record that the task can ask about, to check the task with.
     times(record, duration): seconds of the frames to show; None leaves them to the frame rule.
     spans(record): annotated seconds, which must lie inside the clip. label(record): the right
@@ -282,10 +282,10 @@ def _check_declaration(task: Task) -> None:
             f"rewards must hold at least one reward and none named {FORMAT!r}, which every task "
             f"has already; got {list(task.rewards)}"
         )
-    unread = sorted(example_tags(task.prompt_template) - {*task.tags, THINK, "timestep"})
-    if unread:
+    unknown = sorted(example_tags(task.prompt_template) - {*task.tags, THINK, "timestep"})
+    if unknown:
         raise ValueError(
-            f"the prompt asks for <{unread[0]}>, which the parser does not read: tags are "
+            f"the prompt asks for <{unknown[0]}>, which the parser does not read: tags are "
             f"{task.tags}"
         )
 

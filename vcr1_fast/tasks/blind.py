@@ -1,4 +1,4 @@
-"""Guesses of blind baselines: the best constant answers, made without a look at the video.
+"""Guesses of blind baselines: the best constant answers, made without the video.
 
 Each is fitted on training records. A model that does not beat them has learned nothing from the
 videos.
@@ -24,10 +24,13 @@ def most_common(answers: Iterable[Any]) -> Any:
     return min(counts, key=lambda answer: (-counts[answer], str(answer)))
 
 
-def mean_box(boxes: Iterable[Sequence[float]]) -> tuple[float, ...] | None:
+def mean_box(boxes: Iterable[Sequence[float]]) -> tuple[float, float, float, float] | None:
     """Mean of each side; None without boxes."""
     sides = list(zip(*boxes, strict=True))
-    return tuple(sum(side) / len(side) for side in sides) or None
+    if not sides:
+        return None
+    x0, y0, x1, y1 = (sum(side) / len(side) for side in sides)
+    return x0, y0, x1, y1
 
 
 def letters(

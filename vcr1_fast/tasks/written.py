@@ -13,7 +13,7 @@ from vcr1_fast.rewards.overlap import box_ious, span_set_ious
 
 LEAST_OVERLAP = 0.95
 """IoU of what is written with what is annotated. Below it a right answer loses reward visibly;
-above it the model learns digits that no viewer can tell."""
+above it the model learns digits that no viewer can see."""
 
 _MOST_DECIMALS = 17  # as many as a float of 0 to 1 has
 

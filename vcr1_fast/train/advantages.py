@@ -64,7 +64,8 @@ def advantages_of(
     rewards where it is the scale."""
     if not everyone:
         return torch.zeros(0)
-    scale, stds = config.scale, None
+    scale: str | None = config.scale
+    stds: Tensor | None = None
     if scale == "task_ema":
         # Every rank sees all completions, so all ranks keep the same moments without a collective.
         scales.update((one.task, one.total) for one in everyone)
@@ -105,6 +106,7 @@ def weight_matrix(scored: Sequence[Scored]) -> Tensor:
 def _by_name(
     scored: Sequence[Scored], values: Sequence[Mapping[str, float]], default: float
 ) -> Tensor:
+    # Sorted, so that all ranks build the same columns and sum them in the same order.
     names = sorted({name for one in scored for name in one.rewards})
     rows = [[row.get(name, default) for name in names] for row in values]
     return torch.tensor(rows, dtype=torch.float64).reshape(len(scored), len(names))

@@ -46,7 +46,7 @@ def save_checkpoint(
 
     Every rank calls this; `barrier` makes them wait for each other, rank 0 writes the state, names
     the folder and deletes all but the newest `keep`. Returns the checkpoint's folder. OSError,
-    before anything is written, where the disk has too little room; a write that fails leaves no
+    before anything is written, where the disk has too little space; a write that fails leaves no
     partial folder behind.
     """
     folder = Path(folder)
@@ -54,6 +54,7 @@ def save_checkpoint(
     partial = folder / f"{_PARTIAL}{final.name}"
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
+        # A crash may have left it; the check counts its space as free.
         shutil.rmtree(partial, ignore_errors=True)
         check_space(folder, state_bytes(state))
         partial.mkdir()
@@ -63,10 +64,12 @@ def save_checkpoint(
         if rank == 0:
             _write(partial / "state.pt", state)
         barrier()
+        # After the barrier: every rank's file is there and is listed.
         if rank == 0:
             files = sorted(partial.iterdir())
             manifest = {file.name: _fingerprint(file) for file in files}
             write_atomic(partial / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+            # A resumed run may reach the step of a checkpoint that was found damaged.
             shutil.rmtree(final, ignore_errors=True)
             rename_flushed(partial, final)
     except OSError:
@@ -107,7 +110,8 @@ def checkpoints(folder: str | Path) -> tuple[list[Path], list[Path]]:
 
     Complete: every file has the size that the manifest says; `check_checkpoint` reads them too.
     """
-    whole, broken = [], []
+    whole: list[Path] = []
+    broken: list[Path] = []
     folder = Path(folder)
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         if path.name.startswith((PREFIX, _PARTIAL)):
@@ -182,7 +186,8 @@ def load_trained_state(model: nn.Module, state: dict[str, torch.Tensor]) -> None
 
 def random_state() -> dict[str, Any]:
     """RNG states of torch (all devices), numpy and Python."""
-    kind, keys, position, has_gauss, cached = np.random.get_state()
+    state: Any = np.random.get_state()  # annotated as a tuple or a dict
+    kind, keys, position, has_gauss, cached = state
     numpy_state = (kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached)
     return {
         "torch": torch.get_rng_state(),
@@ -212,6 +217,7 @@ def _write(path: Path, value: Any) -> None:
 
 def _read(path: Path, *, mmap: bool = False) -> Any:
     try:
+        # weights_only: a checkpoint from elsewhere must not run code.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except OSError:
         raise

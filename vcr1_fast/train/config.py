@@ -44,6 +44,7 @@ class ModelConfig(PositionConfig):
     def __post_init__(self) -> None:
         if not self.path:
             raise ConfigError("path", "must not be empty")
+        # Adapters on no layer would train nothing.
         if self.lora_rank and self.lora_targets is not None and not self.lora_targets:
             raise ConfigError("lora_targets", "must name a layer when lora_rank is not 0")
 
@@ -68,6 +69,7 @@ class DataConfig(ReadingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # A file of scores that nothing reads would be a silent mistake.
         wanted = self.difficulty_range is not None or self.order == "easy_first"
         if wanted != (self.difficulty is not None):
             raise ConfigError(
@@ -103,6 +105,7 @@ class RolloutConfig(LengthConfig):
     """The same for the largest |rollout log-prob - training log-prob| of a token; null: any."""
 
     def __post_init__(self) -> None:
+        # An empty text would end every completion before its first token.
         if not all(self.stop):
             raise ConfigError("stop", f"must not hold an empty string, got {list(self.stop)}")
 
@@ -127,6 +130,7 @@ class AdvantageConfig:
     """A group with an advantage above this is divided by its own standard deviation; null: none."""
 
     def __post_init__(self) -> None:
+        # gdpo normalises over the batch itself: a second scale would divide twice.
         if self.estimator == "gdpo" and self.scale in ("batch", "task_ema"):
             raise ConfigError("scale", f"gdpo knows group and none, got {self.scale}")
 
@@ -135,6 +139,7 @@ class AdvantageConfig:
 class OptimConfig:
     """AdamW, its schedule, and how a step is cut up."""
 
+    # A setting that vanished must be an error that names its successor.
     REPLACED: ClassVar = {
         "micro_prompts": "replaced by tokens_per_microbatch, which counts tokens, not prompts",
         "skip_nonfinite": "replaced by max_skipped_updates: 0 stops at the first such step",
@@ -147,6 +152,7 @@ class OptimConfig:
     tokens_per_microbatch: PositiveInt = 16384
     """Tokens in one forward and backward, a prompt counted once for its group; gradients are
     accumulated. A longer group is split by its completions; fewer where memory is short."""
+    # For devices that other processes use too.
     memory_gib: PositiveFloat | None = None
     """GiB that one forward and backward may take by the planner's estimate; null: what is free."""
     inner_epochs: PositiveInt = 1
@@ -174,8 +180,10 @@ class OptimConfig:
     run stops; their completions are in skipped.jsonl."""
 
     def __post_init__(self) -> None:
+        # At 1 a moment never moves, and the bias correction divides by 0.
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError("betas", f"must lie in [0, 1), got {list(self.betas)}")
+        # Parts of different size would weigh prompts differently.
         if self.prompts_per_step % self.inner_steps:
             raise ConfigError(
                 "inner_steps",

@@ -37,7 +37,7 @@ class Sampler:
     Each epoch is shuffled; with `scores`, one a record, it is sorted, the highest first, and a
     record comes fewer than `window` places from where sorting puts it. A function of these fields
     and nothing else: the place reached is its whole state, and leaving a bad record out moves no
-    other. `name` tells it from samplers of other records or scores, for checkpoints.
+    other. `name` separates it from samplers of other records or scores, for checkpoints.
     """
 
     size: int
@@ -56,8 +56,10 @@ class Sampler:
 
     def places(self, first: int, count: int, rank: int = 0, ranks: int = 1) -> Iterator[int]:
         """Record numbers at places first .. first + count - 1, those of one of `ranks` only."""
+        # One permutation per epoch, however many places are asked for.
         order, epoch = np.empty(0, np.int64), -1
         for place in range(first, first + count):
+            # Interleaved, so that a step's prompts are the same for any number of ranks.
             if place % ranks != rank:
                 continue
             if place // self.size != epoch:
@@ -66,12 +68,14 @@ class Sampler:
             yield int(order[place % self.size])
 
     def _order(self, epoch: int) -> np.ndarray:
+        # Seeded by epoch: a resumed run finds its place without replaying the epochs before.
         generator = np.random.default_rng((self.seed, epoch))
         order = generator.permutation(self.size)
         if self.scores is None:
             return order
         # A stable sort of the shuffled order, so that equal scores come in another order each time.
         order = order[np.argsort(-np.asarray(self.scores)[order], kind="stable")]
+        # A sorted key plus less than `window`: nothing moves by `window` places or more.
         later = np.arange(self.size) + generator.uniform(0, self.window, self.size)
         return order[np.argsort(later, kind="stable")] if self.window > 1 else order
 
@@ -127,11 +131,13 @@ class PromptSource:
         self.quarantine, self.sampler = quarantine, sampler
         self._seconds = 0.0
         self._cache = ByteCache[Clip](config.cache_mb * 2**20, lambda clip: clip.frames.nbytes)
+        # Ids, not places: a bad record comes again in every epoch and is quarantined once.
         self._bad: set[str] = set()
         self._reader = ClipReader(
             backend=config.decoder,
             timeout=config.decode_timeout,
             workers=config.decode_workers,
+            # In the worker: a full-size clip may be 100 times as large between processes.
             fit=processor.fit(),
         )
 
@@ -144,6 +150,7 @@ class PromptSource:
             list(self.sampler.places(step * size, size, rank, ranks))
             for step in range(first_step, last_step)
         ]
+        # One stream over all steps, so that workers read ahead across the borders of steps.
         stream = self._stream(self.records[i] for step in places for i in step)
         for step in places:
             began = time.perf_counter()
@@ -170,8 +177,8 @@ class PromptSource:
     def _stream(self, plan: Iterator[Record]) -> Iterator[tuple[Record, Clip | VideoError | None]]:
         """Each planned record with its clip, its error, or None where it is known to be bad.
 
-        The reader draws requests ahead of what it has yielded, and so plans ahead; `planned` holds
-        what was drawn, `waiting` the slots of it that the reader still owes, in its order.
+        The reader takes requests ahead of its results, and so plans ahead; `planned` holds the
+        records taken, `waiting` the slots that the reader has not filled yet, in its order.
         """
         planned: deque[tuple[Record, _Slot]] = deque()
         waiting: deque[tuple[Hashable, _Slot]] = deque()
@@ -194,6 +201,7 @@ class PromptSource:
                     waiting.append((key, slot))
                     in_a_row = 0
                     yield clip_request(record, self.processor.frames)
+                # Or a small data set, cached whole, would be planned to the run's end at once.
                 if in_a_row == MAX_CACHED_IN_A_ROW:
                     return
             ended = True
@@ -246,6 +254,7 @@ def training_records(config: DataConfig, quarantine: Quarantine) -> list[Record]
     records = load_records(
         config.train,
         media_root=config.media_root,
+        inside_root=config.inside_root,
         tasks=config.tasks,
         on_error="quarantine",
         quarantine=quarantine,

@@ -8,10 +8,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from vcr1_fast.files import append_jsonl, read_lines, write_atomic
 from vcr1_fast.progress import clock, open_bar
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
 
 SHOWN = ("reward", "loss", "kl", "length", "grad_norm", "tokens_per_second")
 PLAIN_EVERY = 5.0
@@ -58,12 +61,14 @@ class RunLog:
         self.active, self.steps, self.done = active, steps, done
         self.stream = sys.stderr if stream is None else stream
         self._began, self._first, self._shown = time.monotonic(), done, -PLAIN_EVERY
-        self._board = self._bar = None
+        self._board: Any = None
+        self._bar: Bar | None = None
         if not active:
             return
         self.output = Path(output)
         self.output.mkdir(parents=True, exist_ok=True)
         for name in ("metrics.jsonl", "rollouts.jsonl", "skipped.jsonl"):
+            # Before a board or a row: the files go on where the checkpoint ends.
             _cut_after(self.output / name, done)
         if tensorboard:
             self._board = self._open_board()
@@ -78,6 +83,7 @@ class RunLog:
         self.done = metrics["step"]
         if not self.active:
             return
+        # Each row is written at once: a run that is killed loses no finished step.
         append_jsonl(self.output / "metrics.jsonl", [_finite(metrics)])
         if self._board is not None:
             for name, value in metrics.items():
@@ -99,6 +105,7 @@ class RunLog:
             self._bar.update(self._task, completed=self.done, text=text)
             return
         now = time.monotonic()
+        # A line per step would flood a scheduler's log.
         if now - self._shown >= PLAIN_EVERY or self.done == self.steps:
             self._shown = now
             each = (now - self._began) / max(1, self.done - self._first)
@@ -111,6 +118,7 @@ class RunLog:
         except ImportError:
             self.message("TensorBoard is not installed: metrics go to metrics.jsonl alone")
             return None
+        # purge_step hides the events of steps that a killed run logged after its last checkpoint.
         return SummaryWriter(str(self.output / "tensorboard"), purge_step=self.done + 1)
 
     def __enter__(self) -> "RunLog":
@@ -150,5 +158,7 @@ def _cut_after(path: Path, step: int) -> None:
 
 def _wait_for_device() -> None:
     torch = sys.modules.get("torch")
+    # Kernels run after their launch returns: without a wait the next stage would be billed for
+    # them. From sys.modules, since the log itself needs no torch.
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize()

@@ -68,7 +68,7 @@ def train(config: TrainConfig) -> Path:
                     groups = with_reference_logps(run, groups)
 
             # 3. Rewards to advantages. Every rank sees all rewards, because some estimators
-            #    normalise over the batch, and keeps the advantages of its own completions.
+            #    normalise over the batch, and keeps its completions' advantages.
             with watch.stage("reward"):
                 scored = scoring.results()
                 everyone: list[Scored] = gather_object(scored)

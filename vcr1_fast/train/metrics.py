@@ -57,6 +57,7 @@ def task_metrics(scored: Sequence[Scored]) -> dict[str, float]:
         out[f"finished{suffix}"] = _mean(float(one.finished) for one in part)
         if name:
             # A user's reward may score only some of a task's completions.
+            # Completions of one task may have different rewards: a user's reward may give None.
             for reward in dict.fromkeys(reward for one in part for reward in one.rewards):
                 given = [one.rewards[reward] for one in part if reward in one.rewards]
                 out[f"reward{suffix}/{reward}"] = _mean(given)
@@ -70,6 +71,7 @@ def step_row(
 ) -> dict[str, float]:
     """The row of metrics.jsonl after `step` steps."""
     seconds, sampled = sum(watch.seconds.values()), sum(one.length for one in everyone)
+    # The name of the panel in `report/curves.py`, beside clip_low, clip_high and clip_delta.
     renamed = {"clip_region": "clip_fraction"}
     return {
         "step": step,
@@ -93,6 +95,7 @@ def rollout_rows(
     """Rows of rollouts.jsonl, one a completion; `scored` and `advantages` (N,) in their order."""
     rows: list[dict[str, Any]] = []
     for sample, one in zip(samples, rollouts, strict=True):
+        # The user's text: the sample's has the chat template around it.
         prompt = TASKS[sample.record.task].prompt(sample.record, think)
         for tokens, text, finished in zip(
             one.tokens[0], one.texts[0], one.finished[0], strict=True
@@ -117,5 +120,6 @@ def rollout_rows(
 
 
 def _mean(values: Iterable[float]) -> float:
+    # fsum: the mean does not depend on the order in which ranks report.
     values = list(values)
     return math.fsum(values) / max(len(values), 1)

@@ -107,10 +107,12 @@ class MasterAdamW:
 
 def accumulate_into_master(parameter: Tensor, master: Tensor) -> None:
     """Add a backward pass's gradient of `parameter` to its master's, and drop it."""
+    gradient = parameter.grad
+    assert gradient is not None  # a hook after accumulation
     if master.grad is None:
-        master.grad = parameter.grad.float()
+        master.grad = gradient.float()
     else:
-        master.grad.add_(parameter.grad)
+        master.grad.add_(gradient)
     parameter.grad = None
 
 

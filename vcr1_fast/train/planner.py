@@ -95,6 +95,7 @@ class Footprint:
         head = sizes.vocabulary * sizes.text.width
         kv_layers = len(family.kv_layers(language_model.config))
         per_patch = 0.0
+        # A frozen encoder keeps no activations.
         if not vision_is_frozen(base):
             per_patch = (
                 _layers(sizes.vision, width, recomputed)
@@ -114,6 +115,7 @@ class Footprint:
 
     def bytes(self, tokens: int, labels: int, patches: int) -> float:
         """Bytes of a pass over `tokens`, of which `labels` are predicted, and `patches`."""
+        # The head runs by chunks of rows: its logits never exceed two buffers.
         head = min(self.per_label * labels, self.head_chunk)
         return self.fixed + head + self.per_token * tokens + self.per_patch * patches
 
@@ -123,6 +125,7 @@ class Footprint:
         """Bytes of sampling `count` completions of up to `length` tokens for each of `prompts`
         (tokens); truncated: by top-k or top-p."""
         rows = count * len(prompts)
+        # The cache pads prompts to the longest, and doubles a completion's buffer when it is full.
         cached = len(prompts) * max(prompts) + 2 * rows * length
         sampling = (48.0 if truncated else 24.0) * self.vocabulary * rows
         return self.per_cached * cached + self.per_read * sum(prompts) + sampling
@@ -131,6 +134,7 @@ class Footprint:
 def _layers(sizes: LayerSizes, b: int, recomputed: bool) -> float:
     width, mlp = sizes.width, sizes.mlp
     attention = b * (2 * sizes.queries + 2 * sizes.keys)
+    # RMSNorm computes in float32, so half-precision models keep 4 bytes there.
     kept = 2 * (max(4, b) + 2 * b) * width + attention + 4 * b * mlp
     backward = b * (4 * width + 3 * mlp)
     depth = sizes.depth
@@ -189,6 +193,7 @@ class Planner:
         parts: list[list[S]] = []
         for item in items:
             first = 0
+            # Split by completions only: a prompt cannot be split, and each piece runs it again.
             while first < len(item.lengths):
                 if parts and first == 0 and self._fits([*parts[-1], item], available):
                     parts[-1].append(item)

@@ -55,6 +55,7 @@ def check_same_run(
     saved, given = flat_settings(state["settings"]), flat_settings(dump_config(config))
     pairs = [(name, state["identity"].get(name), value) for name, value in own.items()]
     pairs += [(name, saved.get(name), given.get(name)) for name in FIXED]
+    # The first difference is enough: they have one remedy.
     for name, before, now in pairs:
         if before != now:
             raise ValueError(

@@ -39,7 +39,7 @@ class TemporalConfig:
     See `rewards.shaping.temporal_bonuses`."""
 
     rollouts: NonNegativeInt = 0
-    """Completions drawn from the shuffled clip, for comparison only (Video-R1: half a group);
+    """Completions sampled on the shuffled clip, for comparison only (Video-R1: half a group);
     0: none, and no bonus."""
     bonus: float = 0.3
     """Added to right completions where the ratio is reached."""
@@ -85,6 +85,7 @@ class RewardsConfig:
     judge: JudgeConfig = field(default_factory=JudgeConfig)
 
     def __post_init__(self) -> None:
+        # Below the buffer the penalty would start before the first token.
         if self.overlong_limit is not None and self.overlong_limit < max(self.overlong_buffer, 1):
             raise ConfigError(
                 "overlong_limit",
@@ -93,11 +94,13 @@ class RewardsConfig:
             )
         if not 0 <= self.length_band[0] <= self.length_band[1]:
             raise ConfigError("length_band", f"must be a range, got {list(self.length_band)}")
+        # Rewards are columns by name: a second one of a name would replace the first.
         own = self.own_names()
         taken = {*SHAPING, *(name for task in TASKS for name in names_of(task))}
         for i, name in enumerate(own):
             if name in taken or name in own[:i]:
                 raise ConfigError("functions", f"two rewards would have the name {name!r}")
+        # A misspelt name would leave a reward at weight 1 unnoticed.
         for name in self.weights:
             self._check_name(name)
 
@@ -111,6 +114,7 @@ class RewardsConfig:
     def weight(self, task: str, name: str) -> float:
         """What a reward of a task counts. A judge's further scores (a caption's precision and F1)
         count nothing unless they are given a weight."""
+        # Added by default, a caption's F1 would count its recall twice.
         default = 0.0 if name not in TASKS[task].reward_names and name in names_of(task) else 1.0
         return self.weights.get(f"{task}.{name}", self.weights.get(name, default))
 
@@ -135,6 +139,7 @@ def names_of(task: str) -> tuple[str, ...]:
 
 def check_mode(config: RewardsConfig, tasks: list[str]) -> None:
     """ValueError where a task has no rewards in the mode asked for."""
+    # Found when the run opens, not at the task's first sample.
     missing = [task for task in tasks if task not in legacy.REWARDS]
     if config.mode == "legacy" and missing:
         raise ConfigError(

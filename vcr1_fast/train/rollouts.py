@@ -39,6 +39,7 @@ def sample_completions(
     generator = torch.Generator().manual_seed(seed % 2**63)
     # A second generator: the completions of unshuffled clips must not depend on the T-GRPO term.
     shuffler = torch.Generator().manual_seed(~seed % 2**63)
+    # Decided once for the step: chunks must agree, or some features would lack gradients.
     with_graph = keeps_vision_graph(run, samples)
     rest = samples
     while rest:
@@ -119,6 +120,7 @@ def keeps_vision_graph(run: Run, samples: Sequence[Sample]) -> bool:
     It does if the encoder is trained, the first update takes all groups (later ones need features
     of the changed weights), and the activations of all clips fit in half the memory.
     """
+    # A second optimiser step would need features of the changed encoder.
     if run.vision_is_frozen or run.config.optim.inner_steps > 1:
         return False
     patches = sum(sample.prompt.patches for sample in samples)
@@ -152,6 +154,7 @@ def shuffled_features(
             continue
         if tasks is None or sample.record.task in tasks:
             orders = [another_order(frames, generator) for frames in grids[:, 0].tolist()]
+            # Detached: shuffled rollouts are scored, not trained on.
             found[i] = reorder_frames(given.detach(), grids, orders)
     return found
 
@@ -159,6 +162,7 @@ def shuffled_features(
 def another_order(count: int, generator: torch.Generator) -> list[int]:
     """A random order of 0 .. count - 1 other than the identity, where there is another."""
     order = list(range(count))
+    # Rejection keeps the other orders equally likely.
     while count > 1 and order == list(range(count)):
         order = torch.randperm(count, generator=generator).tolist()
     return order

@@ -71,27 +71,29 @@ class Scoring:
         check_mode(config.rewards, sorted(set(tasks)))
         self.config, self.functions = config, functions
         self.judge = open_judge(config.rewards.judge, device)
+        # One thread, so that chunks are scored in order; a judge has its own concurrency.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rewards")
         self._parts: list[Future[list[Scored]]] = []
 
     def submit(
         self,
         samples: Sequence[Sample],
-        drawn: Sequence[Rollout],
+        sampled: Sequence[Rollout],
         shuffled: Sequence[Rollout | None],
     ) -> None:
         """Score the groups of a chunk's samples.
 
-        drawn: their completions. shuffled: those sampled with shuffled frames, None for a sample
+        sampled: their completions. shuffled: those sampled with shuffled frames, None for a sample
         without.
         """
-        part = self._thread.submit(self.score, samples, drawn, shuffled)
+        part = self._thread.submit(self.score, samples, sampled, shuffled)
         if self.config.rewards.judge.kind == "local" or self.config.rewards.mode == "legacy":
             wait([part])
         self._parts.append(part)
 
     def results(self) -> list[Scored]:
         """All completions submitted since the last call, groups in order."""
+        # Emptied first: after an error the next step must not read this step's parts.
         parts, self._parts = self._parts, []
         return [one for part in parts for one in part.result()]
 
@@ -105,12 +107,12 @@ class Scoring:
     def score(
         self,
         samples: Sequence[Sample],
-        drawn: Sequence[Rollout],
+        sampled: Sequence[Rollout],
         shuffled: Sequence[Rollout | None],
     ) -> list[Scored]:
         """Rewards of all completions, groups in order."""
         answers = [
-            (s, text) for s, one in zip(samples, drawn, strict=True) for text in one.texts[0]
+            (s, text) for s, one in zip(samples, sampled, strict=True) for text in one.texts[0]
         ]
         mixed = [
             (s, text)
@@ -119,11 +121,12 @@ class Scoring:
         ]
         # Both kinds together, so that the judge gets one batch of requests.
         own = own_rewards([*answers, *mixed], self.config, self.judge)
+        # The shuffled completions follow, in the order of their samples.
         others = iter(own[len(answers) :])
         rewards = [named for named, _ in own[: len(answers)]]
         self._add_users(answers, rewards)
         scored, first = [], 0
-        for sample, one, other in zip(samples, drawn, shuffled, strict=True):
+        for sample, one, other in zip(samples, sampled, shuffled, strict=True):
             group = range(first, first + len(one.texts[0]))
             compared = [next(others)[0] for _ in (other.texts[0] if other else ())]
             self._shape(sample, one, [rewards[i] for i in group], compared)
@@ -137,7 +140,7 @@ class Scoring:
         durations = [sample.duration for sample, _ in answers]
         for function in self.functions:
             for named, value in zip(rewards, function(texts, records, durations), strict=True):
-                if value is not None:
+                if value is not None:  # no column: 0 would be a score
                     named[function.name] = value
 
     def _shape(
@@ -159,6 +162,7 @@ class Scoring:
                 named["repetition"] = repetition(text, settings.repetition_ngram)
         if not (settings.length_bonus or shuffled):
             return
+        # Unweighted: bonuses are for right answers, whatever an answer's reward weighs.
         right = TASKS[sample.record.task].accuracy
         accuracies = [named.get(right, 0.0) for named in rewards]
         if settings.length_bonus:
@@ -191,6 +195,7 @@ class Scoring:
     ) -> list[Scored]:
         """The completions of one group."""
         task = sample.record.task
+        # Once per group: the lookup by task and name is the same for all of its completions.
         known = dict.fromkeys(name for named in rewards for name in named)
         weights = {name: self.config.rewards.weight(task, name) for name in known}
         return [
@@ -211,6 +216,7 @@ class Scoring:
     ) -> None:
         if kind is not None and isinstance(self.judge, ModelJudge):
             self.judge.close()  # or the exit would wait for its replies
+        # After an error nobody waits for what is still queued.
         self._thread.shutdown(wait=kind is None, cancel_futures=True)
 
 
@@ -224,6 +230,7 @@ def own_rewards(
     places: dict[str, list[int]] = {}
     for i, (sample, _) in enumerate(answers):
         places.setdefault(sample.record.task, []).append(i)
+    # By place: scoring goes by task, results by sample.
     out: list[Any] = [None] * len(answers)
     for name, indices in places.items():
         part = _task_rewards(name, [answers[i] for i in indices], config, judge)

@@ -3,7 +3,7 @@
 import copy
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from accelerate.utils import (
     gather_object,
     set_seed,
 )
-from torch import nn
+from torch import Tensor, nn
 
 from vcr1_fast.config.loader import dump_config
 from vcr1_fast.data.quarantine import Quarantine
@@ -77,7 +77,7 @@ class Run:
     optimizer: MasterAdamW
     source: PromptSource
     planner: Planner
-    features: ByteCache[torch.Tensor]
+    features: ByteCache[Tensor]
     log: RunLog
     done: int
     scales: TaskScales
@@ -105,7 +105,7 @@ class Run:
     def ranks(self) -> int:
         return self.accelerator.num_processes
 
-    def batches(self) -> Iterator[list]:
+    def batches(self) -> Iterator[list[Sample]]:
         """This rank's samples of each remaining step."""
         optim = self.config.optim
         return self.source.batches(
@@ -117,7 +117,9 @@ class Run:
         """Whether rollout, policy and reference model share a clip's features."""
         return vision_is_frozen(self.model)
 
-    def clip_features(self, samples: list[Sample], *, with_graph: bool = False) -> list:
+    def clip_features(
+        self, samples: Sequence[Sample], *, with_graph: bool = False
+    ) -> list[Tensor | None]:
         """Features of each sample's clips, None for a sample without clips; a frozen encoder's come
         from the cache where it holds them. `with_graph`: keep the graph for a backward pass."""
         keys = [clip_key(sample.record) for sample in samples]
@@ -136,10 +138,11 @@ class Run:
         if self.reference_model is not None:
             yield self.reference_model
         else:
-            with self.model.disable_adapter():
+            adapted: Any = self.model  # a PeftModel, whose type peft need not be installed for
+            with adapted.disable_adapter():
                 yield self.model
 
-    def missing(self, samples: list) -> int:
+    def missing(self, samples: Sequence[Sample]) -> int:
         """Samples missing from this step's batches on all ranks, because they are quarantined."""
         present = sum(gather_object([len(samples)]))
         self.used += present
@@ -212,16 +215,18 @@ def open_run(config: TrainConfig, *, reference: bool, kind: str = "grpo") -> Ite
     `reference`: whether the loss has a KL term to the untrained model. ValueError names the
     setting, file or run in the way.
     """
+    # No `prepare`: gradients are summed by hand (`optim.sum_gradients`), without DDP's hooks.
     accelerator = Accelerator(cpu=config.run.device == "cpu")
     if accelerator.distributed_type in _SHARDED:
         raise ValueError(
-            f"accelerate was told to use {accelerator.distributed_type.value}, but every process "
+            f"accelerate is set to use {accelerator.distributed_type.value}, but every process "
             "holds the whole model here: launch with --multi_gpu"
         )
     set_seed(config.run.seed)
     output = Path(config.run.output)
     main = accelerator.is_main_process
     with ExitStack() as stack:
+        # Before anything is read: another run may be writing checkpoints here.
         if main:
             stack.enter_context(locked(output))
         found, leftovers = checkpoints(output / "checkpoints")
@@ -233,9 +238,11 @@ def open_run(config: TrainConfig, *, reference: bool, kind: str = "grpo") -> Ite
         quarantine = Quarantine(listed if main else None)
         chosen = select(training_records(config.data, quarantine), config.data, config.run.seed)
         model, processor = prepare_model(config, accelerator.device)
+        # Of the base weights, so before a checkpoint is loaded.
         own = identity(kind, chosen.records, chosen.sampler.name, model)
         reference_model = None
         if reference and not config.model.lora_rank:
+            # Copied before a checkpoint is loaded: the reference is the untrained model.
             reference_model = copy.deepcopy(model).requires_grad_(False)
         optimizer = MasterAdamW(model.parameters(), config.optim)
         stack.callback(optimizer.close)
@@ -247,7 +254,9 @@ def open_run(config: TrainConfig, *, reference: bool, kind: str = "grpo") -> Ite
             path, damaged = newest_intact(found, accelerator)
             notes += [f"ignoring {reason}" for reason in damaged]
             state = load_checkpoint(path, rank=accelerator.process_index)
+            # Before anything is loaded: a refusal leaves the folder as it was.
             changed = check_same_run(path, state, config, own)
+            # Before the optimiser: in a float32 run the parameters are its masters.
             load_trained_state(model, state["model"])
             optimizer.load_state_dict(state["optimizer"])
             scales.load(state["scales"])
@@ -274,6 +283,7 @@ def open_run(config: TrainConfig, *, reference: bool, kind: str = "grpo") -> Ite
             log.message(note)
         for item in quarantine.items:
             log.message(f"quarantined {item.record_id or item.source}: {item.reason}")
+        # Ranks other than 0 append to the list, which rank 0 has begun by now.
         accelerator.wait_for_everyone()
         if not main:
             quarantine = Quarantine(listed)
@@ -322,6 +332,7 @@ def newest_intact(found: list[Path], accelerator: Accelerator) -> tuple[Path, li
             else:
                 answer[0] = path
                 break
+    # All ranks must resume from the same checkpoint, whatever each would read.
     path, damaged = broadcast_object_list(answer)
     if path is None:
         raise DamagedCheckpoint("; ".join(damaged))
@@ -368,9 +379,10 @@ def add_adapters(model: nn.Module, settings: ModelConfig) -> nn.Module:
 
     family = family_of(model)
     targets = list(settings.lora_targets or family.lora_targets)
+    scale: Any = settings.lora_alpha  # peft divides by the rank, and annotates int
     adapters = LoraConfig(
         r=settings.lora_rank,
-        lora_alpha=settings.lora_alpha,
+        lora_alpha=scale,
         lora_dropout=0.0,
         target_modules=targets,
         exclude_modules=family.vision_pattern if settings.freeze_vision else None,

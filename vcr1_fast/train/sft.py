@@ -42,6 +42,7 @@ def sft(config: TrainConfig) -> Path:
         for step, samples in enumerate(run.batches(), start=run.done):
             watch = Stopwatch(decode=run.source.take_seconds())
             with watch.stage("policy"):
+                # A trained encoder runs in the policy's pass, which needs its graph.
                 frozen = run.vision_is_frozen
                 vision = run.clip_features(samples) if frozen else [None] * len(samples)
                 groups = [
@@ -71,6 +72,7 @@ def update(run: Run, groups: list[Group], lr: float) -> dict[str, float]:
     """One optimiser step on the mean loss over all ranks' completion tokens."""
     config, device = run.config, run.accelerator.device
     own = sum(len(completion) for group in groups for completion in group.completions)
+    # Of all ranks: each token weighs the same wherever it is computed.
     tokens = int(run.accelerator.reduce(torch.tensor(own, device=device)))
 
     losses: list[torch.Tensor] = []
@@ -79,6 +81,7 @@ def update(run: Run, groups: list[Group], lr: float) -> dict[str, float]:
             run.optimizer.zero_grad()  # an attempt that ran out of memory left parts of gradients
             losses = [forward_backward(run, part, tokens) for part in micro_batches]
     total = sum(losses, torch.zeros((), dtype=torch.float64, device=device))
+    # One wait for the device, after all micro-batches.
     finite = bool(total.isfinite())
     norm = clipped_step(run.optimizer, lr, config.optim, finite_loss=finite) if tokens else 0.0
     return {

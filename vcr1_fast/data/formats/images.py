@@ -9,7 +9,7 @@ refcoco (spatial_grounding): REC_refcoco*.json,
 Source: Videochat-R1.5/src/open_r1/grpo_tasks.py and src_eval/evaluate_det.py of
 OpenGVLab/VideoChat-R1; the mixture itself was never released. A json_path is taken from the folder
 of the map, a visual_base from the media folder. Boxes in pixels (any value above 1.01) are divided
-by the size of the image, which must be there unless the entry tells its width and height.
+by the size of the image, which must be there unless the entry states its width and height.
 """
 
 from collections.abc import Iterator
@@ -84,7 +84,7 @@ def _refcoco(place: str, entry: Any, media_root: Path) -> Iterator[Row]:
 
 
 def normalised(box: list[float], entry: Row, image: Path) -> list[float]:
-    """[x0, y0, x1, y1] from 0 to 1. Pixels are told by a value above 1, by more than rounding, and
+    """[x0, y0, x1, y1] from 0 to 1. Pixels have a value above 1 by more than rounding, and
     are divided by the entry's width and height, or the image's own; what lies outside by rounding
     is cut off."""
     x0, y0, x1, y1 = box

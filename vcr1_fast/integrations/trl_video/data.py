@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -35,7 +36,7 @@ def video_dataset(
     rows = [
         {
             "prompt": [{"role": "user", "content": TASKS[one.task].prompt(one, think)}],
-            **{name: path and os.path.abspath(path) for name, path in _media(one).items()},
+            **{name: path and str(Path(path).absolute()) for name, path in _media(one).items()},
             "start": one.start,
             "end": one.end,
             "record": _written(one),
@@ -54,7 +55,7 @@ def _media(record: Record) -> dict[str, str | None]:
 
 def _written(record: Record) -> str:
     row = {k: v for k, v in dataclasses.asdict(record).items() if v is not None}
-    row |= {name: os.path.abspath(path) for name, path in _media(record).items() if path}
+    row |= {name: str(Path(path).absolute()) for name, path in _media(record).items() if path}
     return json.dumps(row)
 
 
@@ -120,7 +121,7 @@ def _scores(
     durations: list[float],
     think: list[bool],
 ) -> Columns:
-    """The task's rewards of its own samples, in order."""
+    """The task's rewards of its samples, in order."""
     own = [i for i, record in enumerate(records) if record is not None]
     mine = [record for record in records if record is not None]
     answers = task.answers([texts[i] for i in own], mine)
@@ -138,12 +139,13 @@ def clip_request(row: dict[str, Any], frames: FrameConfig) -> ClipRequest:
     video, image = row.get("video"), row.get("image")
     if (video is None) == (image is None):
         raise ValueError(f"a row needs a video or an image, got {video!r} and {image!r}")
-    part = {"start": row.get("start"), "end": row.get("end")}
+    start, end = row.get("start"), row.get("end")
     if row.get("record"):
         record = read_record(row["record"])
-        shown = dataclasses.replace(record, video=video, image=image, **part)
+        shown = dataclasses.replace(record, video=video, image=image, start=start, end=end)
         return requests.clip_request(shown, frames)
-    return ClipRequest(path=video or image, config=frames, is_image=video is None, **part)
+    path: Any = image if video is None else video  # one of them is there
+    return ClipRequest(path=path, config=frames, is_image=video is None, start=start, end=end)
 
 
 def prompt_texts(messages: Any) -> tuple[str, str | None]:

@@ -23,7 +23,7 @@ from vcr1_fast.integrations.trl_video.data import COLUMNS, clip_request, prompt_
 from vcr1_fast.model.checkpoint import load
 from vcr1_fast.model.forward import completion_hidden, lm_head
 from vcr1_fast.model.packing import Group
-from vcr1_fast.model.processor import Mrope, Processor, Prompt
+from vcr1_fast.model.processor import Mrope, Processor, Prompt, VideoText
 from vcr1_fast.model.rollout import SamplingConfig, rollout
 from vcr1_fast.model.vision import freeze_vision, prepare_vision
 from vcr1_fast.model.wrapping import unwrap
@@ -123,7 +123,11 @@ class VideoGRPOTrainer(GRPOTrainer):
             raise ValueError("a model that is loaded already needs its processor")
         frames = FrameConfig(**cast("dict[str, Any]", args.frame_kwargs or {}))
         shown = processor.with_frames(frames, media_first=processor.media_first)
-        self.processor = dataclasses.replace(shown, mrope=args.mrope, video_text=args.video_text)
+        self.processor = dataclasses.replace(
+            shown,
+            mrope=cast(Mrope, args.mrope),
+            video_text=cast(VideoText, args.video_text),
+        )
         self.frames = self.processor.frames
         prepare_vision(unwrap(model))
         super().__init__(
@@ -208,7 +212,7 @@ class VideoGRPOTrainer(GRPOTrainer):
             max_new_tokens=self.max_completion_length,
         )
         with self.accelerator.autocast():
-            drawn = rollout(
+            sampled = rollout(
                 self.accelerator.unwrap_model(self.model_wrapped),
                 self.processor,
                 [shown[i].prompt for i in places],
@@ -216,9 +220,9 @@ class VideoGRPOTrainer(GRPOTrainer):
                 sampling,
             )
         if self.args.freeze_vision:
-            for i, vision in zip(places, drawn.vision, strict=True):
+            for i, vision in zip(places, sampled.vision, strict=True):
                 shown[i].vision = vision
-        return [tokens.tolist() for group in drawn.tokens for tokens in group], None
+        return [tokens.tolist() for group in sampled.tokens for tokens in group], None
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         self._rows = inputs["shown"].tolist()

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from vcr1_fast.model.family import Family, LayerSizes, ModelSizes
 from vcr1_fast.model.last_layer import skip_unused_rows
@@ -28,7 +28,7 @@ def _kv_layers(config: Any) -> range:
     return range(config.num_hidden_layers)
 
 
-def _prepare_language_model(language_model: nn.Module) -> None:
+def _prepare_language_model(language_model: Any) -> None:
     skip_unused_rows(language_model.layers[-1])
 
 

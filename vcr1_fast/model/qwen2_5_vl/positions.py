@@ -170,6 +170,8 @@ def _installed(
     """Positions by the installed transformers: its own method, called on a stand-in model."""
     from transformers import Qwen2_5_VLModel
 
+    # transformers annotates LongTensor where any integer tensor serves.
+    rope_index: Any = Qwen2_5_VLModel.get_rope_index
     model: Any = SimpleNamespace(
         config=SimpleNamespace(
             vision_config=SimpleNamespace(
@@ -178,7 +180,7 @@ def _installed(
         )
     )
     model.get_vision_position_ids = MethodType(Qwen2_5_VLModel.get_vision_position_ids, model)
-    positions, _ = Qwen2_5_VLModel.get_rope_index(
+    positions, _ = rope_index(
         model,
         tokens[None],
         mm_token_type_ids=kinds[None],

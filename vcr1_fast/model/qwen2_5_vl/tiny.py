@@ -139,6 +139,8 @@ def _model_config(config: TinyConfig, vocab_size: int, ids: dict[str, int]) -> A
         "tokens_per_second": config.tokens_per_second,
         "initializer_range": config.initializer_range,
     }
+    # A parent's keyword, which the class's own annotations do not list.
+    shared: dict[str, Any] = {"initializer_range": config.initializer_range}
     return Qwen2_5_VLConfig(
         text_config=text,
         vision_config=vision,
@@ -147,8 +149,8 @@ def _model_config(config: TinyConfig, vocab_size: int, ids: dict[str, int]) -> A
         vision_start_token_id=ids["<|vision_start|>"],
         vision_end_token_id=ids["<|vision_end|>"],
         tie_word_embeddings=config.tie_embeddings,
-        initializer_range=config.initializer_range,
         architectures=["Qwen2_5_VLForConditionalGeneration"],
+        **shared,
     )
 
 

@@ -5,7 +5,7 @@ Symbols, for a completion b and its token t (tokens outside the mask never count
     x_t = logp_t - old_t            log-ratio between the policy and the one that sampled
     r   = exp(x_t)                  level "token"
     r   = exp(mean_t x_t)           level "sequence"  (GSPO: one ratio per completion)
-    r   = the sequence's value, with the gradient of its own token   level "sequence_token"
+    r   = the sequence's value, with the gradient of each token   level "sequence_token"
     A   = the advantage of the completion, or of the token
 """
 
@@ -200,6 +200,7 @@ class GRPOLossConfig:
                 f"{self.rollout_correction} needs rollout_min and rollout_max, got "
                 f"{self.rollout_min} and {self.rollout_max}"
             )
+        # Reversed bounds would drop or clamp every token without an error.
         low, high = self.rollout_min, self.rollout_max
         if low is not None and high is not None and not low <= high:
             raise ValueError(f"rollout_min {low} is above rollout_max {high}")

@@ -96,6 +96,7 @@ def _run(*arguments: Any) -> tuple[Tensor, ...]:
         if tokens is not None:
             upstream = tokens.upstream(part, statistics.logps)
             gradients.add(chunk, head.backward_(chunk, statistics, *upstream))
+    # All tokens again, which cost little beside a chunk's logits: metrics need the whole batch.
     loss, grad_logps, grad_entropy, metrics = grpo_loss_op(*inputs, args.parameters)
     if any_gradient and tokens is None:
         # The logits again: keeping them would take the memory that chunks save.

@@ -116,6 +116,7 @@ def _two_passes(logits: Tensor, rows: _Rows, gradient: bool) -> tuple[Tensor, Te
 
 def _two_passes_(logits: Tensor, rows: _Rows) -> tuple[Tensor, Tensor]:
     loss, metrics, rest = _statistics(logits, rows)
+    # After the statistics, which read the logits that this overwrites.
     inplace_backward_op(logits, *rest)
     return loss, metrics
 
@@ -135,6 +136,7 @@ def _one_pass(logits: Tensor, rows: _Rows, grad: Tensor) -> tuple[Tensor, Tensor
     logps, entropy, lse, stats = allocate(logits, rows.labels, with_entropy)
     # The values of `logps` are not there yet: weights depend on counts and shapes only.
     tokens = as_tokens(rows.inputs._replace(logps=logps[..., 0]), decode(rows.arguments.parameters))
+    # The kernel indexes tokens by row number; a token costs 4 bytes, a row of logits 2 V.
     dense = map_tensors(Tensor.contiguous, tokens.inputs)
     native.logits_grpo_loss(
         logits=logits,

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from vcr1_fast.ops.backend import check_one_device
 from vcr1_fast.ops.gather_logprobs import accumulation_dtype
 from vcr1_fast.ops.grpo.config import GRPOLossConfig, LossParameters, parameters_of
 from vcr1_fast.ops.grpo.loss import check_inputs, grpo_loss_op
@@ -108,6 +109,7 @@ def grpo_token_loss(
         logps, old_logps, advantages, mask, ref_logps, None, rollout_logps, token_weights
     )
     check_inputs(config, logps.shape, given)
+    check_one_device("logps", logps, **given._asdict())
     constants = LossInputs(
         logps=None,  # type: ignore[arg-type]  # the argument that autograd sees
         old_logps=constant(old_logps),

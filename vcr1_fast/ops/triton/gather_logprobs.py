@@ -103,16 +103,18 @@ def _forward_kernel(
             tl.float32
         )
         new_top = tl.maximum(top, tl.max(x, 0))
-        anchor = tl.where(new_top == float("-inf"), 0.0, new_top)  # -inf - -inf would be NaN
-        shift = (top - anchor) * scale
+        shift_from = tl.where(new_top == float("-inf"), 0.0, new_top)  # -inf - -inf would be NaN
+        shift = (top - shift_from) * scale
+        # A new maximum rescales the sums so far: one read of the row, however large its logits.
         factor = tl.exp(shift)
-        d = (x - anchor) * scale
+        d = (x - shift_from) * scale
         e = tl.exp(d)
         weighted = tl.where(factor > 0.0, factor * (weighted + shift * weight), 0.0)
         weighted += e * tl.maximum(d, -200.0)  # e is 0 there, and d may be -inf
         weight = weight * factor + e
         top = new_top
 
+    # A masked row is not read: its results are 0, not those of an empty sum.
     live = end > 0
     total = tl.sum(weight, 0)
     log_sum = tl.where(total == 0.0, float("nan"), tl.log(total))

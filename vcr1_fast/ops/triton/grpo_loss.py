@@ -120,6 +120,7 @@ def token_correction(gap, values, OPTIONS: tl.constexpr):
     """(weight, whether it is outside the bounds) of a rollout correction by token."""
     weight = tl.exp(gap)
     clipped = (weight < values.rollout_min) | (weight > values.rollout_max)
+    # "truncate" keeps a token with a bounded weight; "mask" and "icepop" drop it.
     if OPTIONS.rollout_action == "truncate":
         weight = clamp(weight, values.rollout_min, values.rollout_max)
     else:
@@ -136,6 +137,7 @@ def policy_term(ratio, logp, advantage, phi_pos, phi_neg, values, OPTIONS: tl.co
         phi = tl.where(advantage >= 0.0, phi_pos, phi_neg)
         return -phi * advantage * logp, zero, -phi * advantage, phi
     elif OPTIONS.loss_type == "cispo":
+        # CISPO clips the weight and keeps the token's gradient: the ratio is a constant.
         phi = clamp(ratio, low, high)
         return -phi * advantage * logp, zero, -phi * advantage, zero
     elif OPTIONS.loss_type == "sapo":
@@ -167,6 +169,7 @@ def kl_term(raw, values, OPTIONS: tl.constexpr):
         value, slope = tl.exp(d) - d - 1.0, tl.exp(d) - 1.0
     else:
         value, slope = tl.abs(d), tl.where(d > 0.0, 1.0, tl.where(d < 0.0, -1.0, 0.0))
+    # A clamped difference has no gradient, as under torch.clamp.
     inside = tl.abs(raw) <= limit
     if OPTIONS.kl_straight_through:
         slope = d
@@ -181,6 +184,7 @@ def load_tokens(inputs, values, place, counts):
     logp = tl.load(inputs.logps + place, mask=counts, other=0.0)
     before = logp
     if inputs.old_logps is not None:
+        # Without old log-probs the policy is its own: the ratio is 1, its gradient is not 0.
         before = tl.load(inputs.old_logps + place, mask=counts, other=0.0)
     gap = tl.full(place.shape, 0.0, tl.float32)
     if inputs.rollout_logps is not None:
@@ -207,6 +211,7 @@ def statistics(inputs, values, begin, end, OPTIONS: tl.constexpr, BLOCK: tl.cons
     log_ratio, bounded = tl.full([], 0.0, tl.float32), tl.full([], 0.0, tl.float32)
     gaps, drift = tl.full([], 0.0, tl.float32), tl.full([], 0.0, tl.float32)
     log_weight = tl.full([], 0.0, tl.float32)
+    # The first of two passes over the tokens: the terms need sums over their whole completion.
     for start in range(begin, end, BLOCK):
         place = start + tl.arange(0, BLOCK)
         counts = counts_of(inputs, place, end)
@@ -220,6 +225,7 @@ def statistics(inputs, values, begin, end, OPTIONS: tl.constexpr, BLOCK: tl.cons
         if OPTIONS.off_policy:
             drift += tl.sum(before - gap - logp, 0)
         if OPTIONS.loss_type == "vespo":
+            # VESPO's code bounds log-ratios at 20, whatever `log_ratio_clamp` is.
             bounded += tl.sum(clamp(x, -20.0, 20.0), 0)
             if OPTIONS.rollout_scope == "token":
                 weight = token_correction(gap, values, OPTIONS)[0]
@@ -234,6 +240,7 @@ def statistics(inputs, values, begin, end, OPTIONS: tl.constexpr, BLOCK: tl.cons
     correction, dropped = tl.full([], 1.0, tl.float32), tl.full([], 0.0, tl.float32)
     if OPTIONS.rollout_scope == "sequence":
         if OPTIONS.rollout_action == "icepop":
+            # icepop tests the mean, the other actions the whole sequence's ratio.
             gaps = gaps / some
         tested = tl.exp(gaps)
         outside = (tested < values.rollout_min) | (tested > values.rollout_max)
@@ -249,6 +256,7 @@ def statistics(inputs, values, begin, end, OPTIONS: tl.constexpr, BLOCK: tl.cons
     phi_pos, phi_neg = tl.full([], 1.0, tl.float32), tl.full([], 1.0, tl.float32)
     if OPTIONS.loss_type == "vespo":
         log_w = clamp(bounded + log_weight, FLOOR, CEILING)
+        # phi = w^k exp(lambda (1 - w)), in logarithms: w^k alone overflows.
         rise, lam_pos = tl.exp(log_w), tl.maximum(values.vespo_lambda_pos, 1e-4)
         lam_neg = tl.maximum(values.vespo_lambda_neg, 1e-4)
         phi_pos = tl.exp(lam_pos + values.vespo_k_pos * log_w - lam_pos * rise)
@@ -437,6 +445,7 @@ def _completion_kernel(
         if inputs.rollout_logps is not None:
             gap, correction, clipped = rollout
             wide = tl.abs(gap)
+            # 0 outside the mask, where `load_tokens` gives no gap: no second mask is needed.
             widest = tl.maximum(widest, tl.max(wide, 0))
             sums += tl.where(slot == _GAP, tl.sum(wide, 0), 0.0)
             sums += tl.where(slot == _ROLLOUT_KL, tl.sum(tl.exp(gap) - 1.0 - gap, 0), 0.0)
@@ -510,6 +519,7 @@ def _finish_kernel(
     totals = tl.full([_COLUMNS], 0.0, tl.float32)
     lowest = tl.full([_COLUMNS], float("inf"), tl.float32)
     highest = tl.full([_COLUMNS], float("-inf"), tl.float32)
+    # Every program sums all rows in the same order: no atomics, the same bits in every run.
     for first in range(0, sequences, ROWS):
         row = first + tl.arange(0, ROWS)[:, None]
         there = row < sequences
