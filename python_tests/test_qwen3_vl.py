@@ -24,6 +24,7 @@ from vcr1_fast.data.requests import clip_request
 from vcr1_fast.data.sampling import FrameConfig
 from vcr1_fast.data.video import ClipReader
 from vcr1_fast.doctor import models as doctor_rows
+from vcr1_fast.evaluate.chat import Conversation
 from vcr1_fast.model import attention, checkpoint, packing
 from vcr1_fast.model.family import family_named, family_of
 from vcr1_fast.model.files import CheckpointError
@@ -652,6 +653,36 @@ def test_rollout_and_policy_agree(loaded):
         for x, y in zip(got.tokens, again.tokens, strict=True)
         for a, b in zip(x, y, strict=True)
     )
+
+
+def test_a_conversation_is_one_pass_over_all_that_was_said(loaded):
+    model, processor = loaded
+    sampling = SamplingConfig(temperature=0.0, max_new_tokens=6)
+    clips, questions = [_clip(5, 64, 96), _image()], ("When does it appear?", "And then?")
+    talk = Conversation(model, processor, clips, sampling)
+    answers = ["".join(talk.ask(question)) for question in questions]
+    prompt = processor.prompt(questions[0], clips)
+    result = rollout(model, processor, [prompt], 1, sampling)
+    assert answers[0] == result.texts[0][0] != ""
+    # The second answer by transformers, without a cache; turns written out as in the template.
+    first = result.tokens[0][0]
+    cut = first if first[-1] == processor.stop_id else F.pad(first, (0, 1), value=processor.stop_id)
+    turn = f"\n<|im_start|>user\n{questions[1]}<|im_end|>\n<|im_start|>assistant\n"
+    tokens = torch.cat([prompt.input_ids, cut, processor.encode(turn)])
+    stock, answer = _stock(model), []
+    while len(answer) < sampling.max_new_tokens:
+        types = F.pad(prompt.mm_token_type_ids, (0, len(tokens) - len(prompt)))
+        stock.model.rope_deltas = None
+        with torch.no_grad():
+            logits = stock(
+                input_ids=tokens[None], mm_token_type_ids=types[None], **_media(prompt)
+            ).logits[0, -1]
+        logits[processor.banned_ids(len(logits))] = -torch.inf
+        if int(logits.argmax()) == processor.stop_id:
+            break
+        answer.append(int(logits.argmax()))
+        tokens = F.pad(tokens, (0, 1), value=answer[-1])
+    assert answers[1] == processor.decode(answer) != ""
 
 
 # --- what a user does -----------------------------------------------------------------------------
