@@ -99,7 +99,7 @@ class ImageProcessorConfig:
         )
 
     def further_settings(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """Fields of the family's own, read from a settings file."""
+        """Further fields that only this family has, read from a settings file."""
         return {}
 
     def as_json(self) -> dict[str, Any]:

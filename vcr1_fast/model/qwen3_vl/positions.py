@@ -1,15 +1,15 @@
 """Three-axis rotary positions (M-RoPE) of Qwen3-VL prompts.
 
 Every token has a (time, height, width) position. Text counts up by one on all three axes together.
-Time is told by text, not by positions: each temporal patch of a clip is a block for itself, in
-which the merged patch in row y and column x has, after text that ended at position s - 1,
+Time is given as text, not by positions: each temporal patch of a clip is a separate block, in which
+the merged patch in row y and column x has, after text that ended at position s - 1,
 
     time = s,  height = s + y,  width = s + x
 
 and the text after it resumes at s + max(rows, columns). An image is one such block.
 
-Source: `get_rope_index` of transformers' Qwen3VLModel, the same in 4.57 and in 5.x: unlike
-Qwen2.5-VL's there is one convention, and `mrope` changes nothing.
+Source: `get_rope_index` of transformers' Qwen3VLModel, the same in 4.57 and in 5.x. So
+there is one convention, and `mrope` changes nothing.
 """
 
 from itertools import groupby

@@ -1,7 +1,7 @@
 """Text and clips to the inputs of Qwen3-VL.
 
-A clip is written as one line: for each temporal patch, the time at which it is shown and a vision
-block of its own,
+A clip is written as one line: for each temporal patch, the time at which it is shown and a separate
+vision block,
 
     <0.2 seconds><|vision_start|><|video_pad|>...<|vision_end|><1.3 seconds><|vision_start|>...
 
