@@ -156,7 +156,10 @@ def greedy_answers(
             if isinstance(clip, VideoError):
                 state.error = str(clip)
             else:
-                state.clip, state.vision = replace(clip, fps=state.clip.fps), None
+                # Played in zoomed time: the model is given the times of the first pass, which the
+                # answer's are mapped back from.
+                state.clip = replace(clip, fps=state.clip.fps, times=state.clip.times)
+                state.vision = None
 
     def ask(
         states: Sequence[RecordState], text: Callable[[Record, bool], str], began: float

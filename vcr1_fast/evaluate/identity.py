@@ -24,6 +24,7 @@ _IDENTITY = (
     "system",
     "max_new_tokens",
     "mrope",
+    "video_text",
     "batch_size",
     "perception",
     "decoder",

@@ -170,7 +170,7 @@ def vision_is_frozen(model: nn.Module) -> bool:
 def freeze_vision(model: nn.Module, *, merger: bool = True) -> None:
     """Do not train the vision encoder; `merger=False` keeps its projection to the language model
     trainable."""
-    projection = family_of(model).projection_prefix
+    projection = family_of(model).projection_prefixes
     for name, parameter in vision_encoder(model).named_parameters():
         if merger or not name.startswith(projection):
             parameter.requires_grad_(False)
