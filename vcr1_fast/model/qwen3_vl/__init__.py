@@ -26,7 +26,7 @@ def _model_class() -> type[Any]:
     return Qwen3VLForConditionalGeneration
 
 
-def _prepare_language_model(language_model: nn.Module) -> None:
+def _prepare_language_model(language_model: Any) -> None:
     # DeepStack adds features behind a layer: to rows of vision tokens, which nobody reads behind
     # the last one.
     skip_unused_rows(language_model.layers[-1])
