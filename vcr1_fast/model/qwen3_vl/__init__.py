@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
-
 from vcr1_fast.model.family import Family, LayerSizes, ModelSizes
 from vcr1_fast.model.last_layer import skip_unused_rows
 from vcr1_fast.model.qwen3_vl.preprocessor import LAYOUT
