@@ -1,7 +1,7 @@
 """Several passes over a clip: the frames of each, by hand, and a scripted model's questions."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
@@ -129,12 +129,11 @@ def script(monkeypatch):
 
     @dataclass
     class Processor:
-        mrope: str = ""
-        video_text: str = ""
-        frames: FrameConfig = field(default_factory=FrameConfig)
+        mrope: str = "trained"
+        frames: object = None
 
         def with_frames(self, frames, **_):
-            return self
+            return Processor(self.mrope, frames)
 
         def fit(self):
             return None

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -258,8 +259,11 @@ def test_files_reach_the_disk_before_the_names_that_stand_for_them(tmp_path, mon
     sync, rename, remove = os.fsync, type(tmp_path).rename, shutil.rmtree
 
     def watched(descriptor):
-        order.append(("sync", os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))))
+        name = os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))
+        order.append(("sync", name.replace(f".manifest.{os.getpid()}", ".manifest")))
         sync(descriptor)
+
+    replace = os.replace
 
     checkpoint.save_checkpoint(tmp_path, {"step": 1}, keep=1)
     monkeypatch.setattr(os, "fsync", watched)
@@ -276,11 +280,18 @@ def test_files_reach_the_disk_before_the_names_that_stand_for_them(tmp_path, mon
             remove(path, **options),
         )[1],
     )
+    monkeypatch.setattr(
+        os,
+        "replace",
+        lambda source, to: (order.append(("rename", Path(to).name)), replace(source, to))[1],
+    )
     checkpoint.save_checkpoint(tmp_path, {"step": 2}, keep=1)
     assert order == [
         ("sync", "random-0.pt"),
         ("sync", "state.pt"),
-        ("sync", "manifest.json"),
+        ("sync", ".manifest.json"),
+        ("rename", "manifest.json"),
+        ("sync", ".partial-step-00000002"),  # the manifest's name
         ("sync", ".partial-step-00000002"),
         ("rename", "step-00000002"),
         ("sync", tmp_path.name),

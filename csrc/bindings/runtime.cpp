@@ -1,4 +1,4 @@
-// Python bindings of what is no op: instruction sets, threads, and how tensors are read.
+// Python bindings besides the ops: instruction sets, threads, and how tensors are read.
 #include "../cpu/isa.h"
 #include "../cpu/parallel.h"
 #include "bindings.h"

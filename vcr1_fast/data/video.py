@@ -238,7 +238,7 @@ def _probe(backend: str, medium: tuple[str, float | None]) -> VideoInfo:
 
 
 def _answer(path: str, result: T | BaseException) -> T | VideoError:
-    """A worker's result for a file; raises what is a fault of the program, not of the file."""
+    """A worker's result for a file; raises errors of the program, as opposed to the file's."""
     if isinstance(result, WorkerTimeout | WorkerDied):
         return VideoError(path, str(result))
     if isinstance(result, BaseException) and not isinstance(result, VideoError):

@@ -26,7 +26,7 @@ _HALF_A_LETTER = "\N{REPLACEMENT CHARACTER}"
 
 
 class Conversation:
-    """What has been said about some clips (none: about nothing).
+    """The turns of a conversation about some clips, or none.
 
     `ask` answers a question, which it then remembers. Greedy unless `sampling` says otherwise.
     """

@@ -68,7 +68,7 @@ def load(
         model, info = family.model_class().from_pretrained(
             directory, dtype=dtype, attn_implementation=attention, output_loading_info=True
         )
-    # transformers fills what a file lacks with random numbers and only logs it.
+    # transformers fills missing tensors with random numbers and only logs it.
     for kind in ("missing_keys", "mismatched_keys"):
         if info.get(kind):
             names = ", ".join(sorted(map(str, info[kind]))[:4])

@@ -1,4 +1,4 @@
-"""A model family: what the package must know of an architecture, and how it is found.
+"""A model family: all that the package must know of an architecture, and its registry.
 
 One folder `model/<name>/` holds all of a family. Its `__init__.py` offers `FAMILY`, a `Family`;
 nothing else in the package names the architecture. `family_of(model)` chooses by the `model_type`

@@ -38,8 +38,8 @@ SHARED_TAGS = ("answer", "glue")
 class Answer(NamedTuple):
     """A completion after its one parse.
 
-    prediction: what the task reads in it, None if it cannot be read. plain: the text is exactly the
-    task's blocks. reasoned: it is a `<think>` block and then exactly the task's blocks.
+    prediction: the answer as the task reads it, None if it cannot be read. plain: the text is
+    exactly the task's blocks. reasoned: it is a `<think>` block and then exactly the task's blocks.
     """
 
     prediction: Any | None

@@ -168,7 +168,8 @@ class Planner:
     """Micro-batches of at most `tokens` tokens that fit in the available memory.
 
     `tokens` halves on out-of-memory. `memory`: bytes a pass may take; None asks the device and
-    subtracts what the optimiser has yet to allocate. `log` receives a line when `tokens` halves.
+    subtracts the optimiser's memory that is not allocated yet. `log` receives a line when `tokens`
+    halves.
     """
 
     def __init__(

@@ -84,7 +84,7 @@ def write_tiny(
 
     Args:
         path: target directory; files of the same names are replaced.
-        texts: what the tokenizer is trained on: prompts and answers.
+        texts: training texts of the tokenizer: prompts and answers.
         seed: seed of the weights. The caller's random state is left untouched.
         config: sizes; the default has about one million parameters.
 

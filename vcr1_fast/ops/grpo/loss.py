@@ -367,7 +367,7 @@ def loss_arguments(
     temperature: float | Tensor,
     entropy: bool,
 ) -> LossArguments:
-    """Checks what a head's caller gave; `like` has the device and the dtype of the head's input.
+    """Check a head's arguments; `like` has the device and the dtype of the head's input.
 
     `inputs.logps` and `inputs.entropy` are ignored. Raises as `check_inputs` and
     `row_temperatures` do.
