@@ -1,7 +1,7 @@
 """Several passes over a clip: the frames of each, by hand, and a scripted model's questions."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import numpy as np
@@ -129,17 +129,19 @@ def script(monkeypatch):
 
     @dataclass
     class Processor:
-        mrope: str = "trained"
-        frames: object = None
+        mrope: str = ""
+        video_text: str = ""
+        frames: FrameConfig = field(default_factory=FrameConfig)
 
         def with_frames(self, frames, **_):
-            return Processor(self.mrope, frames)
+            return Processor(frames=frames)
 
         def fit(self):
             return None
 
         def prompt(self, text, clips, *, system):
             name = clips[0].path.removesuffix(".mp4")
+            assert (self.mrope, self.video_text) == ("installed", "installed")  # the run's settings
             # Positions and times as text stay those of the plain clip: answers are mapped back
             # from them.
             assert clips[0].fps == 1.0 and clips[0].times.tolist() == PLAIN
@@ -170,7 +172,11 @@ def script(monkeypatch):
 
 def run(script, records, passes=3, think=False):
     config = EvalConfig(
-        frames=FrameConfig(), perception=PerceptionConfig(passes=passes), think=think
+        frames=FrameConfig(),
+        perception=PerceptionConfig(passes=passes),
+        think=think,
+        mrope="installed",
+        video_text="installed",
     )
     return evaluate(None, script.processor, records, config)
 

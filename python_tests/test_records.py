@@ -127,7 +127,7 @@ def test_written_paths_name_the_same_file_behind_a_symbolic_link(tmp_path):
 
 
 BAD_ROWS = {
-    "no id": (row(id=...), "id", "missing"),
+    "blank id": (row(id=" "), "id", "' '"),
     "no video": (row(video=...), "video", "either a video or an image"),
     "video and image": (choice(image="a.jpg"), "video", "either a video or an image"),
     "number as image": (choice(video=..., image=3), "image", "int 3"),
@@ -138,7 +138,8 @@ BAD_ROWS = {
     "no prompt": (row(prompt=...), "prompt", "missing"),
     "no answer": (row(answer=...), "answer", "missing"),
     "extra field": (row(anwser=3), "anwser", "unknown"),
-    "number as id": (row(id=7), "id", "int 7"),
+    "fraction as id": (row(id=7.5), "id", "float 7.5"),
+    "truth as id": (row(id=True), "id", "bool True"),
     "empty video": (row(video=" "), "video", "' '"),
     "list as prompt": (row(prompt=["x"]), "prompt", "list"),
     "number in prompt": (row(prompt={"event": 3}), "prompt", "object of texts"),

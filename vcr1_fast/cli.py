@@ -2,8 +2,12 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
+import vcr1_fast
 from vcr1_fast.train.stopping import RunStopped
 
 PROG = "vcr1"
@@ -11,11 +15,26 @@ PROG = "vcr1"
 SETTINGS = {
     "train": ("vcr1_fast.train.config", "TrainConfig"),
     "sft": ("vcr1_fast.train.config", "TrainConfig"),
+    "plan": ("vcr1_fast.train.config", "TrainConfig"),
     "eval": ("vcr1_fast.evaluate.config", "EvalRun"),
     "chat": ("vcr1_fast.evaluate.config", "ChatConfig"),
     "data synth": ("vcr1_fast.data.synth", "SynthConfig"),
 }
 """The dataclass of each command's settings, by module and name."""
+
+OPTIONS = {
+    "model.path": "--model FOLDER",
+    "data.train": "--data FILE",
+    "run.output": "--output FOLDER",
+    "model": "--model FOLDER",
+    "records": "--data FILE",
+    "output": "--output FOLDER",
+}
+"""The option that gives a required setting."""
+
+EVALUATED = frozenset({"frames", "think", "system", "media_first", "prompts", "mrope"})
+CHATTED = EVALUATED - {"think", "prompts"}
+"""Settings of evaluation and chat that a trained model remembers; chat asks its own questions."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -45,21 +64,27 @@ def parser() -> argparse.ArgumentParser:
     root = _Parser(
         prog=PROG, description="GRPO fine-tuning of video language models.", allow_abbrev=False
     )
+    root.add_argument("--version", action="version", version=f"{PROG} {vcr1_fast.__version__}")
     commands = root.add_subparsers(dest="command", required=True, metavar="command")
 
     for name, text in (
         ("sft", "fine-tune on right answers"),
         ("train", "reinforce by GRPO"),
+        ("plan", "what vcr1 train would take: steps, tokens, memory, disk; loads no weights"),
     ):
         command = commands.add_parser(name, help=text, allow_abbrev=False)
         command.add_argument("--config", help="YAML file of settings")
         command.add_argument("--model", help="checkpoint folder or hub name (model.path)")
-        command.add_argument("--data", help="records, JSONL (data.train)")
+        command.add_argument("--data", help="records: .jsonl .json .csv .parquet (data.train)")
         command.add_argument(
             "--prompts", help="other prompt templates, YAML or JSON (data.prompts)"
         )
         command.add_argument("--output", help="folder of the run (run.output)")
-        if name == "train":
+        if name != "plan":
+            command.add_argument(
+                "--dry-run", action="store_true", help="print the plan of the run, then stop"
+            )
+        if name != "sft":
             command.add_argument(
                 "--reward",
                 action="append",
@@ -73,7 +98,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--config", help="YAML file of settings")
     command.add_argument("--model", help="checkpoint folder or hub name (model)")
     command.add_argument("--predictions", help="completions to score, no model (predictions)")
-    command.add_argument("--data", help="records, JSONL (records)")
+    command.add_argument("--data", help="records: .jsonl .json .csv .parquet (records)")
     command.add_argument("--prompts", help="other prompt templates, YAML or JSON (eval.prompts)")
     command.add_argument("--output", help="folder of the results (output)")
     _add_overrides(command)
@@ -88,6 +113,15 @@ def parser() -> argparse.ArgumentParser:
     )
     _add_overrides(command)
     command.set_defaults(run=run_chat)
+
+    command = commands.add_parser("export", help="a checkpoint of a run as a model or adapter")
+    command.add_argument("folder", help="of the run (run.output), or of one checkpoint")
+    command.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
+    form = command.add_mutually_exclusive_group()
+    form.add_argument("--merged", action="store_true", help="the whole model (default)")
+    form.add_argument("--adapter", action="store_true", help="the LoRA adapter alone")
+    command.add_argument("--output", help="folder to write (default: RUN/exports/step-N)")
+    command.set_defaults(run=run_export)
 
     command = commands.add_parser("report", help="curves and rollouts of a training run")
     command.add_argument("folder", help="of the run (run.output)")
@@ -112,16 +146,18 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "format",
         help="activitynet, charades, dream1k, got10k, mvbench, nextgqa, perception_test, quality, "
-        "refcoco, video_r1, videochat_r15, videomme or vidtab",
+        "refcoco, video_r1, videochat_r15, videomme, vidtab; or conversations: messages, "
+        "sharegpt, trl",
     )
     command.add_argument("annotations", help="the file (mvbench: folder) as its authors publish it")
     command.add_argument("output", help="records to write, JSONL")
     command.add_argument("--media", required=True, help="folder of the videos or images")
     command.add_argument("--benchmark", help="the published split that it is")
+    command.add_argument("--task", help="the task that the questions of conversations are")
     command.set_defaults(run=run_convert)
 
     command = kinds.add_parser("check", help="faults of records and media, and blind baselines")
-    command.add_argument("records", help="records, JSONL; or an annotation file, with --format")
+    command.add_argument("records", help="records; or an annotation file, with --format")
     command.add_argument("--format", help="check a published file as it is (see data convert)")
     command.add_argument("--train", help="records trained on: blind baselines are fitted on them")
     command.add_argument("--media", help="folder of the videos (default: the records' own)")
@@ -133,6 +169,10 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--decoder", choices=("pyav", "decord"), default="pyav", help="default: %(default)s"
     )
+    command.add_argument(
+        "--column", action="append", metavar="FIELD=COLUMN", help="repeatable (data.columns)"
+    )
+    command.add_argument("--task", help="check this task alone, also of rows that name none")
     command.add_argument("--json", help="write the report to this file")
     command.set_defaults(run=run_check)
 
@@ -154,13 +194,34 @@ def parser() -> argparse.ArgumentParser:
     return root
 
 
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The parsed command line. Settings may stand anywhere among the options: argparse takes the
+    first run of them only and hands back the others."""
+    root = parser()
+    options, rest = root.parse_known_args(arguments)
+    command = f"{options.command} {getattr(options, 'kind', '')}".strip()
+    for word in rest:
+        name, equals, _ = word.partition("=")
+        if hasattr(options, "overrides") and equals and not word.startswith("-"):
+            options.overrides.append(word)
+        elif command in SETTINGS and word.startswith("--"):
+            from vcr1_fast.config.loader import suggestion
+
+            hint = suggestion(settings_of(command), name.lstrip("-").replace("-", "_"))
+            root.error(f"unrecognized argument {word}; settings are section.field=value{hint}")
+        else:
+            root.error(f"unrecognized arguments: {' '.join(rest)}")
+    return options
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; its exit status. Every error is one line; `--debug` shows its traceback.
 
-    Status: 0; 2 for an error in settings, data, files or installed packages; 1 for any other;
-    128 + the signal's number for a run that a signal ended.
+    Status: 0; 1 where `data check` finds faults or `eval` can score nothing; 2 for an error in
+    settings, data, files or installed packages; 1 for any other error; 128 + the signal's number
+    for a run that a signal ended.
     """
-    options = parser().parse_args(arguments)
+    options = parse(arguments)
     try:
         return options.run(options)
     except RunStopped as stopped:
@@ -177,9 +238,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _describe(error: Exception) -> tuple[str, int]:
     """(one line, exit status) of an error."""
-    if isinstance(error, ImportError):
+    if isinstance(error, ImportError) and type(error) in (ImportError, ModuleNotFoundError):
         return f"{error}; pip install 'vcr1_fast[train,report]' brings what the commands use", 2
-    if isinstance(error, ValueError | OSError):
+    if isinstance(error, ValueError | OSError | ImportError):
         return str(error), 2
     line = str(error).partition("\n")[0]
     return f"{type(error).__name__}: {line} (--debug shows the traceback)", 1
@@ -195,9 +256,17 @@ def run_training(options: argparse.Namespace) -> int:
         "data.prompts": options.prompts,
         "run.output": options.output,
     }
-    if options.command == "train":
+    if options.command != "sft":
         names["rewards.functions"] = options.reward
-    config = load_config(TrainConfig, options.config, _overrides(names, options))
+    with _options_named():
+        config = load_config(TrainConfig, options.config, _overrides(names, options))
+    _warn_of_differences(config.model.path, config.data, "data.")
+    if options.command == "plan" or options.dry_run:
+        from vcr1_fast.train.dry_run import dry_run
+
+        lines, fits = dry_run(config, grpo=options.command != "sft")
+        print(*lines, sep="\n")
+        return 0 if fits else 2
     if options.command == "sft":
         from vcr1_fast.train.sft import sft as work
     else:
@@ -207,6 +276,8 @@ def run_training(options: argparse.Namespace) -> int:
 
 
 def run_eval(options: argparse.Namespace) -> int:
+    from dataclasses import replace
+
     from vcr1_fast.config.loader import load_config
     from vcr1_fast.evaluate.command import main_eval
     from vcr1_fast.evaluate.config import EvalRun
@@ -218,15 +289,38 @@ def run_eval(options: argparse.Namespace) -> int:
         "eval.prompts": options.prompts,
         "output": options.output,
     }
-    return main_eval(load_config(EvalRun, options.config, _overrides(names, options)))
+    overrides = _overrides(names, options)
+    model, defaults = _remembered("model", options.config, overrides, EVALUATED, "eval")
+    with _options_named():
+        config = load_config(EvalRun, options.config, overrides, defaults=defaults)
+    if model is None:
+        return main_eval(config)
+    _warn_of_differences(model, config.eval, "eval.")
+    return main_eval(replace(config, model=str(model)))
 
 
 def run_chat(options: argparse.Namespace) -> int:
+    from dataclasses import replace
+
     from vcr1_fast.config.loader import load_config
     from vcr1_fast.evaluate.chat import ChatConfig, main_chat
 
     names = {name: getattr(options, name) for name in ("model", "video", "image", "question")}
-    return main_chat(load_config(ChatConfig, None, _overrides(names, options)))
+    overrides = _overrides(names, options)
+    model, defaults = _remembered("model", None, overrides, CHATTED, "")
+    with _options_named():
+        config = load_config(ChatConfig, None, overrides, defaults=defaults)
+    if model is None:
+        return main_chat(config)
+    _warn_of_differences(model, config, "")
+    return main_chat(replace(config, model=str(model)))
+
+
+def run_export(options: argparse.Namespace) -> int:
+    from vcr1_fast.train.export import export
+
+    print(export(options.folder, options.step, adapter=options.adapter, output=options.output))
+    return 0
 
 
 def run_report(options: argparse.Namespace) -> int:
@@ -262,6 +356,7 @@ def run_convert(options: argparse.Namespace) -> int:
         options.output,
         media_root=options.media,
         benchmark=options.benchmark,
+        task=options.task,
     )
     tasks = ", ".join(f"{task} {count}" for task, count in done.tasks.items())
     print(
@@ -278,7 +373,7 @@ def run_check(options: argparse.Namespace) -> int:
     from vcr1_fast.files import write_atomic
 
     how = {"train": options.train, "media": not options.no_media, "decode": options.decode}
-    how["decoder"] = options.decoder
+    how |= {"decoder": options.decoder, "task": options.task, "columns": _columns(options.column)}
     if options.format is None:
         how["inside_root"] = options.inside_root
         report = check(options.records, media_root=options.media, **how)
@@ -289,12 +384,11 @@ def run_check(options: argparse.Namespace) -> int:
     print(report_text(report))
     if options.json:
         write_atomic(options.json, dumps(report.as_json(), indent=1) + "\n")
-    return 0
+    return 1 if report.faults else 0
 
 
 def run_demo(options: argparse.Namespace) -> int:
     from dataclasses import replace
-    from pathlib import Path
 
     from vcr1_fast.demo.run import main_demo
     from vcr1_fast.demo.settings import QUICK, DemoConfig
@@ -312,6 +406,57 @@ def run_doctor(options: argparse.Namespace) -> int:
     from vcr1_fast.doctor import main as doctor
 
     return doctor()
+
+
+def _remembered(
+    setting: str, path: str | None, overrides: list[str], names: frozenset[str], section: str
+) -> tuple[Path | None, dict[str, Any]]:
+    """The folder of the model that `setting` names, and what it was trained with as defaults for
+    `section` ("": the top level). None for a hub name and for no model, without defaults."""
+    from vcr1_fast.config.loader import read_values
+    from vcr1_fast.train.as_trained import read
+    from vcr1_fast.train.export import model_folder
+
+    named = read_values(path, overrides).get(setting)
+    folder = model_folder(named) if isinstance(named, str) and named else None
+    trained = None if folder is None else read(folder)
+    if trained is None:
+        return folder, {}
+    print(f"as trained: {trained.text()}", file=sys.stderr)
+    defaults = trained.within(names)
+    return folder, {section: defaults} if section else defaults
+
+
+def _warn_of_differences(model: str | Path, settings: Any, prefix: str) -> None:
+    """Say which of a command's settings are not those that its model was trained with."""
+    from vcr1_fast.train.as_trained import read
+
+    trained = read(model)
+    for line in trained.differences(vars(settings), prefix) if trained else ():
+        print(f"warning: {line}", file=sys.stderr)
+
+
+@contextmanager
+def _options_named() -> Iterator[None]:
+    """Name the option that gives a missing setting: nobody types run.output."""
+    from vcr1_fast.config.section import ConfigError
+
+    try:
+        yield
+    except ConfigError as error:
+        option = OPTIONS.get(error.field)
+        if error.reason != "missing" or option is None:
+            raise
+        raise ConfigError(error.field, f"missing; give {option}") from None
+
+
+def _columns(pairs: list[str] | None) -> dict[str, str] | None:
+    """field -> column of options FIELD=COLUMN."""
+    for pair in pairs or ():
+        if not all(pair.partition("=")):
+            raise ValueError(f"--column {pair}: expected FIELD=COLUMN")
+    split = (pair.partition("=") for pair in pairs or ())
+    return {field: column for field, _, column in split} or None
 
 
 def _add_overrides(command: argparse.ArgumentParser) -> None:

@@ -19,7 +19,7 @@ from vcr1_fast.model.family import families
 from vcr1_fast.model.partial_attention import missing_kernels
 from vcr1_fast.ops import backend
 
-# Package -> the extra of ours that asks for it ("" for a dependency of the ops themselves).
+# Package -> the extra of ours that asks for it ("": of the ops themselves, or optional).
 PACKAGES = {
     "torch": "",
     "numpy": "",
@@ -29,7 +29,7 @@ PACKAGES = {
     "peft": "train",
     "safetensors": "train",
     "tokenizers": "train",
-    "decord": "train",
+    "decord": "",
     "av": "train",
     "pillow": "train",
     "pyyaml": "train",

@@ -71,6 +71,13 @@ def flush(path: str | os.PathLike[str]) -> None:
         os.close(descriptor)
 
 
+def free_bytes(path: Path) -> int:
+    """Free bytes of the disk that a folder is on, or would be on if it existed."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
 def json_line(row: Mapping[str, Any]) -> str:
     """One JSON line. ValueError for NaN and infinities, which JSON does not have."""
     text = json.dumps(row, ensure_ascii=False, allow_nan=False)

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
@@ -59,19 +60,42 @@ class Progress:
 
 
 def open_bar(stream: TextIO) -> "Bar":
-    """rich's bar on a terminal: label, bar, count, time left, and a task's `text` field."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
+    """rich's bar on a terminal: label, count, time left, bar, and a task's `text` field.
 
+    On a narrow terminal the text is cut first, then the bar; count and time left are never.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+    from rich.table import Column
+
+    console = Console(file=stream)
+    # rich shrinks all columns alike, the count and the time left too, until they are three dots:
+    # the widths are fixed here, and the text takes what is left.
+    bar_width = max(4, min(40, console.width // 5))
     return Bar(
-        "{task.description}",
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        "{task.fields[text]}",
-        console=Console(file=stream),
+        TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7)),
+        BarColumn(bar_width, table_column=Column(no_wrap=True)),
+        TextColumn(
+            "{task.fields[text]}",
+            markup=False,
+            table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1),
+        ),
+        console=console,
+        expand=True,
     )
+
+
+def fitting(items: Sequence[str], width: int) -> str:
+    """The first items that fit in `width` columns, two blanks between them; at least one."""
+    text = items[0] if items else ""
+    for item in items[1:]:
+        if len(text) + 2 + len(item) > width:
+            break
+        text += f"  {item}"
+    return text
 
 
 def clock(seconds: float) -> str:

@@ -6,6 +6,7 @@ another type cannot be set from outside.
 """
 
 import dataclasses
+import difflib
 import re
 import types
 from collections.abc import Mapping, Sequence
@@ -15,9 +16,15 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import pydantic
 import yaml
 
-from vcr1_fast.config.section import PYDANTIC, ConfigError, config_error, unknown_field
+from vcr1_fast.config.section import (
+    PYDANTIC,
+    ConfigError,
+    UnknownField,
+    config_error,
+    unknown_field,
+)
 
-__all__ = ["ConfigError", "build", "dump_config", "load_config"]
+__all__ = ["ConfigError", "build", "dump_config", "load_config", "read_values", "suggestion"]
 
 T = TypeVar("T")
 _SCALARS = (bool, int, float, str)
@@ -36,13 +43,34 @@ for _class in (_Loader, _Dumper):
     _class.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 
 
-def load_config(cls: type[T], path: str | Path | None = None, overrides: Sequence[str] = ()) -> T:
+def load_config(
+    cls: type[T],
+    path: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    defaults: Mapping[str, Any] | None = None,
+) -> T:
     """The dataclass `cls` from a YAML file (without one: the defaults), then from `overrides` such
-    as "optim.lr=1e-5"; the last override of a field wins.
+    as "optim.lr=1e-5"; the last override of a field wins. `defaults`, by section, take the place of
+    the dataclass's own.
 
     ConfigError names the field that is unknown, of a wrong type or impossible, and the file it
     stands in. OSError names a file that cannot be read.
     """
+    values = read_values(path, overrides)
+    try:
+        return build(cls, values if defaults is None else _merged(defaults, values))
+    except UnknownField as error:
+        # Only here the whole tree is known, in which the setting may stand elsewhere.
+        unknown = UnknownField(error.field, suggestion(cls, error.field))
+        raise _in_file(unknown, path, overrides) from None
+    except ConfigError as error:
+        raise _in_file(error, path, overrides) from None
+
+
+def read_values(path: str | Path | None = None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The settings of a YAML file and `overrides` as nested mappings, not yet checked. Errors of
+    `load_config` for text that is no YAML."""
     values: Any = {}
     if path is not None:
         try:
@@ -53,12 +81,66 @@ def load_config(cls: type[T], path: str | Path | None = None, overrides: Sequenc
             raise ConfigError(str(path), f"expected fields, got {values!r}")
     for override in overrides:
         _override(values, override)
-    try:
-        return build(cls, values)
-    except ConfigError as error:
-        if path is None or _is_overridden(error.field, overrides):
-            raise
-        raise ConfigError(error.field, f"{error.reason} ({path})") from None
+    return values
+
+
+def suggestion(cls: type, field: str) -> str:
+    """Words that follow "unknown field" for the dotted name `field`: the setting of the tree `cls`
+    that is meant, by the names that other trainers use (`cls.ALIASES`) or by similarity; else the
+    fields of its section."""
+    *sections, name = field.split(".")
+    known = _names(cls)
+    aliases: Mapping[str, str] = getattr(cls, "ALIASES", {})
+    if name in aliases:
+        return f"; did you mean {aliases[name]}?"
+    elsewhere = [other for other in known if other.rpartition(".")[2] == name]
+    if elsewhere:
+        return f"; did you mean {' or '.join(elsewhere)}?"
+    section = ".".join(sections)
+    here = {other.rpartition(".")[2]: other for other in known if _section(other) == section}
+    others = {other.rpartition(".")[2]: other for other in known}
+    for candidates, cutoff in ((here, 0.6), (aliases, 0.6), (others, 0.75)):
+        if close := difflib.get_close_matches(name, candidates, n=1, cutoff=cutoff):
+            return f"; did you mean {candidates[close[0]]}?"
+    if here:
+        return f"; the fields of {section or 'the top level'} are {', '.join(here)}"
+    return f"; the sections are {', '.join(dict.fromkeys(other.split('.')[0] for other in known))}"
+
+
+def _section(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _names(cls: type, prefix: str = "") -> list[str]:
+    """Dotted names of all settings of a tree."""
+    hints = get_type_hints(cls, include_extras=True)
+    names: list[str] = []
+    for field in dataclasses.fields(cls):
+        hint = hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            names += _names(hint, f"{prefix}{field.name}.")  # type: ignore[arg-type]
+        elif field.init and is_settable(hint):
+            names.append(f"{prefix}{field.name}")
+    return names
+
+
+def _in_file(error: ConfigError, path: str | Path | None, overrides: Sequence[str]) -> ConfigError:
+    """The error with the file that the setting stands in, where it stands in one."""
+    if path is None or _is_overridden(error.field, overrides):
+        return error
+    return ConfigError(error.field, f"{error.reason} ({path})")
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested mappings, of which `above` wins."""
+    merged = dict(below)
+    for name, value in above.items():
+        inner = merged.get(name)
+        if isinstance(inner, Mapping) and isinstance(value, Mapping):
+            merged[name] = _merged(inner, value)
+        else:
+            merged[name] = value
+    return merged
 
 
 def build(cls: type[T], values: Mapping[str, Any], prefix: str = "", default: T | None = None) -> T:

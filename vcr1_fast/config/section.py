@@ -47,6 +47,13 @@ class ConfigError(ValueError):
         return f"{self.field}: {self.reason}"
 
 
+class UnknownField(ConfigError):
+    """A setting that does not exist; `hint` follows in the message."""
+
+    def __init__(self, field: str, hint: str = "") -> None:
+        super().__init__(field, f"unknown field{hint}")
+
+
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def section(cls: type[T]) -> type[T]:
     """Class decorator: a frozen dataclass with keyword arguments, each validated strictly by its
@@ -83,7 +90,7 @@ def unknown_field(cls: type, name: str, prefix: str = "") -> ConfigError:
     known = [field.name for field in dataclasses.fields(cls) if field.init]
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {prefix}{close[0]}?" if close else ""
-    return ConfigError(f"{prefix}{name}", f"unknown field{hint}")
+    return UnknownField(f"{prefix}{name}", hint)
 
 
 def config_error(error: pydantic.ValidationError, where: str, value: Any) -> ConfigError:

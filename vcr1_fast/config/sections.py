@@ -18,6 +18,8 @@ class PromptConfig:
     frames: FrameConfig = field(default_factory=FrameConfig)
     system: str | None = None
     """System prompt; null: none."""
+    media_first: bool = False
+    """Show the video or image before the question, as VideoChat-R1.5 does, rather than after it."""
     decoder: Literal["decord", "pyav"] = "pyav"
     """Package that decodes videos."""
 
@@ -30,14 +32,16 @@ class ReadingConfig(PromptConfig):
     """Folder that media paths are relative to; null: the folder of the records file."""
     inside_root: bool = False
     """Quarantine records whose media lie outside `media_root`, symbolic links followed."""
+    columns: dict[str, str] | None = None
+    """Column of the records file for each of our fields that has another name there, e.g.
+    {video: video_path, prompt.question: q}; null: the fields' own names."""
     tasks: tuple[str, ...] | None = None
-    """Use the records of these tasks only; null: all tasks in the file."""
+    """Use the records of these tasks only; null: all tasks in the file. A single one is also the
+    task of rows that name none."""
     think: bool = False
     """Ask for reasoning before the answer."""
     prompts: str | None = None
     """File of other prompt wordings (YAML or JSON), by task; null: the tasks' own."""
-    media_first: bool = False
-    """Show the video or image before the question, as VideoChat-R1.5 does, rather than after it."""
     decode_workers: NonNegativeInt = 2
     """Processes that decode clips ahead; 0 decodes in the main process, without a time-out."""
     decode_timeout: PositiveFloat = 60.0

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from vcr1_fast.data.formats import FORMATS
+from vcr1_fast.data.formats import FORMATS, Format
+from vcr1_fast.data.formats.conversations import KINDS, conversation_format
 from vcr1_fast.data.formats.files import Row
 from vcr1_fast.data.quarantine import Quarantine
 from vcr1_fast.data.records import FieldError, parse_record, write_records
@@ -42,22 +43,29 @@ def convert(
     *,
     media_root: str | os.PathLike[str],
     benchmark: str | None = None,
+    task: str | None = None,
 ) -> Conversion:
-    """Write the records of an annotation file to `output` (JSONL); `FORMATS` names the kinds.
+    """Write the records of an annotation file to `output` (JSONL); `FORMATS` and, for
+    conversations, `KINDS` name the kinds.
 
     media_root: folder that holds the media. benchmark: the published split that these are, kept as
     `metadata.benchmark`; None: the format's own, where it has one. Refused rows: `output` with the
     ending .quarantine.jsonl, overwritten. ValueError for an unknown format, or a file of which no
     entry is of the format, naming the file, the entry and the field.
     """
-    if kind not in FORMATS:
-        raise ValueError(f"unknown format {kind!r}, expected one of {', '.join(FORMATS)}")
+    if kind not in FORMATS and kind not in KINDS:
+        known = ", ".join([*FORMATS, *KINDS])
+        raise ValueError(f"unknown format {kind!r}, expected one of {known}")
+    if (kind in KINDS) != (task is not None):
+        needed = "needs the task that its questions are" if kind in KINDS else "has its own tasks"
+        raise ValueError(f"format {kind} {needed} (--task)")
+    form = FORMATS[kind] if task is None else conversation_format(kind, task)
     source, output = Path(annotations), Path(output)
     refused = output.with_suffix(".quarantine.jsonl")
     refused.unlink(missing_ok=True)
     quarantine, records, media, ids = Quarantine(refused), [], set(), set()
-    benchmark = benchmark or FORMATS[kind].benchmark
-    for place, row in _rows(kind, source, Path(media_root), quarantine):
+    benchmark = benchmark or form.benchmark
+    for place, row in _rows(kind, form, source, Path(media_root), quarantine):
         media.add(row.get("video", row.get("image")))
         if benchmark is not None:
             row["metadata"] = {**row.get("metadata", {}), "benchmark": benchmark}
@@ -78,9 +86,8 @@ def convert(
 
 
 def _rows(
-    kind: str, source: Path, media_root: Path, quarantine: Quarantine
+    kind: str, form: Format, source: Path, media_root: Path, quarantine: Quarantine
 ) -> Iterator[tuple[str, Row]]:
-    form = FORMATS[kind]
     good, first_fault = 0, None
     for place, entry in form.entries(source):
         try:

@@ -115,6 +115,10 @@ class _Gather:
         return self.shrink(frame)
 
 
+class MissingDecoder(ImportError):
+    """A decoder that was asked for and is not installed; the message says what to do."""
+
+
 class _Astray(Exception):
     """A seek ended behind the packet that was looked for."""
 
@@ -294,7 +298,10 @@ def _decord_reader(
     try:
         import decord
     except ImportError as error:
-        raise ImportError('decord is not installed; install it or use backend="pyav"') from error
+        raise MissingDecoder(
+            'decord is not installed: pip install decord, or use backend="pyav" '
+            "(data.decoder=pyav, the default)"
+        ) from error
     if timeline.codec in _DECORD_LACKS:
         reason = f'decord has no decoder for {timeline.codec}; use backend="pyav"'
         raise NeedsPyav(path, f"{reason} (data.decoder=pyav)")

@@ -2,6 +2,7 @@
 
 import os
 import threading
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,16 @@ class Quarantine:
     """Collects bad samples; with a `path` each is also appended to that JSONL file at once.
 
     A file that exists is read first, so that a resumed run goes on with its list. The same sample
-    with the same reason is listed once, however many epochs meet it.
+    with the same reason is listed once, however many epochs meet it. `log` receives a line for each
+    one that is added.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        log: Callable[[str], None] | None = None,
+    ) -> None:
+        self.log = log
         self.path = None if path is None else Path(path)
         self.items: list[QuarantineItem] = []
         self._lock = threading.Lock()
@@ -44,6 +51,8 @@ class Quarantine:
             self.items.append(item)
             if self.path is not None:
                 append_jsonl(self.path, [asdict(item)])
+        if self.log is not None:
+            self.log(f"quarantined {item.record_id or item.source}: {item.reason}")
 
 
 def _parse(path: Path, number: int, row: dict[str, Any]) -> QuarantineItem:

@@ -1,18 +1,26 @@
-"""The JSONL files that hold records.
+"""The files that hold records: JSON Lines, JSON, CSV, Parquet (`tables.py` knows the files).
 
-A row needs five fields: `id`, `video` or `image`, `task`, `prompt`, `answer`. The fields are those
-of `Record`; what `prompt` and `answer` hold is checked by the task.
+A row needs four fields: `video` or `image`, `task`, `prompt`, `answer`. The fields are those of
+`Record`; what `prompt` and `answer` hold is checked by the task.
 """
 
-import json
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from vcr1_fast.data.quarantine import Quarantine
-from vcr1_fast.files import json_line, read_lines, write_atomic
+from vcr1_fast.data.tables import (
+    FIELDS,
+    TEXT_SUFFIXES,
+    complete,
+    decoded,
+    decoded_value,
+    read_rows,
+    renamed,
+)
+from vcr1_fast.files import json_line, write_atomic
 from vcr1_fast.tasks import TASKS
 from vcr1_fast.tasks.record import FieldError, Record, check_boxes, describe, is_number
 
@@ -43,14 +51,16 @@ def load_records(
     tasks: Collection[str] | None = None,
     on_error: str = "raise",
     quarantine: Quarantine | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> list[Record]:
-    """The records of a JSONL file, in order, each checked.
+    """The records of a file, in order, each checked.
 
-    A relative `video` or `image` is taken from `media_root`, or from the JSONL's own folder.
-    `inside_root` refuses media outside that folder. `tasks` keeps those tasks only. The first fault
-    raises RecordError; with on_error="quarantine" the row goes to `quarantine` instead and is left
-    out. Blank lines are allowed.
-    FileNotFoundError for no file.
+    A relative `video` or `image` is taken from `media_root`, or from the file's own folder.
+    `inside_root` refuses media outside that folder. `columns`: our field -> the file's column
+    (`{"prompt.question": "q"}`). `tasks` keeps those tasks only; a single one is also that of rows
+    which name none. The first fault raises RecordError; with on_error="quarantine" the row goes to
+    `quarantine` instead and is left out. Blank lines are allowed.
+    FileNotFoundError for no file; ValueError for a file that is of another format as a whole.
     """
     if on_error not in ("raise", "quarantine"):
         raise ValueError(f'on_error must be "raise" or "quarantine", got {on_error!r}')
@@ -62,11 +72,17 @@ def load_records(
     root = path.parent if media_root is None else Path(media_root)
     records: list[Record] = []
     first_line: dict[str, int] = {}
-    for number, line in read_lines(path):
-        row: Any = None
+    only = next(iter(tasks)) if tasks is not None and len(tasks) == 1 else None
+    texts = path.suffix.lower() in TEXT_SUFFIXES
+    for number, row in read_rows(path):
         try:
-            row = _decode(line)
-            record = parse_record(row, root)
+            if isinstance(row, FieldError):
+                raise row
+            made = f"{path.stem}-{number}"
+            if columns and isinstance(row, dict):
+                row = renamed(row, columns)
+            row = complete(decoded(row) if texts else row, made_id=made, task=only)
+            record = _parse_texts(row, root) if texts else parse_record(row, root)
             if inside_root:
                 _check_inside(record, root)
             if record.id in first_line:
@@ -82,6 +98,20 @@ def load_records(
         if tasks is None or record.task in tasks:
             records.append(record)
     return records
+
+
+def _parse_texts(row: Any, root: str | os.PathLike[str]) -> Record:
+    """The record of a row of texts. Its answer is a text where the task takes one, else the JSON
+    value that it holds: "12" answers one task as a text, another as a number."""
+    try:
+        return parse_record(row, root)
+    except FieldError as error:
+        if not error.field.startswith("answer") or not isinstance(row, dict):
+            raise
+        answer = decoded_value(row["answer"])
+        if answer == row["answer"]:
+            raise
+    return parse_record({**row, "answer": answer}, root)
 
 
 def write_records(path: str | os.PathLike[str], records: Iterable[Record]) -> None:
@@ -118,8 +148,8 @@ def parse_record(row: Any, media_root: str | os.PathLike[str] = ".") -> Record:
         if half := _half_character(name) or _half_character(value):
             reason = f"holds half a character ({half}), which no file or tokenizer can take"
             raise FieldError(ascii(name)[1:-1], reason)
-        if name not in _FIELDS:
-            raise FieldError(name, f"unknown; the fields are {', '.join(_FIELDS)}")
+        if name not in FIELDS:
+            raise FieldError(name, f"unknown; the fields are {', '.join(FIELDS)}")
     for name in _REQUIRED:
         if name not in row:
             raise FieldError(name, "missing")
@@ -179,15 +209,7 @@ def _check_inside(record: Record, root: Path) -> None:
             raise FieldError(name, f"{path} is {real}, outside the media root {real_root}")
 
 
-_FIELDS = tuple(f.name for f in fields(Record))
 _REQUIRED = ("id", "task", "prompt", "answer")
-
-
-def _decode(line: bytes) -> Any:
-    try:
-        return json.loads(line.decode("utf-8-sig"), parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise FieldError("", f"not JSON: {error}") from None
 
 
 def _half_character(value: Any) -> str | None:
@@ -205,10 +227,6 @@ def _half_character(value: Any) -> str | None:
         elif isinstance(part, list | tuple):
             waiting += part
     return None
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a number")
 
 
 def _check_task(task: str) -> None:

@@ -88,7 +88,7 @@ class ClipRequest:
     folder_fps: float | None = None
 
 
-def probe(path: str, *, backend: str = "decord", folder_fps: float | None = None) -> VideoInfo:
+def probe(path: str, *, backend: str = DECODER, folder_fps: float | None = None) -> VideoInfo:
     """Frames shown, rate and length of a video; `folder_fps` as in `read_clip`.
 
     Decodes only files whose packets do not say when frames are shown. VideoError names the file.
@@ -104,7 +104,7 @@ def read_clip(
     start: float | None = None,
     end: float | None = None,
     times: Times | None = None,
-    backend: str = "decord",
+    backend: str = DECODER,
     folder_fps: float | None = None,
     fit: Fit | None = None,
 ) -> Clip:

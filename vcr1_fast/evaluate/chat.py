@@ -184,7 +184,7 @@ def open_conversation(config: ChatConfig) -> Conversation:
         mrope=config.mrope,
         video_text=config.video_text,
     )
-    processor = processor.with_frames(config.frames)
+    processor = processor.with_frames(config.frames, media_first=config.media_first)
     print(f"ready in {time.perf_counter() - began:.1f} s", file=sys.stderr)
     return Conversation(
         model,

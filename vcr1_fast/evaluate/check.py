@@ -7,7 +7,7 @@ strategy that ignores the video: a model below it has learned nothing from the v
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -36,9 +36,11 @@ from vcr1_fast.tasks.base import Metrics
 class Report:
     """Counts, faults, shares of the letters or labels, and blind baselines of a set of records.
 
-    videos: counts images too. floors: task -> strategy -> metrics of the blind baseline.
+    rows: all that were read, refused ones too. videos: counts images too. floors: task -> strategy
+    -> metrics of the blind baseline.
     """
 
+    rows: int
     records: int
     videos: int
     tasks: dict[str, int]
@@ -51,6 +53,7 @@ class Report:
 
     def as_json(self) -> dict[str, Any]:
         return {
+            "rows": self.rows,
             "records": self.records,
             "videos": self.videos,
             "tasks": self.tasks,
@@ -69,8 +72,10 @@ def check(
     media: bool = True,
     decode: bool = False,
     decoder: str = DECODER,
+    columns: Mapping[str, str] | None = None,
+    task: str | None = None,
 ) -> Report:
-    """Examine the records of a JSONL file, and the rows that were refused when it was converted.
+    """Examine the records of a file, and the rows that were refused when it was converted.
 
     train: records that a model is trained on; blind baselines are fitted on them, and a video in
         both is a fault. Without it they are fitted on the examined records, which can only raise
@@ -79,19 +84,27 @@ def check(
     media: open every video and image, to compare lengths with the annotation.
     decode: also decode each record's frames, as training does.
     decoder: which decoder opens the videos, as data.decoder of a run.
+    columns, task: as data.columns and a single data.tasks of a run.
     """
     bad = Quarantine()
+    tasks = None if task is None else [task]
     records = load_records(
         path,
         media_root=media_root,
         inside_root=inside_root,
+        tasks=tasks,
         on_error="quarantine",
         quarantine=bad,
+        columns=columns,
     )
     refused = Path(path).with_suffix(".quarantine.jsonl")
     refusals = Quarantine(refused).items if refused.exists() else []
     faults = [malformed(item) for item in [*refusals, *bad.items]]
-    trained = [] if train is None else load_records(train, media_root=media_root)
+    trained = (
+        []
+        if train is None
+        else load_records(train, media_root=media_root, tasks=tasks, columns=columns)
+    )
     faults += repeated(records) + overlap(records, trained)
     lengths: dict[Timed, float] = {}
     if media or decode:
@@ -105,6 +118,7 @@ def check(
     faults += doubled_boxes(by_task["tracking"]) if "tracking" in by_task else []
     fitted = {task: [r for r in trained if r.task == task] or by_task[task] for task in by_task}
     return Report(
+        rows=len(records) + len(bad) + len(refusals),
         records=len(records),
         videos=len({record.media for record in records}),
         tasks={task: len(group) for task, group in by_task.items()},
@@ -138,9 +152,11 @@ def _balance(records: Sequence[Record]) -> dict[str, float]:
 def report_text(report: Report, examples: int = 3) -> str:
     """The report in lines: counts, faults with the first few of each kind, balance, baselines."""
     tasks = ", ".join(f"{task} {count}" for task, count in report.tasks.items())
-    lines = [f"{report.records} records of {report.videos} videos or images: {tasks}"]
+    lines = [f"{report.records} records of {report.videos} videos or images: {tasks or 'none'}"]
+    if report.rows != report.records:
+        lines[0] += f"; {report.rows - report.records} of {report.rows} rows were refused"
     for kind, count in sorted(report.counts().items()):
-        lines.append(f"{kind}: {count} ({100 * count / max(report.records, 1):.1f} %)")
+        lines.append(f"{kind}: {count} ({100 * count / max(report.rows, 1):.1f} %)")
         named = [fault for fault in report.faults if fault.kind == kind]
         lines += [f"  {fault.record}: {fault.detail}" for fault in named[:examples]]
         if count > examples:

@@ -17,6 +17,7 @@ from vcr1_fast.tasks.prompt_template import load_prompts, prompts_from
 # Settings that completions depend on. An output folder holds one value of each.
 _IDENTITY = (
     "frames",
+    "columns",
     "tasks",
     "think",
     "media_first",

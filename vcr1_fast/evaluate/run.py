@@ -229,10 +229,13 @@ def _load(
         tasks=config.tasks,
         on_error="quarantine",
         quarantine=bad_rows,
+        columns=config.columns,
     )
     train_records = None
     if config.train_records is not None:
-        train_records = load_records(config.train_records, tasks=config.tasks)
+        train_records = load_records(
+            config.train_records, tasks=config.tasks, columns=config.columns
+        )
     _check_scoring(records, config)
     return records, train_records, bad_rows.items
 

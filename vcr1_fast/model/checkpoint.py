@@ -7,7 +7,7 @@ preprocessor settings. A directory written here loads in transformers, vLLM and 
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -87,20 +87,46 @@ def load_processor(
     return _family(directory).load_processor(directory, mrope=mrope, video_text=video_text)
 
 
-def save(model: nn.Module, processor: Processor, path: str | Path) -> None:
+def save(
+    model: nn.Module,
+    processor: Processor,
+    path: str | Path,
+    *,
+    others: Mapping[str, str] | None = None,
+) -> None:
     """Write a checkpoint directory, whole or not at all; an older one at `path` is replaced.
 
     LoRA adapters (peft) are added into the weights that are written; the model in memory does not
-    change. Files are flushed to disk before the directory takes its name.
+    change. `others`: text of further files by name. Files are flushed to disk before the directory
+    takes its name.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     base = unwrap(model)
-    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
+    with _staged(Path(path), others) as staging:
         with _quiet():
             base.save_pretrained(staging, state_dict=merged_state_dict(model))
         processor.save_pretrained(staging)
+
+
+def save_adapter(
+    model: Any, path: str | Path, *, base: str, others: Mapping[str, str] | None = None
+) -> None:
+    """Write the trained adapter of a peft model as peft does, whole or not at all:
+    adapter_config.json, which names the checkpoint `base`, and adapter_model.safetensors."""
+    model.peft_config["default"].base_model_name_or_path = base
+    with _staged(Path(path), others) as staging:
+        # "auto" would ask the hub whether the base model's vocabulary is larger.
+        model.save_pretrained(staging, selected_adapters=["default"], save_embedding_layers=False)
+
+
+@contextmanager
+def _staged(path: Path, others: Mapping[str, str] | None) -> Iterator[Path]:
+    """A folder to write to, which takes the name `path` when the block ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield staging
+        for name, text in (others or {}).items():
+            (staging / name).write_text(text, encoding="utf-8")
         staging.chmod(0o755)
         for file in staging.iterdir():
             file.chmod(0o644)

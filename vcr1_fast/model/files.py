@@ -9,6 +9,7 @@ WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 # A safetensors header is JSON that lists the tensors; the format allows at most 100 MB of it.
 _MAX_HEADER = 100_000_000
+_WEIGHT_FILES = ["*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf"]
 
 
 class CheckpointError(ValueError):
@@ -19,11 +20,12 @@ class CheckpointError(ValueError):
         self.path = Path(path)
 
 
-def resolve(path: str | Path) -> Path:
+def resolve(path: str | Path, *, weights: bool = True) -> Path:
     """The local directory of a checkpoint: `path` itself, or the snapshot of a hub name.
 
     "owner/name" is a hub name unless such a directory exists; it is downloaded to the Hugging Face
-    cache on first use. Anything else that is not a directory is a CheckpointError.
+    cache on first use, without weight files where `weights` is False. Anything else that is not a
+    directory is a CheckpointError.
     """
     directory = Path(path).expanduser()
     if directory.is_dir():
@@ -35,7 +37,7 @@ def resolve(path: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name))
+        return Path(snapshot_download(name, ignore_patterns=None if weights else _WEIGHT_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
             path, f"neither a directory here nor a model that could be downloaded ({error})"

@@ -75,7 +75,11 @@ def packed_attention(
 def takes_varlen(query: Tensor) -> bool:
     """Whether `varlen_attention` serves such queries (1, heads, N, D)."""
     half = query.dtype in (torch.bfloat16, torch.float16)
-    return query.is_cuda and half and query.shape[-1] % 8 == 0 and _varlen_kernel() is not None
+    if not (query.is_cuda and half and query.shape[-1] % 8 == 0):
+        return False
+    # Its flash kernels need compute capability 8.0.
+    capable = torch.cuda.get_device_capability(query.device) >= (8, 0)
+    return capable and _varlen_kernel() is not None
 
 
 def varlen_attention(

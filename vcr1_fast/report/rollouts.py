@@ -32,8 +32,8 @@ STYLE = """
 :root { color-scheme: light dark; --line: #8884; --ink: #0072b2; }
 body { font: 14px/1.45 system-ui, sans-serif; max-width: 1100px; margin: 1.5rem auto;
   padding: 0 1rem; }
-form { position: sticky; top: 0; padding: .6rem 0; background: Canvas; display: flex; gap: 1rem;
-  border-bottom: 1px solid var(--line); flex-wrap: wrap; align-items: baseline; }
+form { position: sticky; top: 0; z-index: 1; padding: .6rem 0; background: Canvas; display: flex;
+  gap: 1rem; border-bottom: 1px solid var(--line); flex-wrap: wrap; align-items: baseline; }
 section { margin: 1.4rem 0; border: 1px solid var(--line); border-radius: 6px;
   padding: .7rem 1rem; }
 h2 { font-size: 1rem; margin: 0 0 .3rem; }
@@ -83,7 +83,8 @@ def write_rollouts_html(
     """Write the page; returns its path.
 
     Each line of the file is one completion: step, task, id, prompt, target, completion, rewards
-    (name -> number), and optionally advantage. Consecutive lines of one step and id form a group.
+    (name -> number), and optionally advantage. Consecutive lines of one step, id and `group` (a
+    number, where there is one) form a group.
     Of more than `max_prompts` groups, that many evenly spaced ones are shown, the last included.
     With `records` (by id) a group is shown with frames of its clip and the boxes and spans that its
     completions predict beside the annotated ones, until the frames take `max_bytes`; `reader` reads
@@ -96,7 +97,7 @@ def write_rollouts_html(
         missing = [name for name in ("step", "task", "id", "completion") if name not in row]
         if missing:
             raise ValueError(f"{rollouts_path}: a rollout has no {missing[0]!r}: {str(row)[:80]}")
-    groups = [list(group) for _, group in groupby(rows, key=lambda row: (row["step"], row["id"]))]
+    groups = [list(group) for _, group in groupby(rows, key=_group)]
     kept = [ranked(group) for group in _spaced(groups, max_prompts)]
     note = f"{len(kept)} of {len(groups)} prompts, {len(rows)} completions in the file"
     pictured = [""] * len(kept)
@@ -155,6 +156,11 @@ def write_predictions_html(
     page = _page("Predictions", Path(out_path).name, note, groups, pictured)
     write_atomic(out_path, page)
     return Path(out_path)
+
+
+def _group(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    # The number keeps apart a record that a step holds twice; rows of earlier runs have none.
+    return row["step"], row.get("group"), row["id"]
 
 
 def ranked(group: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

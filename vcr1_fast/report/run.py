@@ -33,6 +33,8 @@ def main_report(run: str | Path, data: str | Path | None = None, *, prompts: int
     records = load_records(
         path,
         media_root=settings.get("media_root"),
+        columns=settings.get("columns"),
+        tasks=settings.get("tasks"),
         on_error="quarantine",
         quarantine=Quarantine(None),
     )

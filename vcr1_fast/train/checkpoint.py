@@ -91,10 +91,16 @@ def load_checkpoint(path: str | Path, *, rank: int = 0) -> dict[str, Any]:
     cannot be read.
     """
     path = Path(path)
-    state = _read(path / "state.pt", mmap=True)
+    state = load_state(path)
     own = path / f"random-{rank}.pt"
     if own.exists():
         set_random_state(_read(own))
+    return state
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """The state of `load_checkpoint` alone; random states stay as they are."""
+    state: dict[str, Any] = _read(path / "state.pt", mmap=True)
     return state
 
 

@@ -3,7 +3,8 @@
 The defaults are those of the VideoChat-R1 recipe where it has one.
 """
 
-from dataclasses import field
+import math
+from dataclasses import field, replace
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -30,6 +31,8 @@ class ModelConfig(PositionConfig):
     """Rank of low-rank adapters, which are trained instead of the weights; 0: no adapters."""
     lora_alpha: PositiveFloat = 32.0
     """The adapters' output is scaled by lora_alpha / lora_rank."""
+    adapter: str | None = None
+    """Folder of a LoRA adapter (peft) to start from; its rank, alpha and layers hold."""
     lora_targets: tuple[str, ...] | None = None
     """Linear layers that get adapters, by the last part of their name; null: the family's."""
     freeze_vision: bool = False
@@ -44,9 +47,16 @@ class ModelConfig(PositionConfig):
     def __post_init__(self) -> None:
         if not self.path:
             raise ConfigError("path", "must not be empty")
+        if self.adapter is not None and self.lora_rank:
+            raise ConfigError("lora_rank", "must be 0 with model.adapter, whose own rank holds")
         # Adapters on no layer would train nothing.
         if self.lora_rank and self.lora_targets is not None and not self.lora_targets:
             raise ConfigError("lora_targets", "must name a layer when lora_rank is not 0")
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether adapters are trained instead of the weights."""
+        return bool(self.lora_rank) or self.adapter is not None
 
 
 @section
@@ -147,6 +157,8 @@ class OptimConfig:
 
     steps: PositiveInt = 1000
     """Rollout steps of `train`, optimiser steps of `sft`."""
+    epochs: PositiveFloat | None = None
+    """Passes over the records, in the place of `steps`; null: by `steps`."""
     prompts_per_step: PositiveInt = 8
     """Prompts of one step over all processes."""
     tokens_per_microbatch: PositiveInt = 16384
@@ -205,6 +217,9 @@ class RunConfig:
     """Newest checkpoints that are kept."""
     resume: bool = True
     """Go on from the newest whole checkpoint in `output`, where there is one."""
+    resume_from: str | None = None
+    """Checkpoint to start from where `output` has none: a folder step-N of this or another run.
+    Data, base model and batch must be the same; other settings may branch off."""
     stop_grace: NonNegativeFloat = 20.0
     """Seconds that a step in progress may still take after SIGTERM, SIGHUP or Ctrl-C before it is
     given up; then the run saves a checkpoint and ends. Several processes always finish the step."""
@@ -218,11 +233,50 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not self.output:
             raise ConfigError("output", "must not be empty")
+        if self.resume_from is not None and not self.resume:
+            raise ConfigError("resume_from", "needs resume: true")
 
 
 @section
 class TrainConfig:
     """One run."""
+
+    ALIASES: ClassVar = {
+        "model_name_or_path": "model.path",
+        "torch_dtype": "model.dtype",
+        "bf16": "model.dtype",
+        "lora_r": "model.lora_rank",
+        "use_peft": "model.lora_rank",
+        "dataset": "data.train",
+        "dataset_name": "data.train",
+        "train_file": "data.train",
+        "output_dir": "run.output",
+        "save_steps": "run.save_every",
+        "save_total_limit": "run.keep_checkpoints",
+        "resume_from_checkpoint": "run.resume_from",
+        "report_to": "run.tensorboard",
+        "log_completions": "run.log_rollouts_every",
+        "learning_rate": "optim.lr",
+        "lr_scheduler_type": "optim.schedule",
+        "max_steps": "optim.steps",
+        "num_train_epochs": "optim.epochs",
+        "num_iterations": "optim.inner_epochs",
+        "per_device_train_batch_size": "optim.prompts_per_step",
+        "train_batch_size": "optim.prompts_per_step",
+        "batch_size": "optim.prompts_per_step",
+        "gradient_accumulation_steps": "optim.tokens_per_microbatch",
+        "num_generations": "rollout.group_size",
+        "max_completion_length": "rollout.max_new_tokens",
+        "max_response_length": "rollout.max_new_tokens",
+        "kl_coef": "loss.beta",
+        "epsilon": "loss.eps_low",
+        "epsilon_high": "loss.eps_high",
+        "reward_funcs": "rewards.functions",
+        "reward_weights": "rewards.weights",
+        "scale_rewards": "advantage.scale",
+        "nframes": "data.frames.num_frames",
+    }
+    """What other trainers call a setting (TRL, ms-swift, verl, axolotl): our name of it."""
 
     model: ModelConfig
     data: DataConfig
@@ -247,11 +301,27 @@ class TrainConfig:
                 "rewards.overlong_buffer",
                 f"must be at most {self.overlong_limit}, got {self.rewards.overlong_buffer}",
             )
-        if self.optim.warmup_steps >= self.optim.steps:
+        if self.optim.epochs is None and self.optim.warmup_steps >= self.optim.steps:
             raise ConfigError(
                 "optim.warmup_steps",
                 f"must be less than steps {self.optim.steps}, got {self.optim.warmup_steps}",
             )
+
+    def with_steps(self, records: int) -> "TrainConfig":
+        """The same run with `optim.steps` counted for so many records, where `optim.epochs` asks
+        for that. ConfigError for a warm-up that is as long as the run."""
+        epochs, size = self.optim.epochs, self.optim.prompts_per_step
+        if epochs is None:
+            return self
+        # Rounded up: the last step also takes records of the next epoch.
+        steps = max(1, math.ceil(epochs * records / size))
+        if self.optim.warmup_steps >= steps:
+            raise ConfigError(
+                "optim.warmup_steps",
+                f"must be less than the {steps} steps of {epochs:g} epochs of {records} records, "
+                f"got {self.optim.warmup_steps}",
+            )
+        return replace(self, optim=replace(self.optim, steps=steps))
 
     @property
     def overlong_limit(self) -> int:

@@ -258,7 +258,12 @@ def training_records(config: DataConfig, quarantine: Quarantine) -> list[Record]
         tasks=config.tasks,
         on_error="quarantine",
         quarantine=quarantine,
+        columns=config.columns,
     )
     if not records:
-        raise ValueError(f"{config.train}: no usable record ({len(quarantine)} bad ones)")
+        first = f", the first: {quarantine.items[0].reason}" if len(quarantine) else ""
+        listed = f" (all in {quarantine.path})" if quarantine.path is not None else ""
+        raise ValueError(
+            f"{config.train}: no usable record, {len(quarantine)} refused{first}{listed}"
+        )
     return records

@@ -1,4 +1,4 @@
-"""Warnings about a run's numbers: skipped updates, spikes of gradient norm and KL."""
+"""Warnings about a run: skipped updates, spikes, and steps from which nothing is learned."""
 
 import math
 import statistics
@@ -9,6 +9,10 @@ WATCHED = ("grad_norm", "kl")
 SPIKE = 10.0
 """Factor over the median of recent steps from which a value is reported."""
 _WINDOW, _ENOUGH = 50, 10
+PATIENCE = 3
+"""Steps in a row after which a lasting trouble is reported, once."""
+_CUT_OFF = 0.9
+"""Share of completions that reach rollout.max_new_tokens from which this is a trouble."""
 
 
 class Health:
@@ -17,6 +21,7 @@ class Health:
     def __init__(self, max_skipped_updates: int, log: Callable[[str], None]) -> None:
         self.max_skipped_updates, self.log = max_skipped_updates, log
         self._skipped_in_a_row = 0
+        self._troubled: dict[str, int] = {}
         self._recent: dict[str, deque[float]] = {name: deque(maxlen=_WINDOW) for name in WATCHED}
 
     def check(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
@@ -37,7 +42,42 @@ class Health:
                 )
         else:
             self._skipped_in_a_row = 0
+        for trouble, text in self._troubles(metrics).items():
+            if text is None:
+                self._troubled.pop(trouble, None)
+                continue
+            self._troubled[trouble] = self._troubled.get(trouble, 0) + 1
+            # Once, while it lasts: a line a step would push everything else off the screen.
+            if self._troubled[trouble] == PATIENCE:
+                self.log(f"step {step}: warning: in the last {PATIENCE} steps {text}")
         return {"spikes": float(sum(self._is_spike(step, name, metrics) for name in WATCHED))}
+
+    def _troubles(self, metrics: Mapping[str, float]) -> dict[str, str | None]:
+        """What keeps a step from teaching anything, by name; None: not in this step. A metric that
+        the row lacks (all of them in fine-tuning) is no trouble."""
+        cut_off = 1.0 - metrics.get("finished", 1.0)
+        silent = metrics.get("zero_advantage_groups", 0.0) >= 1.0
+        found: dict[str, str | None] = {
+            "gradient": f"all completions of every group had the same reward (mean "
+            f"{metrics.get('reward', 0.0):.3g}), so no reward gave a gradient"
+            if silent
+            else None,
+            "length": f"{100 * cut_off:.0f} % of the completions were cut off: raise "
+            "rollout.max_new_tokens, or ask for shorter answers (data.think, data.prompts)"
+            if cut_off >= _CUT_OFF
+            else None,
+        }
+        for name, value in metrics.items():
+            section, _, rest = name.partition("/")
+            task, _, reward = rest.partition("/")
+            if section == "reward" and reward == "format":
+                found[name] = (
+                    f"no completion of {task} had the tags that its prompt asks for (reward format "
+                    "0): fine-tune first (vcr1 sft), or change data.think or data.prompts"
+                    if value == 0
+                    else None
+                )
+        return found
 
     def _is_spike(self, step: int, name: str, metrics: Mapping[str, float]) -> bool:
         value = metrics.get(name, 0.0)

@@ -11,12 +11,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
 from vcr1_fast.files import append_jsonl, read_lines, write_atomic
-from vcr1_fast.progress import clock, open_bar
+from vcr1_fast.progress import clock, fitting, open_bar
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
-SHOWN = ("reward", "loss", "kl", "length", "grad_norm", "tokens_per_second")
+SHOWN = ("reward", "finished", "loss", "kl", "length", "grad_norm", "tokens_per_second")
+"""Metrics of the progress line; a narrow terminal shows the first ones."""
 PLAIN_EVERY = 5.0
 """Seconds between lines where the output is a file or a pipe."""
 
@@ -73,9 +74,13 @@ class RunLog:
         if tensorboard:
             self._board = self._open_board()
 
-    def message(self, text: str) -> None:
-        """A line for the person at the terminal."""
-        if self.active:
+    def message(self, text: str, *, every_rank: bool = False) -> None:
+        """A line for the person at the terminal, from the first process alone or from every one."""
+        if not (self.active or every_rank):
+            return
+        if self._bar is not None:  # which moves down; a plain line would land on the bar's own
+            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
             print(text, file=self.stream, flush=True)
 
     def step(self, metrics: Mapping[str, Any]) -> None:
@@ -100,8 +105,12 @@ class RunLog:
             append_jsonl(self.output / ("skipped.jsonl" if skipped else "rollouts.jsonl"), finite)
 
     def _show(self, metrics: Mapping[str, Any]) -> None:
-        text = "  ".join(f"{name} {metrics[name]:.4g}" for name in SHOWN if name in metrics)
+        shown = [f"{name} {metrics[name]:.4g}" for name in SHOWN if name in metrics]
+        text = "  ".join(shown)
         if self._bar is not None:
+            width = self._bar.console.width
+            taken = len(f"step {self.steps}/{self.steps} -:--:-- ") + width // 5 + 5
+            text = fitting(shown, width - taken)
             self._bar.update(self._task, completed=self.done, text=text)
             return
         now = time.monotonic()

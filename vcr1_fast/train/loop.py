@@ -79,18 +79,24 @@ def train(config: TrainConfig) -> Path:
 
             # 4. Policy update: forward, loss, backward per micro-batch; clip; optimiser step.
             with watch.stage("policy"):
-                metrics = update_policy(run, groups, learning_rate(step, config.optim))
+                metrics = update_policy(run, groups, learning_rate(step, run.config.optim))
 
             # 5. Log, then checkpoint: rows of steps after the last checkpoint are cut on resuming.
             metrics |= {"quarantined": run.missing(samples), **scoring.take_metrics()}
             skipped, every = bool(metrics["skipped_updates"]), config.run.log_rollouts_every
             if skipped or (every and step % every == 0):
                 rows = rollout_rows(
-                    step + 1, samples, rollouts, scored, advantages, think=config.data.think
+                    step + 1,
+                    samples,
+                    rollouts,
+                    scored,
+                    advantages,
+                    think=config.data.think,
+                    ranks=(run.rank, run.ranks),
                 )
                 run.log.rollouts(gather_object(rows), skipped=skipped)
-            metrics |= run.health.check(step + 1, metrics)
-            run.log.step(step_row(step + 1, everyone, metrics, watch))
+            row = step_row(step + 1, everyone, metrics, watch)
+            run.log.step(row | run.health.check(step + 1, row))
             run.finish_step(step + 1)
         return run.export()
 
@@ -137,14 +143,15 @@ def update_policy(run: Run, groups: Sequence[PolicyGroup], lr: float) -> dict[st
         else:
             skipped_updates += 1
     merged = merge_metrics(gather_object(collected))
-    skipped = [one.has_zero_advantages and not needs_every_group for one in groups]
+    silent = gather_object([one.has_zero_advantages for one in groups])
     return {
         "loss": 0.0,  # where every group was skipped
         **merged,
         "grad_norm": sum(norms) / max(len(norms), 1),
         "lr": lr,
         "skipped_updates": skipped_updates,
-        "skipped_groups": sum(gather_object(skipped)),
+        "skipped_groups": 0 if needs_every_group else sum(silent),
+        "zero_advantage_groups": sum(silent) / max(len(silent), 1),
         "saved_tokens": 1.0 - merged.get("num_run_tokens", 0.0) / max(unshared_tokens, 1),
     }
 

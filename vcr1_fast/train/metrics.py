@@ -91,10 +91,12 @@ def rollout_rows(
     advantages: Tensor,
     *,
     think: bool,
+    ranks: tuple[int, int] = (0, 1),
 ) -> list[dict[str, Any]]:
-    """Rows of rollouts.jsonl, one a completion; `scored` and `advantages` (N,) in their order."""
+    """Rows of rollouts.jsonl, one a completion; `scored` and `advantages` (N,) in their order.
+    `ranks`: (this process's number, how many there are)."""
     rows: list[dict[str, Any]] = []
-    for sample, one in zip(samples, rollouts, strict=True):
+    for number, (sample, one) in enumerate(zip(samples, rollouts, strict=True)):
         # The user's text: the sample's has the chat template around it.
         prompt = TASKS[sample.record.task].prompt(sample.record, think)
         for tokens, text, finished in zip(
@@ -104,6 +106,8 @@ def rollout_rows(
             rows.append(
                 {
                     "step": step,
+                    # Unlike the id it tells a record's groups apart, over all ranks.
+                    "group": number * ranks[1] + ranks[0],
                     "task": sample.record.task,
                     "id": sample.record.id,
                     "prompt": prompt,

@@ -21,6 +21,7 @@ FIXED = (
     "data.order",
     "data.order_window",
     "data.difficulty_range",
+    "model.adapter",
     "model.lora_rank",
     "model.lora_alpha",
     "model.lora_targets",
@@ -82,6 +83,12 @@ def keep_settings(output: Path, config: TrainConfig, step: int) -> None:
     if path.exists() and (old := path.read_text(encoding="utf-8")) != text:
         write_atomic(path.with_name(f"config-until-step-{step:08d}.yaml"), old)
     write_atomic(path, text)
+
+
+def read_settings(text: str) -> dict[str, Any]:
+    """Settings of a `dump_config`, nested."""
+    settings: dict[str, Any] = yaml.safe_load(text)
+    return settings
 
 
 def flat_settings(text: str) -> dict[str, Any]:

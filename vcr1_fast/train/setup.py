@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,18 @@ from torch import Tensor, nn
 from vcr1_fast.config.loader import dump_config
 from vcr1_fast.data.quarantine import Quarantine
 from vcr1_fast.data.requests import clip_key
+from vcr1_fast.files import read_lines
 from vcr1_fast.model.attention import prepare_attention
-from vcr1_fast.model.checkpoint import load, save
+from vcr1_fast.model.checkpoint import load, save, save_adapter
 from vcr1_fast.model.family import family_of
 from vcr1_fast.model.forward import prompt_features
 from vcr1_fast.model.processor import Processor
 from vcr1_fast.model.vision import freeze_vision, vision_is_frozen
 from vcr1_fast.model.wrapping import checkpoint_activations, unwrap
+from vcr1_fast.ops.memory import available_bytes
 from vcr1_fast.tasks import TASKS
 from vcr1_fast.tasks.prompt_template import prompts_from
+from vcr1_fast.train import as_trained
 from vcr1_fast.train.advantages import TaskScales
 from vcr1_fast.train.checkpoint import (
     DamagedCheckpoint,
@@ -53,6 +57,7 @@ from vcr1_fast.train.difficulty import select
 from vcr1_fast.train.health import Health
 from vcr1_fast.train.log import RunLog
 from vcr1_fast.train.optim import MasterAdamW
+from vcr1_fast.train.plan import Needs, data_lines, model_lines
 from vcr1_fast.train.planner import GIB, Planner
 from vcr1_fast.train.resume import check_same_run, identity, keep_settings
 from vcr1_fast.train.stopping import RunStopped, StopRequest, locked
@@ -137,6 +142,13 @@ class Run:
         """The model as it was before training."""
         if self.reference_model is not None:
             yield self.reference_model
+        elif self.config.model.adapter is not None:
+            model: Any = self.model
+            model.set_adapter("reference")
+            try:
+                yield model
+            finally:
+                model.set_adapter("default")
         else:
             adapted: Any = self.model  # a PeftModel, whose type peft need not be installed for
             with adapted.disable_adapter():
@@ -200,10 +212,25 @@ class Run:
         self._saved = step
 
     def export(self) -> Path:
-        """Write the trained model, adapters merged, in the Hugging Face layout; its folder."""
-        path = Path(self.config.run.output) / "model"
+        """Write the trained model, adapters merged, in the Hugging Face layout; its folder. The
+        adapters alone go to `adapter` beside it."""
+        output = Path(self.config.run.output)
+        path = output / "model"
         if self.rank == 0:
-            save(self.model, self.processor, path)
+            others = as_trained.files(self.config, self.identity, self._completed)
+            save(self.model, self.processor, path, others=others)
+            if self.config.model.has_adapters:
+                base = self.config.model.path
+                save_adapter(self.model, output / "adapter", base=base, others=others)
+            listed = output / "quarantine.jsonl"
+            if count := len(list(read_lines(listed))) if listed.exists() else 0:
+                self.log.message(
+                    f"{count} records were left out, with the reason of each: {listed}"
+                )
+            self.log.message(
+                f"next: vcr1 report {output}; vcr1 eval --model {output} --data TEST.jsonl "
+                f"--output {output / 'eval'}"
+            )
         self.accelerator.wait_for_everyone()
         return path
 
@@ -237,21 +264,29 @@ def open_run(config: TrainConfig, *, reference: bool, kind: str = "grpo") -> Ite
         listed = output / "quarantine.jsonl"
         quarantine = Quarantine(listed if main else None)
         chosen = select(training_records(config.data, quarantine), config.data, config.run.seed)
+        config = config.with_steps(len(chosen.records))
         model, processor = prepare_model(config, accelerator.device)
         # Of the base weights, so before a checkpoint is loaded.
         own = identity(kind, chosen.records, chosen.sampler.name, model)
         reference_model = None
-        if reference and not config.model.lora_rank:
+        if reference and config.model.adapter is not None:
+            # The run starts from base and adapter together, so the KL term needs both as they were.
+            add_adapter(model, config.model, "reference")
+        elif reference and not config.model.has_adapters:
             # Copied before a checkpoint is loaded: the reference is the untrained model.
             reference_model = copy.deepcopy(model).requires_grad_(False)
         optimizer = MasterAdamW(model.parameters(), config.optim)
         stack.callback(optimizer.close)
         scales = TaskScales(config.advantage.ema_decay, config.advantage.ema_floor)
+        start = None
+        if config.run.resume_from is not None:
+            start = named_checkpoint(Path(config.run.resume_from), output, found)
         notes = [f"removed {path}: an interrupted write left it incomplete" for path in leftovers]
         notes += chosen.notes
         done = 0
-        if config.run.resume and found:
-            path, damaged = newest_intact(found, accelerator)
+        starts = found or ([] if start is None else [start])
+        if config.run.resume and starts:
+            path, damaged = newest_intact(starts, accelerator)
             notes += [f"ignoring {reason}" for reason in damaged]
             state = load_checkpoint(path, rank=accelerator.process_index)
             # Before anything is loaded: a refusal leaves the folder as it was.
@@ -281,12 +316,19 @@ def open_run(config: TrainConfig, *, reference: bool, kind: str = "grpo") -> Ite
             check_space(output, 12 * trained + sum(p.nbytes for p in optimizer.parameters))
         for note in notes:
             log.message(note)
+        for line in data_lines(config, chosen.records, len(quarantine), grpo=kind == "grpo"):
+            log.message(line)
+        free = available_bytes(accelerator.device)
+        for line in model_lines(Needs.of(model, config), config, free):
+            log.message(line)
         for item in quarantine.items:
             log.message(f"quarantined {item.record_id or item.source}: {item.reason}")
         # Ranks other than 0 append to the list, which rank 0 has begun by now.
         accelerator.wait_for_everyone()
         if not main:
             quarantine = Quarantine(listed)
+        # From here on each rank reports the clips that it decodes itself.
+        quarantine.log = partial(log.message, every_rank=True)
         source = stack.enter_context(
             PromptSource(chosen.records, processor, config.data, quarantine, chosen.sampler)
         )
@@ -339,9 +381,26 @@ def newest_intact(found: list[Path], accelerator: Accelerator) -> tuple[Path, li
     return path, damaged
 
 
+def named_checkpoint(path: Path, output: Path, found: list[Path]) -> Path | None:
+    """The checkpoint of `run.resume_from`, None where the run has newer ones of its own to go on
+    from. ValueError for a folder that is no checkpoint, or one of this run's that is not its
+    newest: steps after it would be lost."""
+    if path.resolve().parent == (output / "checkpoints").resolve():
+        if found and path.resolve() != found[-1].resolve():
+            raise ValueError(
+                f"run.resume_from: {path} is not the newest checkpoint of {output}, "
+                f"{found[-1].name} is: name another run.output to branch off"
+            )
+    elif found:
+        return None
+    if not (path / "manifest.json").is_file():
+        raise ValueError(f"run.resume_from: {path} is no checkpoint (a folder step-N of a run)")
+    return path
+
+
 def remove_leftovers(output: Path, leftovers: list[Path]) -> None:
     """Remove what killed runs left: partial checkpoints and unfinished exports of the model."""
-    for path in [*leftovers, *output.glob(".model.*")]:
+    for path in [*leftovers, *output.glob(".model.*"), *output.glob(".adapter.*")]:
         shutil.rmtree(path)
 
 
@@ -363,7 +422,9 @@ def prepare_model(config: TrainConfig, device: torch.device) -> tuple[nn.Module,
     )
     processor = processor.with_frames(frames, media_first=config.data.media_first)
     prepare_attention(model, settings.attention)
-    if settings.lora_rank:
+    if settings.adapter is not None:
+        model = add_adapter(model, settings, "default")
+    elif settings.lora_rank:
         model = add_adapters(model, settings)
     if settings.freeze_vision:
         freeze_vision(model)
@@ -394,3 +455,30 @@ def add_adapters(model: nn.Module, settings: ModelConfig) -> nn.Module:
             return get_peft_model(model, adapters)
     except ValueError as error:
         raise ValueError(f"model.lora_targets {targets}: {error}") from error
+
+
+def add_adapter(model: Any, settings: ModelConfig, name: str) -> nn.Module:
+    """The model with the adapter of `settings.adapter` under a name: "default", which is trained,
+    or one more that is not. ValueError names a folder without one, or one that does not fit."""
+    from peft import PeftConfig, PeftModel
+
+    folder = Path(settings.adapter or "")
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / file).is_file():
+            raise ValueError(f"model.adapter: {folder / file} is missing")
+    try:
+        if isinstance(model, PeftModel):
+            model.load_adapter(folder, name)
+            return model
+        adapter = PeftConfig.from_pretrained(str(folder))
+        # Rollout and training forward must be the same network, as in `add_adapters`.
+        adapter.lora_dropout = 0.0
+        adapter.inference_mode = False
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
+            # peft only warns of weights that the file lacks, and trains random ones.
+            warnings.filterwarnings("error", "Found missing adapter keys")
+            return PeftModel.from_pretrained(model, folder, name, config=adapter, is_trainable=True)
+    except (ValueError, RuntimeError, KeyError, UserWarning) as error:
+        line = " ".join(str(error).split())[:200]
+        raise ValueError(f"model.adapter {folder} does not fit {settings.path}: {line}") from error

@@ -53,7 +53,7 @@ def sft(config: TrainConfig) -> Path:
                     )
                     for one, features in zip(samples, vision, strict=True)
                 ]
-                metrics = update(run, groups, learning_rate(step, config.optim))
+                metrics = update(run, groups, learning_rate(step, run.config.optim))
             seconds = sum(watch.seconds.values())
             run.log.step(
                 {
