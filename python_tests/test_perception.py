@@ -134,13 +134,14 @@ def script(monkeypatch):
         frames: FrameConfig = field(default_factory=FrameConfig)
 
         def with_frames(self, frames, **_):
-            return Processor(self.mrope, frames)
+            return Processor(frames=frames)
 
         def fit(self):
             return None
 
         def prompt(self, text, clips, *, system):
             name = clips[0].path.removesuffix(".mp4")
+            assert (self.mrope, self.video_text) == ("installed", "installed")  # the run's settings
             # Positions and times as text stay those of the plain clip: answers are mapped back
             # from them.
             assert clips[0].fps == 1.0 and clips[0].times.tolist() == PLAIN
@@ -171,7 +172,11 @@ def script(monkeypatch):
 
 def run(script, records, passes=3, think=False):
     config = EvalConfig(
-        frames=FrameConfig(), perception=PerceptionConfig(passes=passes), think=think
+        frames=FrameConfig(),
+        perception=PerceptionConfig(passes=passes),
+        think=think,
+        mrope="installed",
+        video_text="installed",
     )
     return evaluate(None, script.processor, records, config)
 

@@ -32,7 +32,9 @@ OPTIONS = {
 }
 """The option that gives a required setting."""
 
-EVALUATED = frozenset({"frames", "think", "system", "media_first", "prompts", "mrope"})
+EVALUATED = frozenset(
+    {"frames", "think", "system", "media_first", "prompts", "mrope", "video_text"}
+)
 CHATTED = EVALUATED - {"think", "prompts"}
 """Settings of evaluation and chat that a trained model remembers; chat asks its own questions."""
 

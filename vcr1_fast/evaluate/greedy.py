@@ -100,7 +100,8 @@ def greedy_answers(
     all records of a batch together.
     """
     perception = config.perception
-    processor = processor.with_frames(config.frames, media_first=config.media_first)
+    shown = processor.with_frames(config.frames, media_first=config.media_first)
+    processor = replace(shown, mrope=config.mrope, video_text=config.video_text)
     sampling = SamplingConfig(temperature=0.0, max_new_tokens=config.max_new_tokens)
 
     def answer(batches: Sequence[Sequence[Record]]) -> Iterator[list[Completion]]:

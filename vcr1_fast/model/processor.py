@@ -1,5 +1,4 @@
-"""The family-free part of a processor: chat template, tokens, patches, and what a completion may
-hold.
+"""The family-free part of a processor: chat template, tokens, patches, banned tokens.
 
 A family adds which sizes frames take, the text and placeholder tokens that stand for a clip, and
 positions (`model/<family>/processor.py`).

@@ -1,6 +1,7 @@
 """Qwen3-VL, the dense models: everything that knows the architecture."""
 
 from collections.abc import Sequence
+from importlib import metadata
 from typing import Any
 
 from vcr1_fast.model.family import Family, LayerSizes, ModelSizes
@@ -60,14 +61,12 @@ def _sizes(config: Any) -> ModelSizes:
 
 
 def _report() -> Sequence[tuple[str, str]]:
-    from transformers import __version__
-
     outer = "with" if installed_keeps_outer_pair() else "without"
     return [
         (
             "Qwen3-VL clips as text",
             "video_text=trained (default) writes no start/end pair around all temporal patches; "
-            f"installed (transformers {__version__}) writes them {outer} one",
+            f"installed (transformers {metadata.version('transformers')}) writes them {outer} one",
         )
     ]
 

@@ -15,9 +15,11 @@ The time of a temporal patch is the mean of its first and last frame's; a last f
 partner counts twice. All else is as in transformers' Qwen3VLProcessor, value for value.
 """
 
+import importlib.util
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from torch import Tensor
@@ -122,9 +124,15 @@ def patch_times(clip: ClipLike, temporal: int) -> list[float]:
     return [(times[i] + times[i + temporal - 1]) / 2 for i in range(0, len(times), temporal)]
 
 
+@cache
 def installed_keeps_outer_pair() -> bool:
     """Whether the installed transformers leaves a start and end token around a clip's line: its
-    processor replaces single placeholder tokens since 5.0."""
-    from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
+    processor replaces single placeholder tokens since 5.0.
 
-    return hasattr(Qwen3VLProcessor, "replace_video_token")
+    Found in the source: importing transformers takes seconds, and `vcr1 doctor` imports nothing.
+    """
+    spec = importlib.util.find_spec("transformers")
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError("transformers is not installed")
+    source = Path(spec.origin).parent / "models/qwen3_vl/processing_qwen3_vl.py"
+    return "def replace_video_token(" in source.read_text(encoding="utf-8")
