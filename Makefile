@@ -5,13 +5,13 @@ PY := $(VENV)/bin/python
 CSRC := CMakeLists.txt $(shell find csrc -type f)
 PIP = $(PY) -m pip install --quiet --disable-pip-version-check
 PIP_INSTALL = $(PIP) -c constraints.txt
-# The tests of ops and native code, found by the stem of what they test; "native" and "properties"
-# test all of it.
-OP_STEMS := native properties $(basename $(notdir $(shell find csrc/cpu csrc/cuda csrc/bindings vcr1_fast/ops -type f)))
+# The tests of ops and native code, found by the stem of what they test; "native", "properties" and
+# "cuda_emulation" test all of it.
+OP_STEMS := native properties cuda_emulation $(basename $(notdir $(shell find csrc/cpu csrc/cuda csrc/bindings vcr1_fast/ops -type f)))
 OP_TESTS := $(wildcard $(addsuffix .py,$(addprefix python_tests/test_,$(sort $(OP_STEMS)))))
 CLANG_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build demo test first-hour odd-media fuzz soak sanitize lint format docs bench gpu-check inplace clean
+.PHONY: build demo test first-hour odd-media fuzz soak sanitize cuda-check lint format docs bench gpu-check inplace clean
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -38,10 +38,23 @@ build: $(VENV)/.built  ## Install the package, editable, into .venv.
 demo: $(VENV)/.built  ## Make clips, warm-start, train by GRPO, evaluate; writes runs/demo.
 	$(PY) -m vcr1_fast.cli demo $(ARGS)
 
-test: $(VENV)/.built $(VENV)/.oracle $(VENV)/.trl-previous  ## Every test that this machine can run.
+# The CUDA kernels for an emulated GPU (csrc/emulation), which runs on x86-64. PATH: cmake and ninja
+# may be in the virtual environment alone.
+EMULATION := $(if $(filter x86_64,$(shell uname -m)),build/emulation/.built)
+CMAKE = PATH="$(abspath $(VENV))/bin:$$PATH" cmake
+NATIVE_BUILD = -G Ninja -DVCR1_CUDA=OFF -DCMAKE_BUILD_TYPE=None -DPython_EXECUTABLE=$(abspath $(PY)) \
+  -Dpybind11_DIR=$$($(PY) -m pybind11 --cmakedir)
+build/emulation/.built: $(VENV)/.built $(CSRC)
+	$(CMAKE) -S . -B build/emulation -DVCR1_EMULATE=ON $(NATIVE_BUILD)
+	$(CMAKE) --build build/emulation --parallel
+	touch $@
+
+test: $(VENV)/.built $(VENV)/.oracle $(VENV)/.trl-previous $(EMULATION)  ## Every test that this machine can run.
 	VCR1_TORCHVISION=$(abspath $(VENV)/oracle) $(PY) -m pytest $(ARGS)
 	# Triton kernels run on the CPU only in a process that never compiles them.
 	TRITON_INTERPRET=1 $(PY) -m pytest -q -k triton $(OP_TESTS)
+	# CUDA kernels run here in a process whose native module emulates a GPU.
+	$(if $(EMULATION),VCR1_NATIVE=$$(ls $(CURDIR)/build/emulation/_C*.so) $(PY) -m pytest -q -k cuda $(OP_TESTS))
 	PYTHONPATH=$(VENV)/oracle $(PY) -m pytest -q -k 'torchvision or transformers' $(OP_TESTS)
 	PYTHONPATH=$(VENV)/trl-previous TRITON_INTERPRET=1 $(PY) -m pytest -q \
 	  python_tests/test_trl_patch.py python_tests/test_trl_video.py
@@ -65,15 +78,22 @@ soak: $(VENV)/.built  ## The demo's training, killed every minute, beside a run 
 # exceptions. Leaks are not searched: Python never frees everything. --capture=sys leaves the report,
 # which a sanitizer writes before it ends the process, on the terminal.
 SANITIZERS = $(foreach lib,libasan.so libubsan.so libstdc++.so.6,$(shell $(CXX) -print-file-name=$(lib)))
-sanitize: $(VENV)/.built  ## The ops' CPU tests on a build that traps memory errors and undefined behaviour.
-	CXX=$(CXX) cmake -S . -B build/sanitize -DCMAKE_BUILD_TYPE=None -DVCR1_CUDA=OFF -DVCR1_SANITIZE=ON \
-	  -DPython_EXECUTABLE=$(abspath $(PY)) \
-	  -Dpybind11_DIR=$$($(PY) -m pybind11 --cmakedir)
-	cmake --build build/sanitize --parallel
-	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
-	  UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=. \
-	  VCR1_NATIVE=$$(ls $(CURDIR)/build/sanitize/_C*.so) \
+SANITIZED = LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
+  UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=.
+sanitize: $(VENV)/.built  ## The ops' tests, CUDA kernels emulated, on builds that trap memory errors and undefined behaviour.
+	CXX=$(CXX) $(CMAKE) -S . -B build/sanitize -DVCR1_SANITIZE=ON $(NATIVE_BUILD)
+	$(CMAKE) --build build/sanitize --parallel
+	$(SANITIZED) VCR1_NATIVE=$$(ls $(CURDIR)/build/sanitize/_C*.so) \
 	  $(PY) -m pytest -q --capture=sys -m "not gpu" $(OP_TESTS) $(ARGS)
+ifneq ($(EMULATION),)
+	CXX=$(CXX) $(CMAKE) -S . -B build/sanitize-emulation -DVCR1_SANITIZE=ON -DVCR1_EMULATE=ON $(NATIVE_BUILD)
+	$(CMAKE) --build build/sanitize-emulation --parallel
+	$(SANITIZED) VCR1_NATIVE=$$(ls $(CURDIR)/build/sanitize-emulation/_C*.so) \
+	  $(PY) -m pytest -q --capture=sys -k cuda $(OP_TESTS) $(ARGS)
+endif
+
+cuda-check: $(VENV)/.built  ## What nvcc makes of each kernel (registers, spills, wide loads), if there is one; minutes.
+	$(PY) csrc/cuda_resources.py --check
 
 lint: $(VENV)/.built  ## Style, spelling and types of everything; changes nothing.
 	$(VENV)/bin/ruff check .

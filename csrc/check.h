@@ -26,15 +26,20 @@ template <typename Error, typename... Parts>
 #include <cuda_runtime_api.h>
 
 // `op` is the name the user called: the message reads "gather_logprobs: cudaErrorX (text)".
-#define CUDA_CHECK(op, expression)                                               \
-  do {                                                                           \
-    const cudaError_t error_ = (expression);                                     \
-    if (error_ != cudaSuccess)                                                   \
-      ::vcr1::fail<std::runtime_error>(op, ": ", cudaGetErrorName(error_), " (", \
-                                       cudaGetErrorString(error_), ")");         \
+#define CUDA_CHECK(op, expression)                                       \
+  do {                                                                   \
+    const cudaError_t error_ = (expression);                             \
+    if (error_ != cudaSuccess) ::vcr1::fail_with_cuda_error(op, error_); \
   } while (false)
 
 namespace vcr1 {
+
+[[noreturn]] inline void fail_with_cuda_error(const char* op, cudaError_t error) {
+  // A failed call also leaves its error in the runtime, where the next op would take it for its
+  // own.
+  cudaGetLastError();
+  fail<std::runtime_error>(op, ": ", cudaGetErrorName(error), " (", cudaGetErrorString(error), ")");
+}
 
 // Makes `device` current for a scope: torch's current device may be another one.
 class DeviceGuard {

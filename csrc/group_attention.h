@@ -1,4 +1,4 @@
-// What the kernels for attention within packs are given; launchers are in kernels.h.
+// Arguments of the kernels for attention within packs; launchers are in kernels.h.
 #pragma once
 
 #include <cstdint>

@@ -19,7 +19,7 @@ VCR1_HOST_DEVICE static inline T clamp(T x, double low, double high) {
                                     : x;
 }
 
-// What the tokens of one completion share.
+// Values that the tokens of one completion share.
 struct Completion {
   double weight;     // of a token in the loss
   double tokens;     // that count
@@ -58,7 +58,7 @@ VCR1_HOST_DEVICE static inline Token<T> load_token(const GrpoLossArgs& a, int64_
 
 template <typename T>
 VCR1_HOST_DEVICE static inline Token<T> load_token(const GrpoLossArgs& a, int64_t b, int64_t i) {
-  // Selected, not multiplied: what stands outside the mask may be inf or nan.
+  // Selected, not multiplied: values outside the mask may be inf or nan.
   const bool counts = a.mask == nullptr || a.mask[i];
   return load_token(a, b, i, counts, counts ? static_cast<const T*>(a.logps)[i] : T{0});
 }

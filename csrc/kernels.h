@@ -335,7 +335,17 @@ struct LogitsGrpoLossArgs {
   RowLayout grad_layout;
 };
 
+// x *= factor, where `factor` lies on the GPU. CUDA only.
+struct MultiplyArgs {
+  DType dtype, factor_dtype;  // factor: float or double
+  void* x;
+  RowLayout layout;
+  int64_t rows, columns;
+  const void* factor;
+};
+
 namespace cuda {
+void multiply(const MultiplyArgs& args, void* stream);
 void grpo_loss(const GrpoLossArgs& args, void* stream);
 void logits_grpo_loss(const LogitsGrpoLossArgs& args, void* stream);
 }  // namespace cuda

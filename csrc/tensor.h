@@ -13,6 +13,9 @@
 
 #include "check.h"
 #include "dtype.h"
+#ifdef VCR1_EMULATE
+#include "emulation/presented.h"
+#endif
 
 namespace vcr1 {
 
@@ -102,6 +105,9 @@ class Tensor {
   // The stream torch uses now on this tensor's device; null on the CPU. Holds the GIL.
   void* stream() const {
     if (!on_cuda()) return nullptr;
+#ifdef VCR1_EMULATE
+    return nullptr;  // torch knows of no such device
+#else
     if (const dlpack::ExchangeApi* table = api()) {
       void* out = nullptr;
       if (table->current_work_stream(device_.type, device_.index, &out) != 0)
@@ -111,6 +117,7 @@ class Tensor {
     auto current = pybind11::module_::import("torch").attr("cuda").attr("current_stream");
     return reinterpret_cast<void*>(
         current(device_.index).attr("cuda_stream").cast<std::uintptr_t>());
+#endif
   }
 
   // A view of `object`, a torch.Tensor. No reference is taken: keep `object` alive.
@@ -126,6 +133,9 @@ class Tensor {
     // FakeTensor, meta and other storage-less tensors arrive with a null pointer.
     VCR1_CHECK(out.data_ != nullptr || out.numel_ == 0,
                "the tensor has no memory (a fake or meta tensor?)");
+#ifdef VCR1_EMULATE
+    if (out.on_cpu() && emulation::presents_cpu_as_cuda()) out.device_.type = dlpack::kCuda;
+#endif
     return out;
   }
 

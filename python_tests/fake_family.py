@@ -41,10 +41,10 @@ def model_class():
     return FakeModel
 
 
-def load_processor(directory, *, mrope):
+def load_processor(directory, **conventions):
     return Processor.from_pretrained(
         directory,
-        mrope=mrope,
+        **conventions,
         image=ImageProcessorConfig(layout=LAYOUT),
         video=VideoProcessorConfig(layout=LAYOUT),
     )
@@ -54,8 +54,8 @@ def encode(visual, pixels, grids):
     return [torch.cat([f, -f], dim=1) for f in qwen2_5_vl.encode(visual, pixels, grids)]
 
 
-def vision_inputs(features, slots):
-    first, second = features.chunk(2, dim=1)
+def vision_inputs(levels, slots):
+    first, second = levels
     return (first - second) / 2, {}
 
 

@@ -57,7 +57,7 @@ class Records:
             for think in (False, True):
                 task.prompt(record, think)
             target = task.target(record)
-            scores = task.score_one(target, record)
+            scores = task.score(target, record)
             assert scores["format"] == 1.0, f"the target {target!r:.200} of {record!r:.300}"
         write_records(self.folder / "again.jsonl", records)
         again = load_records(self.folder / "again.jsonl")

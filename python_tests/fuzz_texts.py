@@ -145,7 +145,7 @@ def _score(rng: random.Random, given: str) -> int:
     record = task.example
     one = task.answer(given, record)
     duration = rng.choice((None, 0.0, 5.0, 1e9))
-    rewards = task.score([one], [record], [duration], think=rng.choice((True, False, None)))
+    rewards = task.score_batch([one], [record], [duration], think=rng.choice((True, False, None)))
     measured = task.measure([one.prediction], [record])
     for name, (value,) in (*rewards.items(), *measured.items()):
         _check(math.isfinite(value), f"{task.name}.{name}", given, value)

@@ -83,7 +83,7 @@ def test_eval_takes_what_the_model_was_trained_with(run, tmp_path, evaluated, ca
     assert json.loads((run / "model" / "vcr1.prompts.json").read_text()) == PROMPT
     # All else is as without a memory.
     untouched = load_config(EvalRun, None, ["model=m", "records=d", "output=o"]).eval
-    for name in ("max_new_tokens", "decoder", "batch_size", "seed", "mrope"):
+    for name in ("max_new_tokens", "decoder", "batch_size", "seed", "mrope", "video_text"):
         assert getattr(config.eval, name) == getattr(untouched, name)
 
 
@@ -160,5 +160,5 @@ def test_every_remembered_setting_is_one_of_the_commands():
             load_config(EvalRun, None, ["model=m", "records=d", "output=o"]).eval
         )
     }
-    assert known >= cli.EVALUATED == {*as_trained.SHOWN, "mrope"}
+    assert known >= cli.EVALUATED == {*as_trained.SHOWN, *as_trained.WRITTEN}
     assert {field.name for field in dataclasses.fields(ChatConfig)} >= cli.CHATTED

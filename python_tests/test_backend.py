@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -83,6 +84,29 @@ def test_missing_native_module_is_no_silent_fallback(double, monkeypatch):
     with ops.use("reference"):
         assert double(ONE).item() == 2
     assert double.backends("cpu") == ("reference",)
+
+
+@pytest.mark.parametrize(
+    ("driver", "reason"),
+    [
+        (12080, "built for CUDA 13.0 and the NVIDIA driver supports CUDA 12.8: update the driver"),
+        (0, "built for CUDA 13.0 and the NVIDIA driver is missing: update the driver"),
+        (13000, None),
+        (13020, None),
+        (14010, None),
+    ],
+)
+def test_a_driver_too_old_for_the_runtime_makes_cuda_unavailable(driver, reason, monkeypatch):
+    """The kernels' static runtime needs a driver of its own major version; Triton does not."""
+    built = SimpleNamespace(has_cuda=True, cuda_versions=lambda: (driver, 13000))
+    monkeypatch.setattr(backend, "native", built)
+    found = backend.unavailable("cuda")
+    assert found is None if reason is None else reason in found
+    op = backend.Op(f"test_driver_{driver}", "(Tensor x) -> Tensor", torch.empty_like)
+    op.register("cuda", lambda x: "cuda")
+    op.register("triton", lambda x: "triton")
+    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: name)
+    assert op._choose("cuda")(ONE) == ("cuda" if reason is None else "triton")
 
 
 def test_backends_lists_what_runs(double):

@@ -66,34 +66,44 @@ def loaded(fake, tmp_path_factory):
     return checkpoint.load(path, dtype=torch.float64)
 
 
-def test_nothing_outside_its_folder_knows_the_first_family():
-    """Names, sizes and normalisation of Qwen2.5-VL. The ops compile two patch sizes, which they
-    must name; the demo says which family it trains."""
-    words = re.compile(
-        r"qwen_?-?2(?!\d)|(?<![\w.:])(?:14|28|1176|1_176)(?![\w.:])|0\.4814\d*|0\.2686\d*",
-        re.IGNORECASE,
-    )
+OWN_WORDS = {
+    "qwen2_5_vl": r"qwen_?-?2(?!\d)|(?<![\w.:])(?:14|28|1176|1_176)(?![\w.:])|0\.4814|0\.2686",
+    "qwen3_vl": r"qwen_?-?3(?!\d)|(?<![\w.:])(?:1536|1_536)(?![\w.:])|deepstack_",
+}
+
+
+@pytest.mark.parametrize("family", OWN_WORDS)
+def test_nothing_outside_its_folder_knows_a_family(family):
+    """Its names, sizes and normalisation. The ops compile two patch sizes, which they must name;
+    the demo says which family it trains; another family's folder may compare itself with it, or
+    name a class of transformers that both use, but not import it."""
+    words = re.compile(OWN_WORDS[family], re.IGNORECASE)
+    imported = re.compile(rf"vcr1_fast\.model(?:\.| import .*\b){family}\b")
     allowed = {"demo/settings.py": 'FAMILY = family_named("qwen2_5_vl")'}
+    folders = tuple(f"model/{name}/" for name in OWN_WORDS)
     found = []
     for file in sorted(PACKAGE.rglob("*.py")):
         name = file.relative_to(PACKAGE).as_posix()
-        if name.startswith(("model/qwen2_5_vl/", "ops/")):
+        if name.startswith((f"model/{family}/", "ops/")):
             continue
+        forbidden = imported if name.startswith(folders) else words
         for number, line in enumerate(file.read_text().splitlines(), start=1):
-            if words.search(line) and line != allowed.get(name):
+            if forbidden.search(line) and line != allowed.get(name):
                 found.append(f"{name}:{number}: {line.strip()}")
     assert not found, "\n".join(found)
-    own = (PACKAGE / "model/qwen2_5_vl/preprocessor.py").read_text()
-    assert words.search(own)  # the search finds what it is for
+    own = "\n".join(file.read_text() for file in (PACKAGE / "model" / family).glob("*.py"))
+    assert words.search(own) and imported.search(own)  # the searches find what they are for
 
 
 def test_families_are_found_by_their_folders(fake):
-    assert {"qwen2_5_vl", "fake_vl"} <= set(families())
+    assert {*OWN_WORDS, "fake_vl"} == set(families())
     assert family_named("fake_vl") is fake is not family_named("qwen2_5_vl")
 
 
 def test_an_unknown_type_lists_the_known_ones(fake):
-    with pytest.raises(ValueError, match=r"model_type is 'x', known are fake_vl, qwen2_5_vl"):
+    with pytest.raises(
+        ValueError, match="model_type is 'x', known are fake_vl, qwen2_5_vl, qwen3_vl"
+    ):
         family_named("x")
     with pytest.raises(ValueError, match="model_type is None"):
         family_named(None)

@@ -9,6 +9,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from gpu_backend import EMULATED
 
 from vcr1_fast import ops
 from vcr1_fast.ops import backend, gather_logprobs
@@ -44,7 +45,8 @@ def moved_to(device, fn):
         "reference",
         *(f"cpu:{isa}" for isa in ISAS),
         *TRITON,
-        *(pytest.param(f"gpu:{name}", marks=GPU) for name in ("cuda", "triton")),
+        pytest.param("gpu:cuda", marks=() if EMULATED else GPU),
+        pytest.param("gpu:triton", marks=GPU),
     ]
 )
 def variant(request, monkeypatch):
@@ -52,6 +54,10 @@ def variant(request, monkeypatch):
     name, _, isa = request.param.partition(":")
     if name == "gpu":
         name = isa
+        if EMULATED:  # on CPU tensors
+            with ops.use(name):
+                yield request.param
+            return
         if name not in forward_op.backends("cuda"):
             pytest.skip(f"no {name} backend: {backend.unavailable(name)}")
         monkeypatch.setitem(globals(), "gather_logprobs", moved_to("cuda", gather_logprobs))

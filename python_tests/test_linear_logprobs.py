@@ -25,7 +25,11 @@ def quiet_numpy():
         yield
 
 
-@pytest.fixture(params=["reference", "cpu"])
+# "cuda" where a GPU is emulated.
+CUDA = [name for name in ("cuda",) if name in gather_op.backends("cpu")]
+
+
+@pytest.fixture(params=["reference", "cpu", *CUDA])
 def backend_name(request):
     if request.param not in gather_op.backends("cpu"):
         pytest.skip(f"{request.param} cannot run here")

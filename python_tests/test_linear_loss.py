@@ -16,7 +16,7 @@ from vcr1_fast.ops.lm_head import HeadGradients
 
 HIDDEN, VOCAB = 12, 37
 LENGTHS = (5, 0, 1, 9)
-BACKENDS = [name for name in ("reference", "cpu") if name in grpo_loss_op.backends("cpu")]
+BACKENDS = [name for name in ("reference", "cpu", "cuda") if name in grpo_loss_op.backends("cpu")]
 # Interpreted, in the process that runs it, Triton takes part where that costs little.
 EACH = [*BACKENDS, *(name for name in ("triton",) if name in grpo_loss_op.backends("cpu"))]
 

@@ -1,5 +1,8 @@
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ from vcr1_fast.ops.backend import native
 
 pytestmark = pytest.mark.skipif(native is None, reason="vcr1_fast._C is not built")
 
+ROOT = Path(__file__).resolve().parents[1]
 DTYPES = [
     torch.float64,
     torch.float32,
@@ -111,6 +115,35 @@ def test_older_torch_is_read_through_attributes():
         "    raise SystemExit('a tensor without memory was accepted')\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize("release", ["11.5", "11.7"])
+def test_an_nvcc_that_is_too_old_means_no_cuda(release, tmp_path):
+    """Ubuntu 22.04's own is 11.5; kernels are launched by calls that came with 11.8."""
+    cmake = shutil.which("cmake", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if cmake is None:
+        pytest.skip("no cmake")
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.0'\n")
+    nvcc.chmod(0o755)
+
+    def configure(choice):
+        import pybind11
+
+        command = [cmake, "-S", str(ROOT), "-B", str(tmp_path / choice), f"-DVCR1_CUDA={choice}"]
+        command += [f"-DPython_EXECUTABLE={sys.executable}"]
+        command += [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
+        done = subprocess.run(
+            command, env={**os.environ, "CUDACXX": str(nvcc)}, capture_output=True, text=True
+        )
+        return done.returncode, " ".join((done.stdout + done.stderr).split())
+
+    code, said = configure("AUTO")
+    assert code == 0, said
+    assert f"nvcc {release} is too old (11.8 is needed): no CUDA kernels" in said
+    assert "CUDA kernels OFF" in said
+    code, said = configure("ON")
+    assert code != 0 and "no usable nvcc of 11.8 or newer was found" in said
 
 
 def _axis(n_in, n_out, columns, bits, dtype):

@@ -1,6 +1,7 @@
 """Several passes over a clip: the frames of each, by hand, and a scripted model's questions."""
 
 import json
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import numpy as np
@@ -122,20 +123,30 @@ def script(monkeypatch):
                     yield VideoError(request.path, "gone")
                     continue
                 fps = 1.0 if request.times is None else 123.0
-                frames = np.zeros((len(times), 2, 2, 3), np.uint8)
+                # Every frame shows its time.
+                frames = np.tile(times[:, None, None, None], (1, 2, 2, 3))
                 yield Clip(frames, times, fps, 10.0, request.path)
 
+    @dataclass
     class Processor:
+        mrope: str = ""
+        video_text: str = ""
+        frames: FrameConfig = field(default_factory=FrameConfig)
+
         def with_frames(self, frames, **_):
-            return self
+            return Processor(frames=frames)
 
         def fit(self):
             return None
 
         def prompt(self, text, clips, *, system):
             name = clips[0].path.removesuffix(".mp4")
-            assert clips[0].fps == 1.0  # positions stay those of the plain clip
-            shown.setdefault(name, []).append(("glue" in text, clips[0].times.tolist()))
+            assert (self.mrope, self.video_text) == ("installed", "installed")  # the run's settings
+            # Positions and times as text stay those of the plain clip: answers are mapped back
+            # from them.
+            assert clips[0].fps == 1.0 and clips[0].times.tolist() == PLAIN
+            real = clips[0].frames[:, 0, 0, 0].tolist()
+            shown.setdefault(name, []).append(("glue" in text, real))
             texts.append(text)
             return [name] * 7
 
@@ -161,7 +172,11 @@ def script(monkeypatch):
 
 def run(script, records, passes=3, think=False):
     config = EvalConfig(
-        frames=FrameConfig(), perception=PerceptionConfig(passes=passes), think=think
+        frames=FrameConfig(),
+        perception=PerceptionConfig(passes=passes),
+        think=think,
+        mrope="installed",
+        video_text="installed",
     )
     return evaluate(None, script.processor, records, config)
 

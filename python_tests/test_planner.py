@@ -305,7 +305,7 @@ def test_fine_tuning_survives_it_too(run, monkeypatch, error):
         for one in samples
     ]
     run.planner.tokens = 200
-    monkeypatch.setattr(sft, "clipped_step", lambda *args: 0.0)
+    monkeypatch.setattr(sft, "clipped_step", lambda *args, **options: 0.0)
     reported = []
     run.planner.log = reported.append
     expected_loss = sft_update(run, groups, 0.0)["loss"]

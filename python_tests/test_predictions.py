@@ -299,7 +299,7 @@ def test_published_numbers_are_those_of_the_papers_tables():
 def _metrics_of(task):
     answers = {"grounded_qa": {"answer": "A", "glue": [[0, 1]]}, "temporal_grounding": [0, 1]}
     answer = answers.get(task.name, [HALF] * 8 if task.name == "tracking" else "A")
-    return task.metrics([None], [record("x", task.name, {}, answer, options=("A", "B"))])
+    return task.batch_metrics([None], [record("x", task.name, {}, answer, options=("A", "B"))])
 
 
 def split_of(count, **metadata):

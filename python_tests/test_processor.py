@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from vcr1_fast.model import checkpoint
+from vcr1_fast.model.family import family_named
 from vcr1_fast.model.files import CheckpointError
 from vcr1_fast.model.qwen2_5_vl.processor import Processor, VideoProcessorConfig
 from vcr1_fast.model.qwen2_5_vl.tiny import TinyConfig, write_tiny
@@ -39,16 +41,16 @@ except Exception:
         import torchvision
     except Exception as error:
         print("unavailable:", error); sys.exit(42)
-from transformers import AutoTokenizer, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
-from transformers.models.qwen2_5_vl import Qwen2_5_VLProcessor
+import transformers
+from transformers import AutoTokenizer, Qwen2VLImageProcessor
 from transformers.video_utils import VideoMetadata
 
-directory, inputs, output = sys.argv[1:]
+directory, inputs, output, processor_class, video_class = sys.argv[1:]
 cases = np.load(inputs, allow_pickle=True)["cases"]
-processor = Qwen2_5_VLProcessor(
+processor = getattr(transformers, processor_class)(
     Qwen2VLImageProcessor.from_pretrained(directory),
     AutoTokenizer.from_pretrained(directory),
-    Qwen2VLVideoProcessor.from_pretrained(directory),
+    getattr(transformers, video_class).from_pretrained(directory),
 )
 processor.chat_template = open(directory + "/chat_template.jinja").read()
 results = []
@@ -71,7 +73,9 @@ for text, system, clips in cases:
                           frames_indices=list(range(len(frames))))
             for frames, fps in clips
         ]
-    encoded = processor(text=[rendered], return_tensors="pt", **arguments)
+    encoded = processor(
+        text=[rendered], return_tensors="pt", do_sample_frames=False, **arguments
+    )
     encoded = {k: v if torch.is_tensor(v) else torch.tensor(v) for k, v in encoded.items()}
     results.append((rendered, encoded))
 torch.save(results, output)
@@ -102,8 +106,18 @@ def _clip(seed, shape, fps):
 IMAGE = _clip(9, (1, 56, 56), None)
 
 
-def _cases():
+def _cases(family):
+    more = (
+        [
+            # A clip at its pixel budget, one below it, frames smaller than a token.
+            ("Long.", None, [_clip(10, (31, 200, 340), 2.0)]),
+            ("Small.", None, [_clip(11, (2, 20, 70), 24.0)]),
+        ]
+        if family == "qwen3_vl"
+        else []
+    )
     return [
+        *more,
         ("When is the red circle visible?", None, []),
         ("When is the red circle visible?", "Answer shortly.", [_clip(0, (6, 60, 90), 2.0)]),
         ("a < b, ünïcode 3.5 to 4", None, [_clip(1, (5, 84, 56), 1.9867)]),
@@ -114,14 +128,25 @@ def _cases():
     ]
 
 
-def test_agrees_with_transformers(directory, tmp_path):
-    cases = _cases()
+CLASSES = {
+    "qwen2_5_vl": ("Qwen2_5_VLProcessor", "Qwen2VLVideoProcessor"),
+    "qwen3_vl": ("Qwen3VLProcessor", "Qwen3VLVideoProcessor"),
+}
+
+
+@pytest.mark.parametrize("family", CLASSES)
+def test_agrees_with_transformers(family, tmp_path):
+    cases, directory = _cases(family), tmp_path / "model"
+    family_named(family).write_tiny(directory, texts=TEXTS)
     packed = np.empty(len(cases), dtype=object)
     for i, (text, system, clips) in enumerate(cases):
         packed[i] = (text, system, [(clip.frames, clip.fps) for clip in clips])
     np.savez(tmp_path / "cases.npz", cases=packed)
     run = subprocess.run(
-        [sys.executable, "-c", ORACLE, directory, tmp_path / "cases.npz", tmp_path / "out.pt"],
+        [
+            *(sys.executable, "-c", ORACLE, directory, tmp_path / "cases.npz", tmp_path / "out.pt"),
+            *CLASSES[family],
+        ],
         capture_output=True,
         text=True,
         check=False,
@@ -129,7 +154,8 @@ def test_agrees_with_transformers(directory, tmp_path):
     if run.returncode == 42:
         pytest.skip(f"transformers' processor cannot run here: {run.stdout.strip()}")
     assert run.returncode == 0, run.stderr
-    processor = Processor.from_pretrained(directory)
+    # What is installed is the oracle of the text, too.
+    processor = checkpoint.load_processor(directory, video_text="installed")
     expected = torch.load(tmp_path / "out.pt")
     assert len(expected) == len(cases)
     seen = []

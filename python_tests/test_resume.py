@@ -5,14 +5,15 @@ import json
 import os
 import random
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from tiny_run import configure, write_inputs
 
-from vcr1_fast.data.records import load_records, write_records
+from vcr1_fast.data.records import Record, load_records, write_records
 from vcr1_fast.model.checkpoint import load
-from vcr1_fast.train import checkpoint, setup
+from vcr1_fast.train import checkpoint, resume, setup
 from vcr1_fast.train.loop import train
 from vcr1_fast.train.resume import flat_settings
 from vcr1_fast.train.sft import sft
@@ -90,6 +91,35 @@ def test_other_records_of_the_same_number_are_refused(inputs, finished, tmp_path
     write_records(rows, records)
     with pytest.raises(ValueError, match=r"another content of data\.train"):
         sft(configure(model, rows, again(finished, tmp_path)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"id": "b"},
+        {"task": "tracking"},
+        {"video": "data/other.mp4"},
+        {"prompt": {"question": "why?"}},
+        {"answer": "B"},
+        {"options": ("blue", "red")},
+        {"start": 1.0},
+        {"end": 3.0},
+        {"boxes": ((0.0, 0.0, 1.0, 0.5),)},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_every_field_that_is_asked_about_counts_as_content(change):
+    record = Record(
+        *("a", "multiple_choice", "data/v.mp4", {"question": "what?"}, "A"),
+        options=("red", "blue"),
+        start=0.5,
+        end=4.0,
+        boxes=((0.0, 0.0, 1.0, 1.0),),
+    )
+    digest = resume._records_digest([record])
+    assert resume._records_digest([dataclasses.replace(record, **change)]) != digest
+    moved = dataclasses.replace(record, video="elsewhere/v.mp4")
+    assert resume._records_digest([moved]) == digest
 
 
 def test_another_base_model_is_refused_and_a_moved_one_is_not(inputs, finished, tmp_path):
@@ -258,8 +288,11 @@ def test_files_reach_the_disk_before_the_names_that_stand_for_them(tmp_path, mon
     sync, rename, remove = os.fsync, type(tmp_path).rename, shutil.rmtree
 
     def watched(descriptor):
-        order.append(("sync", os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))))
+        name = os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))
+        order.append(("sync", name.replace(f".manifest.{os.getpid()}", ".manifest")))
         sync(descriptor)
+
+    replace = os.replace
 
     checkpoint.save_checkpoint(tmp_path, {"step": 1}, keep=1)
     monkeypatch.setattr(os, "fsync", watched)
@@ -276,11 +309,18 @@ def test_files_reach_the_disk_before_the_names_that_stand_for_them(tmp_path, mon
             remove(path, **options),
         )[1],
     )
+    monkeypatch.setattr(
+        os,
+        "replace",
+        lambda source, to: (order.append(("rename", Path(to).name)), replace(source, to))[1],
+    )
     checkpoint.save_checkpoint(tmp_path, {"step": 2}, keep=1)
     assert order == [
         ("sync", "random-0.pt"),
         ("sync", "state.pt"),
-        ("sync", "manifest.json"),
+        ("sync", ".manifest.json"),
+        ("rename", "manifest.json"),
+        ("sync", ".partial-step-00000002"),  # the manifest's name
         ("sync", ".partial-step-00000002"),
         ("rename", "step-00000002"),
         ("sync", tmp_path.name),

@@ -5,6 +5,7 @@ import dataclasses
 import math
 from collections import Counter
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
@@ -272,10 +273,12 @@ def test_graphs_are_recorded_for_each_shape_and_replayed(exact, monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
     current = []
 
     @contextlib.contextmanager
-    def recording(graph):
+    def recording(graph, capture_error_mode):
+        assert capture_error_mode == "thread_local"
         yield
         graphed = current[-1]
         reads = [x.data_ptr() for own in graphed.step.memory._own.values() for x in own]
@@ -300,6 +303,50 @@ def test_graphs_are_recorded_for_each_shape_and_replayed(exact, monkeypatch):
     _same(rollout(model, processor, prompts, 6, static, _seeded()), dynamic)
     longest = max(map(len, _flat(dynamic.tokens)))
     assert 3 <= len(_FakeGraph.recorded) < longest / 3
+
+
+def test_graphs_are_recorded_and_replayed_on_the_models_device(monkeypatch):
+    """The current device is 0 and the model on 1: streams and graphs are the current device's."""
+    current, seen = ["cuda:0"], []
+
+    class Input:
+        device = "cuda:1"
+
+        def clone(self):
+            return self
+
+        def copy_(self, other):
+            seen.append(("copy", current[-1]))
+
+    class OnCurrent(contextlib.nullcontext):
+        def __init__(self, *args, **options):
+            super().__init__()
+            seen.append((type(self).__name__, current[-1]))
+
+        def wait_stream(self, other):
+            pass
+
+        def replay(self):
+            seen.append(("replay", current[-1]))
+
+    @contextlib.contextmanager
+    def device(name):
+        current.append(name)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    for name in ("CUDAGraph", "Stream", "current_stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, type(name, (OnCurrent,), {}))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    step = lambda x: x  # noqa: E731 - with an attribute
+    step.memory = SimpleNamespace(version=0)
+    rollout_module.GraphedStep(step)(Input())
+    assert {what for what, _ in seen} == {
+        "CUDAGraph", "Stream", "current_stream", "graph", "copy", "replay"
+    }  # fmt: skip
+    assert {where for _, where in seen} == {"cuda:1"}
+    assert current == ["cuda:0"]
 
 
 def test_the_default_is_static_on_cuda_alone():
@@ -494,6 +541,21 @@ def test_logits_without_a_distribution_are_reported_of(temperature, value):
     assert sampled.tokens.max() < 6  # an index past the end would end the process on a GPU
     with pytest.raises(ValueError, match=r"nan or infinite in rows \[1\] of 3"):
         check_possible(sampled.possible)
+
+
+def test_log_probs_under_what_was_sampled_from_and_under_the_whole_vocabulary():
+    """By hand: probabilities 0.5, 0.3, 0.2; the first token is banned, top-p then leaves one."""
+    logits = torch.tensor([[0.5, 0.3, 0.2]]).log()
+    banned, uniforms = torch.tensor([0]), torch.tensor([0.1], dtype=torch.float64)
+    got = sample(logits, uniforms, banned, SamplingConfig())
+    assert got.tokens.tolist() == [1]
+    assert float(got.logps) == pytest.approx(math.log(0.3 / 0.5), abs=1e-6)
+    assert float(got.full_logps) == pytest.approx(math.log(0.3), abs=1e-6)
+    got = sample(logits, uniforms, banned, SamplingConfig(top_p=0.5))
+    assert float(got.logps) == pytest.approx(0.0, abs=1e-6)
+    assert float(got.full_logps) == pytest.approx(math.log(0.3), abs=1e-6)
+    got = sample(logits, uniforms, banned, SamplingConfig(temperature=0.0))
+    assert float(got.full_logps) == pytest.approx(math.log(0.3), abs=1e-6)
 
 
 def test_truncation_keeps_ties_of_the_last_place_and_the_first_token():

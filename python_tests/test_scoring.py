@@ -156,6 +156,14 @@ def test_default_is_the_plain_sum():
     assert (one.total, two.total) == (2.0, 1.5)
 
 
+@pytest.mark.parametrize("think", [True, False])
+def test_the_format_that_is_rewarded_is_the_one_that_was_asked_for(think):
+    reasoned = f"<think>it moves</think>{RIGHT}"
+    found = scored(config(f"data.think={str(think).lower()}"), [(SPAN, sampled(RIGHT, reasoned))])
+    assert [one.rewards["format"] for one in found] == [float(not think), float(think)]
+    assert [one.rewards["iou"] for one in found] == [1.0, 1.0]
+
+
 def test_weights_are_in_the_sum_and_in_the_advantages():
     settings = config("rewards.weights={format: 0.5, multiple_choice: {accuracy: 3}}")
     groups = [(SPAN, sampled(RIGHT, "4 to 5")), (LETTER, sampled("<answer>B</answer>", "A"))]

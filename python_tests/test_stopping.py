@@ -26,6 +26,18 @@ def inputs(tmp_path_factory):
     return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
+def reward_text(answers, config, judge):
+    """A reward that differs between almost any two completions: a random model earns no other."""
+    return [({"text": sum(map(ord, text)) % 97 / 97}, {}) for _, text in answers]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def any_reward():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scoring, "own_rewards", reward_text)
+        yield
+
+
 def read(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -86,21 +98,18 @@ def test_a_step_that_outlasts_the_grace_is_given_up(
     inputs, tmp_path, monkeypatch, uninterrupted, where
 ):
     """The checkpoint is of the step before, and the given-up step is taken again to the bit."""
-    run = tmp_path / "run"
-    options = (*OPTIONS, "run.stop_grace=0", "rollout.batch_prompts=1")
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    # 4 rollouts and 16 micro-batches a step.
+    options = (*OPTIONS, "rollout.batch_prompts=1", "optim.tokens_per_microbatch=1")
     with monkeypatch.context() as patch:
-        module, calls = (rollouts, 6) if where == "rollout" else (loop, 4)
-        patch.setattr(setup.Planner, "prompts", lambda *args, **kwargs: 1)
+        module, calls = (rollouts, 6) if where == "rollout" else (loop, 20)
         signalled(patch, module, where, signal.SIGTERM, at=calls)
-        options = (*options, "optim.tokens_per_microbatch=64")
-        with pytest.raises(stopping.RunStopped) as caught:
-            train(configure(*inputs, run, *options))
-    step = int(saved(run)[0][-1])
-    assert f"after step {step};" in str(caught.value) and step < 3
-    assert len(read(run / "metrics.jsonl")) == step
-    train(configure(*inputs, run, *OPTIONS, "optim.tokens_per_microbatch=64"))
-    whole = tmp_path / "whole"
-    train(configure(*inputs, whole, *OPTIONS, "optim.tokens_per_microbatch=64"))
+        with pytest.raises(stopping.RunStopped, match="after step 1;"):
+            train(configure(*inputs, run, *options, "run.stop_grace=0"))
+    assert saved(run) == ["step-00000001"]
+    assert len(read(run / "metrics.jsonl")) == 1
+    train(configure(*inputs, run, *options))
+    train(configure(*inputs, whole, *options))
     assert outcome(run) == outcome(whole)
 
 
@@ -235,6 +244,7 @@ def test_the_loss_is_normalised_over_the_whole_step(inputs, tmp_path, monkeypatc
     for size in (1, 10**6):
         output = tmp_path / str(size)
         options = (f"loss.loss_type={loss_type}", "loss.beta=0", "optim.steps=1")
+        options += ("loss.max_length=8", "rollout.stop=[e, a, o]")  # some end early
         train(configure(*inputs, output, *options, f"optim.tokens_per_microbatch={size}"))
         (row,) = read(output / "metrics.jsonl")
         lengths = {one["tokens"] for one in read(output / "rollouts.jsonl")}
@@ -251,8 +261,11 @@ CRASH = """
     from pathlib import Path
     import torch
     from tiny_run import configure
+    from test_stopping import reward_text
+    from vcr1_fast.train import scoring
     from vcr1_fast.train.loop import train
 
+    scoring.own_rewards = reward_text
     model, records, output = map(Path, sys.argv[1:4])
     OPTIONS = ("optim.steps=2", "run.save_every=1", "run.keep_checkpoints=1", "loss.beta=0")
     torch.set_num_threads(1)  # a pool of threads does not survive a fork

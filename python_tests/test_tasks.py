@@ -63,7 +63,7 @@ RECORDS = (GROUNDING, TRACKING, GROUNDED, CHOICE, LABEL, *SINGLE, MOMENTS, TUBE,
 
 def metrics_of(task, prediction, sample):
     """The metrics of one sample."""
-    return {name: values[0] for name, values in task.metrics([prediction], [sample]).items()}
+    return task.metrics(prediction, sample)
 
 
 def by_name(item):
@@ -77,17 +77,17 @@ def test_the_right_answer_gets_every_reward_and_metric(sample, think):
     completion = task.target(sample)
     if think:
         completion = f"<think>It is <timestep>1 to 2</timestep>.</think>\n{completion}"
-    assert set(task.score_one(completion, sample, 10.0, think).values()) == {1.0}
+    assert set(task.score(completion, sample, 10.0, think).values()) == {1.0}
     assert set(metrics_of(task, task.parse(completion, sample), sample).values()) == {1.0}
     # The other form of prompt asks for something else: only the format reward may notice.
-    other = task.score_one(completion, sample, 10.0, not think)
+    other = task.score(completion, sample, 10.0, not think)
     assert [name for name, value in other.items() if value == 0.0] == ["format"]
 
 
 @pytest.mark.parametrize("sample", RECORDS, ids=by_name)
 def test_no_answer_gets_nothing(sample):
     task = TASKS[sample.task]
-    assert set(task.score_one("I cannot tell.", sample, 10.0).values()) == {0.0}
+    assert set(task.score("I cannot tell.", sample, 10.0).values()) == {0.0}
     assert task.parse("I cannot tell.", sample) is None
     assert set(metrics_of(task, None, sample).values()) == {0.0}
 
@@ -103,7 +103,7 @@ def test_prompt_shows_the_format_that_its_reward_wants(sample):
         example = example.replace("...", ", ".join(["[0.1, 0.2, 0.3, 0.4]"] * 7))
         if think:
             example = f"<think>so</think>{example}"
-        assert task.score_one(example, sample, 10.0, think)["format"] == 1.0
+        assert task.score(example, sample, 10.0, think)["format"] == 1.0
     assert len(task.prompt(sample, False)) < 260
 
 
@@ -122,14 +122,14 @@ def test_prompts_hold_the_question():
 
 def test_temporal_grounding_values():
     task = TASKS["temporal_grounding"]
-    assert task.score_one("<answer>4 to 8</answer>", GROUNDING) == {
+    assert task.score("<answer>4 to 8</answer>", GROUNDING) == {
         "format": 1.0,
         "iou": pytest.approx(1 / 3),
     }
     # 6 s of a 7 s clip: the answer's end is clipped to the clip, the annotation is inside.
-    assert task.score_one("<answer>2 to 60</answer>", GROUNDING, 7.0)["iou"] == pytest.approx(4 / 5)
-    assert task.score_one("4 to 8", GROUNDING) == {"format": 0.0, "iou": 0.0}
-    assert task.score_one("<answer>8 to 4</answer>", GROUNDING) == {"format": 0.0, "iou": 0.0}
+    assert task.score("<answer>2 to 60</answer>", GROUNDING, 7.0)["iou"] == pytest.approx(4 / 5)
+    assert task.score("4 to 8", GROUNDING) == {"format": 0.0, "iou": 0.0}
+    assert task.score("<answer>8 to 4</answer>", GROUNDING) == {"format": 0.0, "iou": 0.0}
     assert metrics_of(task, (2.0, 4.0), GROUNDING) == {
         "mIoU": 0.5,
         "R@0.3": 1.0,
@@ -144,8 +144,8 @@ def test_tracking_values():
     boxes = [BOX] * 4 + [inverted] * 4
     completion = f"<answer>{[list(b) for b in boxes]}</answer>"
     # The first box was given and earns nothing: 3 of the 7 others are right.
-    assert task.score_one(completion, TRACKING) == {"format": 1.0, "iou": pytest.approx(3 / 7)}
-    assert task.score_one(f"<answer>{[list(BOX)] * 7}</answer>", TRACKING) == {
+    assert task.score(completion, TRACKING) == {"format": 1.0, "iou": pytest.approx(3 / 7)}
+    assert task.score(f"<answer>{[list(BOX)] * 7}</answer>", TRACKING) == {
         "format": 0.0,
         "iou": 0.0,
     }
@@ -192,11 +192,11 @@ def test_single_answers(name, answer, value):
     task = TASKS[name]
     completion = f"<answer>{answer}</answer>"
     measure = task.primary
-    assert task.score_one(completion, sample)[measure] == pytest.approx(value)
+    assert task.score(completion, sample)[measure] == pytest.approx(value)
     prediction = task.parse(completion, sample)
     assert metrics_of(task, prediction, sample)[measure] == pytest.approx(value)
-    assert task.score_one(completion, sample)["format"] == float(prediction is not None)
-    assert task.score_one(answer, sample) == {"format": 0.0, measure: 0.0}
+    assert task.score(completion, sample)["format"] == float(prediction is not None)
+    assert task.score(answer, sample) == {"format": 0.0, measure: 0.0}
 
 
 def test_blind_guesses_of_single_answers():
@@ -215,13 +215,13 @@ def test_moment_retrieval_values():
     task = TASKS["moment_retrieval"]
     # Common: 2 to 4 and 6 to 7; together: 0 to 4, 6 to 9 (or to 8, the clip's end).
     answer = "<answer>[(0, 4), (6, 7), (8.5, 9)]</answer>"
-    assert task.score_one(answer, MOMENTS, 8.0) == {"format": 1.0, "iou": pytest.approx(3 / 6)}
-    assert task.score_one(answer, MOMENTS)["iou"] == pytest.approx(3 / 6.5)
+    assert task.score(answer, MOMENTS, 8.0) == {"format": 1.0, "iou": pytest.approx(3 / 6)}
+    assert task.score(answer, MOMENTS)["iou"] == pytest.approx(3 / 6.5)
     metrics = metrics_of(task, task.parse(answer, MOMENTS), MOMENTS)
     assert metrics["mIoU"] == pytest.approx(3 / 6.5) and metrics["R@0.3"] == 1.0
     assert metrics["R@0.5"] == 0.0
     for text in ("2 to 4", "[(4, 2)]", "[]", "[(1, 2)"):
-        scores = task.score_one(f"<answer>{text}</answer>", MOMENTS)
+        scores = task.score(f"<answer>{text}</answer>", MOMENTS)
         assert scores == {"format": 0.0, "iou": 0.0}, text
     baselines = task.blind_baselines([MOMENTS], [MOMENTS])
     assert baselines["whole video"]["mIoU"] == pytest.approx(4 / 8)
@@ -236,20 +236,20 @@ def test_spatio_temporal_grounding_prices_coverage():
     task = TASKS["spatio_temporal_grounding"]
     whole, half = [0.0, 0.0, 0.5, 0.5], [0.5, 0.5, 1.0, 1.0]
     # One easy second right is not the whole tube: the missing one counts as 0.
-    assert task.score_one(tube([1.5, 4.0], _2=whole), TUBE) == {
+    assert task.score(tube([1.5, 4.0], _2=whole), TUBE) == {
         "format": 1.0,
         "iou": 1.0,
         "tube_iou": 0.5,
     }
     # Nor does painting every second help: two of four seconds are right.
     every = tube([0.0, 4.0], _1=whole, _2=whole, _3=half, _4=half)
-    assert task.score_one(every, TUBE) == {"format": 1.0, "iou": 2.5 / 4, "tube_iou": 0.5}
+    assert task.score(every, TUBE) == {"format": 1.0, "iou": 2.5 / 4, "tube_iou": 0.5}
     # A box twice as high (IoU 1/2) and an impossible one (0).
     tall = tube([1.5, 4.0], _2=[0.0, 0.0, 0.5, 1.0], _3=[0.9, 0.5, 0.5, 1.0])
-    assert task.score_one(tall, TUBE)["tube_iou"] == pytest.approx(0.25)
+    assert task.score(tall, TUBE)["tube_iou"] == pytest.approx(0.25)
     metrics = metrics_of(task, task.parse(every, TUBE), TUBE)
     assert metrics == {"m_tIoU": 0.625, "m_vIoU": 0.5, "vIoU@0.3": 1.0, "vIoU@0.5": 1.0}
-    assert task.score_one(tube([1.0, 90.0], _2=whole), TUBE, 4.0)["iou"] == pytest.approx(2.5 / 3)
+    assert task.score(tube([1.0, 90.0], _2=whole), TUBE, 4.0)["iou"] == pytest.approx(2.5 / 3)
     baseline = task.blind_baselines([TUBE], [TUBE])["whole video, mean box"]
     assert baseline["m_tIoU"] == pytest.approx(2.5 / 4)
     # The mean box is [0.25, 0.25, 0.75, 0.75]: IoU 1/7 at 2 and 3 s, shown at 0 to 4 s.
@@ -280,13 +280,13 @@ def test_spatio_temporal_grounding_prices_coverage():
 def test_texts_that_are_no_tube(text):
     task = TASKS["spatio_temporal_grounding"]
     assert task.parse(f"<answer>{text}</answer>", TUBE) is None
-    assert set(task.score_one(f"<answer>{text}</answer>", TUBE).values()) == {0.0}
+    assert set(task.score(f"<answer>{text}</answer>", TUBE).values()) == {0.0}
 
 
 def test_image_grounded_qa_values():
     task = TASKS["image_grounded_qa"]
     answer = "<answer>B</answer> <glue>[0.1, 0.2, 0.5, 0.4]</glue>"
-    assert task.score_one(answer, BOXED) == {
+    assert task.score(answer, BOXED) == {
         "format": 1.0,
         "accuracy": 1.0,
         "iou": pytest.approx(0.5),
@@ -298,7 +298,7 @@ def test_image_grounded_qa_values():
         "IoU@0.5": float(metrics["IoU"] >= 0.5),
         "Acc@IoU0.5": 0.0,
     }
-    assert task.score_one("<answer>B</answer><glue>(1, 2)</glue>", BOXED) == {
+    assert task.score("<answer>B</answer><glue>(1, 2)</glue>", BOXED) == {
         "format": 0.0,
         "accuracy": 1.0,
         "iou": 0.0,
@@ -309,9 +309,9 @@ def test_image_grounded_qa_values():
 
 def test_classification_values():
     task = TASKS["classification"]
-    assert task.score_one("<answer>Low.</answer>", LABEL) == {"format": 1.0, "accuracy": 1.0}
-    assert task.score_one("<answer>high</answer>", LABEL) == {"format": 1.0, "accuracy": 0.0}
-    assert task.score_one("<answer>low or high</answer>", LABEL) == {"format": 0.0, "accuracy": 0.0}
+    assert task.score("<answer>Low.</answer>", LABEL) == {"format": 1.0, "accuracy": 1.0}
+    assert task.score("<answer>high</answer>", LABEL) == {"format": 1.0, "accuracy": 0.0}
+    assert task.score("<answer>low or high</answer>", LABEL) == {"format": 0.0, "accuracy": 0.0}
     assert task.parse("<answer> HIGH </answer>", LABEL) == "high"
     assert "low, high" in task.prompt(LABEL, False)
     seen = [replace(LABEL, answer="high"), replace(LABEL, answer="high"), LABEL]
@@ -323,17 +323,17 @@ def test_classification_values():
 def test_grounded_qa_values():
     task = TASKS["grounded_qa"]
     completion = "<answer>(B)</answer> <glue>[(4, 6), (2, 5)]</glue>"
-    assert task.score_one(completion, GROUNDED) == {
+    assert task.score(completion, GROUNDED) == {
         "format": 1.0,
         "accuracy": 1.0,
         "iou": pytest.approx(4 / 6),
     }
-    assert task.score_one("<answer>A</answer><glue>oops</glue>", GROUNDED) == {
+    assert task.score("<answer>A</answer><glue>oops</glue>", GROUNDED) == {
         "format": 0.0,
         "accuracy": 0.0,
         "iou": 0.0,
     }
-    assert task.score_one("<answer>B</answer>", GROUNDED)["accuracy"] == 1.0
+    assert task.score("<answer>B</answer>", GROUNDED)["accuracy"] == 1.0
     metrics = metrics_of(task, GroundedAnswer("B", ((0.0, 10.0),)), GROUNDED)
     assert metrics == {
         "accuracy": 1.0,
@@ -351,9 +351,9 @@ def test_grounded_qa_values():
 
 def test_multiple_choice_values():
     task = TASKS["multiple_choice"]
-    assert task.score_one("<answer>C</answer>", CHOICE) == {"format": 1.0, "accuracy": 0.0}
-    assert task.score_one("<answer>D</answer>", CHOICE) == {"format": 0.0, "accuracy": 0.0}
-    assert task.score_one("<answer>blue square</answer>", CHOICE) == {
+    assert task.score("<answer>C</answer>", CHOICE) == {"format": 1.0, "accuracy": 0.0}
+    assert task.score("<answer>D</answer>", CHOICE) == {"format": 0.0, "accuracy": 0.0}
+    assert task.score("<answer>blue square</answer>", CHOICE) == {
         "format": 1.0,
         "accuracy": 1.0,
     }
@@ -436,7 +436,7 @@ def test_scores_are_in_range_for_any_text(text):
     for sample in RECORDS:
         task = TASKS[sample.task]
         for think in (False, True):
-            scores = task.score_one(text, sample, 9.5, think).values()
+            scores = task.score(text, sample, 9.5, think).values()
             assert all(math.isfinite(v) and 0.0 <= v <= 1.0 for v in scores)
         for value in metrics_of(task, task.parse(text, sample), sample).values():
             assert 0.0 <= value <= 1.0
@@ -463,7 +463,7 @@ def test_plain_completions_score_as_released():
         if name == "grounded_qa":
             answer = answer | {"answer": answer["answer"].strip("()")}
         one = record(name, {}, answer)
-        score = TASKS[name].score_one(row["completion"], one)
+        score = TASKS[name].score(row["completion"], one)
         iou = score["iou"]
         if name == "tracking" and (boxes := TASKS[name].parse(row["completion"], one)):
             iou = (
@@ -511,8 +511,8 @@ def test_a_batch_is_each_completion_alone(sample, cases):
     records = [sample] * len(cases)
     parsed = task.answers(texts, records)
     for think in (None, False, True):
-        columns = task.score(parsed, records, durations, think=think)
-        alone = [task.score_one(text, sample, d, think) for text, d in cases]
+        columns = task.score_batch(parsed, records, durations, think=think)
+        alone = [task.score(text, sample, d, think) for text, d in cases]
         assert rows(columns, len(cases)) == alone
     measured = task.measure([one.prediction for one in parsed], records)
     assert rows(measured, len(cases)) == [
@@ -577,7 +577,7 @@ def test_every_annotated_answer_makes_the_round_trip(name, data):
     options = OPTIONS if task.label else ()
     sample = replace(task.example, answer=data.draw(ANNOTATED[name]), options=options)
     task.check(sample)
-    scores = task.score_one(f"<think>so</think>{task.target(sample)}", sample, think=True)
+    scores = task.score(f"<think>so</think>{task.target(sample)}", sample, think=True)
     assert scores == dict.fromkeys(task.reward_names, pytest.approx(1.0))
     prediction = task.parse(task.target(sample), sample)
     assert all(v == pytest.approx(1.0) for v in metrics_of(task, prediction, sample).values())

@@ -15,7 +15,7 @@ from vcr1_fast.data.decode import BACKENDS, open_source
 from vcr1_fast.data.frame_folder import frame_names
 from vcr1_fast.data.media_file import NeedsPyav, VideoError
 from vcr1_fast.data.sampling import FrameConfig
-from vcr1_fast.data.timeline import _rate, _zero, is_even, read_timeline
+from vcr1_fast.data.timeline import Packets, _check_whole, _rate, _zero, is_even, read_timeline
 from vcr1_fast.data.truncation import cut_off
 from vcr1_fast.data.video import ClipReader, ClipRequest, probe, probe_all, read_clip
 
@@ -381,3 +381,25 @@ def test_an_index_that_points_past_the_file_is_reported(tmp_path):
     path.write_bytes(data)
     with pytest.raises(VideoError, match=rf"damaged: \d+ of {COUNT} samples could be read"):
         read_timeline(str(path))
+
+
+def test_leading_frames_of_an_open_gop_decode_from_the_key_before():
+    """Decoding order I0 P2 B1 | I6 B4 B5 P8: frames 4 and 5 refer to what comes before I6."""
+    pts = np.array([0, 2, 1, 6, 4, 5, 8])
+    key = np.array([True, False, False, True, False, False, False])
+    packets = Packets(pts, np.arange(7), key, np.ones(7, bool))
+    assert [packets.entry(place) for place in range(7)] == [0, 0, 0, 3, 0, 0, 3]
+    assert packets.places().tolist() == [0, 2, 1, 4, 5, 3, 6]
+    # A stream that was cut there has no key before: decoding begins at the first packet.
+    cut = Packets(pts[3:], np.arange(4), key[3:], np.ones(4, bool))
+    assert [cut.entry(place) for place in range(4)] == [0, 0, 0, 0]
+
+
+def test_an_incomplete_last_packet_is_reported():
+    """Of a container whose size is written nowhere; FFmpeg marks the packet."""
+    container = SimpleNamespace(format=SimpleNamespace(name="other"))
+    stream = SimpleNamespace(index_entries=[], frames=0)
+    whole, torn = (SimpleNamespace(corrupt=corrupt, dts=0) for corrupt in (False, True))
+    _check_whole("v.x", container, stream, [torn, whole])  # damage within is found by decoding
+    with pytest.raises(VideoError, match="its last packet is incomplete"):
+        _check_whole("v.x", container, stream, [whole, torn])

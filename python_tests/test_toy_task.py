@@ -94,15 +94,15 @@ def test_its_records_are_checked_by_it(inputs, tmp_path):
 
 def test_a_block_of_its_tag_is_the_answer(task):
     record = task.example
-    assert task.score_one("<way> left </way>", record) == {"format": 1.0, "way": 1.0, "axis": 1.0}
-    assert task.score_one("<way>right</way>", record) == {"format": 1.0, "way": 0.0, "axis": 1.0}
-    assert set(task.score_one("<answer>left</answer>", record).values()) == {0.0}
+    assert task.score("<way> left </way>", record) == {"format": 1.0, "way": 1.0, "axis": 1.0}
+    assert task.score("<way>right</way>", record) == {"format": 1.0, "way": 0.0, "axis": 1.0}
+    assert set(task.score("<answer>left</answer>", record).values()) == {0.0}
     reasoned = "<think><way>up</way></think><way>left</way>"
     # Tags inside the reasoning are no answer, and are not well formed.
-    assert task.score_one(reasoned, record, think=True) == {"format": 0.0, "way": 1.0, "axis": 1.0}
+    assert task.score(reasoned, record, think=True) == {"format": 0.0, "way": 1.0, "axis": 1.0}
     clean = "<think>so</think> <way>left</way>"
-    assert set(task.score_one(clean, record, think=True).values()) == {1.0}
-    assert task.score_one(clean, record, think=False)["format"] == 0.0
+    assert set(task.score(clean, record, think=True).values()) == {1.0}
+    assert task.score(clean, record, think=False)["format"] == 0.0
 
 
 def test_a_name_is_taken_once_and_prompts_must_fit(task):

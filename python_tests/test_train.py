@@ -25,7 +25,16 @@ from vcr1_fast.model.packing import Group
 from vcr1_fast.model.wrapping import unwrap
 from vcr1_fast.ops import GRPOLossConfig
 from vcr1_fast.tasks import TASKS
-from vcr1_fast.train import advantages, checkpoint, loop, reference, rollouts, scoring, setup
+from vcr1_fast.train import (
+    advantages,
+    checkpoint,
+    loop,
+    optim,
+    reference,
+    rollouts,
+    scoring,
+    setup,
+)
 from vcr1_fast.train.advantages import reward_matrix
 from vcr1_fast.train.config import OptimConfig
 from vcr1_fast.train.dataset import ByteCache, Sampler
@@ -208,7 +217,7 @@ def test_sft_with_reasoning_trains_on_the_records_own(inputs, tmp_path):
     record = dataclasses.replace(record, metadata=metadata)
     wanted = "<think>It is plain to see.</think>" + TASKS[record.task].target(record)
     assert right_answer(record, think=True) == wanted
-    assert TASKS[record.task].score_one(wanted, record, think=True)["format"] == 1.0
+    assert TASKS[record.task].score(wanted, record, think=True)["format"] == 1.0
     rows = tmp_path / "rows.jsonl"
     write_records(rows, [record])
     one_step = ("optim.steps=1", "optim.prompts_per_step=1", "data.think=true")
@@ -352,6 +361,13 @@ def test_a_checkpoint_is_mapped_and_not_read_whole(tmp_path):
     assert not maps.exists() or str(path / "state.pt") in maps.read_text()
     tensor += 1  # does not reach the file
     assert checkpoint.load_checkpoint(path)["x"].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_the_system_prompt_is_shown(inputs, tmp_path):
+    config = configure(*inputs, tmp_path / "run", "data.system=Be brief.")
+    with setup.open_run(config, reference=False) as run:
+        samples = next(iter(run.batches()))
+    assert samples and all("Be brief." in sample.prompt.text for sample in samples)
 
 
 def test_records_that_hold_control_tokens_are_quarantined(inputs, tmp_path):
@@ -681,6 +697,42 @@ def test_a_step_without_a_finite_gradient_changes_nothing():
         assert math.isnan(norm)
         assert parameter.grad is None
         assert torch.equal(parameter, torch.ones(3))
+
+
+def test_gradients_are_clipped_to_the_configured_norm(monkeypatch):
+    """AdamW's step hardly depends on the gradient's size, so the gradient that it gets is seen."""
+    given = []
+    monkeypatch.setattr(
+        torch.optim.AdamW, "step", lambda self: given.append(self.param_groups[0]["params"][0].grad)
+    )
+    for size, expected in ((30.0, 0.5), (0.3, 0.3)):
+        parameter = torch.zeros(4, requires_grad=True)
+        optimizer = MasterAdamW([parameter], OptimConfig())
+        parameter.grad = torch.full((4,), size / 2)  # of norm `size`
+        norm = clipped_step(optimizer, 1e-3, OptimConfig(max_grad_norm=0.5))
+        assert norm == pytest.approx(size)
+        assert float(given.pop().norm()) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("other_rank_is_finite", [True, False])
+def test_no_rank_steps_where_one_has_no_finite_loss(monkeypatch, other_rank_is_finite):
+    """Otherwise the ranks' weights would differ from then on."""
+
+    def all_reduce(x, op=torch.distributed.ReduceOp.SUM):
+        if op == torch.distributed.ReduceOp.SUM:
+            return  # the other rank's gradient is 0
+        other = torch.tensor(float(other_rank_is_finite))
+        is_min = op == torch.distributed.ReduceOp.MIN
+        x.copy_(torch.minimum(x, other) if is_min else torch.maximum(x, other))
+
+    monkeypatch.setattr(optim, "_several_ranks", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    parameter = torch.ones(3, requires_grad=True)
+    optimizer = MasterAdamW([parameter], OptimConfig())
+    parameter.grad = torch.ones(3)
+    norm = clipped_step(optimizer, 1e-3, OptimConfig())
+    assert math.isfinite(norm) == other_rank_is_finite
+    assert torch.equal(parameter, torch.ones(3)) != other_rank_is_finite
 
 
 def test_small_steps_of_half_precision_weights_add_up():

@@ -223,7 +223,7 @@ def test_rewards_are_those_of_our_trainer(inputs):
     table = {f.__name__: f(completions=turns, duration=durations, **columns) for f in functions}
     for i, text in enumerate(answers):
         record = read_record(data["record"][i])
-        own = TASKS[record.task].score_one(text, record, 2.0, think=True)
+        own = TASKS[record.task].score(text, record, 2.0, think=True)
         given = {name: row[i] for name, row in table.items() if row[i] is not None}
         assert given == {f"{record.task}/{name}": value for name, value in own.items()}
         assert max(own.values()) > 0.9

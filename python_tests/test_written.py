@@ -82,7 +82,7 @@ def test_a_target_earns_its_own_reward(name, data):
         assert name in ("classification", "caption", "ocr", "open_ended")
         return
     completion = task.target(record)
-    scores = task.score_one(completion, record, None)
+    scores = task.score(completion, record, None)
     assert scores["format"] == 1.0, completion
     assert all(value >= LEAST_OVERLAP for value in scores.values()), (completion, scores)
     prediction = task.parse(completion, record)
@@ -92,11 +92,11 @@ def test_a_target_earns_its_own_reward(name, data):
         assert prediction.letter == answer["answer"]
     if name == "classification":
         assert prediction == answer
-        assert [scores["accuracy"]] == task.metrics([prediction], [record])["accuracy"] == [1.0]
-    thinking = task.score_one(f"why\n</think>\n{completion}", record, None, True)
-    assert (
-        thinking == task.score_one(f"<think>why</think>{completion}", record, None, True) == scores
-    )
+        assert (
+            [scores["accuracy"]] == task.batch_metrics([prediction], [record])["accuracy"] == [1.0]
+        )
+    thinking = task.score(f"why\n</think>\n{completion}", record, None, True)
+    assert thinking == task.score(f"<think>why</think>{completion}", record, None, True) == scores
 
 
 @settings(deadline=None)
@@ -160,12 +160,12 @@ def test_labels_that_fall_together_are_reported_apart(choices, answer):
     task = TASKS["classification"]
     task.check(record)
     completion = task.target(record)
-    assert task.score_one(completion, record) == {"format": 1.0, "accuracy": 1.0}
-    assert task.metrics([task.parse(completion, record)], [record]) == {"accuracy": [1.0]}
+    assert task.score(completion, record) == {"format": 1.0, "accuracy": 1.0}
+    assert task.batch_metrics([task.parse(completion, record)], [record]) == {"accuracy": [1.0]}
     (other,) = set(choices) - {answer}
     wrong = f"<answer>{other}</answer>"
-    assert task.score_one(wrong, record) == {"format": 1.0, "accuracy": 0.0}
-    assert task.metrics([task.parse(wrong, record)], [record]) == {"accuracy": [0.0]}
+    assert task.score(wrong, record) == {"format": 1.0, "accuracy": 0.0}
+    assert task.batch_metrics([task.parse(wrong, record)], [record]) == {"accuracy": [0.0]}
 
 
 def test_a_label_between_two_options_is_none_of_them():
@@ -195,11 +195,11 @@ def test_a_prefilled_think_tag_is_known():
     record = Record("r", "temporal_grounding", "v", PROMPT, [1, 2])
     task = TASKS["temporal_grounding"]
     good = "it starts at one\n</think>\n<answer>1.0 to 2.0</answer>"
-    assert task.score_one(good, record, 4.8, True) == {"format": 1.0, "iou": 1.0}
-    assert task.score_one(good, record, 4.8, False)["format"] == 0.0
+    assert task.score(good, record, 4.8, True) == {"format": 1.0, "iou": 1.0}
+    assert task.score(good, record, 4.8, False)["format"] == 0.0
     # Not so: an empty reasoning, a second closing tag, an answer inside the reasoning.
-    assert task.score_one("</think><answer>1 to 2</answer>", record, 4.8, True)["format"] == 0.0
+    assert task.score("</think><answer>1 to 2</answer>", record, 4.8, True)["format"] == 0.0
     twice = "a</think></think><answer>1 to 2</answer>"
-    assert task.score_one(twice, record, 4.8, True)["format"] == 0.0
+    assert task.score(twice, record, 4.8, True)["format"] == 0.0
     inside = "<answer>1 to 2</answer></think>"
-    assert task.score_one(inside, record, 4.8, True) == {"format": 0.0, "iou": 0.0}
+    assert task.score(inside, record, 4.8, True) == {"format": 0.0, "iou": 0.0}

@@ -1,4 +1,4 @@
-"""The `vcr1` command. Every subcommand imports what it needs only when it runs."""
+"""The `vcr1` command. Every subcommand does its imports only when it runs."""
 
 import argparse
 import sys
@@ -32,7 +32,9 @@ OPTIONS = {
 }
 """The option that gives a required setting."""
 
-EVALUATED = frozenset({"frames", "think", "system", "media_first", "prompts", "mrope"})
+EVALUATED = frozenset(
+    {"frames", "think", "system", "media_first", "prompts", "mrope", "video_text"}
+)
 CHATTED = EVALUATED - {"think", "prompts"}
 """Settings of evaluation and chat that a trained model remembers; chat asks its own questions."""
 
@@ -165,7 +167,7 @@ def parser() -> argparse.ArgumentParser:
         "--inside-root", action="store_true", help="media outside that folder are faults"
     )
     command.add_argument("--no-media", action="store_true", help="do not open the media")
-    command.add_argument("--decode", action="store_true", help="also decode what is shown")
+    command.add_argument("--decode", action="store_true", help="also decode the frames")
     command.add_argument(
         "--decoder", choices=("pyav", "decord"), default="pyav", help="default: %(default)s"
     )
@@ -187,7 +189,7 @@ def parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(run=run_demo)
 
-    command = commands.add_parser("doctor", help="what is installed, and what is missing")
+    command = commands.add_parser("doctor", help="installed and missing parts")
     command.set_defaults(run=run_doctor)
     for command in commands.choices.values():
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")

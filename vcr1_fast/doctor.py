@@ -116,9 +116,17 @@ def op_backends() -> list[tuple[str, str]]:
 
 def models() -> list[tuple[str, str]]:
     """Model families, and the kernels that attention on the CPU runs on."""
-    known = ", ".join(sorted(families()))
+    known = families()
     kernels = missing_kernels() or "torch's kernels with log-sum-exp"
-    return [("families by model_type", known), ("attention on the CPU", kernels)]
+    rows = [
+        ("families by model_type", ", ".join(sorted(known))),
+        ("attention on the CPU", kernels),
+    ]
+    if importlib.util.find_spec("transformers") is None:
+        return rows  # listed as missing; families compare themselves with it
+    # A family may serve several types.
+    reports = {id(family): family.report for family in known.values()}
+    return rows + [row for report in reports.values() for row in report()]
 
 
 def integrations() -> list[tuple[str, str]]:

@@ -58,6 +58,7 @@ inline RowLayout row_layout(const Tensor& tensor, const char* name) {
              ": expected stride 1 along the last dimension, got ", tensor.stride(-1));
   RowLayout out;
   for (int i = 0; i < tensor.ndim() - 1; ++i) {
+    if (tensor.size(i) == 1) continue;  // its stride is never taken, and may be anything
     const int last = out.ndim - 1;
     if (last >= 0 && out.stride[last] == tensor.size(i) * tensor.stride(i)) {
       out.size[last] *= tensor.size(i);

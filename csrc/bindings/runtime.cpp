@@ -1,4 +1,6 @@
-// Python bindings of what is no op: instruction sets, threads, and how tensors are read.
+// Python bindings besides the ops: instruction sets, threads, and how tensors are read.
+#include <utility>
+
 #include "../cpu/isa.h"
 #include "../cpu/parallel.h"
 #include "bindings.h"
@@ -9,6 +11,18 @@ VCR1_BINDINGS(runtime, m) {
 #else
   m.attr("has_cuda") = false;
 #endif
+  m.def(
+      "cuda_versions",
+      []() -> std::pair<int, int> {
+        int driver = 0, runtime = 0;
+#ifdef VCR1_CUDA
+        CUDA_CHECK("cuda_versions", cudaDriverGetVersion(&driver));
+        CUDA_CHECK("cuda_versions", cudaRuntimeGetVersion(&runtime));
+#endif
+        return {driver, runtime};
+      },
+      "CUDA versions (1000 major + 10 minor) that the driver supports, 0 without one, and of the "
+      "runtime in this module; (0, 0) in builds without CUDA.");
   m.def(
       "cpu_isa", [] { return vcr1::cpu::name_of(vcr1::cpu::isa()); },
       "Instruction set of the CPU kernels in use.");

@@ -1,6 +1,6 @@
 // Attention within packs of groups, forward and backward, in one pass over the keys that each block
 // of queries sees: scores of a tile of keys, their exponentials and the products with them stay in
-// the cache. See ops/group_attention.py for what is computed.
+// the cache. See ops/group_attention.py for the formulae.
 //
 // Forward, a task is a block of 32 queries of one head. Backward, it is a share of the blocks of
 // all heads that read one key head; gradients of keys and values are summed in the task's own

@@ -2,7 +2,7 @@
 // Included only by files that vcr1_cpu_kernel() builds.
 //
 // Every loop runs over whole vectors of a block's arrays, without branches, so that the compiler
-// can use them: what is outside the mask or beyond the completion is set to 0 on loading, and
+// can use them: values outside the mask or beyond the completion are set to 0 on loading, and
 // options are looked at before a loop, not in it.
 #pragma once
 
@@ -98,7 +98,7 @@ class Terms {
 
  protected:
   // The elements of a tensor from `first`, 0 where the token does not count and up to n. Selected,
-  // not multiplied: what stands outside the mask may be inf or nan.
+  // not multiplied: values outside the mask may be inf or nan.
   void take(const void* tensor, int64_t first, const T* counts, int valid, int n, T* out) const {
     const T* const x = static_cast<const T*>(tensor) + first;
     for (int j = 0; j < valid; ++j) {

@@ -1,4 +1,4 @@
-// Large memory for results. Fresh pages cost more than what is written to them: the system zeroes
+// Large memory for results. Fresh pages cost more than writing them: the system zeroes
 // each at its first use, and unmaps it at its release.
 #pragma once
 

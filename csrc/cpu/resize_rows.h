@@ -145,7 +145,8 @@ inline void resize_rows(const ResizeArgs& args, FrameState& state, int64_t begin
 
 // Deals groups * units units of work to the threads: fn(scratch, group, begin, end) for each run's
 // part of a group. Several runs a thread, taken as they come, because one may start late; of whole
-// groups where there are enough of them, because rows are computed again where a run begins inside one.
+// groups where there are enough of them, because rows are computed again where a run begins inside
+// one.
 template <typename Fn>
 inline void share(const ResizeArgs& args, int64_t groups, int64_t units, int num_threads, Fn&& fn) {
   const int64_t total = groups * units, workers = least(num_threads, total);

@@ -3,6 +3,9 @@
 
 #include <cuda_runtime.h>
 
+#ifdef VCR1_EMULATE
+#include "../emulation/instructions.h"
+#else
 namespace vcr1::cuda {
 
 // All threads of all blocks of the cluster arrive before any passes wait; what they wrote to shared
@@ -33,3 +36,4 @@ __device__ inline float cluster_read(const float* p, unsigned rank) {
 }
 
 }  // namespace vcr1::cuda
+#endif  // VCR1_EMULATE

@@ -118,6 +118,16 @@ struct PackedRow {
   }
 };
 
+// The block's dynamic shared memory, aligned to 16 bytes.
+__device__ inline unsigned char* dynamic_shared() {
+#ifdef VCR1_EMULATE
+  return static_cast<unsigned char*>(emulation::dynamic_shared());
+#else
+  extern __shared__ __align__(16) unsigned char dynamic_shared_bytes[];
+  return dynamic_shared_bytes;
+#endif
+}
+
 // fn(T): the kernel type of a floating dtype. The caller has checked the dtype.
 template <typename Fn>
 void for_float_dtype(DType dtype, Fn&& fn) {

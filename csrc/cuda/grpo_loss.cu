@@ -1,7 +1,7 @@
 // The GRPO loss, its gradient and its metrics in two launches. The maths, with these names, is in
 // vcr1_fast/ops/grpo/reference.py; a token's terms are those of the CPU kernel.
 //
-// What a token weighs may depend on all completions' lengths, but it is only a factor: the first
+// A token's weight may depend on all completions' lengths, but it is only a factor: the first
 // kernel adds up each completion as if that factor were 1, the second finds it and writes
 // gradients, and its first block the loss and the metrics. Sums are taken in a fixed order: bits
 // repeat. A team of threads takes a completion, a warp where completions are short.
@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(kBlock) sums_kernel(const __grid_constant__ Gr
   for (int k = 0; k < kScratch; ++k) scratch(a, k, b) = sums[k];
 }
 
-// What the whole batch shares.
+// Values that the whole batch shares.
 struct Batch {
   double tokens, weight, entropy_weight;
 };

@@ -140,12 +140,12 @@ void run(const BoxIouArgs& args, cudaStream_t stream) {
   if (args.pairwise) {
     const unsigned grid =
         blocks("box_iou", divide_up(args.n, kTileRows) * divide_up(args.m, kThreads));
-    pairwise_kernel<kKind, kExact, T><<<grid, kThreads, 0, stream>>>(a, b, out, args.n, args.m);
+    launch("box_iou", pairwise_kernel<kKind, kExact, T>, {grid, kThreads}, stream, a, b, out,
+           args.n, args.m);
   } else {
     const unsigned grid = blocks("box_iou", divide_up(args.n, kThreads));
-    paired_kernel<kKind, kExact, T><<<grid, kThreads, 0, stream>>>(a, b, out, args.n);
+    launch("box_iou", paired_kernel<kKind, kExact, T>, {grid, kThreads}, stream, a, b, out, args.n);
   }
-  CUDA_CHECK("box_iou", cudaGetLastError());
 }
 
 template <bool kExact, typename T>
@@ -179,20 +179,14 @@ void box_iou(const BoxIouArgs& args, void* stream) {
 }
 
 void track_iou(const TrackIouArgs& args, void* stream) {
-  const auto on = static_cast<cudaStream_t>(stream);
   const unsigned grid = blocks("track_iou", divide_up(args.batch, kThreads / 32));
-  if (args.dtype == DType::kFloat64) {
-    track_kernel<double><<<grid, kThreads, 0, on>>>(args);
-  } else {
-    track_kernel<float><<<grid, kThreads, 0, on>>>(args);
-  }
-  CUDA_CHECK("track_iou", cudaGetLastError());
+  const auto kernel = args.dtype == DType::kFloat64 ? track_kernel<double> : track_kernel<float>;
+  launch("track_iou", kernel, {grid, kThreads}, stream, args);
 }
 
 void interval_set_iou(const IntervalSetIouArgs& args, void* stream) {
   const unsigned grid = blocks("interval_set_iou", divide_up(args.n, kThreads));
-  interval_set_kernel<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(args);
-  CUDA_CHECK("interval_set_iou", cudaGetLastError());
+  launch("interval_set_iou", interval_set_kernel, {grid, kThreads}, stream, args);
 }
 
 }  // namespace vcr1::cuda

@@ -132,8 +132,7 @@ __device__ inline void zero_statistics(const GatherLogprobsForward& f, int64_t r
 template <bool kHeld, bool kEntropy, typename T>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     loss_kernel(const __grid_constant__ LogitsGrpoLossArgs a, int64_t first_row, int cluster) {
-  extern __shared__ __align__(16) unsigned char slice_bytes[];
-  auto* const held = reinterpret_cast<Pack<T>*>(slice_bytes);
+  auto* const held = reinterpret_cast<Pack<T>*>(dynamic_shared());
   const GatherLogprobsInput& in = a.forward.in;
   const int rank = blockIdx.x % cluster, vocab = static_cast<int>(in.vocab);
   const int64_t row = first_row + blockIdx.x / cluster;
@@ -199,14 +198,18 @@ struct Plan {
 };
 
 // How many blocks hold a row, by what the device offers; they need the logits and the gradient on
-// the same side of a 16-byte boundary, which the caller knows.
-Plan plan_for(int64_t row_bytes) {
+// the same side of a 16-byte boundary, which the caller knows. `kernel`: any variant of the kernel.
+template <typename Kernel>
+Plan plan_for(int64_t row_bytes, Kernel* kernel) {
   const char* const op = "logits_grpo_loss";
-  int device, major, most;
+  int device, most;
   CUDA_CHECK(op, cudaGetDevice(&device));
-  CUDA_CHECK(op, cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
   CUDA_CHECK(op, cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  const int largest = major >= 9 ? kMaxCluster : 1;
+  // Of the code, not of the device: where the driver compiles PTX for sm_80 on an sm_90 device,
+  // clusters can be launched, but cluster.cuh has compiled to nothing.
+  cudaFuncAttributes code{};
+  CUDA_CHECK(op, cudaFuncGetAttributes(&code, kernel));
+  const int largest = code.ptxVersion >= 90 ? kMaxCluster : 1;
   const int64_t packs = row_bytes / 16;
   Plan plan{true, 1, 0};
   const auto slice = [&] { return (packs + plan.cluster - 1) / plan.cluster * 16; };
@@ -216,16 +219,24 @@ Plan plan_for(int64_t row_bytes) {
   return plan;
 }
 
+// Whether each row of the gradient lies as far past a multiple of 16 bytes as its row of logits.
 bool same_alignment(const LogitsGrpoLossArgs& args, int64_t element) {
   const auto past = [](const void* p) { return reinterpret_cast<std::uintptr_t>(p) % 16; };
+  const RowLayout &logits = args.forward.in.layout, &grad = args.grad_layout;
   if (past(args.grad) != past(args.forward.in.logits)) return false;
-  const auto strides = [&](const RowLayout& layout, const RowLayout& other) {
-    if (layout.ndim != other.ndim) return false;
+  // Layouts of other dimensions (a slice's, and the dense gradient's) can be compared only where
+  // no stride moves a row from its base.
+  const auto keeps = [&](const RowLayout& layout) {
     for (int i = 0; i < layout.ndim; ++i)
-      if ((layout.stride[i] - other.stride[i]) * element % 16 != 0) return false;
+      if (layout.stride[i] * element % 16 != 0) return false;
     return true;
   };
-  return strides(args.forward.in.layout, args.grad_layout);
+  if (keeps(logits) && keeps(grad)) return true;
+  if (logits.ndim != grad.ndim) return false;
+  for (int i = 0; i < logits.ndim; ++i)
+    if (logits.size[i] != grad.size[i] || (logits.stride[i] - grad.stride[i]) * element % 16 != 0)
+      return false;
+  return true;
 }
 
 }  // namespace
@@ -238,7 +249,8 @@ void logits_grpo_loss(const LogitsGrpoLossArgs& args, void* stream) {
     using T = decltype(type);
     constexpr int64_t kElement = sizeof(T);
     Plan plan{false, 1, 0};
-    if (same_alignment(args, kElement)) plan = plan_for(in.vocab * kElement);
+    if (same_alignment(args, kElement))
+      plan = plan_for(in.vocab * kElement, &loss_kernel<true, false, T>);
     const bool entropy = args.forward.entropy != nullptr;
     const auto kernel = plan.held
                             ? entropy ? loss_kernel<true, true, T> : loss_kernel<true, false, T>
@@ -247,6 +259,11 @@ void logits_grpo_loss(const LogitsGrpoLossArgs& args, void* stream) {
     CUDA_CHECK("logits_grpo_loss",
                cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     static_cast<int>(plan.shared_bytes)));
+    // Left to itself, the driver may keep so much of the SM's memory for its cache that fewer
+    // blocks fit than registers allow.
+    CUDA_CHECK("logits_grpo_loss",
+               cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                    cudaSharedmemCarveoutMaxShared));
     constexpr int64_t kStep = int64_t{1} << 27;  // rows a grid; times kMaxCluster below 2^31
     for (int64_t first = 0; first < in.rows; first += kStep) {
       const int64_t blocks = std::min(kStep, in.rows - first) * plan.cluster;

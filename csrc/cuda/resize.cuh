@@ -199,7 +199,7 @@ template <int kPlanes, int kSteps, typename Sink>
 __global__ void __launch_bounds__(32 * kMatrixWarps)
     matrix_kernel(const __grid_constant__ ResizeArgs args, const Source source,
                   const __grid_constant__ Sink sink) {
-  extern __shared__ __align__(16) uint8_t shared[];
+  uint8_t* const shared = dynamic_shared();
   uint8_t* const strips = shared + Sink::kTableBytes;
   uint8_t* const resized = strips;  // once the strips are done with
   uint8_t* const columns = strips + args.source_bytes;
@@ -350,43 +350,42 @@ void launch_matrix(const char* op, void (*kernel)(ResizeArgs, Source, Sink), con
   const int bytes = args.shared_bytes + Sink::kTableBytes;
   CUDA_CHECK(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
   const unsigned tiles = count_tiles(op, args, args.vertical.tile, args.horizontal.tile);
-  kernel<<<tiles, 32 * args.horizontal.groups, bytes, stream>>>(args, source_of(args), sink);
+  const auto threads = static_cast<unsigned>(32 * args.horizontal.groups);
+  launch(op, kernel, {tiles, threads, static_cast<size_t>(bytes)}, stream, args, source_of(args),
+         sink);
+}
+
+template <typename Sink>
+void launch_scalar(const char* op, void (*kernel)(ResizeArgs, Sink), const ResizeArgs& args,
+                   const Sink& sink, cudaStream_t stream) {
+  const unsigned tiles = count_tiles(op, args, Sink::kTileRows, Sink::kTileColumns);
+  launch(op, kernel, {tiles, kScalarThreads}, stream, args, sink);
 }
 
 // Every method whose results are bytes.
 template <typename Sink>
 void launch_bytes(const char* op, const ResizeArgs& args, const Sink& sink, cudaStream_t stream) {
-  const auto tiles = [&] { return count_tiles(op, args, Sink::kTileRows, Sink::kTileColumns); };
   switch (args.method) {
     case ResizeMethod::kCopy:
-      copy_kernel<<<tiles(), kScalarThreads, 0, stream>>>(args, sink);
-      break;
+      return launch_scalar<Sink>(op, copy_kernel<Sink>, args, sink, stream);
     case ResizeMethod::kMatrix16:
-      if (args.horizontal.steps == 2) {
-        launch_matrix<Sink>(op, matrix_kernel<2, 2, Sink>, args, sink, stream);
-      } else if (args.horizontal.steps == 3) {
-        launch_matrix<Sink>(op, matrix_kernel<2, 3, Sink>, args, sink, stream);
-      } else {
-        launch_matrix<Sink>(op, matrix_kernel<2, 0, Sink>, args, sink, stream);
-      }
-      break;
+      if (args.horizontal.steps == 2)
+        return launch_matrix<Sink>(op, matrix_kernel<2, 2, Sink>, args, sink, stream);
+      if (args.horizontal.steps == 3)
+        return launch_matrix<Sink>(op, matrix_kernel<2, 3, Sink>, args, sink, stream);
+      return launch_matrix<Sink>(op, matrix_kernel<2, 0, Sink>, args, sink, stream);
     case ResizeMethod::kMatrix22:
-      launch_matrix<Sink>(op, matrix_kernel<3, 0, Sink>, args, sink, stream);
-      break;
+      return launch_matrix<Sink>(op, matrix_kernel<3, 0, Sink>, args, sink, stream);
     case ResizeMethod::kInt:
-      scalar_kernel<int, uint8_t><<<tiles(), kScalarThreads, 0, stream>>>(args, sink);
-      break;
+      return launch_scalar<Sink>(op, scalar_kernel<int, uint8_t, Sink>, args, sink, stream);
     default:
-      scalar_kernel<float, uint8_t><<<tiles(), kScalarThreads, 0, stream>>>(args, sink);
+      launch_scalar<Sink>(op, scalar_kernel<float, uint8_t, Sink>, args, sink, stream);
   }
-  CUDA_CHECK(op, cudaGetLastError());
 }
 
 template <typename Sink>
 void launch_floats(const char* op, const ResizeArgs& args, const Sink& sink, cudaStream_t stream) {
-  const unsigned tiles = count_tiles(op, args, Sink::kTileRows, Sink::kTileColumns);
-  scalar_kernel<float, float><<<tiles, kScalarThreads, 0, stream>>>(args, sink);
-  CUDA_CHECK(op, cudaGetLastError());
+  launch_scalar<Sink>(op, scalar_kernel<float, float, Sink>, args, sink, stream);
 }
 
 }  // namespace vcr1::cuda

@@ -73,12 +73,15 @@ struct Sums {
     weight += e;
     if (kEntropy) weighted_t += e * fmaxf(t, kShiftLow * kLog2e);
   }
-  VCR1_HOST_DEVICE void merge(Sums other, float scale) {
+  // The same bits when own and other change places, as the lanes of a butterfly need it: they
+  // branch on what they compute from the sums. Plain additions would not do. The compiler fuses one
+  // of the two products of raise() into the addition, and rounds only the other.
+  __device__ void merge(Sums other, float scale) {
     const float top = fmaxf(max, other.max);
     raise(top, scale);
     other.raise(top, scale);
-    weight += other.weight;
-    weighted_t += other.weighted_t;
+    weight = __fadd_rn(weight, other.weight);
+    weighted_t = __fadd_rn(weighted_t, other.weighted_t);
   }
 
   template <bool kEntropy, int kPacks, typename T>

@@ -60,7 +60,9 @@ __device__ inline void load_row(const ResizeArgs& args, Source source, const uin
   auto* const words = reinterpret_cast<uint32_t*>(to);
   switch (source) {
     case Source::kPackedAligned:
-      for (int i = 16 * lane; i < bytes; i += 16 * 32) copy_async(to + i, from + i);
+      // No byte past the row: it may be the last of the storage.
+      for (int i = 16 * lane; i < bytes; i += 16 * 32)
+        copy_async(to + i, from + i, min(16, bytes - i));
       return;
     case Source::kPacked:
       for (int i = lane; 4 * i < bytes; i += 32) words[i] = load_word(from + 4 * i, bytes - 4 * i);

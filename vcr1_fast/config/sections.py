@@ -54,10 +54,13 @@ class ReadingConfig(PromptConfig):
 
 @section
 class PositionConfig:
-    """How the positions of a prompt's tokens are computed."""
+    """How a prompt's clips are written and the positions of its tokens are computed."""
 
     mrope: Literal["trained", "installed"] = "trained"
     """Positions as the checkpoints were trained with, or as the installed transformers has them."""
+    video_text: Literal["trained", "installed"] = "trained"
+    """Text around a clip's tokens as the checkpoints were trained with, or as the installed
+    transformers writes it; `vcr1 doctor` prints where they differ."""
 
 
 @section

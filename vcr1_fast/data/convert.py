@@ -22,7 +22,7 @@ _MALFORMED = (KeyError, TypeError, AttributeError, IndexError, ValueError)
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a conversion wrote: the file, and counts of videos (or images), annotations, records by
+    """Result of a conversion: the file, and counts of videos (or images), annotations, records by
     task, and refusals."""
 
     path: Path

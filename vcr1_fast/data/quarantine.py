@@ -12,7 +12,7 @@ from vcr1_fast.files import append_jsonl, read_jsonl
 
 @dataclass(frozen=True)
 class QuarantineItem:
-    """One bad sample: its id, where it came from (file, or file:line), and what is wrong."""
+    """One bad sample: its id, where it came from (file, or file:line), and the reason."""
 
     record_id: str
     source: str

@@ -1,4 +1,4 @@
-"""What is read for a record: its part of the file, at the times that its task wants to see."""
+"""The clip to read for a record: its part of the file, at the times that its task asks for."""
 
 from collections.abc import Hashable
 from functools import partial
@@ -10,7 +10,7 @@ from vcr1_fast.tasks.record import Record
 
 
 def clip_request(record: Record, frames: FrameConfig) -> ClipRequest:
-    """The frames that a record's task wants to see, or its image."""
+    """The frames that a record's task asks for, or its image."""
     times = TASKS[record.task].times
     return ClipRequest(
         path=record.media,
@@ -24,6 +24,6 @@ def clip_request(record: Record, frames: FrameConfig) -> ClipRequest:
 
 
 def clip_key(record: Record) -> Hashable:
-    """What two records share when they show the same frames."""
+    """A key that two records share when they show the same frames."""
     timed = record.id if TASKS[record.task].times else None
     return record.media, record.start, record.end, record.metadata.get("fps"), timed

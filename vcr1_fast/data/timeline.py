@@ -69,7 +69,7 @@ class Packets:
 
 @dataclass(frozen=True, eq=False)
 class Timeline:
-    """When the frames of a file are shown, and what is needed to find them again.
+    """When the frames of a file are shown, and how to find them again.
 
     `seconds` (n,) float64, ascending, in the file: 0 is where a player starts to count. `fps` the
     average rate; `end` when the last frame ends, in seconds. `ticks` (n,) int64, the presentation

@@ -25,7 +25,7 @@ _TS_PACKET, _TS_SYNC = 188, 0x47
 
 
 def cut_off(path: str) -> str | None:
-    """What is missing of a file; None for a whole file and for unknown containers."""
+    """The missing part of a file; None for a whole file and for unknown containers."""
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         head = file.read(16)

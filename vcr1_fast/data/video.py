@@ -50,8 +50,9 @@ class Clip:
 
     `frames` (T, H, W, 3) uint8 RGB; `times` (T,) float64, seconds from the beginning of the part
     at which the frames are on screen: their time stamps, or for frames sampled in time the moments
-    at which they were taken; `fps` the rate of the sampled frames: the model is given i / fps as
-    the time of frame i; `duration` the length of the part in seconds; both None for an image;
+    at which they were taken; `fps` the rate of the sampled frames. By model family, the model is
+    given i / fps as the time of frame i, or `times` as text. `duration` the length of the part in
+    seconds; both None for an image;
     `start` where the part begins, in seconds of the file; `fitted` whether the frames already have
     the size at which the model sees them.
     """
@@ -237,7 +238,7 @@ def _probe(backend: str, medium: tuple[str, float | None]) -> VideoInfo:
 
 
 def _answer(path: str, result: T | BaseException) -> T | VideoError:
-    """A worker's result for a file; raises what is a fault of the program, not of the file."""
+    """A worker's result for a file; raises errors of the program, as opposed to the file's."""
     if isinstance(result, WorkerTimeout | WorkerDied):
         return VideoError(path, str(result))
     if isinstance(result, BaseException) and not isinstance(result, VideoError):

@@ -26,7 +26,7 @@ _HALF_A_LETTER = "\N{REPLACEMENT CHARACTER}"
 
 
 class Conversation:
-    """What has been said about some clips (none: about nothing).
+    """The turns of a conversation about some clips, or none.
 
     `ask` answers a question, which it then remembers. Greedy unless `sampling` says otherwise.
     """
@@ -177,7 +177,13 @@ def open_conversation(config: ChatConfig) -> Conversation:
             size = f"{len(clip.frames)} frames of {clip.duration:.1f} s, {size}"
         print(f"{clip.path}: {size}", file=sys.stderr)
     dtype, device = config.placement()
-    model, processor = checkpoint.load(config.model, dtype=dtype, device=device, mrope=config.mrope)
+    model, processor = checkpoint.load(
+        config.model,
+        dtype=dtype,
+        device=device,
+        mrope=config.mrope,
+        video_text=config.video_text,
+    )
     processor = processor.with_frames(config.frames, media_first=config.media_first)
     print(f"ready in {time.perf_counter() - began:.1f} s", file=sys.stderr)
     return Conversation(

@@ -82,7 +82,7 @@ def check(
         them.
     inside_root: media outside `media_root` are faults, as with data.inside_root of a run.
     media: open every video and image, to compare lengths with the annotation.
-    decode: also decode what each record shows, as training does.
+    decode: also decode each record's frames, as training does.
     decoder: which decoder opens the videos, as data.decoder of a run.
     columns, task: as data.columns and a single data.tasks of a run.
     """

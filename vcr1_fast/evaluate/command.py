@@ -1,4 +1,4 @@
-"""`vcr1 eval`: answer and score, or score what was answered elsewhere, and show it."""
+"""`vcr1 eval`: answer and score, or score given completions, and show the scores."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from vcr1_fast.tasks.prompt_template import prompts_from
 
 
 def main_eval(run: EvalRun) -> int:
-    """Evaluate, print the tables and what was quarantined, draw. Exit status: 1 when nothing could
-    be scored."""
+    """Evaluate, print the tables and the quarantined records, draw. Exit status: 1 when nothing
+    could be scored."""
     run = replace(run, eval=launched(run.eval, os.environ))
     # Loaded once, for the page as well: the file may have changed when a long evaluation is done.
     prompts = run.eval.prompts if run.predictions is None else None

@@ -32,7 +32,7 @@ class Pass:
 
 @dataclass(frozen=True)
 class Completion:
-    """What the model answered to one record, or why it could not be asked.
+    """The model's answer to one record, or why it could not be asked.
 
     A record with an `error` is quarantined: it is in no denominator and no metric.
     """
@@ -66,7 +66,7 @@ def append_completions(path: Path, completions: Iterable[Completion]) -> None:
 def load_completions(path: str | Path, *, repair: bool = False) -> dict[str, Completion]:
     """Completions by record id; {} when the file does not exist.
 
-    A last line without its newline is what a killed write leaves: it is ignored, and cut off when
+    A last line without its newline was left by a killed write: it is ignored, and cut off when
     `repair` is set (before appending). Any other malformed line raises ValueError naming file:line.
     """
     path = Path(path)

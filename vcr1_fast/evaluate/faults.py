@@ -36,7 +36,7 @@ _MALFORMED = (
 
 @dataclass(frozen=True)
 class Fault:
-    """One finding: its kind, the record, and what was found."""
+    """One finding: its kind, the record, and the details."""
 
     kind: str
     record: str
@@ -44,7 +44,7 @@ class Fault:
 
 
 def malformed(item: QuarantineItem) -> Fault:
-    """A refused row, by what is wrong with it."""
+    """A refused row, by its error."""
     kinds = (kind for kind, pattern in _MALFORMED if pattern.search(item.reason))
     return Fault(
         next(kinds, "malformed row"), item.record_id, f"{Path(item.source).name}: {item.reason}"
@@ -79,7 +79,7 @@ Timed = tuple[str, float | None]
 
 
 def timed(record: Record) -> Timed:
-    """What a record's length in seconds depends on."""
+    """The key of a record's length in seconds."""
     return record.media, record.metadata.get("fps")
 
 

@@ -101,7 +101,7 @@ def greedy_answers(
     """
     perception = config.perception
     shown = processor.with_frames(config.frames, media_first=config.media_first)
-    processor = replace(shown, mrope=config.mrope)
+    processor = replace(shown, mrope=config.mrope, video_text=config.video_text)
     sampling = SamplingConfig(temperature=0.0, max_new_tokens=config.max_new_tokens)
 
     def answer(batches: Sequence[Sequence[Record]]) -> Iterator[list[Completion]]:
@@ -157,7 +157,10 @@ def greedy_answers(
             if isinstance(clip, VideoError):
                 state.error = str(clip)
             else:
-                state.clip, state.vision = replace(clip, fps=state.clip.fps), None
+                # Played in zoomed time: the model is given the times of the first pass, which the
+                # answer's are mapped back from.
+                state.clip = replace(clip, fps=state.clip.fps, times=state.clip.times)
+                state.vision = None
 
     def ask(
         states: Sequence[RecordState], text: Callable[[Record, bool], str], began: float

@@ -24,6 +24,7 @@ _IDENTITY = (
     "system",
     "max_new_tokens",
     "mrope",
+    "video_text",
     "batch_size",
     "perception",
     "decoder",
@@ -47,7 +48,7 @@ _BLOCK, _BLOCKS = 1 << 20, 64
 def run_identity(
     model_path: str | Path, records_path: str | Path, config: EvalConfig
 ) -> dict[str, Any]:
-    """What an evaluation depends on: contents of the checkpoint and the records, and settings."""
+    """Identity of an evaluation: contents of the checkpoint and the records, and settings."""
     model = Path(model_path)
     files = sorted(file for file in model.glob("*") if file.is_file()) if model.is_dir() else []
     settings = asdict(config) | {"dtype": str(config.placement()[0])}

@@ -47,7 +47,7 @@ class Zoom:
     real: tuple[float, ...]
 
     def real_times(self, shown: Sequence[float]) -> list[float]:
-        """Seconds of the clip that are at these seconds of what is shown; clipped to the clip."""
+        """Seconds of the clip at these seconds of the shown frames; clipped to the clip."""
         return np.interp(shown, self.shown, self.real).tolist()
 
     def real_spans(self, spans: Iterable[Span]) -> list[Span]:
@@ -99,7 +99,7 @@ def evidence_prompt(record: Record, think: bool) -> str:
 
 
 def read_evidence(completion: str, record: Record) -> Sequence[Span] | None:
-    """Spans that a completion gives, in seconds of what was shown; None if it gives none."""
+    """Spans that a completion gives, in seconds of the shown frames; None if it gives none."""
     answer = TASKS["grounded_qa"].parse(completion, record)
     return None if answer is None else answer.spans
 

@@ -46,7 +46,7 @@ def published_beside(
     *,
     unanswered: Collection[str] = (),
 ) -> tuple[dict[str, Published], list[str]]:
-    """(task -> what is published of these very records, reasons why something is not shown).
+    """(task -> published numbers for these very records, reasons why something is not shown).
 
     The split is `benchmark`, else what the metadata of all records of a task agree on. Numbers of
     another number of records than are evaluated are not comparable, and left out; so are those of

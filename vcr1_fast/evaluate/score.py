@@ -18,7 +18,7 @@ from vcr1_fast.tasks.base import mean_metrics, rows
 
 @dataclass(frozen=True)
 class Scored:
-    """One record with the model's completion, what was parsed from it, and its metrics."""
+    """One record with the model's completion, its prediction, and its metrics."""
 
     record: Record
     completion: Completion

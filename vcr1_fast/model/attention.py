@@ -257,7 +257,7 @@ class _MergedParts(torch.autograd.Function):
             padded_q, padded_k, padded_v = (_to_batch(x, span) for x in own)
             padded = partial(padded_q, padded_k, padded_v, scaling, causal=True)
             on_own = [_from_batch(x, span) for x in padded]
-            # Keys and values are the prompt's: what the completions see of it.
+            # The prompt's keys and values, to which every completion attends.
             on_prompt = partial(own[0], k, v, scaling)
             out[:, :, answers], lse[:, :, answers] = merge(on_prompt, on_own)
         ctx.save_for_backward(query, key, value, out, lse)

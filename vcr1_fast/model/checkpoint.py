@@ -19,7 +19,7 @@ from vcr1_fast.files import flush, rename_flushed
 from vcr1_fast.model.attention import prepare_attention
 from vcr1_fast.model.family import Family, family_named
 from vcr1_fast.model.files import CheckpointError, check_weights, read_json, resolve
-from vcr1_fast.model.processor import Mrope, Processor
+from vcr1_fast.model.processor import Mrope, Processor, VideoText
 from vcr1_fast.model.vision import prepare_vision
 from vcr1_fast.model.wrapping import unwrap
 
@@ -35,6 +35,7 @@ def load(
     device: str | torch.device = "cpu",
     attention: str = "sdpa",
     mrope: Mrope = "trained",
+    video_text: VideoText = "trained",
 ) -> tuple[Any, Processor]:
     """Load a checkpoint for training or inference (in evaluation mode; no dropout is configured).
 
@@ -45,6 +46,7 @@ def load(
         attention: the language model's attention in transformers' terms: "sdpa", "eager", ...
         mrope: positions as the checkpoints were trained with, or as the installed transformers has
             them; the processor writes them into every prompt.
+        video_text: the same choice for the text that stands for a clip.
 
     Returns:
         (model, processor): transformers' model and our `Processor`, of the family that config.json
@@ -61,12 +63,12 @@ def load(
     directory = resolve(path)
     family = _family(directory)
     files = check_weights(directory)
-    processor = family.load_processor(directory, mrope=mrope)
+    processor = family.load_processor(directory, mrope=mrope, video_text=video_text)
     with _quiet():
         model, info = family.model_class().from_pretrained(
             directory, dtype=dtype, attn_implementation=attention, output_loading_info=True
         )
-    # transformers fills what a file lacks with random numbers and only logs it.
+    # transformers fills missing tensors with random numbers and only logs it.
     for kind in ("missing_keys", "mismatched_keys"):
         if info.get(kind):
             names = ", ".join(sorted(map(str, info[kind]))[:4])
@@ -77,10 +79,12 @@ def load(
     return model.to(device).eval(), processor
 
 
-def load_processor(path: str | Path, *, mrope: Mrope = "trained") -> Processor:
+def load_processor(
+    path: str | Path, *, mrope: Mrope = "trained", video_text: VideoText = "trained"
+) -> Processor:
     """The processor of a checkpoint alone; arguments and errors as `load`."""
     directory = resolve(path)
-    return _family(directory).load_processor(directory, mrope=mrope)
+    return _family(directory).load_processor(directory, mrope=mrope, video_text=video_text)
 
 
 def save(

@@ -1,4 +1,4 @@
-"""A model family: what the package must know of an architecture, and how it is found.
+"""A model family: all that the package must know of an architecture, and its registry.
 
 One folder `model/<name>/` holds all of a family. Its `__init__.py` offers `FAMILY`, a `Family`;
 nothing else in the package names the architecture. `family_of(model)` chooses by the `model_type`
@@ -7,15 +7,20 @@ of the model's configuration. A family outside the package calls `register_famil
 The folder fills in:
 
     processor        text, clips and images -> `Prompt`: sizes, patches, placeholder tokens, M-RoPE
-                     positions (`mrope` is set once, when the checkpoint is loaded)
+                     positions (`mrope` and `video_text` are set once, when the checkpoint is
+                     loaded)
     vision           how the vision encoder is prepared and called, and the width of its features
     language model   which layers keep keys and values, what else is patched, how features enter
     training         LoRA targets, parameters to freeze, layer sizes for the memory planner
     tiny             a random model of the family, for tests and demos
 
 Features of clips are always one tensor (vision tokens, levels * H). A family whose vision encoder
-feeds several layers (DeepStack) stores all levels side by side and splits them in `vision_inputs`;
-caches, packing and frame shuffling see nothing but the width.
+feeds several layers (DeepStack) stores all levels side by side; they are split where they enter the
+language model (`vision_inputs`). Caches, packing and frame shuffling see nothing but the width.
+
+What families have in common is in this folder, and each uses what it needs: `processor.py` (chat
+template, tokens, patches), `preprocessor.py` (settings files), `last_layer.py` (unused rows),
+`vision.py` (packed attention, patch projection), `tiny.py` (tokenizer and files of a random model).
 """
 
 import importlib
@@ -36,11 +41,14 @@ from vcr1_fast.ops.video_patches import PatchLayout
 class LayerSizes:
     """Equal transformer layers, for estimates of memory.
 
-    depth: layers; width: H; keys: width of all key heads together; mlp: width inside the MLP.
+    depth: layers; width: H; queries, keys: width of all query heads, and of all key heads,
+    together; mlp: width inside the MLP. A family whose layers keep other tensors than the estimate
+    counts (`train/planner.py`) says so by other widths.
     """
 
     depth: int
     width: int
+    queries: float
     keys: float
     mlp: int
 
@@ -70,7 +78,8 @@ class Family:
     """How frames are cut into the rows of pixel values; a checkpoint may bring its own mean and
     std."""
     load_processor: Callable[..., Processor]
-    """(directory, *, mrope) -> the checkpoint's processor; CheckpointError for unusable files."""
+    """(directory, *, mrope, video_text) -> the checkpoint's processor; CheckpointError for unusable
+    files."""
 
     vision_encoder: Callable[[Any], nn.Module]
     """(model) -> the module that encodes clips."""
@@ -81,10 +90,10 @@ class Family:
     (vision tokens, levels * H)."""
     feature_levels: Callable[[Any], int]
     """(config) -> levels of features side by side: 1, or 1 + the layers of DeepStack."""
-    vision_inputs: Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Any]]]
-    """(features (V, levels * H), slots (N,) bool: which tokens are vision tokens) -> embeddings of
-    these tokens (V, H), and keyword arguments for the language model in the pass that reads them.
-    """
+    vision_inputs: Callable[[Sequence[Tensor], Tensor], tuple[Tensor, dict[str, Any]]]
+    """(levels of features, each (V, H); slots (N,) bool: which tokens are vision tokens) ->
+    embeddings of these tokens (V, H), and keyword arguments for the language model in the pass that
+    reads them."""
 
     language_model: Callable[[Any], nn.Module]
     """(model) -> the module that turns embeddings into final hidden states."""
@@ -100,9 +109,9 @@ class Family:
     vision_pattern: str
     """Regular expression of module names inside the vision encoder: adapters leave them out when
     it is frozen."""
-    projection_prefix: str
-    """Parameters of the vision encoder whose names start so project features to the language
-    model; `freeze_vision(merger=False)` keeps them trainable."""
+    projection_prefixes: tuple[str, ...]
+    """Parameters of the vision encoder whose names start with one of these project features to the
+    language model; `freeze_vision(merger=False)` keeps them trainable."""
     sizes: Callable[[Any], ModelSizes]
     """(config) -> sizes for the memory planner."""
 
@@ -110,6 +119,10 @@ class Family:
     """(**sizes) -> settings of a random model; all have defaults."""
     write_tiny: Callable[..., None]
     """(path, *, texts, seed=0, config=None): write a random checkpoint, tokenizer included."""
+
+    report: Callable[[], Sequence[tuple[str, str]]] = tuple
+    """() -> (name, value) rows for `vcr1 doctor`: where the installed transformers differs from
+    what the checkpoints were trained with."""
 
 
 _REGISTERED: dict[str, Family] = {}

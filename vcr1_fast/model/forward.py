@@ -185,5 +185,6 @@ def embed(
     values = torch.cat(given).to(embeddings.device, embeddings.dtype)
     if values.shape[1] != width:
         raise ValueError(f"vision features are {values.shape[1]} wide, expected {width}")
-    values, inputs = family.vision_inputs(values, is_vision)
+    levels = values.split(embeddings.shape[-1], dim=1)
+    values, inputs = family.vision_inputs(levels, is_vision)
     return embeddings.masked_scatter(is_vision[..., None], values), inputs

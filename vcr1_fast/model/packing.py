@@ -1,4 +1,4 @@
-"""Groups in one sequence without padding: what is where.
+"""Groups packed into one sequence without padding, and their layout.
 
 A group is a prompt and its completions. Its tokens lie in a row, the prompt first,
 

@@ -1,12 +1,12 @@
-"""The family-free part of a processor: chat template, tokens, and what a completion may hold.
+"""The family-free part of a processor: chat template, tokens, patches, banned tokens.
 
-A family adds how clips and images become patches, placeholder tokens and positions
-(`model/<family>/processor.py`).
+A family adds which sizes frames take, the text and placeholder tokens that stand for a clip, and
+positions (`model/<family>/processor.py`).
 """
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,18 +18,25 @@ from torch import Tensor
 
 from vcr1_fast.data.sampling import FrameConfig
 from vcr1_fast.model.files import CheckpointError, read_json
-from vcr1_fast.model.prompt import Prompt
+from vcr1_fast.model.preprocessor import IMAGE_FILE, VIDEO_FILE, Fit, ImageProcessorConfig
+from vcr1_fast.model.prompt import IMAGE, VIDEO, Prompt
+from vcr1_fast.ops.video_patches import video_patches
 
-__all__ = ["ClipLike", "Mrope", "Processor", "Prompt"]
+__all__ = ["ClipLike", "Mrope", "Processor", "Prompt", "VideoText"]
 
 Mrope = Literal["trained", "installed"]
 """Positions as the checkpoints were trained with, or as the installed transformers has them."""
+VideoText = Literal["trained", "installed"]
+"""Text that stands for a clip as the checkpoints were trained with, or as the installed
+transformers writes it. They differ for families that put time stamps into the text."""
 
 
 class ClipLike(Protocol):
     """The part of a clip that the processor reads; an image has T = 1 and no rate.
 
-    `fitted`, where there is one, says whether the frames have been resized already (`fit`).
+    Two more attributes are read where a clip has them: `fitted`, whether the frames have been
+    resized already (`fit`), and `times` (T,), seconds at which the frames are shown. Without
+    `times` frame i is shown at i / fps.
     """
 
     @property
@@ -46,28 +53,57 @@ P = TypeVar("P", bound="Processor")
 
 @dataclass(frozen=True, eq=False)
 class Processor(ABC):
-    """Renders and tokenises; a family's subclass cuts clips into patches as well.
+    """Renders, tokenises and cuts clips into patches; a family's subclass knows the rest.
 
     sources: the settings files it came from, by name. media_first: clips stand before the text, as
-    in VideoChat-R1.5; VideoChat-R1 puts them behind it. mrope: how positions are counted, see
-    `Mrope`. frames: which frames of a clip are sampled (the family may replace the rule).
+    in VideoChat-R1.5; VideoChat-R1 puts them behind it. mrope, video_text: how positions are
+    counted and clips are written, see `Mrope` and `VideoText`. frames: which frames of a clip are
+    sampled (the family may replace the rule). video, image: sizes and normalisation.
     """
 
-    video_token: ClassVar[str]
-    image_token: ClassVar[str]
+    video_token: ClassVar[str] = "<|video_pad|>"
+    image_token: ClassVar[str] = "<|image_pad|>"
 
     tokenizer: Any
     chat_template: str
     sources: dict[str, dict[str, Any]] = field(default_factory=dict)
     media_first: bool = False
     mrope: Mrope = "trained"
+    video_text: VideoText = "trained"
     frames: FrameConfig = field(default_factory=FrameConfig)
+    video: ImageProcessorConfig = field(kw_only=True)
+    image: ImageProcessorConfig = field(kw_only=True)
 
     def __post_init__(self) -> None:
-        if self.mrope not in get_args(Mrope):
-            raise ValueError(f"mrope must be one of {get_args(Mrope)}, got {self.mrope!r}")
+        for name, value in (("mrope", self.mrope), ("video_text", self.video_text)):
+            if value not in get_args(Mrope):
+                raise ValueError(f"{name} must be one of {get_args(Mrope)}, got {value!r}")
 
     @abstractmethod
+    def expand(
+        self, rendered: str, clips: Sequence[ClipLike], grids: Tensor
+    ) -> tuple[str, list[int]]:
+        """The rendered text with one placeholder token for every run of vision tokens, and the
+        length of each run.
+
+        rendered has one placeholder for each of `clips`; grids (len(clips), 3): their patches along
+        time, height and width. A run of a clip holds its next vision tokens, in order.
+        """
+
+    @abstractmethod
+    def positions(
+        self, ids: Tensor, types: Tensor, videos: Tensor, seconds: Tensor, images: Tensor
+    ) -> Tensor:
+        """M-RoPE positions (3, P) int64 of a prompt's tokens.
+
+        ids, types: (P,) `input_ids` and `mm_token_type_ids`; videos (n, 3), images (m, 3): grids;
+        seconds (n,): from one temporal patch of a clip to the next.
+        """
+
+    @abstractmethod
+    def with_bounds(self: P, frames: FrameConfig) -> P:
+        """The same processor with the pixel bounds of a run's settings."""
+
     def prompt(
         self, text: str, clips: Sequence[ClipLike] = (), *, system: str | None = None
     ) -> Prompt:
@@ -77,19 +113,86 @@ class Processor(ABC):
         `system` is the system turn; None leaves it to the chat template. ValueError when a text
         itself holds vision or other control tokens, or an image has more than one frame.
         """
+        kinds = torch.tensor([IMAGE if clip.fps is None else VIDEO for clip in clips]).long()
+        names = {IMAGE: "image", VIDEO: "video"}
+        media = [{"type": names[kind]} for kind in kinds.tolist()]
+        rendered = self.render(self.turns(text, media, system), answer=True)
+        ids = self.encode(rendered)
+        types = self._token_types(ids)
+        if not torch.equal(types[types > 0], kinds):
+            found, given = ([int((k == kind).sum()) for kind in names] for k in (types, kinds))
+            raise ValueError(
+                f"the prompt has {found[0]} image and {found[1]} video tokens for {given[0]} "
+                f"images and {given[1]} clips: {rendered!r}"
+            )
+        self.refuse_control_tokens(text, system)
+        parts = [self._patches(clip) for clip in clips]
+        if parts:
+            expanded, runs = self.expand(rendered, clips, torch.stack([grid for _, grid in parts]))
+            if expanded != rendered:
+                ids = self.encode(expanded)
+                types = self._token_types(ids)
+            repeats = torch.ones_like(ids)
+            repeats[types > 0] = torch.tensor(runs)
+            ids = ids.repeat_interleave(repeats)
+            types = types.repeat_interleave(repeats)
+        (images, image_grids), (videos, video_grids) = (
+            _joined(part for part, k in zip(parts, kinds.tolist(), strict=True) if k == kind)
+            for kind in (IMAGE, VIDEO)
+        )
+        seconds = torch.tensor(
+            [self.video.layout.temporal / clip.fps for clip in clips if clip.fps is not None],
+            dtype=torch.float32,
+        )
+        return Prompt(
+            input_ids=ids,
+            mm_token_type_ids=types,
+            positions=self.positions(ids, types, video_grids, seconds, image_grids),
+            pixel_values_videos=videos,
+            video_grid_thw=video_grids,
+            second_per_grid_ts=seconds,
+            pixel_values=images,
+            image_grid_thw=image_grids,
+            text=rendered,
+        )
 
-    @abstractmethod
-    def fit(self) -> Callable[[np.ndarray, int | None], np.ndarray] | None:
+    def fit(self) -> Fit | None:
         """A picklable function that resizes a frame (H, W, 3) of a clip of so many frames (None: an
         image) as `prompt` would; None where that would not give the same patches."""
+        exact = self.video.rounding == self.image.rounding == "u8"
+        return Fit(self.video, self.image) if exact else None
 
-    @abstractmethod
-    def with_bounds(self: P, frames: FrameConfig) -> P:
-        """The same processor with the pixel bounds of a run's settings."""
-
-    @abstractmethod
     def settings(self) -> dict[str, dict[str, Any]]:
         """Settings files of clips and images by name, for a processor that came from no files."""
+        return {VIDEO_FILE: self.video.as_json(), IMAGE_FILE: self.image.as_json()}
+
+    def with_video(self: P, **changes: Any) -> P:
+        """The same processor with other video settings, e.g. `with_video(max_pixels=200_704)`."""
+        return replace(self, video=replace(self.video, **changes))
+
+    def with_image(self: P, **changes: Any) -> P:
+        """The same processor with other image settings."""
+        return replace(self, image=replace(self.image, **changes))
+
+    def _token_types(self, ids: Tensor) -> Tensor:
+        return IMAGE * (ids == self.image_id).long() + VIDEO * (ids == self.video_id).long()
+
+    def _patches(self, clip: ClipLike) -> tuple[Tensor, Tensor]:
+        frames = clip.frames
+        is_image = clip.fps is None
+        if is_image and len(frames) != 1:
+            raise ValueError(f"an image has one frame, a clip has a rate: got {len(frames)} frames")
+        config = self.image if is_image else self.video
+        fitted = getattr(clip, "fitted", False)
+        count, height, width = frames.shape[:3]
+        return video_patches(
+            frames,
+            None if fitted else config.size(count, height, width),
+            resample=config.resample,
+            rounding=config.rounding,
+            dtype=config.dtype,
+            layout=config.layout,
+        )
 
     def with_frames(self: P, frames: FrameConfig, *, media_first: bool = False) -> P:
         """The same processor with a run's frame settings: pixel bounds, sampling, and the order of
@@ -179,6 +282,19 @@ class Processor(ABC):
         special = {i for i, t in self.tokenizer.added_tokens_decoder.items() if t.special}
         special |= set(range(len(self.tokenizer), vocab_size))
         return torch.tensor(sorted(special - {self.stop_id}), dtype=torch.int64)
+
+
+def image_bounds(frames: FrameConfig) -> dict[str, int]:
+    """Those bounds of images that a run sets, as fields of `ImageProcessorConfig`."""
+    bounds = {"min_pixels": frames.image_min_pixels, "max_pixels": frames.image_max_pixels}
+    return {name: value for name, value in bounds.items() if value is not None}
+
+
+def _joined(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor | None, Tensor]:
+    found = list(parts)
+    if not found:
+        return None, torch.zeros(0, 3, dtype=torch.int64)
+    return torch.cat([patches for patches, _ in found]), torch.stack([grid for _, grid in found])
 
 
 def read_tokenizer(directory: Path) -> Any:

@@ -148,11 +148,14 @@ class GraphedStep:
 
     def __call__(self, *inputs: Tensor) -> Sampled:
         """As `TokenStep`."""
-        if self.version != self.step.memory.version:
-            self._record(inputs)
-        for held, given in zip(self.inputs, inputs, strict=True):
-            held.copy_(given)
-        self.graph.replay()
+        # Streams and graphs are those of the current device, which need not be the model's: the
+        # graph of another device would stay empty.
+        with torch.cuda.device(inputs[0].device):
+            if self.version != self.step.memory.version:
+                self._record(inputs)
+            for held, given in zip(self.inputs, inputs, strict=True):
+                held.copy_(given)
+            self.graph.replay()
         return self.sampled
 
     def _record(self, inputs: tuple[Tensor, ...]) -> None:
@@ -166,7 +169,8 @@ class GraphedStep:
             self.step(*self.inputs)  # libraries make their workspaces in a first run
         here.wait_stream(aside)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        # By default a CUDA call of any thread spoils the recording: of data loaders, of judges.
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.sampled = self.step(*self.inputs)
         self.version = self.step.memory.version
 

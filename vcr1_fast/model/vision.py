@@ -75,7 +75,11 @@ def packed_attention(
 def takes_varlen(query: Tensor) -> bool:
     """Whether `varlen_attention` serves such queries (1, heads, N, D)."""
     half = query.dtype in (torch.bfloat16, torch.float16)
-    return query.is_cuda and half and query.shape[-1] % 8 == 0 and _varlen_kernel() is not None
+    if not (query.is_cuda and half and query.shape[-1] % 8 == 0):
+        return False
+    # Its flash kernels need compute capability 8.0.
+    capable = torch.cuda.get_device_capability(query.device) >= (8, 0)
+    return capable and _varlen_kernel() is not None
 
 
 def varlen_attention(
@@ -166,7 +170,7 @@ def vision_is_frozen(model: nn.Module) -> bool:
 def freeze_vision(model: nn.Module, *, merger: bool = True) -> None:
     """Do not train the vision encoder; `merger=False` keeps its projection to the language model
     trainable."""
-    projection = family_of(model).projection_prefix
+    projection = family_of(model).projection_prefixes
     for name, parameter in vision_encoder(model).named_parameters():
         if merger or not name.startswith(projection):
             parameter.requires_grad_(False)

@@ -6,6 +6,9 @@ first name of `PREFERENCE` that the op has is used. The environment variable VCR
 `use()` override it; both take names separated by commas, and the first that the op has for the
 tensor's device counts ("triton,cpu": Triton on GPUs, C++ on the CPU).
 
+Two more backends take CPU tensors, for tests and by name only: "triton" with TRITON_INTERPRET=1,
+and "cuda" in a build whose kernels run on an emulated GPU (csrc/emulation).
+
 Nothing falls back silently: when the chosen backend is not installed, the call raises RuntimeError
 and names the remedy.
 """
@@ -56,6 +59,8 @@ def _import_native() -> ModuleType | None:
 
 native: Any = _import_native()
 """The compiled module `vcr1_fast._C`, or None when it was not built."""
+emulation: Any = getattr(native, "emulation", None)
+"""The GPU that a build with -DVCR1_EMULATE=ON emulates; None in every other."""
 if native is not None:
     native.use_team(openmp.entry_point())
 
@@ -71,9 +76,29 @@ def unavailable(backend: str) -> str | None:
             "vcr1_fast._C was built without CUDA: install nvcc (or set CUDACXX) and reinstall with "
             "VCR1_CUDA=ON"
         )
+    if backend == "cuda":
+        return _driver_problem(*native.cuda_versions())
     if backend == "triton" and importlib.util.find_spec("triton") is None:
         return "Triton is not installed: run `pip install triton`"
     return None
+
+
+def _driver_problem(driver: int, runtime: int) -> str | None:
+    """Why the CUDA driver cannot serve the runtime of the native module; None when it can.
+
+    Versions are 1000 major + 10 minor. Within a major version older drivers serve newer runtimes.
+    """
+    if driver // 1000 >= runtime // 1000:
+        return None
+    found = f"supports CUDA {_version(driver)}" if driver else "is missing"
+    return (
+        f"vcr1_fast._C was built for CUDA {_version(runtime)} and the NVIDIA driver {found}: "
+        "update the driver, or reinstall with an nvcc that it supports (CUDACXX)"
+    )
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 def from_triton(module: str, name: str) -> Callable[..., Any]:
@@ -141,7 +166,22 @@ class use:
 def _serves(backend: str, device: str) -> bool:
     if backend == "triton" and device == "cpu":
         return os.environ.get("TRITON_INTERPRET") == "1"
+    if backend == "cuda" and device == "cpu":
+        return emulation is not None
     return backend in PREFERENCE[device] or backend == "reference"
+
+
+def _emulated(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The "cuda" implementation `fn`, for CPU tensors that the native module takes for CUDA's."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        before = emulation.present_cpu_as_cuda(True)
+        try:
+            return fn(*args, **kwargs)
+        finally:
+            emulation.present_cpu_as_cuda(before)
+
+    return run
 
 
 # Types of arguments that `direct` takes past the dispatcher. Subclasses of Tensor (fake, traced,
@@ -326,7 +366,8 @@ class Op:
         reason = unavailable(name)
         if reason is not None:
             raise RuntimeError(f"{self.name}: backend {name!r} was chosen, but {reason}")
-        return self._implementations[name]
+        fn = self._implementations[name]
+        return _emulated(fn) if name == "cuda" and device == "cpu" else fn
 
 
 _SCHEMA_TYPES: dict[Any, str] = {

@@ -201,7 +201,7 @@ def group_advantages(
             normalising each).
         group_size: groups are consecutive runs of this many rows; N must be a multiple.
         group_index: (N,) integer naming each row's group, in any order; instead of group_size.
-        scale: "group", "batch", "given" or "none": what the result is divided by. None takes the
+        scale: "group", "batch", "given" or "none": the divisor. None takes the
             estimator's usual one: "group" for grpo and gdpo, "batch" for
             reinforce_plus_plus_baseline, else "none". gdpo takes "group" (the whole formula) and
             "none" (without the last normalisation over the batch).

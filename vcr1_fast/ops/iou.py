@@ -181,29 +181,43 @@ def _planes(x: Tensor, kind: str, exact: bool) -> Tensor:
     return x.t().contiguous()
 
 
-def _box_native(a: Tensor, b: Tensor, kind: str, pairwise: bool, convention: str) -> Tensor:
+def _box_cpu(a: Tensor, b: Tensor, kind: str, pairwise: bool, convention: str) -> Tensor:
     out = _fake_pairs(a, b, pairwise)
+    a, b = (_rows(x) for x in (a, b))
+    if pairwise or kind == "ciou":
+        # A vector of the CPU takes one coordinate of several boxes.
+        a, b = (_planes(x, kind, convention == "torchvision") for x in (a, b))
+    return _box_native(a, b, out, kind, pairwise, convention)
+
+
+def _box_cuda(a: Tensor, b: Tensor, kind: str, pairwise: bool, convention: str) -> Tensor:
+    out = _fake_pairs(a, b, pairwise)
+    return _box_native(_rows(a), _rows(b), out, kind, pairwise, convention)
+
+
+def _box_native(
+    a: Tensor, b: Tensor, out: Tensor, kind: str, pairwise: bool, convention: str
+) -> Tensor:
     if out.numel() == 0:
         return out
-    exact = convention == "torchvision"
-    a, b = (_rows(x) for x in (a, b))
-    if a.device.type == "cpu" and (pairwise or kind == "ciou"):
-        # A vector of the CPU takes one coordinate of several boxes.
-        a, b = (_planes(x, kind, exact) for x in (a, b))
     native.box_iou(
         a=a,
         b=b,
         out=out,
         kind=kind,
         pairwise=pairwise,
-        torchvision=exact,
+        torchvision=convention == "torchvision",
         num_threads=torch.get_num_threads(),
     )
     return out
 
 
-def _temporal_native(pred: Tensor, target: Tensor, pairwise: bool) -> Tensor:
-    return _box_native(pred, target, "span", pairwise, "zero")
+def _temporal_cpu(pred: Tensor, target: Tensor, pairwise: bool) -> Tensor:
+    return _box_cpu(pred, target, "span", pairwise, "zero")
+
+
+def _temporal_cuda(pred: Tensor, target: Tensor, pairwise: bool) -> Tensor:
+    return _box_cuda(pred, target, "span", pairwise, "zero")
 
 
 def _track_native(pred: Tensor, target: Tensor, lengths: Tensor) -> Tensor:
@@ -258,16 +272,16 @@ def _fake_sets(
 
 _temporal = Op("temporal_iou", "(Tensor pred, Tensor target, bool pairwise) -> Tensor", _fake_pairs)
 _temporal.register("reference", temporal_iou_reference)
-_temporal.register("cpu", _temporal_native)
-_temporal.register("cuda", _temporal_native)
+_temporal.register("cpu", _temporal_cpu)
+_temporal.register("cuda", _temporal_cuda)
 _box = Op(
     "box_iou",
     "(Tensor a, Tensor b, str kind, bool pairwise, str convention) -> Tensor",
     _fake_boxes,
 )
 _box.register("reference", box_iou_reference)
-_box.register("cpu", _box_native)
-_box.register("cuda", _box_native)
+_box.register("cpu", _box_cpu)
+_box.register("cuda", _box_cuda)
 _track = Op("track_iou", "(Tensor pred, Tensor target, Tensor lengths) -> Tensor", _fake_tracks)
 _track.register("reference", track_iou_reference)
 _track.register("cpu", _track_native)

@@ -89,7 +89,7 @@ class Arguments(NamedTuple):
 
 
 class Upstream(NamedTuple):
-    """What the backward pass takes besides `Arguments`, in schema order.
+    """Arguments of the backward pass after `Arguments`, in schema order.
 
     logps and stats: results of the forward pass. needed: whether hidden, weight and bias need a
     gradient.

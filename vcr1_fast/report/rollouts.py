@@ -226,7 +226,7 @@ def _page(
 
 
 def _card(group: Sequence[Mapping[str, Any]], pictured: str) -> str:
-    """One prompt with what it shows and its completions."""
+    """One prompt with its frames and its completions."""
     head = group[0]
     names = list(dict.fromkeys(name for row in group for name in row.get("rewards", {})))
     advantage = any("advantage" in row for row in group)

@@ -1,4 +1,4 @@
-"""What an answer says: spans of seconds, lists of spans or boxes, the letter of an option.
+"""Readers of answers: spans of seconds, lists of spans or boxes, the letter of an option.
 
 Every parser returns None for text that has no single reading. All of them take linear time, accept
 ASCII digits (and their full-width forms) only, reject numbers that are not finite, and never

@@ -108,8 +108,8 @@ def caption_scores(
     """Scores of a batch: captions (N,), each with its annotated events; all questions of a kind go
     to the judge together.
 
-    references: what each caption's own events are held against; None leaves precision out. A blank
-    caption, or one without annotated events, scores 0 and is not asked about.
+    references: text that each caption's events are compared with; None leaves precision out. A
+    blank caption, or one without annotated events, scores 0 and is not asked about.
     """
     judge = as_judge(judge)
     asked = [bool(some) and bool(text.strip()) for text, some in zip(captions, events, strict=True)]

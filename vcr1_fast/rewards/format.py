@@ -16,7 +16,7 @@ _LONGEST = 4 * 16 + 1
 
 
 class Scan(NamedTuple):
-    """What one scan finds in a completion.
+    """The tags of a completion, from one scan.
 
     blocks: tag -> text inside its last closed block after the reasoning. Whatever stands inside a
         closed `<think>` block is reasoning, not an answer. Of nested blocks the innermost counts;

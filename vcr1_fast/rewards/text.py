@@ -217,7 +217,7 @@ def words_of(text: str) -> list[str]:
 
 
 def written_units(text: str) -> list[str]:
-    """What a reader of signs compares: chunks between spaces in lower case, symbols included;
+    """Units of a sign: chunks between spaces in lower case, symbols included;
     characters where a script has no spaces. Sentence punctuation after a chunk, quotes and
     brackets around it are left out; a chunk of punctuation alone stays."""
     text = fold_width(unicodedata.normalize("NFC", text)).lower()

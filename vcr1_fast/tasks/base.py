@@ -38,8 +38,8 @@ SHARED_TAGS = ("answer", "glue")
 class Answer(NamedTuple):
     """A completion after its one parse.
 
-    prediction: what the task reads in it, None if it cannot be read. plain: the text is exactly the
-    task's blocks. reasoned: it is a `<think>` block and then exactly the task's blocks.
+    prediction: the answer as the task reads it, None if it cannot be read. plain: the text is
+    exactly the task's blocks. reasoned: it is a `<think>` block and then exactly the task's blocks.
     """
 
     prediction: Any | None
@@ -96,7 +96,7 @@ class Task:
     complete(prediction): whether the format reward counts a prediction as readable.
     rewards: name -> `Reward`, added up with the weight 1 unless others are configured, besides the
         reward "format", which every task has. The first is the measure of accuracy.
-    metrics(predictions, records): name -> one value a sample; the means over a split are the
+    batch_metrics(predictions, records): name -> one value a sample; the means over a split are the
         split's. Nothing is clipped to the clip here, as in the published tables.
     primary: the metric to watch; more is better.
     blind_guesses(train, test): strategy -> one prediction for each test record, made without the
@@ -116,7 +116,7 @@ class Task:
     target: Callable[[Record], str]
     read: Callable[[Mapping[str, str], Record], Any | None]
     rewards: Mapping[str, Reward]
-    metrics: Callable[[Sequence[Any], Sequence[Record]], Columns]
+    batch_metrics: Callable[[Sequence[Any], Sequence[Record]], Columns]
     primary: str
     blind_guesses: Callable[[Sequence[Record], Sequence[Record]], Mapping[str, Sequence[Any]]]
     example: Record
@@ -160,7 +160,7 @@ class Task:
         """Parse a batch of completions."""
         return [self.answer(text, record) for text, record in zip(texts, records, strict=True)]
 
-    def score(
+    def score_batch(
         self,
         answers: Sequence[Answer],
         records: Sequence[Record],
@@ -183,12 +183,12 @@ class Task:
         return columns
 
     def format_reward(self, answer: Answer, think: bool | None) -> float:
-        """1 for exactly the tags asked for around a readable answer; `think` as for `score`."""
+        """1 for exactly the tags asked for around a readable answer; `think`: see `score_batch`."""
         plain, reasoned = think is not True and answer.plain, think is not False and answer.reasoned
         readable = answer.prediction is not None and self.complete(answer.prediction)
         return 1.0 if readable and (plain or reasoned) else 0.0
 
-    def score_one(
+    def score(
         self,
         text: str,
         record: Record,
@@ -196,7 +196,12 @@ class Task:
         think: bool | None = False,
     ) -> dict[str, float]:
         """Every reward of one completion, by name."""
-        columns = self.score([self.answer(text, record)], [record], [duration], think=think)
+        columns = self.score_batch([self.answer(text, record)], [record], [duration], think=think)
+        return {name: values[0] for name, values in columns.items()}
+
+    def metrics(self, prediction: Any, record: Record) -> Metrics:
+        """Every metric of one prediction, without a judge."""
+        columns = self.batch_metrics([prediction], [record])
         return {name: values[0] for name, values in columns.items()}
 
     def measure(
@@ -208,14 +213,14 @@ class Task:
         """Every metric of a batch; those of a judged task as `judge` decides."""
         if self.judged is not None:
             return self.judged.scores(predictions, records, judge)
-        return self.metrics(predictions, records)
+        return self.batch_metrics(predictions, records)
 
     def blind_baselines(
         self, train: Sequence[Record], test: Sequence[Record]
     ) -> dict[str, Metrics]:
         """Mean metrics on `test` of every strategy that ignores the video, fitted on `train`."""
         return {
-            strategy: mean_metrics(self.metrics(guesses, test))
+            strategy: mean_metrics(self.batch_metrics(guesses, test))
             for strategy, guesses in self.blind_guesses(train, test).items()
         }
 
@@ -311,7 +316,9 @@ def _check_round_trip(task: Task, think: bool) -> None:
     answer = task.answer(text, record)
     if answer.prediction is None:
         raise ValueError(f"its own target {text!r:.200} cannot be read, with the tags {task.tags}")
-    scores = task.score([answer, Answer(None, False, False)], [record] * 2, [None] * 2, think=think)
+    scores = task.score_batch(
+        [answer, Answer(None, False, False)], [record] * 2, [None] * 2, think=think
+    )
     measured = task.measure([answer.prediction, None], [record] * 2)
     for kind, columns in (("reward", scores), ("metric", measured)):
         for name, values in columns.items():

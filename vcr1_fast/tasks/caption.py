@@ -82,7 +82,7 @@ CAPTION = SingleAnswer(
 TASK = replace(
     CAPTION.task(),
     check=check,
-    metrics=metrics,
+    batch_metrics=metrics,
     blind_guesses=blind_guesses,
     judged=Judged(("recall", "precision", "F1"), scores),
 )

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from vcr1_fast.rewards import parse_spans, span_set_iops, span_set_ious
 from vcr1_fast.tasks import blind
-from vcr1_fast.tasks.base import Columns, Task, at_least, equal
-from vcr1_fast.tasks.multiple_choice import FIELDS, REQUIRED, read_letter
+from vcr1_fast.tasks.base import Columns, Task, at_least
+from vcr1_fast.tasks.multiple_choice import FIELDS, REQUIRED, letter_reward, read_letter
 from vcr1_fast.tasks.prompt_template import ask
 from vcr1_fast.tasks.record import (
     Record,
@@ -56,16 +56,6 @@ def complete(answer: GroundedAnswer) -> bool:
     return bool(answer.letter and answer.spans)
 
 
-def accuracy_reward(
-    predictions: Sequence[GroundedAnswer | None],
-    records: Sequence[Record],
-    durations: Sequence[float | None] = (),
-) -> list[float]:
-    """1 for the right letter, else 0."""
-    letters = [answer.letter if answer else None for answer in predictions]
-    return equal(letters, [record.answer["answer"] for record in records])
-
-
 def iou_reward(
     predictions: Sequence[GroundedAnswer | None],
     records: Sequence[Record],
@@ -78,7 +68,7 @@ def iou_reward(
 def metrics(predictions: Sequence[GroundedAnswer | None], records: Sequence[Record]) -> Columns:
     """Letter accuracy, IoU and IoP (intersection over prediction) of the evidence with their rates
     at 0.3 and 0.5, and Acc@GQA: right letter with IoP of at least 0.5."""
-    accuracy = accuracy_reward(predictions, records)
+    accuracy = letter_reward(predictions, records)
     ious = span_set_ious(_spans(predictions), _evidence(records))
     iops = span_set_iops(_spans(predictions), _evidence(records))
     grounded = at_least(iops, 0.5)
@@ -132,8 +122,8 @@ TASK = Task(
     target=target,
     read=read,
     complete=complete,
-    rewards={"accuracy": accuracy_reward, "iou": iou_reward},
-    metrics=metrics,
+    rewards={"accuracy": letter_reward, "iou": iou_reward},
+    batch_metrics=metrics,
     primary="accuracy",
     blind_guesses=blind_guesses,
     example=Record(

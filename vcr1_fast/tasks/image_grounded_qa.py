@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from vcr1_fast.rewards import box_ious
 from vcr1_fast.rewards.spatiotemporal import parse_box
 from vcr1_fast.tasks import blind
-from vcr1_fast.tasks.base import Columns, Task, at_least, equal
-from vcr1_fast.tasks.multiple_choice import FIELDS, REQUIRED, read_letter
+from vcr1_fast.tasks.base import Columns, Task, at_least
+from vcr1_fast.tasks.multiple_choice import FIELDS, REQUIRED, letter_reward, read_letter
 from vcr1_fast.tasks.prompt_template import ask
 from vcr1_fast.tasks.record import (
     Record,
@@ -55,16 +55,6 @@ def complete(answer: BoxedAnswer) -> bool:
     return answer.letter is not None and answer.box is not None
 
 
-def accuracy_reward(
-    predictions: Sequence[BoxedAnswer | None],
-    records: Sequence[Record],
-    durations: Sequence[float | None] = (),
-) -> list[float]:
-    """1 for the right letter, else 0."""
-    letters = [answer.letter if answer else None for answer in predictions]
-    return equal(letters, [record.answer["answer"] for record in records])
-
-
 def iou_reward(
     predictions: Sequence[BoxedAnswer | None],
     records: Sequence[Record],
@@ -77,7 +67,7 @@ def iou_reward(
 
 def metrics(predictions: Sequence[BoxedAnswer | None], records: Sequence[Record]) -> Columns:
     """Letter accuracy, IoU of the evidence and its rate at 0.5, and both right at once."""
-    accuracy, ious = accuracy_reward(predictions, records), iou_reward(predictions, records)
+    accuracy, ious = letter_reward(predictions, records), iou_reward(predictions, records)
     shown = at_least(ious, 0.5)
     return {
         "accuracy": accuracy,
@@ -111,8 +101,8 @@ TASK = Task(
     target=target,
     read=read,
     complete=complete,
-    rewards={"accuracy": accuracy_reward, "iou": iou_reward},
-    metrics=metrics,
+    rewards={"accuracy": letter_reward, "iou": iou_reward},
+    batch_metrics=metrics,
     primary="accuracy",
     blind_guesses=blind_guesses,
     example=Record(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from string import ascii_uppercase
+from typing import Protocol
 
 from vcr1_fast.rewards import parse_letter
 from vcr1_fast.tasks import blind
@@ -57,6 +58,23 @@ def accuracy_reward(
     return equal(predictions, [record.answer for record in records])
 
 
+class Lettered(Protocol):
+    """A prediction that holds more than its letter."""
+
+    @property
+    def letter(self) -> str | None: ...
+
+
+def letter_reward(
+    predictions: Sequence[Lettered | None],
+    records: Sequence[Record],
+    durations: Sequence[float | None] = (),
+) -> list[float]:
+    """1 for the letter `record.answer["answer"]`, else 0."""
+    letters = [answer.letter if answer else None for answer in predictions]
+    return equal(letters, [record.answer["answer"] for record in records])
+
+
 def metrics(predictions: Sequence[str | None], records: Sequence[Record]) -> Columns:
     """Accuracy."""
     return {"accuracy": accuracy_reward(predictions, records)}
@@ -76,7 +94,7 @@ TASK = Task(
     target=target,
     read=read,
     rewards={"accuracy": accuracy_reward},
-    metrics=metrics,
+    batch_metrics=metrics,
     primary="accuracy",
     blind_guesses=blind_guesses,
     example=Record(

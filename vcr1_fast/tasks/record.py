@@ -52,7 +52,7 @@ def duration_of(record: Record) -> float | None:
 
 
 class FieldError(ValueError):
-    """What a check raises: the field at fault (e.g. "answer.glue") and the fault."""
+    """Error of a check: the field at fault (e.g. "answer.glue") and the fault."""
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(name, reason)

@@ -83,7 +83,7 @@ def _strict(
     if name == "caption":
         captions = [answer.prediction or "" for answer in parsed]
         judged = {"recall": _recalls(captions, answers, judge)}
-    return task.score(parsed, records, durations, think=think, judged=judged)
+    return task.score_batch(parsed, records, durations, think=think, judged=judged)
 
 
 def _released(

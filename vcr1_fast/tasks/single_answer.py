@@ -90,7 +90,7 @@ class SingleAnswer:
             target=self.target,
             read=self.read_blocks,
             rewards={self.metric: self.reward},
-            metrics=self.metrics,
+            batch_metrics=self.metrics,
             primary=self.metric,
             blind_guesses=self.blind_guesses,
             example=Record(

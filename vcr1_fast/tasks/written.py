@@ -12,7 +12,7 @@ from decimal import Decimal
 from vcr1_fast.rewards.overlap import box_ious, span_set_ious
 
 LEAST_OVERLAP = 0.95
-"""IoU of what is written with what is annotated. Below it a right answer loses reward visibly;
+"""IoU of the written with the annotated span or box. Below it a right answer loses reward visibly;
 above it the model learns digits that no viewer can see."""
 
 _MOST_DECIMALS = 17  # as many as a float of 0 to 1 has

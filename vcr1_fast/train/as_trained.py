@@ -27,11 +27,13 @@ FILE = "vcr1.yaml"
 PROMPTS = "vcr1.prompts"
 SHOWN = ("frames", "think", "system", "media_first", "prompts")
 """Settings of section `data` that decide what a model sees and is asked."""
+WRITTEN = ("mrope", "video_text")
+"""Settings of section `model` that decide how a prompt's tokens are written and placed."""
 
 
 @dataclass(frozen=True)
 class AsTrained:
-    """The settings that a model was trained with, by name as in section `data` and `mrope`."""
+    """The settings that a model was trained with, by name as in sections `data` and `model`."""
 
     folder: Path
     shown: dict[str, Any]
@@ -77,7 +79,7 @@ def files(config: TrainConfig, identity: Mapping[str, Any], step: int) -> dict[s
     """
     data = config.data
     shown = {name: plain(getattr(data, name)) for name in SHOWN}
-    shown["mrope"] = config.model.mrope
+    shown |= {name: getattr(config.model, name) for name in WRITTEN}
     written: dict[str, str] = {}
     if data.prompts is not None:
         source = Path(data.prompts)
@@ -117,7 +119,7 @@ def read(folder: str | Path) -> AsTrained | None:
     try:
         made = yaml.safe_load(path.read_text(encoding="utf-8"))
         shown = made.pop("shown")
-        missing = {*SHOWN, "mrope"} - set(shown)
+        missing = {*SHOWN, *WRITTEN} - set(shown)
     except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
         raise ConfigError(str(path), f"not the description of a model ({error})") from None
     if missing:

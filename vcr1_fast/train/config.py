@@ -127,7 +127,7 @@ class AdvantageConfig:
     estimator: Literal["grpo", "rloo", "opo", "gdpo", "reinforce_plus_plus_baseline"] = "grpo"
     """Baseline that a completion's reward is compared with, see `ops.group_advantages`."""
     scale: Literal["group", "batch", "task_ema", "none"] | None = None
-    """What the difference to the mean is divided by; null takes the estimator's usual one.
+    """Divisor of the difference to the mean; null takes the estimator's usual one.
     "task_ema": the running standard deviation of the task's rewards, by which tasks weigh alike
     (OneThinker's EMA-GRPO)."""
     eps: PositiveFloat = 1e-4
@@ -166,7 +166,7 @@ class OptimConfig:
     accumulated. A longer group is split by its completions; fewer where memory is short."""
     # For devices that other processes use too.
     memory_gib: PositiveFloat | None = None
-    """GiB that one forward and backward may take by the planner's estimate; null: what is free."""
+    """GiB that one forward and backward may take by the planner's estimate; null: all available."""
     inner_epochs: PositiveInt = 1
     """Passes over the rollouts of a step."""
     inner_steps: PositiveInt = 1

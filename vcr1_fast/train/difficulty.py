@@ -15,7 +15,7 @@ from vcr1_fast.train.dataset import Sampler
 
 @dataclass(frozen=True)
 class Selection:
-    """The records to train on, the order they come in, and what was decided about the others."""
+    """The records to train on, their order, and notes about the others."""
 
     records: list[Record]
     sampler: Sampler

@@ -14,7 +14,7 @@ from vcr1_fast.train.dataset import Sample
 
 @dataclass(frozen=True, eq=False)
 class PolicyGroup:
-    """A prompt with its G completions of N tokens in all, and what the loss needs of them.
+    """A prompt with its G completions of N tokens in all, and the loss's inputs.
 
     advantages (G,); rollout_logps (N,), of the sampler at its temperature; ref_logps (N,), of the
     reference model, None without a KL term.

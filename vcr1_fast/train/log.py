@@ -1,4 +1,4 @@
-"""What a run shows and keeps: a progress line, metrics.jsonl, rollouts.jsonl, TensorBoard."""
+"""Output of a run: a progress line, metrics.jsonl, rollouts.jsonl, TensorBoard."""
 
 import json
 import math

@@ -1,10 +1,11 @@
 """Micro-batches and rollouts planned by tokens and by memory.
 
 Peak bytes of a forward and backward pass, with b bytes a number in the model's dtype, H the hidden
-size, K the width of all key heads together, I that of the MLP; for a token in a layer:
+size, Q and K the widths of all query and key heads together, I that of the MLP; for a token in a
+layer:
 
     norms       2 (max(4, b) H + 2 b H)     each one's input and normalised input, and its output
-    attention   b (2 H + 2 K)               queries, keys, values, output
+    attention   b (2 Q + 2 K)               queries, keys, values, output
     MLP         4 b I                       gate, its activation, up, their product
 
 times the layers; with activation checkpointing, b H in each layer and all of the above in one. A
@@ -131,9 +132,10 @@ class Footprint:
 
 
 def _layers(sizes: LayerSizes, b: int, recomputed: bool) -> float:
-    width, keys, mlp = sizes.width, sizes.keys, sizes.mlp
+    width, mlp = sizes.width, sizes.mlp
+    attention = b * (2 * sizes.queries + 2 * sizes.keys)
     # RMSNorm computes in float32, so half-precision models keep 4 bytes there.
-    kept = 2 * (max(4, b) + 2 * b) * width + b * (2 * width + 2 * keys) + 4 * b * mlp
+    kept = 2 * (max(4, b) + 2 * b) * width + attention + 4 * b * mlp
     backward = b * (4 * width + 3 * mlp)
     depth = sizes.depth
     return (depth * b * width + kept if recomputed else depth * kept) + backward
@@ -166,7 +168,8 @@ class Planner:
     """Micro-batches of at most `tokens` tokens that fit in the available memory.
 
     `tokens` halves on out-of-memory. `memory`: bytes a pass may take; None asks the device and
-    subtracts what the optimiser has yet to allocate. `log` receives a line when `tokens` halves.
+    subtracts the optimiser's memory that is not allocated yet. `log` receives a line when `tokens`
+    halves.
     """
 
     def __init__(

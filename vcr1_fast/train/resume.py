@@ -1,4 +1,4 @@
-"""Identity of a run: what a resumed run must share with its checkpoint, and what may change."""
+"""Identity of a run: settings that must equal the checkpoint's, and settings that may change."""
 
 import hashlib
 import json
@@ -38,9 +38,10 @@ def identity(kind: str, records: Sequence[Record], order: str, model: nn.Module)
     """
     return {
         "kind of run": kind,
+        # Before the records: other scores choose others, and the setting is the cause to name.
+        "data.difficulty or data.order": order,
         "number of records in data.train": len(records),
         "content of data.train": _records_digest(records),
-        "data.difficulty or data.order": order,
         "base weights in model.path": _weights_digest(model),
     }
 

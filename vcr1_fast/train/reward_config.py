@@ -1,4 +1,4 @@
-"""Settings of the rewards: what is added up, with which weights, and who judges captions."""
+"""Settings of the rewards: terms, weights, and the judge of captions."""
 
 from collections.abc import Mapping
 from dataclasses import field
@@ -112,7 +112,7 @@ class RewardsConfig:
             raise ConfigError("functions", str(error)) from None
 
     def weight(self, task: str, name: str) -> float:
-        """What a reward of a task counts. A judge's further scores (a caption's precision and F1)
+        """Weight of a task's reward. A judge's further scores (a caption's precision and F1)
         count nothing unless they are given a weight."""
         # Added by default, a caption's F1 would count its recall twice.
         default = 0.0 if name not in TASKS[task].reward_names and name in names_of(task) else 1.0

@@ -254,7 +254,9 @@ def _task_rewards(
         columns = score(name, texts, targets, mode="legacy")
     else:
         judged = {term: metrics[term] for term in terms}
-        columns = task.score(parsed, records, durations, think=config.data.think, judged=judged)
+        columns = task.score_batch(
+            parsed, records, durations, think=config.data.think, judged=judged
+        )
     for term in terms:
         if term in columns or config.rewards.weight(name, term):
             columns[term] = metrics[term]

@@ -414,7 +414,11 @@ def prepare_model(config: TrainConfig, device: torch.device) -> tuple[nn.Module,
             "leave it at auto"
         )
     model, processor = load(
-        settings.path, dtype=settings.dtype, device=device, mrope=settings.mrope
+        settings.path,
+        dtype=settings.dtype,
+        device=device,
+        mrope=settings.mrope,
+        video_text=settings.video_text,
     )
     processor = processor.with_frames(frames, media_first=config.data.media_first)
     prepare_attention(model, settings.attention)

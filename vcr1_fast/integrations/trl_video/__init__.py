@@ -13,8 +13,8 @@ need be) and `video` (a path; or `image`), and may have `start` and `end` (secon
 holds goes to the reward functions, as everywhere in TRL, and so does `duration` (seconds of the
 part shown).
 
-What is TRL's stays TRL's: arguments, reward functions, advantages, losses, logging, checkpoints,
-PEFT, DDP. What is ours: clips are decoded and cut into patches once for a group; the vision
+TRL's parts stay TRL's: arguments, reward functions, advantages, losses, logging, checkpoints,
+PEFT, DDP. Ours: clips are decoded and cut into patches once for a group; the vision
 encoder and the prompt run once for its G completions, in the rollout and in the forward pass of
 policy and reference, with the losses and gradients of the unshared baseline (`model/forward.py`).
 

@@ -126,7 +126,7 @@ def _scores(
     mine = [record for record in records if record is not None]
     answers = task.answers([texts[i] for i in own], mine)
     seconds = [durations[i] for i in own]
-    columns = task.score(answers, mine, seconds, think=None)
+    columns = task.score_batch(answers, mine, seconds, think=None)
     # A batch may hold prompts with and without reasoning.
     columns["format"] = [
         task.format_reward(answer, think[i]) for answer, i in zip(answers, own, strict=True)

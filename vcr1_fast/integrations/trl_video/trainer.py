@@ -23,7 +23,7 @@ from vcr1_fast.integrations.trl_video.data import COLUMNS, clip_request, prompt_
 from vcr1_fast.model.checkpoint import load
 from vcr1_fast.model.forward import completion_hidden, lm_head
 from vcr1_fast.model.packing import Group
-from vcr1_fast.model.processor import Mrope, Processor, Prompt
+from vcr1_fast.model.processor import Mrope, Processor, Prompt, VideoText
 from vcr1_fast.model.rollout import SamplingConfig, rollout
 from vcr1_fast.model.vision import freeze_vision, prepare_vision
 from vcr1_fast.model.wrapping import unwrap
@@ -54,6 +54,7 @@ class VideoGRPOConfig(GRPOConfig):
         freeze_vision: train the language model alone.
         mrope: "trained" or "installed": positions as the checkpoints were trained with, or as the
             installed transformers has them.
+        video_text: the same choice for the text that stands for a clip.
     """
 
     # TRL declares it without ClassVar, which would make it a field of the dataclass here.
@@ -66,6 +67,7 @@ class VideoGRPOConfig(GRPOConfig):
     decode_workers: int = field(default=2)
     freeze_vision: bool = field(default=True)
     mrope: str = field(default="trained")
+    video_text: str = field(default="trained")
 
 
 @dataclass(eq=False)
@@ -121,7 +123,11 @@ class VideoGRPOTrainer(GRPOTrainer):
             raise ValueError("a model that is loaded already needs its processor")
         frames = FrameConfig(**cast("dict[str, Any]", args.frame_kwargs or {}))
         shown = processor.with_frames(frames, media_first=processor.media_first)
-        self.processor = dataclasses.replace(shown, mrope=cast(Mrope, args.mrope))
+        self.processor = dataclasses.replace(
+            shown,
+            mrope=cast(Mrope, args.mrope),
+            video_text=cast(VideoText, args.video_text),
+        )
         self.frames = self.processor.frames
         prepare_vision(unwrap(model))
         super().__init__(
@@ -288,8 +294,11 @@ def _check(args: VideoGRPOConfig, arguments: dict[str, Any]) -> None:
         if getattr(args, name) != value
     ]
     wrong += [f"{name}=…" for name in _UNSUPPORTED_ARGUMENTS if arguments.get(name) is not None]
-    if args.mrope not in get_args(Mrope):
-        raise ValueError(f"mrope must be one of {get_args(Mrope)}, got {args.mrope!r}")
+    for name in ("mrope", "video_text"):
+        if getattr(args, name) not in get_args(Mrope):
+            raise ValueError(
+                f"{name} must be one of {get_args(Mrope)}, got {getattr(args, name)!r}"
+            )
     if args.max_completion_length is None:
         raise ValueError("max_completion_length must be a number of tokens, got None")
     if wrong:

@@ -1,11 +1,12 @@
 """Qwen2.5-VL: everything that knows the architecture."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
 from vcr1_fast.model.family import Family, LayerSizes, ModelSizes
-from vcr1_fast.model.qwen2_5_vl.last_layer import skip_unused_rows
+from vcr1_fast.model.last_layer import skip_unused_rows
 from vcr1_fast.model.qwen2_5_vl.preprocessor import LAYOUT
 from vcr1_fast.model.qwen2_5_vl.processor import Processor
 from vcr1_fast.model.qwen2_5_vl.tiny import TinyConfig, write_tiny
@@ -31,9 +32,9 @@ def _prepare_language_model(language_model: Any) -> None:
     skip_unused_rows(language_model.layers[-1])
 
 
-def _vision_inputs(features: Tensor, slots: Tensor) -> tuple[Tensor, dict[str, Any]]:
+def _vision_inputs(levels: Sequence[Tensor], slots: Tensor) -> tuple[Tensor, dict[str, Any]]:
     """One level of features: they are the embeddings."""
-    return features, {}
+    return levels[0], {}
 
 
 def _sizes(config: Any) -> ModelSizes:
@@ -43,12 +44,14 @@ def _sizes(config: Any) -> ModelSizes:
         text=LayerSizes(
             depth=text.num_hidden_layers,
             width=text.hidden_size,
+            queries=text.hidden_size,
             keys=head * text.num_key_value_heads,
             mlp=text.intermediate_size,
         ),
         vision=LayerSizes(
             depth=vision.depth,
             width=vision.hidden_size,
+            queries=vision.hidden_size,
             # All heads have keys, and a window's queries, keys and values are also gathered from
             # the others: 1.5 H more.
             keys=2.5 * vision.hidden_size,
@@ -81,7 +84,7 @@ FAMILY = Family(
         "down_proj",
     ),
     vision_pattern=r".*\bvisual\b.*",
-    projection_prefix="merger.",
+    projection_prefixes=("merger.",),
     sizes=_sizes,
     tiny_config=TinyConfig,
     write_tiny=write_tiny,

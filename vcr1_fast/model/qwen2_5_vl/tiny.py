@@ -1,72 +1,15 @@
-"""Write a small random Qwen2.5-VL, tokenizer included, in the standard Hugging Face layout.
+"""Write a small random Qwen2.5-VL, tokenizer included, in the standard Hugging Face layout."""
 
-The result is loaded through exactly the code that loads a released checkpoint: what runs on it on a
-laptop is what runs on 7B. Only sizes, vocabulary and weights differ.
-"""
-
-import json
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
+from vcr1_fast.model.preprocessor import IMAGE_FILE
+from vcr1_fast.model.tiny import SPECIAL_TOKENS, TAGS, train_tokenizer, write_random
 
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
-# Qwen2.5-VL's control tokens. As there, they follow the text vocabulary.
-SPECIAL_TOKENS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
-TAGS = ("<answer>", "</answer>", "<glue>", "</glue>", "<think>", "</think>")
-
-# One piece each: an XML-like tag; a number with its decimals; a word with the space before it; a
-# run of punctuation; white space. A space between a word or punctuation and a number goes to the
-# former, so that "3.5" is the same token wherever it stands.
-_PIECES = (
-    r"</?\p{L}+>"
-    r"|\p{N}+(?:\.\p{N}+)?"
-    r"| ?\p{L}+(?: (?=\p{N}))?"
-    r"| ?(?:[^\s\p{L}\p{N}<]|<(?!/?\p{L}+>))+(?: (?=\p{N}))?"
-    r"|\s+"
-)
-
-# Same turns and same expansion of content parts as the released checkpoints, without their default
-# system turn unless one is configured.
-_CHAT_TEMPLATE = """\
-{%- if system_default and messages and messages[0]['role'] != 'system' -%}
-{{- '<|im_start|>system\\n' + system_default + '<|im_end|>\\n' -}}
-{%- endif -%}
-{%- for message in messages -%}
-{{- '<|im_start|>' + message['role'] + '\\n' -}}
-{%- if message['content'] is string -%}
-{{- message['content'] -}}
-{%- else -%}
-{%- for part in message['content'] -%}
-{%- if part['type'] == 'video' -%}
-{{- '<|vision_start|><|video_pad|><|vision_end|>' -}}
-{%- elif part['type'] == 'image' -%}
-{{- '<|vision_start|><|image_pad|><|vision_end|>' -}}
-{%- else -%}
-{{- part['text'] -}}
-{%- endif -%}
-{%- endfor -%}
-{%- endif -%}
-{{- '<|im_end|>\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-{{- '<|im_start|>assistant\\n' -}}
-{%- endif -%}
-"""
+__all__ = ["SPECIAL_TOKENS", "TAGS", "TinyConfig", "train_tokenizer", "write_tiny"]
 
 
 @dataclass(frozen=True)
@@ -134,40 +77,6 @@ class TinyConfig:
         return (time, height, half - time - height)
 
 
-def train_tokenizer(texts: Iterable[str], vocab_limit: int) -> "Tokenizer":
-    """Byte-level BPE over `texts`, at most `vocab_limit` text tokens, then Qwen's special tokens.
-
-    A number that occurs in `texts` is one token as long as the limit allows its merges.
-    """
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    if vocab_limit < len(alphabet):
-        raise ValueError(
-            f"vocab_limit must be at least {len(alphabet)} (all bytes), got {vocab_limit}"
-        )
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_PIECES), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_limit,
-        min_frequency=1,
-        initial_alphabet=alphabet,
-        show_progress=False,
-    )
-    # Control tokens never go through the merges; leaving them in would spend vocabulary on them.
-    control = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))
-    lines = [part for text in texts for part in control.split(text) if part]
-    tokenizer.train_from_iterator([*lines, *TAGS, "system", "user", "assistant", "\n"], trainer)
-    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in SPECIAL_TOKENS])
-    return tokenizer
-
-
 def write_tiny(
     path: str | Path, *, texts: Iterable[str], seed: int = 0, config: TinyConfig | None = None
 ) -> None:
@@ -175,43 +84,26 @@ def write_tiny(
 
     Args:
         path: target directory; files of the same names are replaced.
-        texts: what the tokenizer is trained on: prompts and answers.
+        texts: training texts of the tokenizer: prompts and answers.
         seed: seed of the weights. The caller's random state is left untouched.
         config: sizes; the default has about one million parameters.
 
     Raises:
         ValueError: when the sizes do not fit together (see `TinyConfig`).
     """
-    from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration
+    from transformers import Qwen2_5_VLForConditionalGeneration
 
     config = config or TinyConfig()
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer(texts, config.vocab_limit)
-    found = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
-    ids = {token: number for token, number in found.items() if number is not None}
-    model_config = _model_config(config, -(-tokenizer.get_vocab_size() // 8) * 8, ids)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = Qwen2_5_VLForConditionalGeneration(model_config)
-    model.generation_config = GenerationConfig(
-        do_sample=True,
-        bos_token_id=ids["<|endoftext|>"],
-        pad_token_id=ids["<|endoftext|>"],
-        eos_token_id=[ids["<|im_end|>"], ids["<|endoftext|>"]],
+    write_random(
+        path,
+        tokenizer=train_tokenizer(texts, config.vocab_limit),
+        model_class=Qwen2_5_VLForConditionalGeneration,
+        model_config=partial(_model_config, config),
+        settings={IMAGE_FILE: _preprocessor_config(config)},
+        max_positions=config.max_positions,
+        seed=seed,
+        system=config.system,
     )
-    model.save_pretrained(path)
-    tokenizer.save(str(path / "tokenizer.json"))
-    default = json.dumps(config.system)
-    (path / "chat_template.jinja").write_text(
-        "{%- set system_default = " + default + " -%}\n" + _CHAT_TEMPLATE
-    )
-    _write_json(path / "tokenizer_config.json", _tokenizer_config(config, ids))
-    _write_json(path / "preprocessor_config.json", _preprocessor_config(config))
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def _model_config(config: TinyConfig, vocab_size: int, ids: dict[str, int]) -> Any:
@@ -260,20 +152,6 @@ def _model_config(config: TinyConfig, vocab_size: int, ids: dict[str, int]) -> A
         architectures=["Qwen2_5_VLForConditionalGeneration"],
         **shared,
     )
-
-
-def _tokenizer_config(config: TinyConfig, ids: dict[str, int]) -> dict[str, Any]:
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": None,
-        "eos_token": "<|im_end|>",
-        "pad_token": "<|endoftext|>",
-        "unk_token": None,
-        "errors": "replace",
-        "model_max_length": config.max_positions,
-        "clean_up_tokenization_spaces": False,
-        "additional_special_tokens": [t for t in SPECIAL_TOKENS if t in ids],
-    }
 
 
 def _preprocessor_config(config: TinyConfig) -> dict[str, Any]:

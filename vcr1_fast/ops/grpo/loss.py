@@ -108,15 +108,35 @@ grpo_loss_op.register("triton", from_triton("grpo_loss", "grpo_loss"))
 _graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
+def _multiply(gradient: Tensor, upstream: Tensor) -> None:
+    # Reading the value would wait for a GPU; on the CPU it saves a pass over the gradient.
+    if upstream.device.type != "cpu" or upstream.item() != 1:
+        gradient.mul_(upstream)
+
+
+def _multiply_cuda(gradient: Tensor, upstream: Tensor) -> None:
+    # The kernel reads the value on the device, and returns when it is 1: the pass over the gradient
+    # would take as long as the loss's own kernel.
+    if gradient.is_contiguous() or gradient.stride(-1) == 1:
+        native.multiply(x=gradient, factor=upstream)
+    else:
+        gradient.mul_(upstream)
+
+
+multiply_op = Op("multiply_", "(Tensor(a!) gradient, Tensor upstream) -> ()", lambda *_: None)
+# Only CUDA has a kernel.
+for _backend in ("reference", "cpu", "triton"):
+    multiply_op.register(_backend, _multiply)
+multiply_op.register("cuda", _multiply_cuda)
+
+
 def times_upstream(gradient: Tensor, upstream: Tensor) -> Tensor:
     """gradient * upstream (0-d), in gradient's own memory unless the graph is kept."""
     if torch.compiler.is_compiling() or _graph_is_kept():
         return gradient * upstream  # another pass will read the gradient again
-    # Reading the value would wait for a GPU; on the CPU it saves a pass over the gradient.
-    if upstream.device.type == "cpu" and upstream.item() == 1:
-        return gradient
     # In place: a new tensor of a weight's size costs more than the product.
-    return gradient.mul_(upstream)
+    multiply_op.direct(gradient, upstream)
+    return gradient
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -367,7 +387,7 @@ def loss_arguments(
     temperature: float | Tensor,
     entropy: bool,
 ) -> LossArguments:
-    """Checks what a head's caller gave; `like` has the device and the dtype of the head's input.
+    """Check a head's arguments; `like` has the device and the dtype of the head's input.
 
     `inputs.logps` and `inputs.entropy` are ignored. Raises as `check_inputs` and
     `row_temperatures` do.

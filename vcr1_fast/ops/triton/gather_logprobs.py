@@ -30,7 +30,7 @@ _LENGTHS = ["vocab", "k", "inner", "outer_stride", "inner_stride", "grad_outer",
 
 
 class _Rows(NamedTuple):
-    """What the kernels know of the rows beside their logits; None where there is none."""
+    """Inputs of the rows beside their logits; None where there is none."""
 
     labels: Tensor
     mask: Tensor | None

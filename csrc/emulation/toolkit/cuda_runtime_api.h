@@ -1,0 +1,2 @@
+// Stands in for the CUDA toolkit's header of this name.
+#include "cuda_runtime.h"

@@ -1,0 +1,41 @@
+"""The vision encoder of Qwen3-VL: prepared for packed temporal patches, and called.
+
+It attends within a temporal patch, all of it, and takes positions from rows and columns alone.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vcr1_fast.model.vision import use_packed_attention, use_patch_projection
+
+
+def prepare_vision_encoder(visual: nn.Module) -> None:
+    """Let the encoder use `packed_attention` and `PatchProjection`."""
+    use_packed_attention(visual)
+    use_patch_projection(visual.patch_embed)
+
+
+def encode(visual: Any, pixel_values: Tensor, grid_thw: Tensor) -> Sequence[Tensor]:
+    """Features (tokens, levels * H) of each clip: the encoder's output, then those of DeepStack,
+    side by side; pixel_values (N, values), grid_thw (n, 3), on its device."""
+    # The encoder itself, not `get_video_features`, whose DeepStack features are split by clip in
+    # some releases of transformers and whole in others.
+    out = visual(pixel_values, grid_thw=grid_thw, return_dict=True)
+    features = torch.cat([out.pooler_output, *out.deepstack_features], dim=1)
+    counts = grid_thw.prod(dim=1) // visual.spatial_merge_size**2
+    return torch.split(features, counts.tolist())
+
+
+def feature_levels(config: Any) -> int:
+    """The encoder's output and one level for each layer that DeepStack taps."""
+    return 1 + len(config.vision_config.deepstack_visual_indexes)
+
+
+def vision_inputs(levels: Sequence[Tensor], slots: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    """The first level are the embeddings; the language model adds level i to what its layer i - 1
+    makes of these tokens. A decoding step has no vision tokens and passes neither argument."""
+    first, *deep = levels
+    return first, {"visual_pos_masks": slots[None], "deepstack_visual_embeds": deep}
