@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
-from torch import nn
-
 from vcr1_fast.model.family import Family, LayerSizes, ModelSizes
 from vcr1_fast.model.last_layer import skip_unused_rows
 from vcr1_fast.model.qwen3_vl.preprocessor import LAYOUT
@@ -27,7 +25,7 @@ def _model_class() -> type[Any]:
     return Qwen3VLForConditionalGeneration
 
 
-def _prepare_language_model(language_model: nn.Module) -> None:
+def _prepare_language_model(language_model: Any) -> None:
     # DeepStack adds features behind a layer: to rows of vision tokens, which nobody reads behind
     # the last one.
     skip_unused_rows(language_model.layers[-1])

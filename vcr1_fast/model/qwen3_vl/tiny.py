@@ -95,7 +95,7 @@ def write_tiny(
     from transformers import Qwen3VLForConditionalGeneration
 
     config = config or TinyConfig()
-    bounds = {"min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
+    bounds: dict[str, Any] = {"min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
     # The times of clips are part of every prompt.
     texts = [*texts, *(f"<{tenths / 10} seconds>" for tenths in range(100))]
     write_random(

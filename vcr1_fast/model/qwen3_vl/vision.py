@@ -7,18 +7,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vcr1_fast.model.vision import use_packed_attention, use_patch_projection
 
 
-def prepare_vision_encoder(visual: nn.Module) -> None:
+def prepare_vision_encoder(visual: Any) -> None:
     """Let the encoder use `packed_attention` and `PatchProjection`."""
     use_packed_attention(visual)
     use_patch_projection(visual.patch_embed)
 
 
-def encode(visual: nn.Module, pixel_values: Tensor, grid_thw: Tensor) -> Sequence[Tensor]:
+def encode(visual: Any, pixel_values: Tensor, grid_thw: Tensor) -> Sequence[Tensor]:
     """Features (tokens, levels * H) of each clip: the encoder's output, then those of DeepStack,
     side by side; pixel_values (N, values), grid_thw (n, 3), on its device."""
     # The encoder itself, not `get_video_features`, whose DeepStack features are split by clip in
