@@ -11,7 +11,7 @@ OP_STEMS := native properties cuda_emulation $(basename $(notdir $(shell find cs
 OP_TESTS := $(wildcard $(addsuffix .py,$(addprefix python_tests/test_,$(sort $(OP_STEMS)))))
 CLANG_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build demo test odd-media fuzz soak sanitize cuda-check lint format docs bench gpu-check inplace clean
+.PHONY: build demo test first-hour odd-media fuzz soak sanitize cuda-check lint format docs bench gpu-check inplace clean
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -58,6 +58,9 @@ test: $(VENV)/.built $(VENV)/.oracle $(VENV)/.trl-previous $(EMULATION)  ## Ever
 	PYTHONPATH=$(VENV)/oracle $(PY) -m pytest -q -k 'torchvision or transformers' $(OP_TESTS)
 	PYTHONPATH=$(VENV)/trl-previous TRITON_INTERPRET=1 $(PY) -m pytest -q \
 	  python_tests/test_trl_patch.py python_tests/test_trl_video.py
+
+first-hour: $(VENV)/.built  ## What a new user does, in one go: all commands on two clips, in minutes.
+	$(PY) python_tests/first_hour.py $(ARGS)
 
 odd-media: $(VENV)/.built  ## Every file of the generator of odd and broken media (needs ffmpeg), minutes.
 	VCR1_ODD_MEDIA=full $(PY) -m pytest -q python_tests/test_odd_media.py $(ARGS)

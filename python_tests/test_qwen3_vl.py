@@ -394,7 +394,7 @@ def _stock(model):
 
 
 def _alone(stock, groups):
-    """(N,) log-probs of each completion with its own copy of the prompt, by transformers."""
+    """(N,) log-probs of each completion with its own prompt, positions by transformers."""
     found = []
     for group in groups:
         prompt = group.prompt

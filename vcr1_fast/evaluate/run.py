@@ -147,7 +147,13 @@ def load_answers(model_path: str | Path, config: EvalConfig) -> Answer:
         from vcr1_fast.model import checkpoint  # as in _model_answers
 
         dtype, device = config.placement()
-        model, processor = checkpoint.load(model_path, dtype=dtype, device=device)
+        model, processor = checkpoint.load(
+            model_path,
+            dtype=dtype,
+            device=device,
+            mrope=config.mrope,
+            video_text=config.video_text,
+        )
         model.eval()
         yield from _model_answers(model, processor, config)(batches)
 
