@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vcr1_fast.model.vision import use_packed_attention, use_patch_projection
 
 
-def prepare_vision_encoder(visual: nn.Module) -> None:
+def prepare_vision_encoder(visual: Any) -> None:
     """Let the encoder use `packed_attention` and `PatchProjection`."""
     use_packed_attention(visual)
     use_patch_projection(visual.patch_embed)
