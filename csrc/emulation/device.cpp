@@ -253,9 +253,11 @@ class ClusterRun {
   }
 
  private:
-  // Until no thread of the block can go on, or for a part of that: blocks of a cluster interleave.
+  // Until no thread of the block can go on, or for a part of that: blocks of a cluster interleave,
+  // and at times one runs to its end while the others have not moved since the last barrier.
   bool run_block(Block& b) {
     b.begun = true;
+    const bool to_the_end = cluster_.blocks.size() == 1 || state().random() % 2 == 0;
     load_statics(b);
     std::vector<unsigned> order(b.threads.size());
     for (unsigned i = 0; i < order.size(); ++i) order[i] = i;
@@ -275,7 +277,7 @@ class ClusterRun {
       }
       if (!any) break;
       moved = true;
-    } while (cluster_.blocks.size() == 1 || state().random() % 4 != 0);
+    } while (to_the_end || state().random() % 4 != 0);
     return moved;
   }
 
