@@ -88,12 +88,12 @@ class ClipRequest:
     folder_fps: float | None = None
 
 
-def probe(path: str, *, backend: str = DECODER, folder_fps: float | None = None) -> VideoInfo:
+def probe(path: str, *, backend: str | None = None, folder_fps: float | None = None) -> VideoInfo:
     """Frames shown, rate and length of a video; `folder_fps` as in `read_clip`.
 
     Decodes only files whose packets do not say when frames are shown. VideoError names the file.
     """
-    with open_source(path, backend, folder_fps) as source:
+    with open_source(path, backend or _installed(), folder_fps) as source:
         return VideoInfo(len(source.timestamps), source.fps, source.end)
 
 
@@ -104,7 +104,7 @@ def read_clip(
     start: float | None = None,
     end: float | None = None,
     times: Times | None = None,
-    backend: str = DECODER,
+    backend: str | None = None,
     folder_fps: float | None = None,
     fit: Fit | None = None,
 ) -> Clip:
@@ -120,12 +120,13 @@ def read_clip(
 
     `folder_fps` is the rate of a folder of images, which does not state one. `fit(frame, count)`
     resizes each frame (H, W, 3) of the `count` as it is decoded, so that they are never all held
-    in their full size. `backend` as in `open_source`. Raises VideoError, naming the file, for one
+    in their full size. `backend` as in `open_source`; None: decord where it is installed, else
+    PyAV, without a hand-over between them (`ClipReader` has one). Raises VideoError, naming the file, for one
     that is missing, empty, cut off, damaged, shorter than asked for, or of a shape that `fit`
     refuses.
     """
     config = config or FrameConfig()
-    with open_source(path, backend, folder_fps) as source:
+    with open_source(path, backend or _installed(), folder_fps) as source:
         part = _part(path, source, start, end)
         if times is None:
             indices, fps, shown = _sample(path, source, part, config)
@@ -141,6 +142,15 @@ def read_clip(
             frames = frames[expand]
         is_fitted = fit is not None
         return Clip(frames, shown, fps, part.length, path, part.begin, fitted=is_fitted)
+
+
+def _installed() -> str:
+    """Backend of a direct call that names none: decord where it is installed, else PyAV."""
+    try:
+        import decord  # noqa: F401 - a broken install counts as none
+    except ImportError:
+        return "pyav"
+    return "decord"
 
 
 def read_image(path: str, fit: Fit | None = None) -> Clip:
