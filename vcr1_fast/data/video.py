@@ -121,9 +121,9 @@ def read_clip(
     `folder_fps` is the rate of a folder of images, which does not state one. `fit(frame, count)`
     resizes each frame (H, W, 3) of the `count` as it is decoded, so that they are never all held
     in their full size. `backend` as in `open_source`; None: decord where it is installed, else
-    PyAV, without a hand-over between them (`ClipReader` has one). Raises VideoError, naming the file, for one
-    that is missing, empty, cut off, damaged, shorter than asked for, or of a shape that `fit`
-    refuses.
+    PyAV, without a hand-over between them (`ClipReader` has one). Raises VideoError, naming the
+    file, for one that is missing, empty, cut off, damaged, shorter than asked for, or of a shape
+    that `fit` refuses.
     """
     config = config or FrameConfig()
     with open_source(path, backend or _installed(), folder_fps) as source:
