@@ -94,4 +94,6 @@ def test_every_source_is_in_the_table_and_no_kernel_uses_local_memory_but_the_kn
         files = {name.partition(" ")[0] for name in entries}
         assert files == {path.stem for path in cuda_resources.SOURCES.glob("*.cu")}, architecture
         spilling = {name for name, r in entries.items() if r["spills"] or r["stack"]}
-        assert all(" scalar_kernel<" in name for name in spilling), (architecture, spilling)
+        # Eight bytes of the one matrix kernel whose weights fill the registers, on sm_90.
+        known = (" scalar_kernel<", " matrix_kernel<2, 3, PatchSink<PatchShape<14, 2, 2>")
+        assert all(any(k in name for k in known) for name in spilling), (architecture, spilling)

@@ -18,8 +18,11 @@ enum class Source {
 
 inline Source source_of(const ResizeArgs& args) {
   if (args.column_stride == 3 && args.channel_stride == 1) {
+    // The width, too: 16 bytes at a time, a row's end must not lie within them. It may be the end
+    // of the storage.
     const auto bits = reinterpret_cast<std::uintptr_t>(args.frames) |
                       static_cast<std::uintptr_t>(args.row_stride) |
+                      static_cast<std::uintptr_t>(3 * args.horizontal.n_in) |
                       (args.n_frames > 1 ? static_cast<std::uintptr_t>(args.frame_stride) : 0);
     return bits % 16 == 0 ? Source::kPackedAligned : Source::kPacked;
   }
@@ -60,9 +63,7 @@ __device__ inline void load_row(const ResizeArgs& args, Source source, const uin
   auto* const words = reinterpret_cast<uint32_t*>(to);
   switch (source) {
     case Source::kPackedAligned:
-      // No byte past the row: it may be the last of the storage.
-      for (int i = 16 * lane; i < bytes; i += 16 * 32)
-        copy_async(to + i, from + i, min(16, bytes - i));
+      for (int i = 16 * lane; i < bytes; i += 16 * 32) copy_async(to + i, from + i);
       return;
     case Source::kPacked:
       for (int i = lane; 4 * i < bytes; i += 32) words[i] = load_word(from + 4 * i, bytes - 4 * i);

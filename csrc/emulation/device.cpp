@@ -25,12 +25,8 @@ enum class Wait { kNothing, kBlock, kWarp, kCluster, kEnded };
 struct Copy {
   void* to;
   const void* from;
-  int bytes;  // of 16; the rest is zeros
 
-  void arrive() const {
-    std::memset(to, 0, 16);
-    std::memcpy(to, from, static_cast<size_t>(bytes));
-  }
+  void arrive() const { std::memcpy(to, from, 16); }
 };
 
 struct Block;
@@ -396,7 +392,7 @@ void multiply_add(int (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], b
   }
 }
 
-void copy_async(void* shared, const void* global, int bytes) {
+void copy_async(void* shared, const void* global) {
   Thread& t = self();
   const auto* const begin = t.block->dynamic->data();
   const size_t size = (t.block->cluster->launch->shared_bytes + 15) / 16 * 16;
@@ -405,11 +401,10 @@ void copy_async(void* shared, const void* global, int bytes) {
     fail_launch("cp.async: both addresses must be multiples of 16");
   if (static_cast<char*>(shared) < begin || static_cast<char*>(shared) + 16 > begin + size)
     fail_launch("cp.async: outside dynamic shared memory");
-  if (bytes < 1 || bytes > 16) fail_launch("cp.async: expected 1 to 16 bytes");
   volatile char probe = static_cast<const char*>(global)[0];  // faults here, not in wait_copies()
-  probe = static_cast<const char*>(global)[bytes - 1];
+  probe = static_cast<const char*>(global)[15];
   (void)probe;
-  t.open.push_back({shared, global, bytes});
+  t.open.push_back({shared, global});
   if (t.block->cluster->late_copies) {
     fill_with_noise(static_cast<char*>(shared), 16);
   } else {

@@ -55,7 +55,7 @@ void* dynamic_shared();
 void sync_block();
 void sync_warp(unsigned mask);
 uint64_t shuffle(unsigned mask, uint64_t value, unsigned source_lane);
-void copy_async(void* shared, const void* global, int bytes);
+void copy_async(void* shared, const void* global);
 void commit_copies();
 void wait_copies(int pending);
 // As mma.sync.m16n8k32 of s8 (or u8) and u8: see csrc/cuda/ptx.cuh for the layouts.

@@ -7,9 +7,7 @@
 
 namespace vcr1::cuda {
 
-inline void copy_async(void* shared, const void* global, int bytes = 16) {
-  emulation::copy_async(shared, global, bytes);
-}
+inline void copy_async(void* shared, const void* global) { emulation::copy_async(shared, global); }
 inline void commit_copies() { emulation::commit_copies(); }
 template <int kPending>
 inline void wait_copies() {
