@@ -255,7 +255,7 @@ def test_the_command_checks_a_published_file_and_what_was_refused_of_it(tmp_path
     reported = []
     for arguments in ([str(name), "--format", "charades"], [str(records)]):
         output = tmp_path / "report.json"
-        assert cli.main(["data", "check", *arguments, "--no-media", "--json", str(output)]) == 0
+        assert cli.main(["data", "check", *arguments, "--no-media", "--json", str(output)]) == 1
         reported.append(json.loads(output.read_text()))
         assert "start not before end: 4 (0.0 %)" in capsys.readouterr().out
     assert reported[0] == reported[1]

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 import vcr1_fast
+from vcr1_fast.ops.backend import native
 from vcr1_fast.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -95,7 +96,10 @@ def brevity(predictions, records, durations):
 '''
 
 TRAIN_ONE_STEP = """
-import json, sys
+import sys
+# The finder of an editable install would import the package that the copy was made from.
+sys.meta_path[:] = [f for f in sys.meta_path if not type(f).__name__.startswith("ScikitBuild")]
+import json
 from pathlib import Path
 
 from tiny_run import configure, write_inputs
@@ -200,9 +204,10 @@ def test_a_list_is_all_that_an_addition_touches(name, tmp_path):
         target.write_text(text)
     (tmp_path / "train_one_step.py").write_text(TRAIN_ONE_STEP)
     paths = os.pathsep.join([str(tmp_path), str(ROOT / "python_tests")])
+    environment = {**os.environ, "PYTHONPATH": paths, "VCR1_NATIVE": native.__file__}
     done = subprocess.run(
         [sys.executable, "train_one_step.py", "work", name, ROOT / "python_tests/toy_task.py"],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True,
+        cwd=tmp_path, env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     (row,) = (tmp_path / "work/run/metrics.jsonl").read_text().splitlines()
