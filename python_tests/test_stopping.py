@@ -262,12 +262,17 @@ CRASH = """
     import torch
     from tiny_run import configure
     from test_stopping import reward_text
+    from vcr1_fast.model import checkpoint
     from vcr1_fast.train import scoring
     from vcr1_fast.train.loop import train
 
     scoring.own_rewards = reward_text
     model, records, output = map(Path, sys.argv[1:4])
-    OPTIONS = ("optim.steps=2", "run.save_every=1", "run.keep_checkpoints=1", "loss.beta=0")
+    OPTIONS = (
+        "optim.steps=2", "run.save_every=1", "run.keep_checkpoints=1", "loss.beta=0",
+        "optim.prompts_per_step=2", "rollout.group_size=2", "rollout.max_new_tokens=3",
+    )
+    checkpoint.load(model)  # what this imports late would be imported again in every fork
     torch.set_num_threads(1)  # a pool of threads does not survive a fork
     counted, last = 0, None
 
@@ -307,10 +312,22 @@ CRASH = """
 
     assert forked(output / "whole") == 0
     total = int((output / "count").read_text())
-    codes = [
-        [forked(output / str(n), n), forked(output / str(n))] for n in range(1, total + 1)
-    ]
-    print(json.dumps(codes))
+
+    def lane(first):
+        # Every second crash point, so that two cores have work.
+        child = os.fork()
+        if child == 0:
+            for n in range(first, total + 1, 2):
+                codes = forked(output / str(n), n), forked(output / str(n))
+                (output / str(n) / "codes").write_text(json.dumps(codes))
+            os._exit(0)
+        return child
+
+    for child in [lane(1), lane(2)]:
+        os.waitpid(child, 0)
+    print(json.dumps([
+        json.loads((output / str(n) / "codes").read_text()) for n in range(1, total + 1)
+    ]))
 """
 
 

@@ -296,6 +296,10 @@ def open_run(config: TrainConfig, *, reference: bool, kind: str = "grpo") -> Ite
             optimizer.load_state_dict(state["optimizer"])
             scales.load(state["scales"])
             done = state["step"]
+            if path in found:
+                # A kill between a checkpoint and the removal of older ones left these.
+                older = found[: found.index(path) + 1][: -config.run.keep_checkpoints]
+                leftovers = [*leftovers, *older]
             notes += [f"resuming after step {done} from {path}", *changed]
             del state  # several times the size of the model
         stack.enter_context(prompts_from(config.data.prompts, TASKS, think=config.data.think))
@@ -399,9 +403,17 @@ def named_checkpoint(path: Path, output: Path, found: list[Path]) -> Path | None
 
 
 def remove_leftovers(output: Path, leftovers: list[Path]) -> None:
-    """Remove what killed runs left: partial checkpoints and unfinished exports of the model."""
-    for path in [*leftovers, *output.glob(".model.*"), *output.glob(".adapter.*")]:
-        shutil.rmtree(path)
+    """Remove what killed runs left: partial checkpoints, unfinished exports, files that were never
+    renamed. Call it under the lock of the folder."""
+    # Folders of exports, and `files.replacing`'s names of files: .<stem>.<process><suffix>.
+    found = set(leftovers)  # a name may match two patterns
+    for pattern in (".model.*", ".adapter.*", ".*.[0-9]*"):
+        found.update(output.glob(pattern))
+    for path in found:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def prepare_model(config: TrainConfig, device: torch.device) -> tuple[nn.Module, Processor]:
