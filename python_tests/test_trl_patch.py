@@ -43,11 +43,13 @@ def undone():
 
 def assert_same_runs(ours, theirs, rtol=1e-5):
     assert len(ours) == len(theirs)
-    for mine, other in zip(ours, theirs, strict=True):
+    for step, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
         assert mine.keys() == other.keys()
+        # Adam divides by the root of second moments near 0: rounding of 1e-7 grows with each step.
+        bound = rtol * (1 + step)
         for name, value in other.items():
             # A loss of 0.04 is left of terms A log p of up to 10, each rounded to 1e-7 of itself.
-            assert mine[name] == pytest.approx(value, rel=rtol, abs=5e-6, nan_ok=True), name
+            assert mine[name] == pytest.approx(value, rel=bound, abs=5e-6, nan_ok=True), name
 
 
 RUNS = {
