@@ -89,7 +89,7 @@ def run_cases(
 def run_target(
     name: str, seed: int, first: int, seconds: float, cases: int | None
 ) -> dict[str, Any]:
-    """Run a target in processes of its own until the time is up."""
+    """Run a target in separate processes until the time is up."""
     total: dict[str, Any] = {"cases": 0, "executions": 0, "findings": []}
     began = time.monotonic()
     with tempfile.TemporaryFile() as state:

@@ -97,7 +97,7 @@ def test_missing_native_module_is_no_silent_fallback(double, monkeypatch):
     ],
 )
 def test_a_driver_too_old_for_the_runtime_makes_cuda_unavailable(driver, reason, monkeypatch):
-    """The kernels' static runtime needs a driver of its own major version; Triton does not."""
+    """The kernels' static runtime needs a driver of the same major version; Triton does not."""
     built = SimpleNamespace(has_cuda=True, cuda_versions=lambda: (driver, 13000))
     monkeypatch.setattr(backend, "native", built)
     found = backend.unavailable("cuda")

@@ -386,7 +386,7 @@ def newest_intact(found: list[Path], accelerator: Accelerator) -> tuple[Path, li
 
 
 def named_checkpoint(path: Path, output: Path, found: list[Path]) -> Path | None:
-    """The checkpoint of `run.resume_from`, None where the run has newer ones of its own to go on
+    """The checkpoint of `run.resume_from`, None where the run itself has newer ones to go on
     from. ValueError for a folder that is no checkpoint, or one of this run's that is not its
     newest: steps after it would be lost."""
     if path.resolve().parent == (output / "checkpoints").resolve():

@@ -46,7 +46,7 @@ def _rows(kind: str, task: str, place: str, entry: Mapping[str, Any], media: Pat
         raise ValueError("no turn of the user")
     question = _PLACEHOLDER.sub("", turns[asked[-1]][1]).strip()
     answers = [text for role, text in turns[asked[-1] + 1 :] if role == "assistant"]
-    # A solution of its own is what a reward compares with; the assistant's turn may reason.
+    # A reward compares with the row's `solution` if there is one: the assistant's turn may reason.
     given = next((entry[name] for name in _SOLUTIONS if name in entry), None)
     if given is None or (isinstance(given, list) and given and isinstance(given[0], dict)):
         given = _text(given) if given else (answers[-1] if answers else None)

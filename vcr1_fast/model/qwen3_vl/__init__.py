@@ -26,8 +26,8 @@ def _model_class() -> type[Any]:
 
 
 def _prepare_language_model(language_model: Any) -> None:
-    # DeepStack adds features behind a layer: to rows of vision tokens, which nobody reads behind
-    # the last one.
+    # DeepStack adds features after a layer, to rows of vision tokens: after the last layer those
+    # rows are unused.
     skip_unused_rows(language_model.layers[-1])
 
 
