@@ -203,9 +203,14 @@ class OptimConfig:
             )
 
 
+Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow", "swanlab"]
+
+
 @section
 class RunConfig:
     """Where the run writes, and how often."""
+
+    REPLACED: ClassVar = {"tensorboard": "replaced by trackers: [tensorboard], or [] for none"}
 
     output: str
     """Folder of this run: config.yaml, metrics.jsonl, rollouts.jsonl, checkpoints, model."""
@@ -225,8 +230,13 @@ class RunConfig:
     given up; then the run saves a checkpoint and ends. Several processes always finish the step."""
     log_rollouts_every: NonNegativeInt = 1
     """Steps between those whose completions are written to rollouts.jsonl; 0: never."""
-    tensorboard: bool = True
-    """Write the metrics for TensorBoard as well, where it is installed."""
+    trackers: tuple[Tracker, ...] | None = None
+    """Experiment trackers that get the metrics, samples and settings as well, all through
+    accelerate; null: TensorBoard where it is installed. Those named must be installed."""
+    project: str = "vcr1"
+    """Project of the run in trackers that have projects."""
+    track_samples_every: NonNegativeInt = 50
+    """Steps between tables of the worst completions, with film strips, in trackers; 0: none."""
     device: Literal["auto", "cpu"] = "auto"
     """Device of training; "auto": this process's GPU where there is one."""
 
@@ -254,7 +264,9 @@ class TrainConfig:
         "save_steps": "run.save_every",
         "save_total_limit": "run.keep_checkpoints",
         "resume_from_checkpoint": "run.resume_from",
-        "report_to": "run.tensorboard",
+        "report_to": "run.trackers",
+        "log_with": "run.trackers",
+        "wandb_project": "run.project",
         "log_completions": "run.log_rollouts_every",
         "learning_rate": "optim.lr",
         "lr_scheduler_type": "optim.schedule",

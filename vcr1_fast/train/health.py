@@ -30,9 +30,10 @@ class Health:
         skipped = int(metrics.get("skipped_updates", 0))
         if skipped:
             self._skipped_in_a_row += skipped
+            where = "; the completions are in skipped.jsonl" if "reward" in metrics else ""
             self.log(
-                f"step {step}: skipped {skipped} updates whose loss or gradient was not finite; "
-                "the completions are in skipped.jsonl"
+                f"step {step}: skipped {skipped} updates whose loss or gradient was not "
+                f"finite{where}"
             )
             if self._skipped_in_a_row > self.max_skipped_updates:
                 raise ValueError(

@@ -1,7 +1,10 @@
 """The set-up of a run, GRPO or SFT: process, model, data, log; resumed from a checkpoint."""
 
 import copy
+import resource
 import shutil
+import sys
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -59,8 +62,9 @@ from vcr1_fast.train.log import RunLog
 from vcr1_fast.train.optim import MasterAdamW
 from vcr1_fast.train.plan import Needs, data_lines, model_lines
 from vcr1_fast.train.planner import GIB, Planner
-from vcr1_fast.train.resume import check_same_run, identity, keep_settings
+from vcr1_fast.train.resume import check_same_run, flat_settings, identity, keep_settings
 from vcr1_fast.train.stopping import RunStopped, StopRequest, locked
+from vcr1_fast.train.trackers import check_installed, installed_default
 
 _SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
@@ -160,6 +164,17 @@ class Run:
         self.used += present
         return self.config.optim.prompts_per_step - present
 
+    def log_step(self, row: dict[str, Any]) -> None:
+        """Write a step's row, with what the run knows of it: the place in the data, the clock, the
+        memory, and whether it is healthy. ValueError after too many skipped updates in a row."""
+        step = row["step"]
+        row = row | {
+            "epoch": step * self.config.optim.prompts_per_step / len(self.source.records),
+            "time": round(time.time(), 3),
+            "memory_gib": peak_gib(self.accelerator.device),
+        }
+        self.log.step(row | self.health.check(step, row))
+
     def finish_step(self, step: int) -> None:
         """Write the checkpoint after `step` steps, if one is due.
 
@@ -235,6 +250,18 @@ class Run:
         return path
 
 
+def peak_gib(device: torch.device) -> float:
+    """GiB that tensors took at most on a GPU since the last call; on a CPU, those that the process
+    has taken at most."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak / GIB
+    # Kilobytes on Linux, bytes on macOS.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+
+
 @contextmanager
 def open_run(config: TrainConfig, *, reference: bool, kind: str = "grpo") -> Iterator[Run]:
     """Open a run of a kind ("grpo" or "sft"), resumed where its folder holds a checkpoint.
@@ -256,6 +283,10 @@ def open_run(config: TrainConfig, *, reference: bool, kind: str = "grpo") -> Ite
         # Before anything is read: another run may be writing checkpoints here.
         if main:
             stack.enter_context(locked(output))
+        named = config.run.trackers
+        names: Sequence[str] = installed_default() if named is None else named
+        if main:  # before weights are loaded, which takes minutes
+            check_installed(names)
         found, leftovers = checkpoints(output / "checkpoints")
         if main and not config.run.resume and (found or (output / "metrics.jsonl").exists()):
             raise ValueError(f"{output} holds a run already: resume it, or name another folder")
@@ -308,7 +339,8 @@ def open_run(config: TrainConfig, *, reference: bool, kind: str = "grpo") -> Ite
                 output,
                 config.optim.steps,
                 done,
-                tensorboard=config.run.tensorboard,
+                trackers=names,
+                settings=flat_settings(dump_config(config)),
                 active=main,
             )
         )

@@ -55,7 +55,7 @@ def sft(config: TrainConfig) -> Path:
                 ]
                 metrics = update(run, groups, learning_rate(step, run.config.optim))
             seconds = sum(watch.seconds.values())
-            run.log.step(
+            run.log_step(
                 {
                     "step": step + 1,
                     **metrics,
