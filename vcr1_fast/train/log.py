@@ -17,7 +17,16 @@ from vcr1_fast.train.trackers import TrackedSample, Trackers
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
-SHOWN = ("reward", "finished", "loss", "kl", "length", "grad_norm", "tokens_per_second")
+SHOWN = (
+    "reward",
+    "val/score",
+    "finished",
+    "loss",
+    "kl",
+    "length",
+    "grad_norm",
+    "tokens_per_second",
+)
 """Metrics of the progress line; a narrow terminal shows the first ones."""
 PLAIN_EVERY = 5.0
 """Seconds between lines where the output is a file or a pipe."""

@@ -81,12 +81,13 @@ def train(config: TrainConfig) -> Path:
             with watch.stage("policy"):
                 metrics = update_policy(run, groups, learning_rate(step, run.config.optim))
 
-            # 5. Log, then checkpoint: rows of steps after the last checkpoint are cut on resuming.
+            # 5. Log, evaluate, then checkpoint: a resume cuts the rows of steps after the last one.
             metrics |= {"quarantined": run.missing(samples), **scoring.take_metrics()}
             skipped = bool(metrics["skipped_updates"])
             log_completions(run, step, samples, rollouts, scored, advantages, skipped=skipped)
             size = config.rollout.group_size
-            run.log_step(step_row(step + 1, everyone, metrics, watch, group_size=size))
+            row = step_row(step + 1, everyone, metrics, watch, group_size=size)
+            run.log_step(row | run.validate(step + 1))
             run.finish_step(step + 1)
         return run.export()
 

@@ -62,6 +62,7 @@ def sft(config: TrainConfig) -> Path:
                     "quarantined": run.missing(samples),
                     "tokens_per_second": metrics["num_tokens"] / max(seconds, 1e-9),
                     **{f"seconds/{name}": value for name, value in watch.seconds.items()},
+                    **run.validate(step + 1),
                 }
             )
             run.finish_step(step + 1)
