@@ -432,7 +432,7 @@ def _assert_same(ours, theirs, tolerance):
         assert error <= tolerance * float(gradient.abs().max()), (name, error)
 
 
-@pytest.mark.parametrize("backend", ["fused", "merged", "masked"])
+@pytest.mark.parametrize("backend", ["fused", "merged", "varlen", "masked"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_the_shared_step_equals_each_completion_alone(loaded, shape, backend):
     model, processor = loaded
