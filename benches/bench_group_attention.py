@@ -2,8 +2,8 @@
 
 "G copies" is what trainers without sharing run: causal SDPA over prompt and completion, G times.
 "masked" is one SDPA for the completions of a group and one for its prompt; "torch's CPU kernels"
-merges two parts by their log-sum-exps, and so does "varlen flash" with those for CUDA, two calls for
-any number of groups; FlexAttention takes the pack in one call, compiled.
+merges two parts by their log-sum-exps, and so does "varlen flash" with those for CUDA, two
+calls for any number of groups; FlexAttention takes the pack in one call, compiled.
 
 The limit, "one product", is a square matrix product of as many multiply-adds (2 D for each query,
 head and key it sees forward, and 5 D more backward), on the CPU in float32, which the kernel

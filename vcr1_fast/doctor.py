@@ -126,9 +126,7 @@ def models() -> list[tuple[str, str]]:
     if torch.cuda.is_available():
         # Heads of Qwen2.5-VL-3B; a model's are checked when it is loaded.
         reason = missing_varlen(torch.device("cuda"), torch.bfloat16, 16, 2, 128)
-        rows.append(
-            ("attention on CUDA", reason or "torch's varlen flash kernels, as exact as plain")
-        )
+        rows.append(("attention on CUDA", reason or "torch's varlen flash kernels"))
     if importlib.util.find_spec("transformers") is None:
         return rows  # listed as missing; families compare themselves with it
     # A family may serve several types.
