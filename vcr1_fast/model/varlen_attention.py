@@ -184,7 +184,8 @@ def varlen_group_attention(
             end, rows = spans[-1].end, query.shape[2]
             raise ValueError(f"groups end at row {end}, the sequence has {rows}")
         layout = spans[0].cache[place] = VarlenLayout.of(spans, is_last)
-    q, k, v = (_dense_rows(x[0].transpose(0, 1)) for x in (query, key, value))
+    # `squeeze`: the gradient of an index would be a copy into zeros.
+    q, k, v = (_dense_rows(x.squeeze(0).transpose(0, 1)) for x in (query, key, value))
     return _VarlenParts.apply(q, k, v, scaling, layout)[None]
 
 
@@ -247,7 +248,7 @@ def merge_into(out: Tensor, lse: Tensor, rows: Rows, other: tuple[Tensor, Tensor
     share = torch.sigmoid(other_lse.t() - mine)[..., None]
     # In float32 until the last copy: two roundings of half-precision sums would cost a bit.
     merged = (_take(out, rows) * (1 - share)).addcmul_(other_out, share)
-    _put(out, rows, merged.to(out.dtype))
+    _put(out, rows, merged)
     _put(lse.t(), rows, torch.logaddexp(mine, other_lse.t()))
 
 
@@ -259,12 +260,12 @@ def _put(x: Tensor, rows: Rows, values: Tensor) -> None:
     if isinstance(rows, slice):
         x[rows] = values
     else:
-        x.index_copy_(0, rows, values)
+        x.index_copy_(0, rows, values.to(x.dtype))
 
 
 def _add(x: Tensor, rows: Rows, values: Tensor) -> None:
     if isinstance(rows, slice):
-        x[rows] += values
+        x[rows].add_(values)  # `+=` would copy the sum onto itself
     else:
         x.index_add_(0, rows, values)  # rows differ: the order of additions is no matter
 
