@@ -517,8 +517,10 @@ def test_an_interrupt_does_not_wait_for_a_reward_that_hangs(tmp_path):
     """rewards.timeout bounds nothing here (null); the exit must not join the thread that hangs."""
     (tmp_path / "hangs.py").write_text(
         "import threading\n"
+        "called = threading.Event()\n"
         "def forever(completions, records, durations):\n"
         "    print('called', flush=True)\n"
+        "    called.set()\n"
         "    threading.Event().wait()\n"
     )
     (tmp_path / "run.py").write_text(
@@ -528,8 +530,7 @@ def test_an_interrupt_does_not_wait_for_a_reward_that_hangs(tmp_path):
         "with Scoring(config('rewards.timeout=null'), functions) as scoring:\n"
         "    for _ in range(2):\n"
         "        scoring.submit([Sample(SPAN, None, 10.0)], [sampled('x')], [None])\n"
-        "    while not scoring._parts[0].running():\n"
-        "        pass\n"
+        "    functions[0].function.__globals__['called'].wait()\n"
         "    raise KeyboardInterrupt\n"
     )
     done = subprocess.run(
