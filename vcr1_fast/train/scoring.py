@@ -217,7 +217,7 @@ class Scoring:
     ) -> None:
         if kind is not None and isinstance(self.judge, ModelJudge):
             self.judge.close()  # or the exit would wait for its replies
-        # After an error nobody reads what is still queued. A part that runs ends with the process.
+        # After an error the queued parts are dropped. A part that runs ends with the process.
         for part in self._parts:
             part.cancel()
 
