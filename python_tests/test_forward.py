@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from gpu_backend import needs_gpu
 
 from vcr1_fast.model import attention, checkpoint, packing, partial_attention
 from vcr1_fast.model.forward import completion_hidden, lm_head
@@ -252,6 +253,25 @@ def test_lower_precision_stays_close_to_the_plain_form(directory, dtype, toleran
     for name in theirs:
         error = (ours[name] - theirs[name]).norm() / (1e-3 + theirs[name].norm())
         assert error < tolerance, name
+
+
+@needs_gpu
+def test_flash_kernels_on_a_gpu_stay_as_close_as_masks(directory):
+    """In bfloat16, against float32 on the same GPU; "auto" takes the kernels."""
+    device = torch.device("cuda")
+    model, processor = checkpoint.load(directory, dtype="bfloat16", device=device)
+    exact, _ = checkpoint.load(directory, dtype="bfloat16", device=device)
+    groups = _groups(processor, 1, SHAPES["ragged groups"])
+    heads = (CONFIG.heads, CONFIG.kv_heads, CONFIG.hidden_size // CONFIG.heads)
+    assert attention.resolve_backend("auto", device, torch.bfloat16, heads) == "varlen"
+    attention.prepare_attention(exact.float(), "masked")
+    truth = _gradients(exact, _group_log_probs(exact, groups))
+    errors = []
+    for backend in ("auto", "masked"):
+        attention.prepare_attention(model, backend)
+        ours = _gradients(model, _group_log_probs(model, groups))
+        errors.append(sum(float((ours[n].float() - g).norm()) for n, g in truth.items()))
+    assert errors[0] < 1.5 * errors[1]
 
 
 def _difference(model, groups):

@@ -5,6 +5,7 @@ from itertools import accumulate, pairwise
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from gpu_backend import needs_gpu
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -404,6 +405,23 @@ def test_the_check_leaves_the_users_random_numbers_and_modes():
     with torch.inference_mode():
         assert max(_errors(torch.float64).values()) < 1e-12
         assert torch.equal(torch.rand(1), want)
+
+
+def test_the_check_may_be_first_called_under_checkpointing_and_autocast():
+    """A pass's recomputation does not check again: tensors that the check saved would be missed."""
+    found = []
+
+    def layer(x):
+        if not found:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                found.append(max(_errors(torch.float32).values()))
+        return (x * x).exp()
+
+    x = torch.linspace(0, 1, 4, requires_grad=True)
+    out = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
+    out.sum().backward()
+    assert found[0] < 1e-5
+    assert torch.allclose(x.grad, 2 * x * (x * x).exp())
 
 
 @pytest.fixture

@@ -458,20 +458,30 @@ def _missing_operators() -> str | None:
     return None
 
 
-# A check may be the first thing in a pass without gradients.
-@torch.inference_mode(False)
-@torch.enable_grad()
 def _errors(
     device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, dim: int
 ) -> dict[str, float]:
     """The largest error of a row of values, and of each gradient, relative to that row's norm plus
     the mean of all: a relative error where a row is large, and no matter where it cancels."""
+    # The first pass may come to this inside of what the caller set up: no gradients; autocast,
+    # which would round the dense softmax; checkpointing, whose hooks would count our tensors.
+    keep = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+    autocast = torch.autocast(device.type, enabled=False)
+    with torch.inference_mode(False), torch.enable_grad(), autocast, keep:
+        return _compare(device, dtype, (heads, kv_heads, dim))
+
+
+def _compare(
+    device: torch.device, dtype: torch.dtype, sizes: tuple[int, int, int]
+) -> dict[str, float]:
+    heads, kv_heads, dim = sizes
     spans: list[Span] = []
     for prompt, lengths in _CHECKED:
         spans.append(Span(spans[-1].end if spans else 0, prompt, lengths, device))
     generator = torch.Generator().manual_seed(0)  # the user's random numbers stay as they are
     shapes = [(1, n, spans[-1].end, dim) for n in (heads, kv_heads, kv_heads, heads)]
-    values = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
+    on_cpu = [torch.randn(shape, generator=generator, device="cpu") for shape in shapes]
+    values = [x.to(device, dtype) for x in on_cpu]
     exact = torch.promote_types(dtype, torch.float32)
     errors = {}
     for is_last in (False, True):
