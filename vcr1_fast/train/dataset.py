@@ -30,6 +30,12 @@ class Sample:
     duration: float | None
 
 
+def own_places(first: int, count: int, rank: int, ranks: int) -> range:
+    """Those of the places first .. first + count - 1 that belong to one of `ranks`."""
+    # Interleaved, so that a step's prompts are the same for any number of ranks.
+    return range(first + (rank - first) % ranks, first + count, ranks)
+
+
 @dataclass(frozen=True)
 class Sampler:
     """Which record comes at which place of an endless sequence of epochs.
@@ -58,10 +64,7 @@ class Sampler:
         """Record numbers at places first .. first + count - 1, those of one of `ranks` only."""
         # One permutation per epoch, however many places are asked for.
         order, epoch = np.empty(0, np.int64), -1
-        for place in range(first, first + count):
-            # Interleaved, so that a step's prompts are the same for any number of ranks.
-            if place % ranks != rank:
-                continue
+        for place in own_places(first, count, rank, ranks):
             if place // self.size != epoch:
                 epoch = place // self.size
                 order = self._order(epoch)
@@ -146,16 +149,16 @@ class PromptSource:
     ) -> Iterator[list[Sample]]:
         """The batches of steps first_step .. last_step - 1; each is this rank's part of `size`
         places. ValueError when no record of the data is left."""
-        places = [
-            list(self.sampler.places(step * size, size, rank, ranks))
-            for step in range(first_step, last_step)
-        ]
-        # One stream over all steps, so that workers read ahead across the borders of steps.
-        stream = self._stream(self.records[i] for step in places for i in step)
-        for step in places:
+        # One stream over all steps, so that workers read ahead across the borders of steps; places
+        # are taken as the reader needs them: a run may have more steps than a list should hold.
+        places = self.sampler.places(
+            first_step * size, (last_step - first_step) * size, rank, ranks
+        )
+        stream = self._stream(self.records[i] for i in places)
+        for step in range(first_step, last_step):
             began = time.perf_counter()
             batch = []
-            for _ in step:
+            for _ in own_places(step * size, size, rank, ranks):
                 record, clip = next(stream)
                 sample = self._sample(record, clip)
                 if sample is not None:
