@@ -3,7 +3,7 @@
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -13,6 +13,7 @@ from vcr1_fast.data.records import Record, load_records
 from vcr1_fast.data.requests import clip_key, clip_request
 from vcr1_fast.data.video import Clip, ClipReader, ClipRequest, VideoError
 from vcr1_fast.model.processor import Processor, Prompt
+from vcr1_fast.model.staging import Staging
 from vcr1_fast.tasks import TASKS
 from vcr1_fast.train.config import DataConfig
 
@@ -118,7 +119,8 @@ class _Slot:
 class PromptSource:
     """Batches of prompts, steps ahead of the consumer where workers decode.
 
-    A record that cannot be shown goes to `quarantine` and is missing from its batch; all other
+    `stage` makes the patches of clips on the model's device; None: workers resize the frames. A
+    record that cannot be shown goes to `quarantine` and is missing from its batch; all other
     records stay where they are. Use it in a `with` statement.
     """
 
@@ -129,9 +131,10 @@ class PromptSource:
         config: DataConfig,
         quarantine: Quarantine,
         sampler: Sampler,
+        stage: Staging | None = None,
     ) -> None:
         self.records, self.processor, self.config = records, processor, config
-        self.quarantine, self.sampler = quarantine, sampler
+        self.quarantine, self.sampler, self.stage = quarantine, sampler, stage
         self._seconds = 0.0
         self._cache = ByteCache[Clip](config.cache_mb * 2**20, lambda clip: clip.frames.nbytes)
         # Ids, not places: a bad record comes again in every epoch and is quarantined once.
@@ -140,8 +143,10 @@ class PromptSource:
             backend=config.decoder,
             timeout=config.decode_timeout,
             workers=config.decode_workers,
-            # In the worker: a full-size clip may be 100 times as large between processes.
-            fit=processor.fit(),
+            prefetch_bytes=config.prefetch_mb << 20,
+            # Small frames leave the worker, unless a GPU resizes them faster than it does.
+            fit=processor.fit() if stage is None else None,
+            stage=stage,
         )
 
     def batches(
@@ -159,8 +164,8 @@ class PromptSource:
             began = time.perf_counter()
             batch = []
             for _ in own_places(step * size, size, rank, ranks):
-                record, clip = next(stream)
-                sample = self._sample(record, clip)
+                # No name may hold the last clip of a batch while the step runs.
+                sample = self._sample(*next(stream))
                 if sample is not None:
                     batch.append(sample)
             if len(self._bad) == len(self.records):
@@ -212,14 +217,15 @@ class PromptSource:
         results = self._reader.read(requests())
         while True:
             if planned and not planned[0][1].pending:
-                record, slot = planned.popleft()
-                yield record, slot.clip
+                yield _opened(*planned.popleft())
             elif (result := next(results, None)) is not None:
                 key, slot = waiting.popleft()
                 slot.clip, slot.pending = result, False
                 del requested[key]
                 if isinstance(result, Clip):
-                    self._cache.put(key, result)
+                    # In main memory alone: patches on the device are the step's.
+                    self._cache.put(key, replace(result, staged=None))
+                del result, slot
             elif planned:
                 # Looking for a request, the reader has planned cached records up to its limit.
                 assert not planned[0][1].pending, "the reader left a request without an answer"
@@ -234,6 +240,8 @@ class PromptSource:
         try:
             if isinstance(clip, VideoError):
                 raise clip
+            if self.stage is not None and clip.staged is None:
+                clip = self.stage.stage(clip)  # from the cache, or there was no memory before
             text = TASKS[record.task].prompt(record, self.config.think)
             prompt = self.processor.prompt(text, [clip], system=self.config.system)
         except (ValueError, KeyError) as error:
@@ -250,6 +258,10 @@ class PromptSource:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _opened(record: Record, slot: _Slot) -> tuple[Record, Clip | VideoError | None]:
+    return record, slot.clip
 
 
 def training_records(config: DataConfig, quarantine: Quarantine) -> list[Record]:
