@@ -11,7 +11,7 @@ OP_STEMS := native properties cuda_emulation $(basename $(notdir $(shell find cs
 OP_TESTS := $(wildcard $(addsuffix .py,$(addprefix python_tests/test_,$(sort $(OP_STEMS)))))
 CLANG_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build demo test first-hour odd-media fuzz soak sanitize cuda-check lint format docs bench gpu-check inplace clean
+.PHONY: build demo test first-hour odd-media fuzz soak sanitize cuda-check lint format docs bench gpu-build gpu-check inplace clean
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -56,6 +56,7 @@ test: $(VENV)/.built $(VENV)/.oracle $(VENV)/.trl-previous $(EMULATION)  ## Ever
 	TRITON_INTERPRET=1 $(PY) -m pytest -q -k triton $(OP_TESTS)
 	# CUDA kernels run here in a process whose native module emulates a GPU.
 	$(if $(EMULATION),VCR1_NATIVE=$$(ls $(CURDIR)/build/emulation/_C*.so) $(PY) -m pytest -q -k cuda $(OP_TESTS))
+	$(if $(EMULATION),VCR1_NATIVE=$$(ls $(CURDIR)/build/emulation/_C*.so) $(PY) benches/gpu_check.py --emulate)
 	PYTHONPATH=$(VENV)/oracle $(PY) -m pytest -q -k 'torchvision or transformers or rouge or jiwer' \
 	  $(OP_TESTS) python_tests/test_text.py
 	PYTHONPATH=$(VENV)/trl-previous TRITON_INTERPRET=1 $(PY) -m pytest -q \
@@ -129,9 +130,11 @@ inplace:  ## Build the native module beside the sources, for PYTHON and the torc
 	cmake --build build/inplace --parallel
 	cmake --install build/inplace --prefix .
 
-gpu-check: inplace  ## On a GPU machine: the gpu tests and the benches, with that machine's torch and peers.
-	PYTHONPATH=. $(PYTHON) -m pytest -m gpu
-	set -e; for bench in benches/bench_*.py; do PYTHONPATH=. $(PYTHON) $$bench --device cuda $(ARGS); done
+gpu-build:  ## Compile the module with nvcc, for PYTHON, to be carried to a GPU machine (needs no GPU).
+	$(PYTHON) benches/gpu_check.py --build-only $(ARGS)
+
+gpu-check:  ## On a GPU machine, with its torch: small shapes, sanitizers, tests, benches in 12 minutes.
+	$(PYTHON) benches/gpu_check.py $(ARGS)
 
 clean:
 	rm -rf build dist $(VENV)

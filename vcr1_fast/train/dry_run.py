@@ -102,6 +102,7 @@ def clip_tokens(
         backend=data.decoder,
         timeout=data.decode_timeout,
         workers=data.decode_workers,
+        prefetch_bytes=data.prefetch_mb << 20,
         fit=processor.fit(),
     ) as reader:
         requests = (clip_request(record, processor.frames) for record in sampled)

@@ -29,6 +29,7 @@ from vcr1_fast.model.checkpoint import load, save, save_adapter
 from vcr1_fast.model.family import family_of
 from vcr1_fast.model.forward import prompt_features
 from vcr1_fast.model.processor import Processor
+from vcr1_fast.model.staging import staging
 from vcr1_fast.model.vision import freeze_vision, vision_is_frozen
 from vcr1_fast.model.wrapping import checkpoint_activations, unwrap
 from vcr1_fast.ops.memory import available_bytes
@@ -333,8 +334,12 @@ def open_run(config: TrainConfig, *, reference: bool, kind: str = "grpo") -> Ite
             quarantine = Quarantine(listed)
         # From here on each rank reports the clips that it decodes itself.
         quarantine.log = partial(log.message, every_rank=True)
+        stage = staging(model, processor, config.data.resize)
+        log.message(f"frames are resized by {'workers' if stage is None else stage.device}")
         source = stack.enter_context(
-            PromptSource(chosen.records, processor, config.data, quarantine, chosen.sampler)
+            PromptSource(
+                chosen.records, processor, config.data, quarantine, chosen.sampler, stage=stage
+            )
         )
         planner = Planner(
             model,
