@@ -15,12 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import (
-    DistributedType,
-    broadcast_object_list,
-    gather_object,
-    set_seed,
-)
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object, set_seed
 from torch import Tensor, nn
 
 from vcr1_fast.config.loader import dump_config
@@ -63,12 +58,15 @@ from vcr1_fast.train.log import RunLog
 from vcr1_fast.train.optim import MasterAdamW
 from vcr1_fast.train.plan import Needs, data_lines, model_lines
 from vcr1_fast.train.planner import GIB, Planner
+<<<<<<< HEAD
 from vcr1_fast.train.resume import check_same_run, flat_settings, identity, keep_settings
+=======
+from vcr1_fast.train.ranks import open_ranks
+from vcr1_fast.train.resume import check_same_run, identity, keep_settings
+>>>>>>> fsdp
 from vcr1_fast.train.stopping import RunStopped, StopRequest, locked
 from vcr1_fast.train.trackers import check_installed, installed_default
 from vcr1_fast.train.validation import Validation
-
-_SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
 @dataclass(eq=False)
@@ -305,12 +303,11 @@ def open_run(config: TrainConfig, *, reference: bool, kind: str = "grpo") -> Ite
     `reference`: whether the loss has a KL term to the untrained model. ValueError names the
     setting, file or run in the way.
     """
-    # No `prepare`: gradients are summed by hand (`optim.sum_gradients`), without DDP's hooks.
-    accelerator = Accelerator(cpu=config.run.device == "cpu")
-    if accelerator.distributed_type in _SHARDED:
+    accelerator = open_ranks(config.run.device)
+    if accelerator.distributed_type == DistributedType.FSDP:
         raise ValueError(
-            f"accelerate is set to use {accelerator.distributed_type.value}, but every process "
-            "holds the whole model here: launch with --multi_gpu"
+            "accelerate is set to use FSDP, but every process holds the whole model here: launch "
+            "with --multi_gpu"
         )
     set_seed(config.run.seed)
     output = Path(config.run.output)
