@@ -58,12 +58,8 @@ from vcr1_fast.train.log import RunLog
 from vcr1_fast.train.optim import MasterAdamW
 from vcr1_fast.train.plan import Needs, data_lines, model_lines
 from vcr1_fast.train.planner import GIB, Planner
-<<<<<<< HEAD
-from vcr1_fast.train.resume import check_same_run, flat_settings, identity, keep_settings
-=======
 from vcr1_fast.train.ranks import open_ranks
-from vcr1_fast.train.resume import check_same_run, identity, keep_settings
->>>>>>> fsdp
+from vcr1_fast.train.resume import check_same_run, flat_settings, identity, keep_settings
 from vcr1_fast.train.stopping import RunStopped, StopRequest, locked
 from vcr1_fast.train.trackers import check_installed, installed_default
 from vcr1_fast.train.validation import Validation
