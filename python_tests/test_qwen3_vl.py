@@ -31,11 +31,12 @@ from vcr1_fast.model.files import CheckpointError
 from vcr1_fast.model.forward import completion_hidden, completion_logps, lm_head, prompt_features
 from vcr1_fast.model.packing import Group
 from vcr1_fast.model.prompt import next_position
-from vcr1_fast.model.qwen3_vl.frames import ClipFrames
-from vcr1_fast.model.qwen3_vl.positions import mrope_positions
-from vcr1_fast.model.qwen3_vl.preprocessor import LAYOUT, VideoProcessorConfig, clip_size
-from vcr1_fast.model.qwen3_vl.processor import END, PAD, START, Processor
+from vcr1_fast.model.qwen3_vl.processor import Processor, VideoProcessorConfig
 from vcr1_fast.model.rollout import SamplingConfig, rollout
+from vcr1_fast.model.timed_text.frames import ClipFrames
+from vcr1_fast.model.timed_text.positions import mrope_positions
+from vcr1_fast.model.timed_text.preprocessor import LAYOUT, clip_size
+from vcr1_fast.model.timed_text.processor import END, PAD, START
 from vcr1_fast.model.vision import encode_videos, freeze_vision, reorder_frames, vision_is_frozen
 from vcr1_fast.model.wrapping import checkpoint_activations
 from vcr1_fast.train import scoring
