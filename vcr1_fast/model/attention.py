@@ -74,7 +74,7 @@ def attention(
     """Attention that transformers calls in every layer; query (B, H, N, D), key and value
     (B, heads, N, D).
 
-    `spans`: the sequence is a pack of groups. `shared_prefix`: one new token a completion, see
+    `spans`: the sequence is a pack of groups. `shared_prefix` alone: one new token a completion, see
     `decode.py`. Neither: transformers' own SDPA, causal if the mask is `dummy_mask`. Returns
     (B, N, H, D).
 

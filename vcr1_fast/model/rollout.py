@@ -136,8 +136,8 @@ class TokenStep:
 class GraphedStep:
     """`step` recorded as a CUDA graph, again whenever the memory's buffers have been replaced.
 
-    Recording runs the step twice, which writes the same keys to the same place both times. The next
-    call overwrites what a call returns.
+    Recording runs the step once more, which writes the same keys to the same place; states, which a
+    step advances, are put back. The next call overwrites what a call returns.
     """
 
     def __init__(self, step: TokenStep) -> None:
@@ -163,11 +163,15 @@ class GraphedStep:
         # the new one can have its memory.
         self.inputs = tuple(x.clone() for x in inputs)
         self.graph = self.sampled = None
+        states = [x for state in self.step.memory.states.values() for x in state]
+        kept = [x.clone() for x in states]
         here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
         aside.wait_stream(here)
         with torch.cuda.stream(aside):
             self.step(*self.inputs)  # libraries make their workspaces in a first run
         here.wait_stream(aside)
+        for state, before in zip(states, kept, strict=True):
+            state.copy_(before)
         self.graph = torch.cuda.CUDAGraph()
         # By default a CUDA call of any thread spoils the recording: of data loaders, of judges.
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
@@ -239,6 +243,7 @@ class _Run:
             embeddings[None],
             positions[:, None],
             kv_cache=self.memory,
+            shared_prefix=self.memory,  # layers without keys keep their states there
             spans=tuple(
                 Span(end - len(prompt), len(prompt), (), self.device)
                 for end, prompt in zip(ends, prompts, strict=True)
