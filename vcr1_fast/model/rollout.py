@@ -48,7 +48,8 @@ class Rollout:
     tokens: (C,) int64, with the end-of-turn token where it was reached; logps: (C,)
     log-probabilities under the distribution they were sampled from; full_logps: under the plain
     softmax at the sampling temperature, without truncation or banned tokens: the ones that a
-    training forward gives; texts: decoded without special tokens; finished: ended by itself rather
+    training forward gives; texts: the assistant's whole turns, decoded without special tokens, with
+    what the chat template opened for them (`Prompt.opened`); finished: ended by itself rather
     than by `max_new_tokens`; vision: for each prompt the features of its clips and images
     (vision tokens, levels * H), on the model's device, or None.
     """
@@ -101,7 +102,7 @@ def rollout(
         run.decode(hidden.repeat_interleave(group_size, dim=0), group_size, generator)
     finally:
         base.train(training)
-    return run.result(group_size, features)
+    return run.result(group_size, features, [prompt.opened for prompt in prompts])
 
 
 class TokenStep:
@@ -326,7 +327,9 @@ class _Run:
         self.memory.select(None if whole else prompts.to(self.device), kept)
         return kept
 
-    def result(self, group_size: int, features: Sequence[Tensor | None]) -> Rollout:
+    def result(
+        self, group_size: int, features: Sequence[Tensor | None], opened: Sequence[str]
+    ) -> Rollout:
         tokens, logps = self.tokens.cpu(), self.logps.cpu()
 
         def grouped(values: Sequence[T]) -> list[list[T]]:
@@ -337,7 +340,12 @@ class _Run:
             tokens=grouped(completions),
             logps=grouped([logps[0, i, :n].clone() for i, n in enumerate(self.lengths)]),
             full_logps=grouped([logps[1, i, :n].clone() for i, n in enumerate(self.lengths)]),
-            texts=grouped([self.processor.decode(c) for c in completions]),
+            texts=grouped(
+                [
+                    opened[i // group_size] + self.processor.decode(c)
+                    for i, c in enumerate(completions)
+                ]
+            ),
             finished=grouped(self.finished),
             vision=list(features),
         )

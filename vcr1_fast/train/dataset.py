@@ -232,7 +232,9 @@ class PromptSource:
             if isinstance(clip, VideoError):
                 raise clip
             text = TASKS[record.task].prompt(record, self.config.think)
-            prompt = self.processor.prompt(text, [clip], system=self.config.system)
+            prompt = self.processor.prompt(
+                text, [clip], system=self.config.system, think=self.config.think
+            )
         except (ValueError, KeyError) as error:
             self._bad.add(record.id)
             self.quarantine.add(record.id, record.media, str(error))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vcr1_fast.model.family import LANGUAGE_MODEL_TARGETS, Family, LayerSizes, ModelSizes
 from vcr1_fast.model.last_layer import skip_unused_rows
+from vcr1_fast.model.qwen3_5.delta_rule import rule_bytes
 from vcr1_fast.model.qwen3_5.processor import Processor
 from vcr1_fast.model.qwen3_5.tiny import TinyConfig, write_tiny
 from vcr1_fast.model.timed_text.preprocessor import LAYOUT
@@ -59,16 +60,33 @@ def _sizes(config: Any) -> ModelSizes:
     queries, keys = (
         text.head_dim * heads for heads in (text.num_attention_heads, text.num_key_value_heads)
     )
+    heads, linear = text.linear_num_value_heads, text.layer_types.count("linear_attention")
+    values, key_values = heads * text.linear_value_head_dim, heads * text.linear_key_head_dim
+    channels = 2 * text.linear_num_key_heads * text.linear_key_head_dim + values
+    # Tensors kept in half of their number, as `LayerSizes.queries` counts them. Attention: the
+    # norms of queries and keys as in other models with norms, the gate and its product. Gated
+    # DeltaNet: the convolution's input, output and activation, queries and keys of all heads, and
+    # the gated norm, half of it in float32.
+    attention = 2.5 * queries + 1.5 * keys + queries
+    delta_net = (3 * channels + 2 * key_values + 9 * values) / 2
+    mean = ((text.num_hidden_layers - linear) * (attention + keys) + linear * delta_net) / (
+        text.num_hidden_layers
+    )
     return ModelSizes(
         text=LayerSizes(
             depth=text.num_hidden_layers,
             width=text.hidden_size,
-            queries=queries + 1.5 * (queries + keys),
+            queries=mean - keys,
             keys=keys,
             mlp=text.intermediate_size,
         ),
         vision=encoder_sizes(config.vision_config),
         vocabulary=text.vocab_size,
+        # float32, whatever the model's dtype; the convolution's inputs at most that.
+        state_bytes=4.0
+        * linear
+        * (key_values * text.linear_value_head_dim + channels * (text.linear_conv_kernel_dim - 1)),
+        layer_bytes=rule_bytes(heads, text.linear_key_head_dim, text.linear_value_head_dim),
     )
 
 
