@@ -287,7 +287,7 @@ def test_positions_refuse_grids_that_do_not_match():
         mrope_positions(types, torch.tensor([[2, 4, 6]]), none)
 
 
-# --- settings files and runs ------------------------------------------------------------------------
+# --- settings files and runs ----------------------------------------------------------------------
 
 
 def test_a_checkpoint_of_another_patch_size_is_refused(name, directory, tmp_path):
