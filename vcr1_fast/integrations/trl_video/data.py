@@ -101,10 +101,12 @@ def _rewards(task: Task) -> list[RewardFunction]:
             record: list[str],
             duration: list[float],
             think: list[bool],
-            opened: list[str],
+            opened: list[str] | None = None,
             **_: Any,
         ) -> list[float | None]:
-            # The reasoning that the chat template opened is a part of the turn.
+            # The reasoning that the chat template opened is a part of the turn; a trainer that is
+            # not ours has no such column.
+            opened = [""] * len(completions) if opened is None else opened
             texts = [
                 begun + turns[0]["content"]
                 for begun, turns in zip(opened, completions, strict=True)
