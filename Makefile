@@ -11,7 +11,7 @@ OP_STEMS := native properties cuda_emulation $(basename $(notdir $(shell find cs
 OP_TESTS := $(wildcard $(addsuffix .py,$(addprefix python_tests/test_,$(sort $(OP_STEMS)))))
 CLANG_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build demo test first-hour odd-media fuzz soak sanitize cuda-check lint format docs bench gpu-build gpu-check inplace clean
+.PHONY: build demo test first-hour odd-media fuzz soak learn sanitize cuda-check lint format docs bench gpu-build gpu-check inplace clean
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -75,6 +75,9 @@ fuzz: $(VENV)/.built  ## Parsers, records, decoders and native code on hostile i
 SOAK ?= --minutes 60
 soak: $(VENV)/.built  ## The demo's training, killed every minute, beside a run left alone; takes twice SOAK's minutes.
 	$(PY) python_tests/soak.py $(SOAK)
+
+learn: $(VENV)/.built  ## Each family learns from clips: fine-tuning, then GRPO, minutes a family.
+	$(PY) python_tests/learn.py $(ARGS)
 
 # Native code under AddressSanitizer and UBSan, in a separate build that VCR1_NATIVE names. The
 # runtimes are preloaded because Python itself lacks them, and libstdc++ too, or they miss

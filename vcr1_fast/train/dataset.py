@@ -247,7 +247,9 @@ class PromptSource:
             if self.stage is not None and clip.staged is None:
                 clip = self.stage.stage(clip)  # from the cache, or there was no memory before
             text = TASKS[record.task].prompt(record, self.config.think)
-            prompt = self.processor.prompt(text, [clip], system=self.config.system)
+            prompt = self.processor.prompt(
+                text, [clip], system=self.config.system, think=self.config.think
+            )
         except (ValueError, KeyError) as error:
             self._bad.add(record.id)
             self.quarantine.add(record.id, record.media, str(error))

@@ -113,7 +113,7 @@ def clip_tokens(
                 if isinstance(clip, VideoError):
                     raise clip
                 text = TASKS[record.task].prompt(record, data.think)
-                prompt = processor.prompt(text, [clip], system=data.system)
+                prompt = processor.prompt(text, [clip], system=data.system, think=data.think)
             except (ValueError, KeyError) as error:
                 faults.append(f"{record.id}: {error}")
             else:
