@@ -11,6 +11,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from vcr1_fast.config.section import ConfigError, section
 from vcr1_fast.config.sections import LengthConfig, PositionConfig, ReadingConfig
+from vcr1_fast.engines.config import EngineConfig
 from vcr1_fast.model.attention import Backend
 from vcr1_fast.model.sampling import Decoding
 from vcr1_fast.ops.grpo.config import GRPOLossConfig
@@ -92,7 +93,7 @@ class DataConfig(ReadingConfig):
 
 
 @section
-class RolloutConfig(LengthConfig):
+class RolloutConfig(LengthConfig, EngineConfig):
     """How completions are sampled. A checkpoint's generation config plays no part."""
 
     group_size: Annotated[int, Field(ge=2)] = 8
@@ -118,6 +119,10 @@ class RolloutConfig(LengthConfig):
         # An empty text would end every completion before its first token.
         if not all(self.stop):
             raise ConfigError("stop", f"must not hold an empty string, got {list(self.stop)}")
+        if self.engine != "own" and self.temperature < 0.01:
+            raise ConfigError(
+                "temperature", f"vLLM raises what is below 0.01 to it, got {self.temperature}"
+            )
 
 
 @section

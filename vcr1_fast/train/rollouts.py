@@ -7,12 +7,14 @@ import torch
 from torch import Tensor
 
 from vcr1_fast.model.prompt import VIDEO
-from vcr1_fast.model.rollout import Rollout, SamplingConfig, rollout
+from vcr1_fast.model.rollout import Rollout, SamplingConfig
 from vcr1_fast.model.vision import reorder_frames
 from vcr1_fast.train.config import RolloutConfig
 from vcr1_fast.train.dataset import Sample
+from vcr1_fast.train.groups import PolicyGroup
 from vcr1_fast.train.log import Stopwatch
 from vcr1_fast.train.planner import free_unused, is_out_of_memory
+from vcr1_fast.train.reference import group_logps
 from vcr1_fast.train.setup import Run
 
 
@@ -41,6 +43,9 @@ def sample_completions(
     shuffler = torch.Generator().manual_seed(~seed % 2**63)
     # Decided once for the step: chunks must agree, or some features would lack gradients.
     with_graph = keeps_vision_graph(run, samples)
+    with watch.stage("rollout"):
+        run.sampler.wake()
+        run.sync_sampler(step)
     rest = samples
     while rest:
         run.check_overdue()
@@ -54,7 +59,8 @@ def sample_completions(
         with watch.stage("vision"):
             vision = run.clip_features(part, with_graph=with_graph)
         with watch.stage("rollout"):
-            rollouts = sample_group(run, part, vision, settings.group_size, generator)
+            sampled = sample_group(run, part, vision, settings.group_size, generator)
+            rollouts = with_full_logps(run, part, sampled)
         shuffled: list[Rollout | None] = [None] * len(part)
         if temporal.rollouts:
             with watch.stage("shuffled"):
@@ -65,6 +71,7 @@ def sample_completions(
                 for i, one in zip(mixed, compared, strict=True):
                     shuffled[i] = one
         yield Chunk(part, rollouts, shuffled)
+    run.sampler.sleep()
 
 
 def sample_group(
@@ -84,9 +91,7 @@ def sample_group(
     settings = run.config.rollout
     rng_state = generator.get_state()
     try:
-        together = rollout(
-            run.model,
-            run.processor,
+        together = run.sampler.rollout(
             [sample.prompt for sample in samples],
             count,
             SamplingConfig(
@@ -98,9 +103,9 @@ def sample_group(
                 decoding=settings.decoding,
             ),
             generator,
-            vision=vision,
+            vision,
         )
-        return [one_prompt(together, i) for i in range(len(samples))]
+        return [together.part(i) for i in range(len(samples))]
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error) or len(samples) == 1:
             raise
@@ -114,6 +119,25 @@ def sample_group(
     return first + sample_group(run, samples[half:], vision[half:], count, generator)
 
 
+def with_full_logps(run: Run, samples: Sequence[Sample], rollouts: list[Rollout]) -> list[Rollout]:
+    """The rollouts of one prompt each, with `full_logps` of the policy where the engine left nan.
+
+    They must be the policy's that sampled, so call it before the next optimiser step.
+    """
+    if not any(bool(one.isnan().any()) for each in rollouts for one in each.full_logps[0]):
+        return rollouts
+    groups = [
+        PolicyGroup.from_rollout(sample, each)
+        for sample, each in zip(samples, rollouts, strict=True)
+    ]
+    return [
+        replace(each, full_logps=[list(logps.cpu().split(group.lengths))])
+        for each, group, logps in zip(
+            rollouts, groups, group_logps(run, run.model, groups), strict=True
+        )
+    ]
+
+
 def keeps_vision_graph(run: Run, samples: Sequence[Sample]) -> bool:
     """Whether the rollout's vision pass keeps its graph for the policy update.
 
@@ -125,12 +149,6 @@ def keeps_vision_graph(run: Run, samples: Sequence[Sample]) -> bool:
         return False
     patches = sum(sample.prompt.patches for sample in samples)
     return run.planner.footprint.per_patch * patches <= run.planner.available_bytes() / 2
-
-
-def one_prompt(together: Rollout, i: int) -> Rollout:
-    """The i-th prompt's part of a rollout."""
-    fields = ("tokens", "logps", "full_logps", "texts", "finished", "vision")
-    return replace(together, **{name: [getattr(together, name)[i]] for name in fields})
 
 
 def shuffled_features(
