@@ -138,24 +138,32 @@ def vllm_times(count: int, seconds: float, rate: float) -> list[int]:
 
 def vllm_positions(prompt: Prompt, media: Sequence[Medium], config: Any) -> Tensor:
     """Positions (3, P) int64 of the prompt as vLLM counts them."""
+    rate = float(getattr(config.vision_config, "tokens_per_second", 1.0))
+    # An image is one patch in time, whatever its seconds.
+    times = [vllm_times(int(medium.grid[0]), medium.seconds or 0.0, rate) for medium in media]
+    return positions_by_times(prompt, media, times, config)
+
+
+def positions_by_times(
+    prompt: Prompt, media: Sequence[Medium], times: Sequence[Sequence[int]], config: Any
+) -> Tensor:
+    """Positions (3, P) int64 of the prompt whose clips and images have these times, from 0, of
+    their temporal patches. A family that writes times as text has no use for them."""
     merge = config.vision_config.spatial_merge_size
     positions = torch.empty(3, len(prompt), dtype=torch.int64)
     index, place = 0, 0  # next token, next position
-    for medium in media:
-        t, h, w = (medium.grid // torch.tensor([1, merge, merge])).tolist()
-        if times_by_position(config):
-            rate = float(config.vision_config.tokens_per_second)
-            times = vllm_times(t, 1.0 / rate if medium.seconds is None else medium.seconds, rate)
-            blocks = [(medium.start, times)]
-        else:  # one block a temporal patch, with text between them
+    for medium, own in zip(media, times, strict=True):
+        h, w = (medium.grid[1:] // merge).tolist()
+        blocks: list[tuple[int, Sequence[int]]] = [(medium.start, own)]
+        if not times_by_position(config):  # one block a temporal patch, with text between them
             starts = (medium.start + medium.is_embed.nonzero()[:: h * w, 0]).tolist()
             blocks = [(start, [0]) for start in starts]
-        for start, times in blocks:
+        for start, of_block in blocks:
             positions[:, index:start] = torch.arange(place, place + start - index)
             place += start - index
-            end = start + len(times) * h * w
-            block = positions[:, start:end].view(3, len(times), h, w)
-            block[0] = torch.tensor(times)[:, None, None]
+            end = start + len(of_block) * h * w
+            block = positions[:, start:end].view(3, len(of_block), h, w)
+            block[0] = torch.tensor(of_block)[:, None, None]
             block[1] = torch.arange(h)[None, :, None]
             block[2] = torch.arange(w)[None, None, :]
             block += place

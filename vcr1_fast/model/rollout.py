@@ -83,8 +83,11 @@ class Rollout:
 
     def part(self, prompt: int) -> "Rollout":
         """The completions of one prompt."""
-        own: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Rollout(**{k: None if v is None else [v[prompt]] for k, v in own.items()})
+        parts: dict[str, Any] = {}
+        for one in fields(self):
+            value = getattr(self, one.name)
+            parts[one.name] = None if value is None else [value[prompt]]
+        return Rollout(**parts)
 
 
 @torch.no_grad()

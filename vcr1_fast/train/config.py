@@ -115,6 +115,20 @@ class RolloutConfig(LengthConfig, EngineConfig):
     gap_max_limit: PositiveFloat | None = None
     """The same for the largest |rollout log-prob - training log-prob| of a token; null: any."""
 
+    parity_every: NonNegativeInt | None = None
+    """Steps between checks of the engine's log-probs on probes (engines/parity.py), the first before
+    any step; 0: none; null: 50, and none for "own", whose every token is measured each step."""
+    parity_limit: PositiveFloat | None = None
+    """Largest difference of a token's log-prob in these checks, above which the run stops; null:
+    1e-4 for float32 weights, 0.5 for bfloat16."""
+
+    @property
+    def checks_parity_every(self) -> int:
+        """`parity_every` with null resolved."""
+        if self.parity_every is not None:
+            return self.parity_every
+        return 0 if self.engine == "own" else 50
+
     def __post_init__(self) -> None:
         # An empty text would end every completion before its first token.
         if not all(self.stop):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from vcr1_fast.engines.parity import Forward, check_parity
 from vcr1_fast.model.prompt import VIDEO
 from vcr1_fast.model.rollout import Rollout, SamplingConfig
 from vcr1_fast.model.vision import reorder_frames
@@ -46,6 +47,7 @@ def sample_completions(
     with watch.stage("rollout"):
         run.sampler.wake()
         run.sync_sampler(step)
+        check_engine(run, samples, step)
     rest = samples
     while rest:
         run.check_overdue()
@@ -74,6 +76,40 @@ def sample_completions(
     run.sampler.sleep()
 
 
+def check_engine(run: Run, samples: Sequence[Sample], step: int) -> None:
+    """ParityError where a check of the engine is due and it does not sample from the policy."""
+    settings = run.config.rollout
+    every = settings.checks_parity_every
+    if not (every and samples and (step == run.done or step % every == 0)):
+        return
+    # Probes are short, and must not end before they tell anything.
+    sampling = replace(
+        sampling_of(settings), max_new_tokens=min(16, settings.max_new_tokens), stop=()
+    )
+    gap = check_parity(
+        run.sampler,
+        Forward(run.model, run.processor, sampling),
+        [sample.prompt for sample in samples[:2]],
+        limit=settings.parity_limit,
+        # Changed weights at the start alone. Of several processes one may have no samples here,
+        # and a sync takes all of them.
+        sync=run.sync_sampler if step == run.done and run.ranks == 1 else None,
+    )
+    run.log.message(f"step {step}: {run.sampler.describe()} agrees with the policy, {gap}")
+
+
+def sampling_of(settings: RolloutConfig) -> SamplingConfig:
+    """How the run's completions are sampled."""
+    return SamplingConfig(
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        top_k=settings.top_k,
+        max_new_tokens=settings.max_new_tokens,
+        stop=settings.stop,
+        decoding=settings.decoding,
+    )
+
+
 def sample_group(
     run: Run,
     samples: Sequence[Sample],
@@ -88,20 +124,12 @@ def sample_group(
     """
     if not samples:
         return []
-    settings = run.config.rollout
     rng_state = generator.get_state()
     try:
         together = run.sampler.rollout(
             [sample.prompt for sample in samples],
             count,
-            SamplingConfig(
-                temperature=settings.temperature,
-                top_p=settings.top_p,
-                top_k=settings.top_k,
-                max_new_tokens=settings.max_new_tokens,
-                stop=settings.stop,
-                decoding=settings.decoding,
-            ),
+            sampling_of(run.config.rollout),
             generator,
             vision,
         )
