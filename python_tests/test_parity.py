@@ -180,7 +180,7 @@ def without_head(engine, weights):
 @pytest.mark.parametrize("load_weights", [ignore, without_one, without_head])
 def test_weights_that_do_not_arrive_are_named(case, load_weights):
     model, processor, _ = case
-    with pytest.raises(ParityError, match="after a sync of changed weights.* weights: a prompt"):
+    with pytest.raises(ParityError, match=r"after a sync of changed weights.* weights: a prompt"):
         check(case, Copy(model, processor, load=load_weights))
     # Without a sync there is nothing to see: the weights were the policy's all along.
     forward = Forward(model, processor, SAMPLING)
@@ -192,7 +192,7 @@ def test_weights_that_never_were_the_policys_are_named(case):
     engine = Copy(model, processor)
     with torch.no_grad():
         engine.model.get_input_embeddings().weight.mul_(1.1)
-    with pytest.raises(ParityError, match="policy: on prompt 0 .* weights: a prompt"):
+    with pytest.raises(ParityError, match=r"policy: on prompt 0 .* weights: a prompt"):
         check(case, engine)
 
 
@@ -216,7 +216,7 @@ def test_a_run_stops_at_its_start_and_names_the_fault(inputs, tmp_path, monkeypa
 
     monkeypatch.setattr(setup, "open_sampler", faulty)
     settings = configure(*inputs, tmp_path / "bad", "rollout.parity_every=1", "loss.beta=0")
-    with pytest.raises(ParityError, match="copy does not sample from the policy.*positions"):
+    with pytest.raises(ParityError, match=r"copy does not sample from the policy.*positions"):
         train(settings)
     assert not list((tmp_path / "bad" / "checkpoints").glob("step-*"))
 

@@ -116,8 +116,8 @@ class RolloutConfig(LengthConfig, EngineConfig):
     """The same for the largest |rollout log-prob - training log-prob| of a token; null: any."""
 
     parity_every: NonNegativeInt | None = None
-    """Steps between checks of the engine's log-probs on probes (engines/parity.py), the first before
-    any step; 0: none; null: 50, and none for "own", whose every token is measured each step."""
+    """Steps between checks of the engine's log-probs on probes (engines/parity.py), the first one
+    before any step; 0: none; null: 50, none for "own", whose tokens are measured in each step."""
     parity_limit: PositiveFloat | None = None
     """Largest difference of a token's log-prob in these checks, above which the run stops; null:
     1e-4 for float32 weights, 0.5 for bfloat16."""
