@@ -21,9 +21,11 @@ from torch import Tensor, nn
 from vcr1_fast.config.loader import dump_config
 from vcr1_fast.data.quarantine import Quarantine
 from vcr1_fast.data.requests import clip_key
+from vcr1_fast.engines.open import open_sampler
+from vcr1_fast.engines.sampler import OwnSampler, Sampler
 from vcr1_fast.files import read_lines
 from vcr1_fast.model.attention import prepare_attention
-from vcr1_fast.model.checkpoint import load, save, save_adapter
+from vcr1_fast.model.checkpoint import load, policy_weights, save, save_adapter
 from vcr1_fast.model.family import family_of
 from vcr1_fast.model.forward import prompt_features
 from vcr1_fast.model.processor import Processor
@@ -90,6 +92,7 @@ class Run:
     health: Health
     stop: StopRequest
     identity: dict[str, Any]
+    sampler: Sampler
     validation: Validation | None = None
     used: int = 0
     """Samples trained on since `done`, on all ranks."""
@@ -168,6 +171,11 @@ class Run:
                 if cached is None and new is not None:
                     self.features.put(key, new.to("cpu", copy=True))
         return found
+
+    def sync_sampler(self, version: int) -> None:
+        """Bring the engine's weights up to those after `version` steps, where they are others."""
+        if self.sampler.version != version:
+            self.sampler.sync(policy_weights(self.model), version)
 
     @contextmanager
     def reference(self) -> Iterator[nn.Module]:
@@ -412,6 +420,19 @@ def open_run(config: TrainConfig, *, reference: bool, kind: str = "grpo") -> Ite
             memory=config.optim.memory_gib and config.optim.memory_gib * GIB,
             log=log.message,
         )
+        sampler: Sampler = OwnSampler(model, processor)
+        if kind == "grpo":
+            sampler = stack.enter_context(
+                open_sampler(
+                    config.rollout,
+                    config.model.path,
+                    model,
+                    processor,
+                    temperature=config.rollout.temperature,
+                    processes=accelerator.num_processes,
+                )
+            )
+            log.message(f"completions by {sampler.describe()}")
         yield Run(
             config=config,
             accelerator=accelerator,
@@ -428,6 +449,7 @@ def open_run(config: TrainConfig, *, reference: bool, kind: str = "grpo") -> Ite
             health=Health(config.optim.max_skipped_updates, log.message),
             stop=stack.enter_context(StopRequest(config.run.stop_grace)),
             identity=own,
+            sampler=sampler,
             validation=validation,
         )
 
