@@ -853,6 +853,19 @@ def test_prompts_are_the_same_with_workers_and_without_a_cache(inputs, tmp_path)
                 assert torch.equal(a.pixel_values_videos, b.pixel_values_videos)
 
 
+@pytest.mark.parametrize(("first", "size", "rank", "ranks"), [(0, 2, 0, 1), (3, 3, 1, 2)])
+def test_a_run_of_a_billion_steps_plans_as_it_goes(inputs, tmp_path, first, size, rank, ranks):
+    config = configure(*inputs, tmp_path / "run")
+    with setup.open_run(config, reference=False) as run:
+        sampler, records = run.source.sampler, run.source.records
+        batches = run.source.batches(first, 10**9, size, rank, ranks)
+        for step in range(first, first + 5):
+            epochs = [list(sampler.places(i * sampler.size, sampler.size)) for i in range(20)]
+            numbers = [n for epoch in epochs for n in epoch]
+            own = [i for i in range(step * size, (step + 1) * size) if i % ranks == rank]
+            assert [s.record.id for s in next(batches)] == [records[numbers[i]].id for i in own]
+
+
 def test_merge_metrics():
     parts = [
         {"loss": 1.0, "kl": 1.0, "ratio_max": 2.0, "num_tokens": 1.0, "rollout_gap_mean": 0.5},

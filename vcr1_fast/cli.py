@@ -191,6 +191,11 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--quick", action="store_true", help="under two minutes")
     command.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     command.add_argument(
+        "--family",
+        help="model_type of the family; another than the shipped checkpoint's learns from scratch "
+        "first, which takes longer",
+    )
+    command.add_argument(
         "--make-warm-start",
         action="store_true",
         help="make the shipped checkpoint again (about an hour), then stop",
@@ -422,8 +427,12 @@ def run_demo(options: argparse.Namespace) -> int:
 
         print(make_warm_start(Path(options.output)))
         return 0
-    config = QUICK if options.quick else DemoConfig()
-    return main_demo(replace(config, output=options.output, seed=options.seed))
+    config = replace(
+        QUICK if options.quick else DemoConfig(), output=options.output, seed=options.seed
+    )
+    if options.family is not None:
+        config = replace(config, family=options.family)
+    return main_demo(config)
 
 
 def run_doctor(options: argparse.Namespace) -> int:

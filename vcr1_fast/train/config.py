@@ -11,6 +11,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from vcr1_fast.config.section import ConfigError, section
 from vcr1_fast.config.sections import LengthConfig, PositionConfig, ReadingConfig
+from vcr1_fast.engines.config import EngineConfig
 from vcr1_fast.model.attention import Backend
 from vcr1_fast.model.sampling import Decoding
 from vcr1_fast.ops.grpo.config import GRPOLossConfig
@@ -94,7 +95,7 @@ class DataConfig(ReadingConfig):
 
 
 @section
-class RolloutConfig(LengthConfig):
+class RolloutConfig(LengthConfig, EngineConfig):
     """How completions are sampled. A checkpoint's generation config plays no part."""
 
     group_size: Annotated[int, Field(ge=2)] = 8
@@ -116,10 +117,28 @@ class RolloutConfig(LengthConfig):
     gap_max_limit: PositiveFloat | None = None
     """The same for the largest |rollout log-prob - training log-prob| of a token; null: any."""
 
+    parity_every: NonNegativeInt | None = None
+    """Steps between checks of the engine's log-probs on probes (engines/parity.py), the first one
+    before any step; 0: none; null: 50, none for "own", whose tokens are measured in each step."""
+    parity_limit: PositiveFloat | None = None
+    """Largest difference of a token's log-prob in these checks, above which the run stops; null:
+    1e-4 for float32 weights, 0.5 for bfloat16."""
+
+    @property
+    def checks_parity_every(self) -> int:
+        """`parity_every` with null resolved."""
+        if self.parity_every is not None:
+            return self.parity_every
+        return 0 if self.engine == "own" else 50
+
     def __post_init__(self) -> None:
         # An empty text would end every completion before its first token.
         if not all(self.stop):
             raise ConfigError("stop", f"must not hold an empty string, got {list(self.stop)}")
+        if self.engine != "own" and self.temperature < 0.01:
+            raise ConfigError(
+                "temperature", f"vLLM raises what is below 0.01 to it, got {self.temperature}"
+            )
 
 
 @section

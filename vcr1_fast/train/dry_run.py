@@ -104,6 +104,7 @@ def clip_tokens(
         backend=data.decoder,
         timeout=data.decode_timeout,
         workers=data.decode_workers,
+        prefetch_bytes=data.prefetch_mb << 20,
         fit=processor.fit(),
     ) as reader:
         requests = (clip_request(record, processor.frames) for record in sampled)
@@ -112,7 +113,7 @@ def clip_tokens(
                 if isinstance(clip, VideoError):
                     raise clip
                 text = TASKS[record.task].prompt(record, data.think)
-                prompt = processor.prompt(text, [clip], system=data.system)
+                prompt = processor.prompt(text, [clip], system=data.system, think=data.think)
             except (ValueError, KeyError) as error:
                 faults.append(f"{record.id}: {error}")
             else:

@@ -15,23 +15,21 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import (
-    DistributedType,
-    broadcast_object_list,
-    gather_object,
-    set_seed,
-)
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object, set_seed
 from torch import Tensor, nn
 
 from vcr1_fast.config.loader import dump_config
 from vcr1_fast.data.quarantine import Quarantine
 from vcr1_fast.data.requests import clip_key
+from vcr1_fast.engines.open import open_sampler
+from vcr1_fast.engines.sampler import OwnSampler, Sampler
 from vcr1_fast.files import read_lines
 from vcr1_fast.model.attention import prepare_attention
-from vcr1_fast.model.checkpoint import load, save, save_adapter
+from vcr1_fast.model.checkpoint import load, policy_weights, save, save_adapter
 from vcr1_fast.model.family import family_of
 from vcr1_fast.model.forward import prompt_features
 from vcr1_fast.model.processor import Processor
+from vcr1_fast.model.staging import staging
 from vcr1_fast.model.vision import freeze_vision, vision_is_frozen
 from vcr1_fast.model.wrapping import checkpoint_activations, unwrap
 from vcr1_fast.ops.memory import available_bytes
@@ -62,12 +60,11 @@ from vcr1_fast.train.log import RunLog
 from vcr1_fast.train.optim import MasterAdamW
 from vcr1_fast.train.plan import Needs, data_lines, model_lines
 from vcr1_fast.train.planner import GIB, Planner
+from vcr1_fast.train.ranks import open_ranks
 from vcr1_fast.train.resume import check_same_run, flat_settings, identity, keep_settings
 from vcr1_fast.train.stopping import RunStopped, StopRequest, locked
 from vcr1_fast.train.trackers import check_installed, installed_default
 from vcr1_fast.train.validation import Validation
-
-_SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
 @dataclass(eq=False)
@@ -95,6 +92,7 @@ class Run:
     health: Health
     stop: StopRequest
     identity: dict[str, Any]
+    sampler: Sampler
     validation: Validation | None = None
     used: int = 0
     """Samples trained on since `done`, on all ranks."""
@@ -173,6 +171,11 @@ class Run:
                 if cached is None and new is not None:
                     self.features.put(key, new.to("cpu", copy=True))
         return found
+
+    def sync_sampler(self, version: int) -> None:
+        """Bring the engine's weights up to those after `version` steps, where they are others."""
+        if self.sampler.version != version:
+            self.sampler.sync(policy_weights(self.model), version)
 
     @contextmanager
     def reference(self) -> Iterator[nn.Module]:
@@ -304,12 +307,11 @@ def open_run(config: TrainConfig, *, reference: bool, kind: str = "grpo") -> Ite
     `reference`: whether the loss has a KL term to the untrained model. ValueError names the
     setting, file or run in the way.
     """
-    # No `prepare`: gradients are summed by hand (`optim.sum_gradients`), without DDP's hooks.
-    accelerator = Accelerator(cpu=config.run.device == "cpu")
-    if accelerator.distributed_type in _SHARDED:
+    accelerator = open_ranks(config.run.device)
+    if accelerator.distributed_type == DistributedType.FSDP:
         raise ValueError(
-            f"accelerate is set to use {accelerator.distributed_type.value}, but every process "
-            "holds the whole model here: launch with --multi_gpu"
+            "accelerate is set to use FSDP, but every process holds the whole model here: launch "
+            "with --multi_gpu"
         )
     set_seed(config.run.seed)
     output = Path(config.run.output)
@@ -404,8 +406,12 @@ def open_run(config: TrainConfig, *, reference: bool, kind: str = "grpo") -> Ite
             quarantine = Quarantine(listed)
         # From here on each rank reports the clips that it decodes itself.
         quarantine.log = partial(log.message, every_rank=True)
+        stage = staging(model, processor, config.data.resize)
+        log.message(f"frames are resized by {'workers' if stage is None else stage.device}")
         source = stack.enter_context(
-            PromptSource(chosen.records, processor, config.data, quarantine, chosen.sampler)
+            PromptSource(
+                chosen.records, processor, config.data, quarantine, chosen.sampler, stage=stage
+            )
         )
         planner = Planner(
             model,
@@ -414,6 +420,19 @@ def open_run(config: TrainConfig, *, reference: bool, kind: str = "grpo") -> Ite
             memory=config.optim.memory_gib and config.optim.memory_gib * GIB,
             log=log.message,
         )
+        sampler: Sampler = OwnSampler(model, processor)
+        if kind == "grpo":
+            sampler = stack.enter_context(
+                open_sampler(
+                    config.rollout,
+                    config.model.path,
+                    model,
+                    processor,
+                    temperature=config.rollout.temperature,
+                    processes=accelerator.num_processes,
+                )
+            )
+            log.message(f"completions by {sampler.describe()}")
         yield Run(
             config=config,
             accelerator=accelerator,
@@ -430,6 +449,7 @@ def open_run(config: TrainConfig, *, reference: bool, kind: str = "grpo") -> Ite
             health=Health(config.optim.max_skipped_updates, log.message),
             stop=stack.enter_context(StopRequest(config.run.stop_grace)),
             identity=own,
+            sampler=sampler,
             validation=validation,
         )
 
