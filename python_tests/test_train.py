@@ -46,7 +46,7 @@ from vcr1_fast.train.optim import MasterAdamW, clipped_step, learning_rate
 from vcr1_fast.train.scoring import Scored
 from vcr1_fast.train.sft import right_answer, sft
 
-TIMES = ("seconds/", "tokens_per_second")
+TIMES = ("seconds/", "tokens_per_second", "time", "memory_gib")
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def early_letters(monkeypatch):
 
 
 def test_a_run_writes_its_files_and_a_model_that_loads(inputs, tmp_path, capsys, any_reward):
-    out = train(configure(*inputs, tmp_path / "run", "run.tensorboard=true"))
+    out = train(configure(*inputs, tmp_path / "run", "run.trackers=[tensorboard]"))
     assert out == tmp_path / "run" / "model"
     rows = read(tmp_path / "run" / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2]
@@ -387,7 +387,7 @@ def test_records_that_hold_control_tokens_are_quarantined(inputs, tmp_path):
 
 def test_log_drops_the_steps_after_a_checkpoint(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
-    with RunLog(tmp_path, 5, 2, tensorboard=False) as log:
+    with RunLog(tmp_path, 5, 2) as log:
         log.step({"step": 3, "reward": math.nan})
     assert read(tmp_path / "metrics.jsonl") == [
         {"step": 1},

@@ -6,7 +6,7 @@ An image is read like a clip: one frame, without a rate or a length.
 import logging
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
@@ -38,6 +38,7 @@ __all__ = [
     "probe_all",
     "read_clip",
     "read_image",
+    "thinned",
 ]
 
 # Time stamps of some containers are rounded to milliseconds.
@@ -73,6 +74,13 @@ class Clip:
     start: float = 0.0
     fitted: bool = False
     staged: Any = None
+
+
+def thinned(clip: Clip, count: int = 8) -> Clip:
+    """At most `count` of a clip's frames at even distances, first and last included; a copy."""
+    last = len(clip.frames) - 1
+    chosen = np.unique(np.linspace(0, last, count).round().astype(int))
+    return replace(clip, frames=clip.frames[chosen], times=clip.times[chosen])
 
 
 @dataclass(frozen=True)

@@ -174,7 +174,9 @@ def greedy_answers(
         for state in states:
             try:
                 question = text(state.record, config.think)
-                prompt = processor.prompt(question, [state.clip], system=config.system)
+                prompt = processor.prompt(
+                    question, [state.clip], system=config.system, think=config.think
+                )
                 prompts.append((state, prompt))
             except (ValueError, KeyError) as error:
                 state.error = str(error)

@@ -19,7 +19,7 @@ from torch import Tensor
 from vcr1_fast.data.sampling import FrameConfig
 from vcr1_fast.model.files import CheckpointError, read_json
 from vcr1_fast.model.preprocessor import IMAGE_FILE, VIDEO_FILE, Fit, ImageProcessorConfig
-from vcr1_fast.model.prompt import IMAGE, VIDEO, Prompt
+from vcr1_fast.model.prompt import IMAGE, VIDEO, Prompt, opened_reasoning
 from vcr1_fast.ops.video_patches import video_patches
 
 __all__ = ["ClipLike", "Mrope", "Processor", "Prompt", "VideoText"]
@@ -106,18 +106,28 @@ class Processor(ABC):
         """The same processor with the pixel bounds of a run's settings."""
 
     def prompt(
-        self, text: str, clips: Sequence[ClipLike] = (), *, system: str | None = None
+        self,
+        text: str,
+        clips: Sequence[ClipLike] = (),
+        *,
+        system: str | None = None,
+        think: bool | None = None,
     ) -> Prompt:
         """A user turn of `text` and `clips` (and images: those without a rate), up to where the
         assistant starts.
 
-        `system` is the system turn; None leaves it to the chat template. ValueError when a text
-        itself holds vision or other control tokens, or an image has more than one frame.
+        `system` is the system turn; None leaves it to the chat template. `think`: whether the
+        answer begins with reasoning, for chat templates that open the reasoning themselves
+        (`Prompt.opened`); None: their default.
+
+        ValueError when a text itself holds vision or other control tokens, an image has more than
+        one frame, or the chat template cannot do what `think` says.
         """
         kinds = torch.tensor([IMAGE if clip.fps is None else VIDEO for clip in clips]).long()
         names = {IMAGE: "image", VIDEO: "video"}
         media = [{"type": names[kind]} for kind in kinds.tolist()]
-        rendered = self.render(self.turns(text, media, system), answer=True)
+        rendered = self.render(self.turns(text, media, system), answer=True, think=think)
+        _check_reasoning(rendered, think)
         ids = self.encode(rendered)
         types = self._token_types(ids)
         if not torch.equal(types[types > 0], kinds):
@@ -222,13 +232,19 @@ class Processor(ABC):
         for name, settings in (self.sources or self.settings()).items():
             (directory / name).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
-    def render(self, messages: Sequence[dict[str, Any]], *, answer: bool) -> str:
-        """Text of a conversation by the chat template; `answer`: the assistant's turn follows."""
+    def render(
+        self, messages: Sequence[dict[str, Any]], *, answer: bool, think: bool | None = None
+    ) -> str:
+        """Text of a conversation by the chat template; `answer`: the assistant's turn follows;
+        `think`: see `prompt`."""
+        # Templates that do not open the reasoning ignore the variable.
+        chosen = {} if think is None else {"enable_thinking": think}
         return self.tokenizer.apply_chat_template(
             messages,
             chat_template=self.chat_template,
             add_generation_prompt=answer,
             tokenize=False,
+            **chosen,
         )
 
     def turns(
@@ -297,6 +313,18 @@ class Processor(ABC):
         special = {i for i, t in self.tokenizer.added_tokens_decoder.items() if t.special}
         special |= set(range(len(self.tokenizer), vocab_size))
         return torch.tensor(sorted(special - {self.stop_id}), dtype=torch.int64)
+
+
+def _check_reasoning(rendered: str, think: bool | None) -> None:
+    """ValueError where a rendered prompt opens or closes the reasoning against `think`."""
+    if think is False and opened_reasoning(rendered):
+        raise ValueError(
+            "the chat template opens <think> whatever enable_thinking says: set think to true"
+        )
+    if think and rendered.rstrip().endswith("</think>"):
+        raise ValueError(
+            "the chat template closes <think> whatever enable_thinking says: set think to false"
+        )
 
 
 def image_bounds(frames: FrameConfig) -> dict[str, int]:

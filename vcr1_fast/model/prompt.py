@@ -37,6 +37,12 @@ class Prompt:
         return len(self.input_ids)
 
     @property
+    def opened(self) -> str:
+        """The beginning of the assistant's turn that the chat template has written: `<think>` and
+        the white space behind it, or nothing. A completion goes on from there."""
+        return opened_reasoning(self.text)
+
+    @property
     def is_vision(self) -> Tensor:
         """(P,) bool: which tokens stand for vision features."""
         return self.mm_token_type_ids > 0
@@ -67,6 +73,13 @@ class Prompt:
             found.append(next(queues[kinds[token]]))
             token += len(found[-1][0]) // merged
         return found
+
+
+def opened_reasoning(rendered: str) -> str:
+    """`<think>` and white space at the end of a rendered prompt; empty where it ends otherwise, as
+    behind an empty block of reasoning."""
+    start = rendered.rfind("<think>")
+    return rendered[start:] if start >= 0 and rendered[start:].strip() == "<think>" else ""
 
 
 def next_position(positions: Tensor) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 from vcr1_fast.data.quarantine import Quarantine
 from vcr1_fast.data.records import Record, load_records
 from vcr1_fast.data.requests import clip_key, clip_request
-from vcr1_fast.data.video import Clip, ClipReader, ClipRequest, VideoError
+from vcr1_fast.data.video import Clip, ClipReader, ClipRequest, VideoError, thinned
 from vcr1_fast.model.processor import Processor, Prompt
 from vcr1_fast.model.staging import Staging
 from vcr1_fast.tasks import TASKS
@@ -24,11 +24,15 @@ MAX_CACHED_IN_A_ROW = 256
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """A record ready for the model; `duration`: seconds of the clip it shows, None for an image."""
+    """A record ready for the model; `duration`: seconds of the clip it shows, None for an image.
+
+    `shown`: a few of the clip's frames, for people; a copy, so that no whole clip is kept.
+    """
 
     record: Record
     prompt: Prompt
     duration: float | None
+    shown: Clip | None = None
 
 
 def own_places(first: int, count: int, rank: int, ranks: int) -> range:
@@ -243,12 +247,14 @@ class PromptSource:
             if self.stage is not None and clip.staged is None:
                 clip = self.stage.stage(clip)  # from the cache, or there was no memory before
             text = TASKS[record.task].prompt(record, self.config.think)
-            prompt = self.processor.prompt(text, [clip], system=self.config.system)
+            prompt = self.processor.prompt(
+                text, [clip], system=self.config.system, think=self.config.think
+            )
         except (ValueError, KeyError) as error:
             self._bad.add(record.id)
             self.quarantine.add(record.id, record.media, str(error))
             return None
-        return Sample(record, prompt, clip.duration)
+        return Sample(record, prompt, clip.duration, thinned(clip))
 
     def close(self) -> None:
         self._reader.close()
