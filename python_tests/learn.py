@@ -2,10 +2,10 @@
 
     python python_tests/learn.py --output runs/learn [--family NAME ...]
 
-Runs the demo (`vcr1 demo`) with a tiny random model of each family, fewer steps, and compares mIoU of
-temporal grounding after fine-tuning on imprecise labels with that after GRPO on the rewards. Prints
-one line a family; exit status 1 where GRPO has not raised it. pytest does not collect this file: it
-takes some minutes a family on two cores.
+Runs the demo (`vcr1 demo`) with a tiny random model of each family, fewer steps, and compares mIoU
+of temporal grounding after fine-tuning on imprecise labels with that after GRPO on the rewards.
+Prints one line a family; exit status 1 where GRPO has not raised it. pytest does not collect this
+file: it takes some minutes a family on two cores.
 """
 
 from __future__ import annotations
