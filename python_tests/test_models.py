@@ -52,6 +52,7 @@ def loaded(name, directory, monkeypatch):
         ("ragged pack", "fused"),
         ("images", "fused"),
         ("ragged pack", "merged"),
+        ("ragged pack", "varlen"),
         ("ragged pack", "masked"),
     ],
 )

@@ -96,6 +96,10 @@ def parser() -> argparse.ArgumentParser:
         _add_overrides(command)
         command.set_defaults(run=run_training)
 
+    command = commands.add_parser("init", help="print a recipe: vcr1 init grpo > run.yaml")
+    command.add_argument("recipe", nargs="?", help="which; default: list them")
+    command.set_defaults(run=run_init)
+
     command = commands.add_parser("eval", help="answer and score records", allow_abbrev=False)
     command.add_argument("--config", help="YAML file of settings")
     command.add_argument("--model", help="checkpoint folder or hub name (model)")
@@ -279,6 +283,20 @@ def run_training(options: argparse.Namespace) -> int:
     else:
         from vcr1_fast.train.loop import train as work
     print(work(config))
+    return 0
+
+
+def run_init(options: argparse.Namespace) -> int:
+    package = Path(vcr1_fast.__file__).parent
+    # In an installed package, or beside it in a checkout.
+    folders = (package / "recipes", package.parent / "recipes")
+    files = {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
+    if options.recipe is None:
+        print(*files, sep="\n")
+        return 0
+    if options.recipe not in files:
+        raise ValueError(f"no recipe {options.recipe!r}, there are {', '.join(files)}")
+    print(files[options.recipe].read_text(encoding="utf-8"), end="")
     return 0
 
 

@@ -49,7 +49,8 @@ class Conversation:
         self.system = system
         self.messages: list[dict[str, str]] = []
         # By the configuration: layers without keys keep a state there.
-        self._memory = DynamicCache(config=family_of(self.model).language_model(self.model).config)
+        config: Any = family_of(self.model).language_model(self.model).config
+        self._memory = DynamicCache(config=config)
         self._position = 0
         self._generator = torch.Generator().manual_seed(seed)
         self._weight, self._bias = lm_head(self.model)

@@ -34,9 +34,10 @@ transformers writes it. They differ for families that put time stamps into the t
 class ClipLike(Protocol):
     """The part of a clip that the processor reads; an image has T = 1 and no rate.
 
-    Two more attributes are read where a clip has them: `fitted`, whether the frames have been
-    resized already (`fit`), and `times` (T,), seconds at which the frames are shown. Without
-    `times` frame i is shown at i / fps.
+    Three more attributes are read where a clip has them: `fitted`, whether the frames have been
+    resized already (`fit`); `staged`, their (patches, grid_thw) where those have been made already
+    (`model/staging.py`); and `times` (T,), seconds at which the frames are shown. Without `times`
+    frame i is shown at i / fps.
     """
 
     @property
@@ -187,12 +188,26 @@ class Processor(ABC):
     def _token_types(self, ids: Tensor) -> Tensor:
         return IMAGE * (ids == self.image_id).long() + VIDEO * (ids == self.video_id).long()
 
+    def settings_of(self, clip: ClipLike) -> ImageProcessorConfig:
+        """The settings for a clip or an image; ValueError for an image of several frames."""
+        if clip.fps is not None:
+            return self.video
+        count = len(clip.frames)
+        if count != 1:
+            raise ValueError(f"an image has one frame, a clip has a rate: got {count} frames")
+        return self.image
+
     def _patches(self, clip: ClipLike) -> tuple[Tensor, Tensor]:
-        frames = clip.frames
-        is_image = clip.fps is None
-        if is_image and len(frames) != 1:
-            raise ValueError(f"an image has one frame, a clip has a rate: got {len(frames)} frames")
-        config = self.image if is_image else self.video
+        config, frames = self.settings_of(clip), clip.frames
+        staged = getattr(clip, "staged", None)
+        if staged is not None:
+            patches, grid = staged
+            if patches.is_cuda:
+                # Memory of the stream that made them. Without this the allocator would give it to
+                # the next clip there when the last Python reference goes, while the current stream
+                # may still have to read it.
+                patches.record_stream(torch.cuda.current_stream(patches.device))
+            return patches, grid
         fitted = getattr(clip, "fitted", False)
         count, height, width = frames.shape[:3]
         return video_patches(
@@ -322,7 +337,10 @@ def _joined(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor | None, Tens
     found = list(parts)
     if not found:
         return None, torch.zeros(0, 3, dtype=torch.int64)
-    return torch.cat([patches for patches, _ in found]), torch.stack([grid for _, grid in found])
+    patches = [patches for patches, _ in found]
+    # A single clip's, the usual case, need no copy.
+    joined = torch.cat(patches) if len(patches) > 1 else patches[0]
+    return joined, torch.stack([grid for _, grid in found])
 
 
 def read_tokenizer(directory: Path) -> Any:

@@ -11,7 +11,9 @@ IMAGE, VIDEO = 1, 2
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """One tokenised prompt with its videos and images, on the CPU. P tokens, n videos, m images.
+    """One tokenised prompt with its videos and images. P tokens, n videos, m images.
+
+    All on the CPU, but for patches that were made on the model's device (`model/staging.py`).
 
     input_ids (P,) int64; mm_token_type_ids (P,) int64: 0 text, 1 image, 2 video;
     positions (3, P) int64: of time, height and width, by the family's rule;

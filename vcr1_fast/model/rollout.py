@@ -16,7 +16,7 @@ and replayed: `GraphedStep` records a `TokenStep` on inputs that are copied into
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import accumulate
 from typing import Any, TypeVar
 
@@ -32,7 +32,7 @@ from vcr1_fast.model.prompt import Prompt, next_position
 from vcr1_fast.model.sampling import Sampled, SamplingConfig, check_possible, sample
 from vcr1_fast.model.wrapping import unwrap
 
-__all__ = ["Rollout", "SamplingConfig", "rollout"]
+__all__ = ["Rollout", "SamplingConfig", "Segment", "rollout"]
 
 Step = Callable[[Tensor, Tensor, Tensor], Sampled]
 T = TypeVar("T")
@@ -42,16 +42,30 @@ _COMPACT_AT = 0.2
 
 
 @dataclass(frozen=True, eq=False)
+class Segment:
+    """A run of a completion's tokens (n,) int64, all sampled by the policy or all given to it.
+
+    vision: features (vision tokens, levels * H) of clips and images that given tokens show.
+    """
+
+    tokens: Tensor
+    sampled: bool = True
+    vision: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Rollout:
     """Completions by [prompt][completion], on the CPU.
 
     tokens: (C,) int64, with the end-of-turn token where it was reached; logps: (C,)
     log-probabilities under the distribution they were sampled from; full_logps: under the plain
     softmax at the sampling temperature, without truncation or banned tokens: the ones that a
-    training forward gives; texts: the assistant's whole turns, decoded without special tokens, with
-    what the chat template opened for them (`Prompt.opened`); finished: ended by itself rather
-    than by `max_new_tokens`; vision: for each prompt the features of its clips and images
-    (vision tokens, levels * H), on the model's device, or None.
+    training forward gives; an engine that reports one of the two only leaves nan in the other.
+    texts: the assistant's whole turns, decoded without special tokens, with what the chat template
+    opened for them (`Prompt.opened`); finished: ended by itself rather than by `max_new_tokens`;
+    vision: for each prompt the features of its clips and images (vision tokens, levels * H), on
+    the model's device, or None; turns: the segments that make up each completion's tokens, None
+    where each completion is one sampled segment.
     """
 
     tokens: list[list[Tensor]]
@@ -60,6 +74,21 @@ class Rollout:
     texts: list[list[str]]
     finished: list[list[bool]]
     vision: list[Tensor | None]
+    turns: list[list[tuple[Segment, ...]]] | None = None
+
+    def segments(self, prompt: int, completion: int) -> tuple[Segment, ...]:
+        """The segments of one completion, in order."""
+        if self.turns is None:
+            return (Segment(self.tokens[prompt][completion]),)
+        return self.turns[prompt][completion]
+
+    def part(self, prompt: int) -> "Rollout":
+        """The completions of one prompt."""
+        parts: dict[str, Any] = {}
+        for one in fields(self):
+            value = getattr(self, one.name)
+            parts[one.name] = None if value is None else [value[prompt]]
+        return Rollout(**parts)
 
 
 @torch.no_grad()

@@ -64,13 +64,14 @@ def sft(config: TrainConfig) -> Path:
                 ]
                 metrics = update(run, groups, learning_rate(step, run.config.optim))
             seconds = sum(watch.seconds.values())
-            run.log.step(
+            run.log_step(
                 {
                     "step": step + 1,
                     **metrics,
                     "quarantined": run.missing(samples),
                     "tokens_per_second": metrics["num_tokens"] / max(seconds, 1e-9),
                     **{f"seconds/{name}": value for name, value in watch.seconds.items()},
+                    **run.validate(step + 1),
                 }
             )
             run.finish_step(step + 1)
