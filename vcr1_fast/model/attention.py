@@ -80,8 +80,8 @@ def attention(
     """Attention that transformers calls in every layer; query (B, H, N, D), key and value
     (B, heads, N, D).
 
-    `spans`: the sequence is a pack of groups. `shared_prefix`: one new token a completion, see
-    `decode.py`. Neither: transformers' own SDPA, causal if the mask is `dummy_mask`. Returns
+    `spans`: the sequence is a pack of groups. `shared_prefix` alone: one new token a completion,
+    see `decode.py`. Neither: transformers' own SDPA, causal if the mask is `dummy_mask`. Returns
     (B, N, H, D).
 
     Under autocast queries and keys come in float32, in which the rotation is computed: they take
