@@ -817,9 +817,6 @@ def test_sampler_is_a_function_of_the_place():
     assert all(sorted(places[i : i + 5]) == list(range(5)) for i in (0, 5, 10))
     assert places[:5] != places[5:10]
     assert list(sampler.places(7, 6)) == places[7:13]
-    parts = [list(sampler.places(4, 8, rank, 2)) for rank in range(2)]
-    assert parts[0] == places[4:12:2]
-    assert parts[1] == places[5:12:2]
     assert list(Sampler(5, seed=4).places(0, 5)) != places[:5]
 
 

@@ -229,12 +229,19 @@ class RunConfig:
     """Write the metrics for TensorBoard as well, where it is installed."""
     device: Literal["auto", "cpu"] = "auto"
     """Device of training; "auto": this process's GPU where there is one."""
+    parallel: Literal["auto", "ddp", "fsdp", "hybrid"] = "auto"
+    """How several processes hold the model: "fsdp" shards weights, gradients and optimiser over all
+    of them, "hybrid" over those of a machine, "ddp" keeps a whole copy in each; "auto": "fsdp"."""
+    cpu_offload: bool = False
+    """Keep the shards of "fsdp" and "hybrid", and the optimiser's work, in main memory."""
 
     def __post_init__(self) -> None:
         if not self.output:
             raise ConfigError("output", "must not be empty")
         if self.resume_from is not None and not self.resume:
             raise ConfigError("resume_from", "needs resume: true")
+        if self.cpu_offload and self.parallel == "ddp":
+            raise ConfigError("cpu_offload", "needs shards: parallel fsdp or hybrid")
 
 
 @section

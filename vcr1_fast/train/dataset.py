@@ -1,9 +1,9 @@
 """Records to prompts: which records a step takes, with clips decoded ahead, bad ones set aside."""
 
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -23,11 +23,14 @@ MAX_CACHED_IN_A_ROW = 256
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """A record ready for the model; `duration`: seconds of the clip it shows, None for an image."""
+    """A record ready for the model; `duration`: seconds of the clip it shows, None for an image;
+    `place`: in the step, over all ranks; `occurrence`: how often the record came before in it."""
 
     record: Record
     prompt: Prompt
     duration: float | None
+    place: int = 0
+    occurrence: int = 0
 
 
 @dataclass(frozen=True)
@@ -54,14 +57,11 @@ class Sampler:
         if self.window < 1:
             raise ValueError(f"window must be at least 1, got {self.window}")
 
-    def places(self, first: int, count: int, rank: int = 0, ranks: int = 1) -> Iterator[int]:
-        """Record numbers at places first .. first + count - 1, those of one of `ranks` only."""
+    def places(self, first: int, count: int) -> Iterator[int]:
+        """Record numbers at places first .. first + count - 1."""
         # One permutation per epoch, however many places are asked for.
         order, epoch = np.empty(0, np.int64), -1
         for place in range(first, first + count):
-            # Interleaved, so that a step's prompts are the same for any number of ranks.
-            if place % ranks != rank:
-                continue
             if place // self.size != epoch:
                 epoch = place // self.size
                 order = self._order(epoch)
@@ -147,19 +147,18 @@ class PromptSource:
         """The batches of steps first_step .. last_step - 1; each is this rank's part of `size`
         places. ValueError when no record of the data is left."""
         places = [
-            list(self.sampler.places(step * size, size, rank, ranks))
-            for step in range(first_step, last_step)
+            self._places(step * size, size, rank, ranks) for step in range(first_step, last_step)
         ]
         # One stream over all steps, so that workers read ahead across the borders of steps.
-        stream = self._stream(self.records[i] for step in places for i in step)
+        stream = self._stream(self.records[i] for step in places for i, _, _ in step)
         for step in places:
             began = time.perf_counter()
             batch = []
-            for _ in step:
+            for _, place, occurrence in step:
                 record, clip = next(stream)
                 sample = self._sample(record, clip)
                 if sample is not None:
-                    batch.append(sample)
+                    batch.append(replace(sample, place=place, occurrence=occurrence))
             if len(self._bad) == len(self.records):
                 last = self.quarantine.items[-1]
                 raise ValueError(
@@ -168,6 +167,19 @@ class PromptSource:
                 )
             self._seconds += time.perf_counter() - began
             yield batch
+
+    def _places(self, first: int, size: int, rank: int, ranks: int) -> list[tuple[int, int, int]]:
+        """(record number, place in the step, how often the record came before in it) at this rank's
+        places of a step."""
+        seen: Counter[int] = Counter()
+        found = []
+        # All ranks' places: a record's number in the step must not depend on how many ranks share.
+        for place, i in enumerate(self.sampler.places(first, size)):
+            # Interleaved, so that a step's prompts are the same for any number of ranks.
+            if place % ranks == rank:
+                found.append((i, place, seen[i]))
+            seen[i] += 1
+        return found
 
     def take_seconds(self) -> float:
         """Time spent waiting for clips and cutting patches since the last call."""

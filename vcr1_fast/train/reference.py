@@ -14,8 +14,6 @@ from vcr1_fast.train.setup import Run
 @torch.no_grad()
 def with_reference_logps(run: Run, groups: Sequence[PolicyGroup]) -> list[PolicyGroup]:
     """The groups with the reference model's log-probs of their completions."""
-    if not groups:
-        return []
     longest = longest_first(groups)
     # A trained encoder's features are the policy's: the reference model encodes the clips itself.
     given = longest if run.vision_is_frozen else [one.with_vision(None) for one in longest]
@@ -31,6 +29,8 @@ def with_reference_logps(run: Run, groups: Sequence[PolicyGroup]) -> list[Policy
                     )
                     for part in micro_batches
                 ]
+    if not parts:  # this rank has no group, but enters the reference model with the others
+        return []
     # A micro-batch may hold a part of a group, so the log-probs are cut again by group.
     by_group = torch.cat(parts).split([sum(one.lengths) for one in longest])
     ref_logps = dict(zip(map(id, longest), by_group, strict=True))
