@@ -129,7 +129,8 @@ def tables() -> str:
 LONG = (
     """Tokens of the longest micro-batch that fits, in steps of 1,024, looked for up to 131,072:"""
 )
-BEGIN, END = "<!-- tables: written by docs/write_scale.py -->\n", "\n<!-- end of tables -->"
+BEGIN = "<!-- tables: written by docs/write_scale.py -->\n"
+END = "\n<!-- end of tables -->"
 
 
 def text() -> str:

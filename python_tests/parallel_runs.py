@@ -42,7 +42,7 @@ def counted(output, rank):
     import torch.distributed as dist
 
     calls = []
-    names = ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce")
+    names = ("all_gather_single", "reduce_scatter_single", "all_reduce")
     kept = {name: getattr(dist, name) for name in names}
 
     def counting(name):
