@@ -80,14 +80,27 @@ def settings_of(*overrides: str) -> TrainConfig:
     return load_config(TrainConfig, None, [*given, *overrides])
 
 
+@cache
+def needs_of(name: str, processes: int, lora: bool) -> tuple[Needs, int, float, float]:
+    """(what a process holds, bytes of the rollout, bytes of a micro-batch of no and of one more
+    token)."""
+    model = adapted(name) if lora else model_of(name)
+    found = []
+    for tokens in (1024, 2048):
+        config = settings_of(f"optim.tokens_per_microbatch={tokens}")
+        if lora:
+            config = replace(config, model=replace(config.model, lora_rank=64))
+        found.append(Needs.of(model, config, processes))
+    token = (found[1].micro_batch - found[0].micro_batch) / 1024
+    rollout = Footprint.of(model).rollout_bytes([PROMPT], 8, COMPLETION, truncated=False)
+    return found[0], round(rollout), found[0].micro_batch - 1024 * token, token
+
+
 def peak(name: str, processes: int, tokens: int = 8192, *, lora: bool = False) -> float:
     """GiB of one process at the busiest moment of a step with micro-batches of `tokens` tokens."""
-    model = adapted(name) if lora else model_of(name)
-    config = settings_of(f"optim.tokens_per_microbatch={tokens}")
-    if lora:
-        config = replace(config, model=replace(config.model, lora_rank=64))
-    rollout = Footprint.of(model).rollout_bytes([PROMPT], 8, COMPLETION, truncated=False)
-    return Needs.of(model, config, processes).peak(round(rollout)) / GIB
+    needs, rollout, nothing, token = needs_of(name, processes, lora)
+    # All but the head's chunks, which are as large from 1,024 tokens on, is linear in the tokens.
+    return replace(needs, micro_batch=round(nothing + tokens * token)).peak(rollout) / GIB
 
 
 def fits(gib: float) -> str:

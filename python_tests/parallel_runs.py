@@ -3,9 +3,11 @@
 Torch and the package are imported once, in a server process that the ranks are forked from.
 """
 
+import ctypes
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import socket
 import sys
@@ -66,9 +68,36 @@ def counted(output, rank):
             (Path(output) / "wire.json").write_text(json.dumps(calls))
 
 
-def run_here(kind, model, records, output, overrides, double=False, resumes=None, pause=0.0):
+def resident(key):
+    """Bytes of VmRSS or VmHWM of this process."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(rf"{key}:\s+(\d+) kB", status)[1]) << 10
+
+
+def reset_peak():
+    """Resident bytes now, from which VmHWM starts again."""
+    libc = ctypes.CDLL(None)
+    # Freed tensors go back to the system: the heap would keep them.
+    libc.mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD
+    libc.malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident("VmRSS")
+
+
+def run_here(
+    kind,
+    model,
+    records,
+    output,
+    overrides,
+    *,
+    double=False,
+    resumes=None,
+    pause=0.0,
+    measured=False,
+):
     """Train in this process. resumes: (step, folder of the run to go on from); pause: seconds that
-    each step takes longer."""
+    each step takes longer; measured: write the peak of resident memory to peak-<rank>.json."""
     import torch
     import torch.distributed as dist
 
@@ -87,8 +116,11 @@ def run_here(kind, model, records, output, overrides, double=False, resumes=None
         setup.load = lambda *args, **kwargs: load(*args, **{**kwargs, "dtype": torch.float64})
     try:
         work = sft.sft if kind == "sft" else loop.train
+        before = reset_peak() if measured else 0
         with counted(output, rank):
             work(configure(model, records, output, *overrides))
+        if measured:
+            (Path(output) / f"peak-{rank}.json").write_text(json.dumps(resident("VmHWM") - before))
     finally:
         setup.load = load
 

@@ -14,10 +14,12 @@ import pytest
 import torch
 from parallel_runs import Ranks, rows, weights
 from safetensors.torch import load_file
-from tiny_run import write_inputs
+from tiny_run import configure, write_inputs
 
 from vcr1_fast.data.records import load_records, write_records
 from vcr1_fast.train.checkpoint import checkpoints
+from vcr1_fast.train.dry_run import skeleton
+from vcr1_fast.train.plan import Needs
 
 # float64: what is left is the order of sums. Adam divides a gradient by its own size, so an error
 # in a gradient of 1e-15 comes back as one of the weights about lr times as large as the gradient's.
@@ -35,6 +37,7 @@ PARTS = (
     "model.gradient_checkpointing=true",
 )
 HALF = ("model.dtype=bfloat16", "optim.steps=2", "loss.beta=0.04", "optim.lr=1e-4")
+MEMORY = ("optim.steps=2", "optim.tokens_per_microbatch=64", "run.save_every=0")
 SFT = ("optim.steps=5", "optim.prompts_per_step=5")
 
 
@@ -83,12 +86,20 @@ def folder(tied, tmp_path_factory):
             f"{n}-{parallel}", "grpo", tied, (*FULL, f"run.parallel={parallel}"), double=True
         )
 
+    large = write_inputs(root / "large", hidden_size=512, layers=6, heads=8)
+
+    def measured(n):
+        return job(f"{n}-memory", "sft", large, MEMORY, measured=True)
+
     Ranks(1, [*jobs(1), *more(1)]).wait()
     two = [*jobs(2), *more(2), plain(2, "ddp"), plain(2, "hybrid")]
     two.append(job("2-offload", "grpo", tied, OFFLOAD, double=True))
     # LOCAL_WORLD_SIZE: two machines of one process each, for "hybrid".
     Ranks(2, [*two, resumed(2, "2-full"), resumed(2, "1-full")], LOCAL_WORLD_SIZE="1").wait()
     Ranks(3, [*jobs(3), resumed(3, "2-full")]).wait()
+    # Other processes, whose heaps hold nothing yet.
+    for n in (2, 3):
+        Ranks(n, [measured(n)]).wait()
     Ranks(1, [resumed(1, "2-full")]).wait()
     return root
 
@@ -244,3 +255,15 @@ def test_an_error_of_one_rank_ends_the_others(tied, tmp_path):
     ranks = Ranks(2, [("refused", how | {"overrides": ("run.resume=false",)})])
     with pytest.raises(AssertionError, match="holds a run already"):
         ranks.wait(60)
+
+
+def test_peak_memory_is_that_of_the_plan(folder):
+    """And falls with the number of processes as planned."""
+    config = configure(folder / "large" / "model", "-", "-", *MEMORY)
+    planned = {}
+    for n in (2, 3):
+        needs = Needs.of(skeleton(folder / "large" / "model", config.model), config, n)
+        planned[n] = needs.peak(reference=False)
+        for path in (folder / f"{n}-memory").glob("peak-*.json"):
+            assert json.loads(path.read_text()) == pytest.approx(planned[n], rel=0.15), path
+    assert planned[3] < 0.9 * planned[2]

@@ -29,6 +29,7 @@ from torch import nn
 
 from vcr1_fast.data.records import Record
 from vcr1_fast.files import free_bytes
+from vcr1_fast.model.family import family_of
 from vcr1_fast.model.wrapping import unwrap
 from vcr1_fast.train.config import TrainConfig
 from vcr1_fast.train.planner import Footprint
@@ -70,6 +71,8 @@ class Needs:
         frozen = whole - sum(p.nbytes for p in trained)
         has_copy = config.loss.beta != 0 and not config.model.has_adapters
         tokens = config.optim.tokens_per_microbatch
+        # As if every token were a clip's: nearly so in video, and the most that it can be.
+        patches = tokens * family_of(model).layout.merge ** 2
         needs = cls(
             parameters=sum(p.numel() for p in parameters),
             trained=count,
@@ -79,7 +82,7 @@ class Needs:
             gradients=0,
             buffer=0,
             reference=whole if has_copy else 0,
-            micro_batch=round(Footprint.of(model).bytes(tokens, tokens, 0)),
+            micro_batch=round(Footprint.of(model).bytes(tokens, tokens, patches)),
             checkpoint=sum(p.nbytes for p in trained) + masters + 8 * count,
             processes=processes,
         )
