@@ -26,7 +26,7 @@ from vcr1_fast.engines.sampler import Sampler, Weights
 from vcr1_fast.model.forward import lm_head, prompt_features
 from vcr1_fast.model.processor import Processor
 from vcr1_fast.model.prompt import Prompt
-from vcr1_fast.model.rollout import Rollout, SamplingConfig
+from vcr1_fast.model.rollout import Generators, Rollout, SamplingConfig
 from vcr1_fast.model.wrapping import unwrap
 
 TESTED = ("0.31", "0.32")
@@ -91,7 +91,7 @@ class VllmSampler(Sampler):
         prompts: Sequence[Prompt],
         group_size: int,
         sampling: SamplingConfig,
-        seed: torch.Generator | None,
+        seed: Generators,
         features: Sequence[Tensor | None] | None = None,
     ) -> Rollout:
         if not prompts or group_size < 1:
@@ -101,8 +101,10 @@ class VllmSampler(Sampler):
         base = unwrap(self.model)
         found = prompt_features(base, prompts, features)
         requests = []
-        for prompt, own in zip(prompts, found, strict=True):
-            number = int(torch.randint(2**62, (), generator=seed))
+        shared = seed is None or isinstance(seed, torch.Generator)
+        seeds: Any = [seed] * len(prompts) if shared else seed
+        for prompt, own, generator in zip(prompts, found, seeds, strict=True):
+            number = int(torch.randint(2**62, (), generator=generator))
             media = media_of(prompt, own, base.config, self.version)
             how = self._sampling(sampling, group_size, number)
             requests.append(Request(prompt.input_ids.tolist(), media, how))
