@@ -135,9 +135,13 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--output", help="folder to write (default: RUN/exports/step-N)")
     command.set_defaults(run=run_export)
 
-    command = commands.add_parser("report", help="curves and rollouts of a training run")
-    command.add_argument("folder", help="of the run (run.output)")
+    command = commands.add_parser("report", help="curves and rollouts of a run, or of several")
+    command.add_argument("folders", nargs="+", metavar="folder", help="of a run (run.output)")
     command.add_argument("--data", help="records trained on (default: the run's data.train)")
+    command.add_argument(
+        "--prompts", type=int, default=200, help="prompts with frames (default: %(default)s)"
+    )
+    command.add_argument("--watch", action="store_true", help="follow a run: every 30 seconds")
     command.set_defaults(run=run_report)
 
     command = commands.add_parser("bench", help="time the operations beside their peers")
@@ -363,7 +367,7 @@ def run_export(options: argparse.Namespace) -> int:
 def run_report(options: argparse.Namespace) -> int:
     from vcr1_fast.report.run import main_report
 
-    return main_report(options.folder, options.data)
+    return main_report(options.folders, options.data, prompts=options.prompts, watch=options.watch)
 
 
 def run_bench(options: argparse.Namespace) -> int:

@@ -457,7 +457,7 @@ def open_run(config: TrainConfig, *, reference: bool, kind: str = "grpo") -> Ite
             quarantine = Quarantine(listed)
         # From here on each rank reports the clips that it decodes itself.
         quarantine.log = partial(log.message, every_rank=True)
-        stage = staging(model, processor, config.data.resize)
+        stage = staging(model, processor, config.data.resized_by)
         log.message(f"frames are resized by {'workers' if stage is None else stage.device}")
         source = stack.enter_context(
             PromptSource(
