@@ -232,6 +232,15 @@ def test_packs_of_any_lengths(loaded, pack):
     case.assert_same(case.gradients(model, ours), case.gradients(stock, expected), 1e-7)
 
 
+def test_a_long_sequence_does_not_pad_short_ones():
+    lengths = [300, 4000, 5, 310, 9000, 1, 4100]
+    batches = delta_net._alike(lengths)
+    assert sorted(i for batch in batches for i in batch) == list(range(7))
+    padded = sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
+    assert padded < 1.6 * sum(lengths) + 7 * delta_net._SHORT
+    assert len(batches) == 4
+
+
 @pytest.mark.parametrize("last", ["linear_attention", "full_attention"])
 @pytest.mark.parametrize("backend", ["fused", "merged"])
 def test_heads_of_256_and_either_kind_of_last_layer(backend, last, tmp_path, monkeypatch):
