@@ -121,7 +121,8 @@ def test_the_rule_is_transformers(length, decay, from_zero):
     for true, mine, other in zip(exact, ours, theirs, strict=True):
         scale = float(true.abs().max()) + 1e-6
         error = float((other - true).abs().max())
-        assert float((mine - true).abs().max()) < 4 * error + 1e-5 * scale
+        # Sums of terms of size 1 cancel in a decay's gradient.
+        assert float((mine - true).abs().max()) < 4 * error + 1e-5 * scale + 1e-6
 
 
 def test_padding_behind_a_sequence_leaves_the_state():
