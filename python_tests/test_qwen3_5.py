@@ -17,7 +17,7 @@ from vcr1_fast.model import rollout as rollout_module
 from vcr1_fast.model.attention import prepare_attention
 from vcr1_fast.model.decode import SharedPrefix
 from vcr1_fast.model.family import family_named
-from vcr1_fast.model.packing import Group
+from vcr1_fast.model.packing import Group, Span
 from vcr1_fast.model.qwen3_5 import delta_net, delta_rule
 from vcr1_fast.model.qwen3_5.delta_rule import chunked, one_token
 from vcr1_fast.model.rollout import SamplingConfig, rollout
@@ -310,6 +310,32 @@ def test_a_detached_state_is_noticed_in_the_gradients(loaded, monkeypatch):
     ours = case.gradients(model, case.shared(model, groups))
     with pytest.raises(AssertionError):
         case.assert_same(ours, expected, 1e-7)
+
+
+def test_completions_may_run_behind_their_prompts_pass(loaded):
+    """On what a pass over the prompt has recorded, as `model/prompt_state.py` does it: outputs and
+    gradients of the pass over the whole pack."""
+    model, _ = loaded
+    net = model.model.language_model.layers[0].linear_attn
+    hidden = torch.randn(1, 9 + 12, 32, dtype=torch.float64)
+    span = Span(0, 9, (5, 1, 6), hidden.device)
+    weights = torch.randn(1, 21, 32, dtype=torch.float64)
+    whole = hidden.clone().requires_grad_()
+    expected = net(whole, spans=(span,))
+    (expected * weights).sum().backward()
+    recorded = {}
+    parts = hidden.clone().requires_grad_()
+    prompt = net(
+        parts[:, :9],
+        spans=(Span(0, 9, (), hidden.device),),
+        recorder=types.SimpleNamespace(record=lambda layer, *x: recorded.update({layer: x})),
+    )
+    assert list(recorded) == [0]
+    suffix = types.SimpleNamespace(state=types.SimpleNamespace(layers=recorded), span=span)
+    got = torch.cat([prompt, net(parts[:, 9:], suffix=suffix)], dim=1)
+    (got * weights).sum().backward()
+    assert (got - expected).abs().max() < 1e-12
+    assert (parts.grad - whole.grad).abs().max() < 1e-12
 
 
 def test_an_activation_other_than_the_released_one_is_refused(loaded):
