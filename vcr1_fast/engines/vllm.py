@@ -111,7 +111,7 @@ class VllmSampler(Sampler):
         answers = self._complete(requests)
         if sampling.temperature == 0:  # sampled once: all completions of a prompt are the same
             answers = [group * group_size for group in answers]
-        return self._gather(answers, found, sampling)
+        return self._gather(prompts, answers, found, sampling)
 
     @abstractmethod
     def _complete(self, requests: Sequence[Request]) -> list[list[Answer]]:
@@ -144,6 +144,7 @@ class VllmSampler(Sampler):
 
     def _gather(
         self,
+        prompts: Sequence[Prompt],
         answers: Sequence[Sequence[Answer]],
         features: list[Tensor | None],
         sampling: SamplingConfig,
@@ -158,7 +159,10 @@ class VllmSampler(Sampler):
             tokens=tokens,
             logps=logps,
             full_logps=reported if self.is_raw else unknown,
-            texts=[[self.processor.decode(one) for one in group] for group in tokens],
+            texts=[
+                [self.processor.turn(prompt, one) for one in group]
+                for prompt, group in zip(prompts, tokens, strict=True)
+            ],
             finished=[[one.finished for one in group] for group in answers],
             vision=features,
         )
