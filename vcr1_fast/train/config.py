@@ -130,6 +130,7 @@ class RolloutConfig(LengthConfig, EngineConfig):
         return 0 if self.engine == "own" else 50
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         # An empty text would end every completion before its first token.
         if not all(self.stop):
             raise ConfigError("stop", f"must not hold an empty string, got {list(self.stop)}")

@@ -3,6 +3,7 @@
 import copy
 import shutil
 import warnings
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -142,8 +143,16 @@ class Run:
 
     def sync_sampler(self, version: int) -> None:
         """Bring the engine's weights up to those after `version` steps, where they are others."""
-        if self.sampler.version != version:
-            self.sampler.sync(policy_weights(self.model), version)
+        if self.sampler.version == version:
+            return
+        weights = policy_weights(self.model)
+        if self.rank == 0 or not self.sampler.shared:
+            self.sampler.sync(weights, version)
+        else:
+            # Gathering a sharded layer takes all ranks, so each runs through the weights.
+            deque(weights, maxlen=0)
+            self.sampler.version = version
+        self.accelerator.wait_for_everyone()
 
     @contextmanager
     def reference(self) -> Iterator[nn.Module]:
