@@ -38,6 +38,7 @@ from vcr1_fast.tasks import TASKS
 from vcr1_fast.tasks.prompt_template import prompts_from
 from vcr1_fast.train import as_trained
 from vcr1_fast.train.advantages import TaskScales
+from vcr1_fast.train.ahead import Ahead
 from vcr1_fast.train.checkpoint import (
     DamagedCheckpoint,
     check_checkpoint,
@@ -94,6 +95,8 @@ class Run:
     stop: StopRequest
     identity: dict[str, Any]
     sampler: Sampler
+    ahead: Ahead | None = None
+    """Where the next step is sampled during this one's update."""
     validation: Validation | None = None
     used: int = 0
     """Samples trained on since `done`, on all ranks."""
@@ -122,9 +125,10 @@ class Run:
             self.log.step({"step": 0, **self.validate(0)})
         if self.stops_early():
             return
-        for samples in self.source.batches(
+        steps = self.source.batches(
             self.done, optim.steps, optim.prompts_per_step, self.rank, self.ranks
-        ):
+        )
+        for samples in steps if self.ahead is None else self.ahead.batches(steps):
             yield samples
             if self.stops_early():
                 return
@@ -442,6 +446,9 @@ def open_run(config: TrainConfig, *, reference: bool, kind: str = "grpo") -> Ite
                 )
             )
             log.message(f"completions by {sampler.describe()}")
+        ahead = Ahead() if kind == "grpo" and config.rollout.ahead else None
+        if ahead is not None:
+            stack.callback(ahead.close)
         yield Run(
             config=config,
             accelerator=accelerator,
@@ -459,6 +466,7 @@ def open_run(config: TrainConfig, *, reference: bool, kind: str = "grpo") -> Ite
             stop=stack.enter_context(StopRequest(config.run.stop_grace)),
             identity=own,
             sampler=sampler,
+            ahead=ahead,
             validation=validation,
         )
 
