@@ -219,6 +219,7 @@ PACKS = {
     "a chunk and one": [(65, [66, 1, 7])],
     "completions of one token": [(20, [1, 1]), (31, [1])],
     "one completion": [(70, [34])],
+    "lengths far apart": [(300, [2, 190]), (5, [3]), (170, [1, 90]), (7, [4])],
 }
 
 
