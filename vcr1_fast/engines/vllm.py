@@ -269,6 +269,14 @@ def check_release(version: str) -> None:
         raise ValueError(f"vLLM {version} is not among the releases known, {', '.join(TESTED)}")
 
 
+def refuse_missing(names: Sequence[str]) -> None:
+    """ValueError where weights were not given: vLLM keeps their older values without a word."""
+    if names:
+        raise ValueError(
+            f"weights: {len(names)} were not given and keep older values: {', '.join(names[:4])}"
+        )
+
+
 def check_tokens(theirs: Sequence[int] | None, ours: Sequence[int]) -> None:
     """ValueError where the engine read other tokens than the trainer's."""
     if theirs is not None and list(theirs) != list(ours):
