@@ -34,6 +34,7 @@ CASES = [
     ((2080, 63, 8), (8, 4, 32), torch.float32),
     ((2080, 63, 8), (16, 2, 128), torch.float32),  # those of Qwen2.5-VL-3B
     ((2080, 63, 8), (16, 2, 128), torch.bfloat16),
+    ((2080, 63, 8), (16, 4, 256), torch.float32),  # those of Qwen3.5-9B
     ((288, 63, 8), (4, 2, 16), torch.float32),
     ((96, 31, 8), (4, 2, 16), torch.float32),
 ]

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from gpu_backend import needs_gpu
 from tiny_run import configure, write_inputs
 
 from vcr1_fast.data.records import Record, load_records, write_records
@@ -65,11 +66,11 @@ def media(tmp_path_factory):
     }
 
 
-@pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl"])
+@pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl", "qwen3_5"])
 def processor(request, tmp_path_factory):
     model, _ = write_inputs(tmp_path_factory.mktemp(request.param), family=request.param)
     loaded = checkpoint.load_processor(model).with_frames(FRAMES)
-    assert loaded.video.layout.patch == {"qwen2_5_vl": 14, "qwen3_vl": 16}[request.param]
+    assert loaded.video.layout.patch == (14 if request.param == "qwen2_5_vl" else 16)
     return loaded
 
 
@@ -284,3 +285,25 @@ def test_requests_of_records_are_staged_whatever_the_task(processor, tmp_path, m
         again = processor.prompt("x", [dataclasses.replace(clip, staged=None)])
         ours = processor.prompt("x", [clip])
         assert torch.equal(ours.pixel_values_videos, again.pixel_values_videos.bfloat16())
+
+
+@needs_gpu
+@pytest.mark.parametrize("workers", [0, 2])
+def test_on_a_gpu_patches_are_those_of_the_cpu_while_the_gpu_is_busy(processor, media, workers):
+    device, dtype = torch.device("cuda"), torch.bfloat16
+    stage, cpu = Staging(processor, device, dtype), Staging(processor, CPU, dtype)
+    asked = [*media.values()] * 4
+    busy = torch.randn(4096, 4096, device=device)
+    with (
+        ClipReader(workers=workers, stage=stage, prefetch_bytes=1 << 20) as reader,
+        ClipReader(workers=workers, stage=cpu) as other,
+    ):
+        for ours, theirs in zip(reader.read(asked), other.read(asked), strict=True):
+            assert torch.from_numpy(ours.frames).is_pinned() == bool(workers)
+            # Clips are dropped while work that reads their patches is still queued.
+            for _ in range(8):
+                busy = busy @ busy / 64
+            patches, _ = processor._patches(ours)
+            copied = patches.clone()
+            del ours, patches
+            assert torch.equal(copied.cpu(), theirs.staged[0])

@@ -13,6 +13,7 @@ from vcr1_fast.data.clip_cache import open_cache
 from vcr1_fast.data.records import Record
 from vcr1_fast.data.requests import clip_request
 from vcr1_fast.data.video import Clip, ClipReader, VideoError
+from vcr1_fast.engines.sampler import OwnSampler, Sampler
 from vcr1_fast.evaluate.completions import Completion, Pass
 from vcr1_fast.evaluate.config import EvalConfig, PerceptionConfig
 from vcr1_fast.evaluate.perception import (
@@ -27,7 +28,6 @@ from vcr1_fast.evaluate.perception import (
     zoom,
 )
 from vcr1_fast.model.processor import Processor, Prompt
-from vcr1_fast.model.rollout import rollout
 from vcr1_fast.model.sampling import SamplingConfig
 from vcr1_fast.model.staging import staging
 from vcr1_fast.tasks import TASKS
@@ -92,18 +92,20 @@ class RecordState:
 
 
 def greedy_answers(
-    model: Any, processor: Processor, config: EvalConfig
+    model: Any, processor: Processor, config: EvalConfig, sampler: Sampler | None = None
 ) -> Callable[[Sequence[Sequence[Record]]], Iterator[list[Completion]]]:
     """A function from batches of records to one list of completions a batch, in order.
 
     Clips are read ahead by worker processes while the model decodes. A record that cannot be shown
     (its clip or its prompt is bad) becomes a completion with an error; the rest of its batch is
     answered without it. With `config.perception` lettered questions are looked at several times,
-    all records of a batch together.
+    all records of a batch together. `sampler`: the engine that answers, with the model's weights;
+    None: our own.
     """
     perception = config.perception
     shown = processor.with_frames(config.frames, media_first=config.media_first)
     processor = replace(shown, mrope=config.mrope, video_text=config.video_text)
+    engine = sampler or OwnSampler(model, processor)
     sampling = SamplingConfig(temperature=0.0, max_new_tokens=config.max_new_tokens)
     stage = staging(model, processor, config.resized_by)
 
@@ -184,14 +186,12 @@ def greedy_answers(
                 state.error = str(error)
         if not prompts:
             return
-        result = rollout(
-            model,
-            processor,
+        result = engine.rollout(
             [prompt for _, prompt in prompts],
             1,
             sampling,
             torch.Generator(),  # greedy, but the global generator would advance
-            vision=[state.vision for state, _ in prompts],
+            [state.vision for state, _ in prompts],
         )
         share = (time.perf_counter() - began) / len(prompts)
         for index, (state, prompt) in enumerate(prompts):

@@ -30,6 +30,7 @@ _IDENTITY = (
     "perception",
     "decoder",
     "dtype",
+    "engine",
 )
 
 _COMPLETIONS = "completions.*.jsonl"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vcr1_fast.model.family import LANGUAGE_MODEL_TARGETS, Family, LayerSizes, ModelSizes
 from vcr1_fast.model.last_layer import skip_unused_rows
-from vcr1_fast.model.qwen3_5.delta_rule import rule_bytes
+from vcr1_fast.model.qwen3_5.delta_rule import fla_is_installed, rule_bytes
 from vcr1_fast.model.qwen3_5.processor import Processor
 from vcr1_fast.model.qwen3_5.tiny import TinyConfig, write_tiny
 from vcr1_fast.model.timed_text.preprocessor import LAYOUT
@@ -90,6 +90,14 @@ def _sizes(config: Any) -> ModelSizes:
     )
 
 
+def _report() -> Sequence[tuple[str, str]]:
+    kernels = "FLA's kernels in half precision" if fla_is_installed() else "torch's operators"
+    return [
+        ("Qwen3.5 clips as text", video_text_row(Processor.source)),
+        ("Qwen3.5 delta rule on CUDA", f"{kernels} (package flash-linear-attention)"),
+    ]
+
+
 FAMILY = Family(
     model_types=("qwen3_5",),
     model_class=_model_class,
@@ -112,5 +120,5 @@ FAMILY = Family(
     sizes=_sizes,
     tiny_config=TinyConfig,
     write_tiny=write_tiny,
-    report=lambda: [("Qwen3.5 clips as text", video_text_row(Processor.source))],
+    report=_report,
 )

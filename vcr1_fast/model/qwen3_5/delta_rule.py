@@ -129,11 +129,12 @@ def _unit(x: Tensor) -> Tensor:
 
 def _fla_takes(value: Tensor) -> bool:
     """Whether FLA's kernels compute such values: they refuse float32."""
-    return value.is_cuda and value.dtype in (torch.bfloat16, torch.float16) and _fla_is_installed()
+    return value.is_cuda and value.dtype in (torch.bfloat16, torch.float16) and fla_is_installed()
 
 
 @cache
-def _fla_is_installed() -> bool:
+def fla_is_installed() -> bool:
+    """Whether the package flash-linear-attention is there."""
     return importlib.util.find_spec("fla") is not None
 
 
