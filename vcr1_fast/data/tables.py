@@ -35,16 +35,13 @@ def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
     ValueError for a file that is of another format as a whole, with a guess which; ImportError
     where Parquet needs pyarrow; OSError for no file.
     """
-    if hub_name(path) is not None or is_saved_dataset(path):
-        for number, row in enumerate(_read_dataset(path), start=1):
-            if number == 1:
-                _refuse_chat(path, row)
-            yield number, row
-        return
-    if path.is_dir():
-        raise ValueError(f"{path}: a folder, not a file of records")
     suffix = path.suffix.lower()
-    if suffix in TEXT_SUFFIXES:
+    rows: Iterator[tuple[int, Any]]
+    if hub_name(path) is not None or is_saved_dataset(path):
+        rows = enumerate(_read_dataset(path), start=1)
+    elif path.is_dir():
+        raise ValueError(f"{path}: a folder, not a file of records")
+    elif suffix in TEXT_SUFFIXES:
         rows = _read_csv(path, "\t" if suffix == ".tsv" else ",")
     elif suffix == ".parquet":
         rows = _read_parquet(path)
