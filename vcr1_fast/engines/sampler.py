@@ -27,6 +27,8 @@ class Sampler(ABC):
     """
 
     name: ClassVar[str]
+    shared: ClassVar[bool] = False
+    """Whether one engine serves all processes of a run: the first one syncs it for all."""
     version: int | None = None
 
     @abstractmethod

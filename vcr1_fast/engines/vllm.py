@@ -111,7 +111,7 @@ class VllmSampler(Sampler):
         answers = self._complete(requests)
         if sampling.temperature == 0:  # sampled once: all completions of a prompt are the same
             answers = [group * group_size for group in answers]
-        return self._gather(answers, found, sampling)
+        return self._gather(prompts, answers, found, sampling)
 
     @abstractmethod
     def _complete(self, requests: Sequence[Request]) -> list[list[Answer]]:
@@ -144,6 +144,7 @@ class VllmSampler(Sampler):
 
     def _gather(
         self,
+        prompts: Sequence[Prompt],
         answers: Sequence[Sequence[Answer]],
         features: list[Tensor | None],
         sampling: SamplingConfig,
@@ -158,7 +159,10 @@ class VllmSampler(Sampler):
             tokens=tokens,
             logps=logps,
             full_logps=reported if self.is_raw else unknown,
-            texts=[[self.processor.decode(one) for one in group] for group in tokens],
+            texts=[
+                [self.processor.turn(prompt, one) for one in group]
+                for prompt, group in zip(prompts, tokens, strict=True)
+            ],
             finished=[[one.finished for one in group] for group in answers],
             vision=features,
         )
@@ -263,6 +267,14 @@ def check_release(version: str) -> None:
     internal to a release, and a changed one gives wrong numbers rather than an error."""
     if not version.startswith(tuple(f"{one}." for one in TESTED)):
         raise ValueError(f"vLLM {version} is not among the releases known, {', '.join(TESTED)}")
+
+
+def refuse_missing(names: Sequence[str]) -> None:
+    """ValueError where weights were not given: vLLM keeps their older values without a word."""
+    if names:
+        raise ValueError(
+            f"weights: {len(names)} were not given and keep older values: {', '.join(names[:4])}"
+        )
 
 
 def check_tokens(theirs: Sequence[int] | None, ours: Sequence[int]) -> None:

@@ -147,7 +147,8 @@ def merged_state_dict(model: nn.Module) -> dict[str, torch.Tensor] | None:
     model's own `state_dict` serves."""
     base = unwrap(model)
     if base is model or not hasattr(model, "peft_config"):
-        return whole_tensors(base) if isinstance(base, FSDPModule) else None
+        sharded: Any = base if isinstance(base, FSDPModule) else None
+        return None if sharded is None else whole_tensors(sharded)
     return dict(_merged(model))
 
 

@@ -134,7 +134,7 @@ def rollout(
         run.decode(hidden.repeat_interleave(group_size, dim=0), group_size, generator)
     finally:
         base.train(training)
-    return run.result(group_size, features, [prompt.opened for prompt in prompts])
+    return run.result(group_size, features, prompts)
 
 
 class TokenStep:
@@ -362,7 +362,7 @@ class _Run:
         return kept
 
     def result(
-        self, group_size: int, features: Sequence[Tensor | None], opened: Sequence[str]
+        self, group_size: int, features: Sequence[Tensor | None], prompts: Sequence[Prompt]
     ) -> Rollout:
         tokens, logps = self.tokens.cpu(), self.logps.cpu()
 
@@ -376,8 +376,8 @@ class _Run:
             full_logps=grouped([logps[1, i, :n].clone() for i, n in enumerate(self.lengths)]),
             texts=grouped(
                 [
-                    opened[i // group_size] + self.processor.decode(c)
-                    for i, c in enumerate(completions)
+                    self.processor.turn(prompts[i // group_size], completion)
+                    for i, completion in enumerate(completions)
                 ]
             ),
             finished=grouped(self.finished),

@@ -117,6 +117,9 @@ class RolloutConfig(LengthConfig, EngineConfig):
     gap_max_limit: PositiveFloat | None = None
     """The same for the largest |rollout log-prob - training log-prob| of a token; null: any."""
 
+    ahead: Literal[0, 1] = 0
+    """1: a vLLM server samples the next step's completions while this step updates; they are of the
+    policy one step before. 0: each step's completions are of its own policy."""
     parity_every: NonNegativeInt | None = None
     """Steps between checks of the engine's log-probs on probes (engines/parity.py), the first one
     before any step; 0: none; null: 50, none for "own", whose tokens are measured in each step."""
@@ -132,9 +135,12 @@ class RolloutConfig(LengthConfig, EngineConfig):
         return 0 if self.engine == "own" else 50
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         # An empty text would end every completion before its first token.
         if not all(self.stop):
             raise ConfigError("stop", f"must not hold an empty string, got {list(self.stop)}")
+        if self.ahead and (self.engine != "vllm-server" or self.temperature != 1.0):
+            raise ConfigError("ahead", "needs engine: vllm-server and temperature: 1")
         if self.engine != "own" and self.temperature < 0.01:
             raise ConfigError(
                 "temperature", f"vLLM raises what is below 0.01 to it, got {self.temperature}"
@@ -353,6 +359,10 @@ class TrainConfig:
         for name in ("num_items", "num_sequences"):
             if getattr(self.loss, name) is not None:
                 raise ConfigError(f"loss.{name}", "is counted by the trainer, not set")
+        if self.rollout.ahead and self.loss.rollout_correction in (None, "none"):
+            raise ConfigError("rollout.ahead", "needs loss.rollout_correction: it is off-policy")
+        if self.rollout.ahead and self.rewards.temporal.rollouts:
+            raise ConfigError("rollout.ahead", "does not go with rewards.temporal.rollouts")
         if self.loss.entropy_aggregation != "loss":
             raise ConfigError(
                 "loss.entropy_aggregation",

@@ -8,6 +8,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
+from vcr1_fast.data.clip_cache import open_cache
 from vcr1_fast.data.quarantine import Quarantine
 from vcr1_fast.data.records import Record, load_records
 from vcr1_fast.data.requests import clip_key, clip_request
@@ -151,6 +152,7 @@ class PromptSource:
             timeout=config.decode_timeout,
             workers=config.decode_workers,
             prefetch_bytes=config.prefetch_mb << 20,
+            cache=open_cache(config.cache_dir, config.cache_dir_gib),
             # Small frames leave the worker, unless a GPU resizes them faster than it does.
             fit=processor.fit() if stage is None else None,
             stage=stage,

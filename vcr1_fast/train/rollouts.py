@@ -1,7 +1,7 @@
 """Sampling of a step's completions, planned by memory and retried on out-of-memory."""
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,6 +11,7 @@ from vcr1_fast.engines.parity import Forward, check_parity
 from vcr1_fast.model.prompt import VIDEO
 from vcr1_fast.model.rollout import Rollout, SamplingConfig
 from vcr1_fast.model.vision import reorder_frames
+from vcr1_fast.train.ahead import Ahead
 from vcr1_fast.train.config import RolloutConfig
 from vcr1_fast.train.dataset import Sample
 from vcr1_fast.train.groups import PolicyGroup
@@ -39,6 +40,9 @@ def sample_completions(
     number of processes, chunking, an out-of-memory retry and the T-GRPO term change no completion.
     """
     settings, temporal = run.config.rollout, run.config.rewards.temporal
+    if run.ahead is not None:
+        yield from sampled_ahead(run, run.ahead, samples, step, watch)
+        return
     # Decided once for the step: chunks must agree, or some features would lack gradients.
     with_graph = keeps_vision_graph(run, samples)
     run.gather()
@@ -79,6 +83,28 @@ def sample_completions(
                     shuffled[i] = one
         yield Chunk(part, rollouts, shuffled)
     run.sampler.sleep()
+
+
+def sampled_ahead(
+    run: Run, ahead: Ahead, samples: Sequence[Sample], step: int, watch: Stopwatch
+) -> Iterator[Chunk]:
+    """This step's completions, which the server sampled during the last update, in one chunk; then
+    the next step's are begun. The first step of a run, or after a resume, samples its own."""
+    settings = run.config.rollout
+
+    def prepared(batch: Sequence[Sample], of_step: int) -> Callable[[], list[Rollout]]:
+        vision = run.clip_features(batch)
+        seeds = [prompt_seed(run.config.run.seed, of_step, one) for one in batch]
+        return lambda: sample_group(run, batch, vision, settings.group_size, seeds)
+
+    with watch.stage("rollout"):
+        rollouts = ahead.result()
+        run.sync_sampler(step)
+        check_engine(run, samples, step)
+        if rollouts is None:
+            rollouts = prepared(samples, step)()
+        ahead.start(lambda batch: prepared(batch, step + 1))
+    yield Chunk(samples, rollouts, [None] * len(samples))
 
 
 def check_engine(run: Run, samples: Sequence[Sample], step: int) -> None:
@@ -229,8 +255,11 @@ def check_rollout_gap(metrics: Mapping[str, float], settings: RolloutConfig) -> 
     """ValueError where the log-probs of rollout and training differ by more than the limits.
 
     Before the first update of a step both are the same model on the same tokens, so all but
-    rounding is a fault: other weights, positions, inputs or precision.
+    rounding is a fault: other weights, positions, inputs or precision. With `rollout.ahead` they
+    are not, and the probes of `check_engine` alone tell.
     """
+    if settings.ahead:
+        return
     for kind, limit in (("mean", settings.gap_mean_limit), ("max", settings.gap_max_limit)):
         gap = metrics.get(f"rollout_gap_{kind}", 0.0)
         if limit is not None and gap > limit:

@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 import warnings
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -38,6 +39,7 @@ from vcr1_fast.tasks import TASKS
 from vcr1_fast.tasks.prompt_template import prompts_from
 from vcr1_fast.train import as_trained
 from vcr1_fast.train.advantages import TaskScales
+from vcr1_fast.train.ahead import Ahead
 from vcr1_fast.train.checkpoint import (
     DamagedCheckpoint,
     check_checkpoint,
@@ -98,6 +100,8 @@ class Run:
     reference_sharding: Sharding | None
     traffic: Traffic
     sampler: Sampler
+    ahead: Ahead | None = None
+    """Where the next step is sampled during this one's update."""
     validation: Validation | None = None
     used: int = 0
     """Samples trained on since `done`, on all ranks."""
@@ -126,9 +130,10 @@ class Run:
             self.log.step({"step": 0, **self.validate(0)})
         if self.stops_early():
             return
-        for samples in self.source.batches(
+        steps = self.source.batches(
             self.done, optim.steps, optim.prompts_per_step, self.rank, self.ranks
-        ):
+        )
+        for samples in steps if self.ahead is None else self.ahead.batches(steps):
             yield samples
             if self.stops_early():
                 return
@@ -186,8 +191,16 @@ class Run:
 
     def sync_sampler(self, version: int) -> None:
         """Bring the engine's weights up to those after `version` steps, where they are others."""
-        if self.sampler.version != version:
-            self.sampler.sync(policy_weights(self.model), version)
+        if self.sampler.version == version:
+            return
+        weights = policy_weights(self.model)
+        if self.rank == 0 or not self.sampler.shared:
+            self.sampler.sync(weights, version)
+        else:
+            # Gathering a sharded layer takes all ranks, so each runs through the weights.
+            deque(weights, maxlen=0)
+            self.sampler.version = version
+        self.accelerator.wait_for_everyone()
 
     @contextmanager
     def reference(self) -> Iterator[nn.Module]:
@@ -457,7 +470,7 @@ def open_run(config: TrainConfig, *, reference: bool, kind: str = "grpo") -> Ite
             quarantine = Quarantine(listed)
         # From here on each rank reports the clips that it decodes itself.
         quarantine.log = partial(log.message, every_rank=True)
-        stage = staging(model, processor, config.data.resize)
+        stage = staging(model, processor, config.data.resized_by)
         log.message(f"frames are resized by {'workers' if stage is None else stage.device}")
         source = stack.enter_context(
             PromptSource(
@@ -485,6 +498,9 @@ def open_run(config: TrainConfig, *, reference: bool, kind: str = "grpo") -> Ite
                 )
             )
             log.message(f"completions by {sampler.describe()}")
+        ahead = Ahead() if kind == "grpo" and config.rollout.ahead else None
+        if ahead is not None:
+            stack.callback(ahead.close)
         yield Run(
             config=config,
             accelerator=accelerator,
@@ -505,6 +521,7 @@ def open_run(config: TrainConfig, *, reference: bool, kind: str = "grpo") -> Ite
             reference_sharding=reference_sharding,
             traffic=traffic,
             sampler=sampler,
+            ahead=ahead,
             validation=validation,
         )
 
