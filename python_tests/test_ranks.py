@@ -50,11 +50,11 @@ def test_a_world_of_another_size_stops():
 
 def test_deepspeed_and_missing_gpus_are_named(monkeypatch):
     with pytest.raises(ValueError, match="DeepSpeed, which is not supported"):
-        ranks.open_ranks(RunConfig("run"), {"ACCELERATE_USE_DEEPSPEED": "true"})
+        ranks.open_ranks(RunConfig(output="run"), {"ACCELERATE_USE_DEEPSPEED": "true"})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ValueError, match=r"process 2 of this machine has no GPU: 2 are visible"):
-        ranks.open_ranks(RunConfig("run"), {"LOCAL_RANK": "2"})
+        ranks.open_ranks(RunConfig(output="run"), {"LOCAL_RANK": "2"})
 
 
 class Launched:
@@ -71,38 +71,40 @@ class Launched:
 
 
 def test_what_accelerate_launch_asks_for_is_taken_or_refused():
-    settings = RunConfig("run")
+    settings = RunConfig(output="run")
     assert ranks.as_launched(settings, Launched()) is settings
     sharded = ranks.as_launched(settings, Launched(2, offload=True))
     assert (sharded.parallel, sharded.cpu_offload) == ("fsdp", True)
-    hybrid = ranks.as_launched(RunConfig("run", parallel="hybrid"), Launched(2))
+    hybrid = ranks.as_launched(RunConfig(output="run", parallel="hybrid"), Launched(2))
     assert (hybrid.parallel, hybrid.cpu_offload) == ("hybrid", False)
     with pytest.raises(ValueError, match="FSDP1: launch with --fsdp_version 2"):
         ranks.as_launched(settings, Launched(1))
     with pytest.raises(ValueError, match=r"run\.parallel=ddp, but accelerate is set to use FSDP2"):
-        ranks.as_launched(RunConfig("run", parallel="ddp"), Launched(2))
+        ranks.as_launched(RunConfig(output="run", parallel="ddp"), Launched(2))
 
 
 def test_several_processes_shard_unless_told_otherwise():
-    assert ranks.shards_model(RunConfig("run"), 2)
-    assert ranks.shards_model(RunConfig("run", parallel="hybrid"), 2)
-    assert not ranks.shards_model(RunConfig("run", parallel="ddp"), 2)
-    assert not ranks.shards_model(RunConfig("run"), 1)
+    assert ranks.shards_model(RunConfig(output="run"), 2)
+    assert ranks.shards_model(RunConfig(output="run", parallel="hybrid"), 2)
+    assert not ranks.shards_model(RunConfig(output="run", parallel="ddp"), 2)
+    assert not ranks.shards_model(RunConfig(output="run"), 1)
     with pytest.raises(ValueError, match="start several processes"):
-        ranks.shards_model(RunConfig("run", cpu_offload=True), 1)
+        ranks.shards_model(RunConfig(output="run", cpu_offload=True), 1)
     with pytest.raises(ValueError, match="cpu_offload: needs shards"):
-        RunConfig("run", cpu_offload=True, parallel="ddp")
+        RunConfig(output="run", cpu_offload=True, parallel="ddp")
 
 
 def test_hybrid_shards_within_machines(monkeypatch):
     made = []
     monkeypatch.setattr(ranks, "init_device_mesh", lambda *args, **kwargs: made.append(args[1]))
     for parallel, machine in (("fsdp", "2"), ("hybrid", "2"), ("hybrid", "4")):
-        settings = RunConfig("run", parallel=parallel)
+        settings = RunConfig(output="run", parallel=parallel)
         ranks.open_mesh(settings, Launched(), {"LOCAL_WORLD_SIZE": machine})
     assert made == [(4,), (2, 2), (1, 4)]
     with pytest.raises(ValueError, match="4 processes are not machines of 3 each"):
-        ranks.open_mesh(RunConfig("run", parallel="hybrid"), Launched(), {"LOCAL_WORLD_SIZE": "3"})
+        ranks.open_mesh(
+            RunConfig(output="run", parallel="hybrid"), Launched(), {"LOCAL_WORLD_SIZE": "3"}
+        )
 
 
 def test_a_joint_of_ranks_is_refused_without_the_token():
