@@ -95,7 +95,8 @@ def folder(tied, tmp_path_factory):
     Ranks(1, [*jobs(1), *more(1)]).wait()
     two = [*jobs(2), *more(2), plain(2, "ddp"), plain(2, "hybrid")]
     two.append(job("2-offload", "grpo", tied, OFFLOAD, double=True))
-    two.append(job("2-oom", "grpo", tied, FULL, double=True, out_of_memory=True))
+    larger = (*FULL, "optim.tokens_per_microbatch=130")
+    two.append(job("2-oom", "grpo", tied, larger, double=True, out_of_memory=True))
     # LOCAL_WORLD_SIZE: two machines of one process each, for "hybrid".
     Ranks(2, [*two, resumed(2, "2-full"), resumed(2, "1-full")], LOCAL_WORLD_SIZE="1").wait()
     Ranks(3, [*jobs(3), resumed(3, "2-full")]).wait()
