@@ -240,7 +240,7 @@ class Planner:
         """Bytes that a pass may take."""
         if self.memory is not None:
             return self.memory
-        free = available_bytes(self.optimizer.parameters[0].device)
+        free = available_bytes(self.optimizer.device)
         return _USABLE * free - self.optimizer.pending_bytes()
 
     def predict(self, part: Sequence[Shaped]) -> float:
