@@ -133,6 +133,8 @@ format: $(VENV)/.built  ## Rewrite every file in the project's style.
 
 docs: $(VENV)/.built  ## The pages of docs/ that the code writes.
 	$(PY) docs/write_config.py
+	$(PY) docs/write_scale.py
+	$(PY) docs/write_models.py
 
 # What the benches compare with. Not part of the build: nothing else needs them.
 $(VENV)/.peers: $(VENV)/.built

@@ -82,7 +82,13 @@ def parser() -> argparse.ArgumentParser:
             "--prompts", help="other prompt templates, YAML or JSON (data.prompts)"
         )
         command.add_argument("--output", help="folder of the run (run.output)")
-        if name != "plan":
+        if name == "plan":
+            command.add_argument("--processes", type=int, default=1, help="one a GPU (default: 1)")
+            command.add_argument("--per-machine", type=int, help="processes of one machine")
+            command.add_argument(
+                "--memory-gib", type=float, help="of each GPU (default: what is free here)"
+            )
+        else:
             command.add_argument(
                 "--dry-run", action="store_true", help="print the plan of the run, then stop"
             )
@@ -145,9 +151,13 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--output", help="folder to write (default: RUN/exports/step-N)")
     command.set_defaults(run=run_export)
 
-    command = commands.add_parser("report", help="curves and rollouts of a training run")
-    command.add_argument("folder", help="of the run (run.output)")
+    command = commands.add_parser("report", help="curves and rollouts of a run, or of several")
+    command.add_argument("folders", nargs="+", metavar="folder", help="of a run (run.output)")
     command.add_argument("--data", help="records trained on (default: the run's data.train)")
+    command.add_argument(
+        "--prompts", type=int, default=200, help="prompts with frames (default: %(default)s)"
+    )
+    command.add_argument("--watch", action="store_true", help="follow a run: every 30 seconds")
     command.set_defaults(run=run_report)
 
     command = commands.add_parser("bench", help="time the operations beside their peers")
@@ -289,9 +299,15 @@ def run_training(options: argparse.Namespace) -> int:
         config = load_config(TrainConfig, options.config, _overrides(names, options))
     _warn_of_differences(config.model.path, config.data, "data.")
     if options.command == "plan" or options.dry_run:
-        from vcr1_fast.train.dry_run import dry_run
+        from vcr1_fast.train.dry_run import Machines, dry_run
 
-        lines, fits = dry_run(config, grpo=options.command != "sft")
+        machines = Machines()
+        if options.command == "plan":
+            if options.processes < 1:
+                raise ValueError(f"--processes must be at least 1, got {options.processes}")
+            memory = options.memory_gib and options.memory_gib * 2**30
+            machines = Machines(options.processes, options.per_machine, memory)
+        lines, fits = dry_run(config, grpo=options.command != "sft", machines=machines)
         print(*lines, sep="\n")
         return 0 if fits else 2
     if options.command == "sft":
@@ -373,7 +389,7 @@ def run_export(options: argparse.Namespace) -> int:
 def run_report(options: argparse.Namespace) -> int:
     from vcr1_fast.report.run import main_report
 
-    return main_report(options.folder, options.data)
+    return main_report(options.folders, options.data, prompts=options.prompts, watch=options.watch)
 
 
 def run_bench(options: argparse.Namespace) -> int:

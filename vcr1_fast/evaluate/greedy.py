@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from vcr1_fast.data.clip_cache import open_cache
 from vcr1_fast.data.records import Record
 from vcr1_fast.data.requests import clip_request
 from vcr1_fast.data.video import Clip, ClipReader, VideoError
@@ -106,7 +107,7 @@ def greedy_answers(
     processor = replace(shown, mrope=config.mrope, video_text=config.video_text)
     engine = sampler or OwnSampler(model, processor)
     sampling = SamplingConfig(temperature=0.0, max_new_tokens=config.max_new_tokens)
-    stage = staging(model, processor, config.resize)
+    stage = staging(model, processor, config.resized_by)
 
     def answer(batches: Sequence[Sequence[Record]]) -> Iterator[list[Completion]]:
         frames = processor.frames
@@ -118,6 +119,7 @@ def greedy_answers(
                 timeout=config.decode_timeout,
                 workers=config.decode_workers,
                 prefetch_bytes=config.prefetch_mb << 20,
+                cache=open_cache(config.cache_dir, config.cache_dir_gib),
                 fit=processor.fit() if stage is None else None,
                 stage=stage,
             ) as reader,

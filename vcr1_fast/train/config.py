@@ -276,12 +276,19 @@ class RunConfig:
     """Evaluations without a better `keep_best` after which the run ends early; 0: never."""
     device: Literal["auto", "cpu"] = "auto"
     """Device of training; "auto": this process's GPU where there is one."""
+    parallel: Literal["auto", "ddp", "fsdp", "hybrid"] = "auto"
+    """How several processes hold the model: "fsdp" shards weights, gradients and optimiser over all
+    of them, "hybrid" over those of a machine, "ddp" keeps a whole copy in each; "auto": "fsdp"."""
+    cpu_offload: bool = False
+    """Keep the shards of "fsdp" and "hybrid", and the optimiser's work, in main memory."""
 
     def __post_init__(self) -> None:
         if not self.output:
             raise ConfigError("output", "must not be empty")
         if self.resume_from is not None and not self.resume:
             raise ConfigError("resume_from", "needs resume: true")
+        if self.cpu_offload and self.parallel == "ddp":
+            raise ConfigError("cpu_offload", "needs shards: parallel fsdp or hybrid")
         if self.keep_best is not None and not self.keep_best.startswith("val/"):
             raise ConfigError("keep_best", f"must be a metric val/..., got {self.keep_best!r}")
         if self.patience and self.keep_best is None:

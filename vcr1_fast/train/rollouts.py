@@ -1,5 +1,6 @@
 """Sampling of a step's completions, planned by memory and retried on out-of-memory."""
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -35,16 +36,16 @@ def sample_completions(
 ) -> Iterator[Chunk]:
     """Sample a group of completions per prompt, chunk by chunk as memory allows.
 
-    The random numbers depend on (run.seed, step, rank) alone: chunking, an out-of-memory retry and
-    the T-GRPO term change no completion.
+    The random numbers depend on (run.seed, step, record, number of the completion) alone: the
+    number of processes, chunking, an out-of-memory retry and the T-GRPO term change no completion.
     """
     settings, temporal = run.config.rollout, run.config.rewards.temporal
-    generator, shuffler = generators(run, step)
     if run.ahead is not None:
         yield from sampled_ahead(run, run.ahead, samples, step, watch)
         return
     # Decided once for the step: chunks must agree, or some features would lack gradients.
     with_graph = keeps_vision_graph(run, samples)
+    run.gather()
     with watch.stage("rollout"):
         run.sampler.wake()
         run.sync_sampler(step)
@@ -62,27 +63,26 @@ def sample_completions(
         with watch.stage("vision"):
             vision = run.clip_features(part, with_graph=with_graph)
         with watch.stage("rollout"):
-            sampled = sample_group(run, part, vision, settings.group_size, generator)
+            seeds = [prompt_seed(run.config.run.seed, step, one) for one in part]
+            sampled = sample_group(run, part, vision, settings.group_size, seeds)
             rollouts = with_full_logps(run, part, sampled)
         shuffled: list[Rollout | None] = [None] * len(part)
         if temporal.rollouts:
             with watch.stage("shuffled"):
-                mixed = shuffled_features(part, vision, temporal.tasks, shuffler)
+                # Other seeds: completions on the clip as it is do not depend on the T-GRPO term.
+                seeds = [prompt_seed(run.config.run.seed, step, one, "shuffled") for one in part]
+                mixed = shuffled_features(part, vision, temporal.tasks, seeds)
                 compared = sample_group(
-                    run, [part[i] for i in mixed], list(mixed.values()), temporal.rollouts, shuffler
+                    run,
+                    [part[i] for i in mixed],
+                    list(mixed.values()),
+                    temporal.rollouts,
+                    [seeds[i] for i in mixed],
                 )
                 for i, one in zip(mixed, compared, strict=True):
                     shuffled[i] = one
         yield Chunk(part, rollouts, shuffled)
     run.sampler.sleep()
-
-
-def generators(run: Run, step: int) -> tuple[torch.Generator, torch.Generator]:
-    """Random numbers of a step's completions on this rank, and of its shuffled clips: others, since
-    completions of unshuffled clips must not depend on the T-GRPO term."""
-    seed = (run.config.run.seed * 1_000_003 + step) * run.ranks + run.rank
-    pair = (torch.Generator().manual_seed(each % 2**63) for each in (seed, ~seed))
-    return next(pair), next(pair)
 
 
 def sampled_ahead(
@@ -94,8 +94,8 @@ def sampled_ahead(
 
     def prepared(batch: Sequence[Sample], of_step: int) -> Callable[[], list[Rollout]]:
         vision = run.clip_features(batch)
-        generator, _ = generators(run, of_step)
-        return lambda: sample_group(run, batch, vision, settings.group_size, generator)
+        seeds = [prompt_seed(run.config.run.seed, of_step, one) for one in batch]
+        return lambda: sample_group(run, batch, vision, settings.group_size, seeds)
 
     with watch.stage("rollout"):
         rollouts = ahead.result()
@@ -146,22 +146,21 @@ def sample_group(
     samples: Sequence[Sample],
     vision: Sequence[Tensor | None],
     count: int,
-    generator: torch.Generator,
+    seeds: Sequence[int],
 ) -> list[Rollout]:
-    """`count` completions of each sample's prompt, whose clips have the features `vision`.
+    """`count` completions of each sample's prompt, whose clips have the features `vision`, from the
+    random numbers of its seed.
 
-    On out-of-memory, retries each half of the samples from the same RNG state; a single prompt
-    that does not fit raises.
+    On out-of-memory, retries each half of the samples; a single prompt that does not fit raises.
     """
     if not samples:
         return []
-    rng_state = generator.get_state()
     try:
         together = run.sampler.rollout(
             [sample.prompt for sample in samples],
             count,
             sampling_of(run.config.rollout),
-            generator,
+            [torch.Generator().manual_seed(seed) for seed in seeds],
             vision,
         )
         return [together.part(i) for i in range(len(samples))]
@@ -171,11 +170,17 @@ def sample_group(
     # Outside the handler: its traceback holds the tensors of the failed rollout.
     free_unused()
     run.planner.log(f"out of memory with rollouts of {len(samples)} prompts: retrying by halves")
-    # A prompt consumes the same numbers whatever is sampled beside it, so halves repeat the whole.
-    generator.set_state(rng_state)
     half = len(samples) // 2
-    first = sample_group(run, samples[:half], vision[:half], count, generator)
-    return first + sample_group(run, samples[half:], vision[half:], count, generator)
+    first = sample_group(run, samples[:half], vision[:half], count, seeds[:half])
+    return first + sample_group(run, samples[half:], vision[half:], count, seeds[half:])
+
+
+def prompt_seed(seed: int, step: int, sample: Sample, kind: str = "") -> int:
+    """Seed of the random numbers of one prompt's completions. Not a sum: neighbouring seeds, steps
+    and records must not share it."""
+    name = f"{seed} {step} {sample.occurrence} {kind} {sample.record.id}"
+    digest = hashlib.sha256(name.encode(errors="surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "little") % 2**63
 
 
 def with_full_logps(run: Run, samples: Sequence[Sample], rollouts: list[Rollout]) -> list[Rollout]:
@@ -214,7 +219,7 @@ def shuffled_features(
     samples: Sequence[Sample],
     features: Sequence[Tensor | None],
     tasks: Sequence[str] | None,
-    generator: torch.Generator,
+    seeds: Sequence[int],
 ) -> dict[int, Tensor]:
     """Features of clips with their temporal patches shuffled (T-GRPO), by index in `samples`,
     without a second pass of the vision encoder.
@@ -224,12 +229,13 @@ def shuffled_features(
     patch keeps its order.
     """
     found = {}
-    for i, (sample, given) in enumerate(zip(samples, features, strict=True)):
+    for i, (sample, given, seed) in enumerate(zip(samples, features, seeds, strict=True)):
         grids = sample.prompt.video_grid_thw
         clips = int((sample.prompt.mm_token_type_ids == VIDEO).sum())
         if given is None or len(given) != clips or not bool((grids[:, 0] > 1).any()):
             continue
         if tasks is None or sample.record.task in tasks:
+            generator = torch.Generator().manual_seed(seed)
             orders = [another_order(frames, generator) for frames in grids[:, 0].tolist()]
             # Detached: shuffled rollouts are scored, not trained on.
             found[i] = reorder_frames(given.detach(), grids, orders)
