@@ -16,10 +16,15 @@ parts' gradients add up.
 Backends, which compute the same:
     fused     our kernel for the CPU (`ops/group_attention.py`), both parts in one pass
     merged    as above, with torch's kernels for the CPU, which return the log-sum-exp
-    masked    the completions as one masked call over the group's own stretch of keys, on any device
+    varlen    as above, by two calls of torch's varlen flash kernels for all groups of a pack
+              (`varlen_attention.py`): CUDA, bfloat16 or float16; on the CPU plain operators stand
+              in for the kernels, to test it
+    masked    the completions as one masked call over the group's own stretch of keys, on any
+              device; the mask takes S (P + S) bytes of a group
     flex      FlexAttention over the whole pack, blocks that nobody sees left out; needs a GPU for
               the backward pass, and compiles
-    auto      fused on the CPU, masked elsewhere
+    auto      fused on the CPU; elsewhere varlen, or masked, with a warning, where the flash kernels
+              do not run
 """
 
 import warnings
@@ -43,11 +48,12 @@ from vcr1_fast.model.partial_attention import (
     partial_product,
     unfold_heads,
 )
+from vcr1_fast.model.varlen_attention import missing_varlen, varlen_group_attention
 from vcr1_fast.model.wrapping import unwrap
 from vcr1_fast.ops.group_attention import group_attention
 
 ATTENTION = "vcr1_shared_prompt"
-Backend = Literal["auto", "fused", "merged", "masked", "flex"]
+Backend = Literal["auto", "fused", "merged", "varlen", "masked", "flex"]
 _ON_CPU = ("fused", "merged")  # they decode with torch's kernels for the CPU, too
 
 
@@ -74,8 +80,8 @@ def attention(
     """Attention that transformers calls in every layer; query (B, H, N, D), key and value
     (B, heads, N, D).
 
-    `spans`: the sequence is a pack of groups. `shared_prefix`: one new token a completion, see
-    `decode.py`. Neither: transformers' own SDPA, causal if the mask is `dummy_mask`. Returns
+    `spans`: the sequence is a pack of groups. `shared_prefix` alone: one new token a completion,
+    see `decode.py`. Neither: transformers' own SDPA, causal if the mask is `dummy_mask`. Returns
     (B, N, H, D).
 
     Under autocast queries and keys come in float32, in which the rotation is computed: they take
@@ -95,11 +101,11 @@ def attention(
                 shared_prefix=shared_prefix,
             )
     if spans is not None:
-        backend = _BACKENDS[resolve_backend(module.vcr1_backend, query.device)]
+        backend = _BACKENDS[resolve_backend(module.vcr1_backend, *_kind(query, key))]
         is_last = module.layer_idx == module.config.num_hidden_layers - 1
         return backend(query, key, value, scaling, spans, is_last), None
     if shared_prefix is not None:
-        on_cpu = resolve_backend(module.vcr1_backend, query.device) in _ON_CPU
+        on_cpu = module.vcr1_backend in ("auto", *_ON_CPU) and kind == "cpu"
         prefix = shared_prefix.prefix[module.layer_idx]
         part = partial if on_cpu else partial_product
         out = shared_prefix_attention((query, key, value), prefix, shared_prefix, scaling, part)
@@ -134,7 +140,9 @@ def prepare_attention(model: nn.Module, backend: Backend | None = None) -> None:
     layers = [language_model.layers[index].self_attn for index in family.kv_layers(config)]
     if backend is None and hasattr(layers[0], "vcr1_backend"):
         backend = layers[0].vcr1_backend
-    check_backend(backend or "auto", layers[0].q_proj.weight.device)
+    dtype = layers[0].q_proj.weight.dtype
+    head = (config.num_attention_heads, config.num_key_value_heads, layers[0].head_dim)
+    check_backend(backend or "auto", layers[0].q_proj.weight.device, dtype, head)
     for layer in layers:
         layer.vcr1_backend = backend or "auto"
     family.prepare_language_model(language_model)
@@ -143,28 +151,55 @@ def prepare_attention(model: nn.Module, backend: Backend | None = None) -> None:
     config._attn_implementation = ATTENTION
 
 
-def resolve_backend(backend: Backend, device: torch.device) -> str:
-    """The backend that "auto" stands for on a device; any other unchanged."""
-    if backend != "auto":
+def _kind(query: Tensor, key: Tensor) -> tuple[torch.device, torch.dtype, tuple[int, int, int]]:
+    """What the choice of a backend depends on: device, dtype, (heads, key heads, D)."""
+    return query.device, query.dtype, (query.shape[1], key.shape[1], query.shape[3])
+
+
+def resolve_backend(
+    backend: Backend, device: torch.device, dtype: torch.dtype, heads: tuple[int, int, int]
+) -> str:
+    """The backend that "auto" stands for; any other unchanged.
+
+    heads: (query heads, key heads, D). RuntimeWarning where masks take the place of the flash
+    kernels, ValueError for "varlen" there.
+    """
+    if backend not in ("auto", "varlen"):
         return backend
-    return "fused" if device.type == "cpu" else "masked"
+    if device.type == "cpu" and backend == "auto":
+        return "fused"
+    if (reason := missing_varlen(device, dtype, *heads)) is None:
+        return "varlen"
+    if backend == "varlen":
+        raise ValueError(f"attention 'varlen' cannot run, {reason}: 'masked'")
+    message = f"attention by masks of S x (P + S) bytes a group, slower: {reason}"
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
+    return "masked"
 
 
-def check_backend(backend: Backend, device: torch.device) -> None:
-    """ValueError, with what to set instead, for a backend that cannot run on `device`.
+def check_backend(
+    backend: Backend, device: torch.device, dtype: torch.dtype, heads: tuple[int, int, int]
+) -> None:
+    """ValueError, with what to set instead, for a backend that cannot run for such queries and
+    keys: on `device`, heads: (query heads, key heads, D).
 
-    RuntimeWarning, once, where torch lacks the private kernels that the CPU backends call: they
-    then run on plain torch operators, slower and with all scores in memory.
+    RuntimeWarning where torch lacks the private kernels that a backend calls: it then runs on
+    plain operators or masks, slower and with all scores or masks in memory. Other than
+    half-precision parameters of a GPU say nothing of the queries' dtype (autocast, mixed precision
+    of FSDP, quantised weights): the first pass checks that.
     """
     if backend not in get_args(Backend):
         raise ValueError(f"attention must be one of {get_args(Backend)}, got {backend!r}")
-    if resolve_backend(backend, device) not in _ON_CPU:
-        return
     if device.type != "cpu":
-        raise ValueError(
-            f"attention {backend!r} is for the CPU, the model is on {device}: 'masked'"
-        )
-    if (reason := missing_kernels()) is not None:
+        if backend in _ON_CPU:
+            raise ValueError(
+                f"attention {backend!r} is for the CPU, the model is on {device}: 'auto'"
+            )
+        if dtype in (torch.bfloat16, torch.float16):
+            resolve_backend(backend, device, dtype, heads)
+        return
+    on_cpu = resolve_backend(backend, device, dtype, heads) in _ON_CPU
+    if on_cpu and (reason := missing_kernels()) is not None:
         warnings.warn(reason, RuntimeWarning, stacklevel=2)
 
 
@@ -318,6 +353,7 @@ def _from_batch(x: Tensor, span: Span) -> Tensor:
 _BACKENDS: dict[str, Callable[..., Tensor]] = {
     "fused": fused_group_attention,
     "merged": merged_group_attention,
+    "varlen": varlen_group_attention,
     "masked": masked_group_attention,
     "flex": flex_group_attention,
 }

@@ -13,10 +13,13 @@ trained vision encoder adds the same by patches, the patches themselves and the 
 them. On top come the backward pass's own tensors in one layer, the logits of a chunk of the head
 with their gradient, and the head's gradient in float32.
 
-A rollout holds keys and values, 2 K b in each layer, of every prompt padded to the longest, and of
-G completions twice their length, since their buffer doubles; one layer of the prompts' forward
-pass; and, for sampling, 24 bytes per logit of each completion (float32 scores, their exponentials,
-and these summed in float64), or 48 with top-k or top-p, which sort.
+A family may add bytes of a token in one layer (`ModelSizes.layer_bytes`).
+
+A rollout holds keys and values, 2 K b in each layer with keys, of every prompt padded to the
+longest, and of G completions twice their length, since their buffer doubles; a state of each prompt
+and completion in the layers without keys; one layer of the prompts' forward pass; and, for
+sampling, 24 bytes per logit of each completion (float32 scores, their exponentials, and these
+summed in float64), or 48 with top-k or top-p, which sort.
 """
 
 import gc
@@ -81,6 +84,7 @@ class Footprint:
     per_cached: float  # token whose keys and values are kept
     per_read: float  # token in one layer without gradient
     vocabulary: int
+    per_state: float = 0.0  # completion whose layers keep a state instead of keys
 
     @classmethod
     def of(cls, model: nn.Module) -> "Footprint":
@@ -103,14 +107,16 @@ class Footprint:
                 + 5 * width * sizes.vision.width
             )
         return cls(
-            per_token=_layers(sizes.text, width, recomputed),
+            per_token=_layers(sizes.text, width, recomputed) + sizes.layer_bytes,
             per_label=2.0 * sizes.vocabulary * width,
             per_patch=per_patch,
             fixed=4.0 * head if weight.requires_grad else 0.0,
             head_chunk=2.0 * most_bytes(weight.device),
             per_cached=2.0 * sizes.text.keys * width * kv_layers,
-            per_read=_layers(replace(sizes.text, depth=1), width, recomputed=False),
+            per_read=_layers(replace(sizes.text, depth=1), width, recomputed=False)
+            + sizes.layer_bytes,
             vocabulary=sizes.vocabulary,
+            per_state=sizes.state_bytes,
         )
 
     def bytes(self, tokens: int, labels: int, patches: int) -> float:
@@ -128,7 +134,9 @@ class Footprint:
         # The cache pads prompts to the longest, and doubles a completion's buffer when it is full.
         cached = len(prompts) * max(prompts) + 2 * rows * length
         sampling = (48.0 if truncated else 24.0) * self.vocabulary * rows
-        return self.per_cached * cached + self.per_read * sum(prompts) + sampling
+        # The prompts' own states are copied to their completions.
+        states = self.per_state * (len(prompts) + rows)
+        return self.per_cached * cached + self.per_read * sum(prompts) + states + sampling
 
 
 def _layers(sizes: LayerSizes, b: int, recomputed: bool) -> float:
