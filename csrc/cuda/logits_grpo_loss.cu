@@ -145,10 +145,11 @@ __device__ inline void zero_statistics(const GatherLogprobsForward& f, int64_t r
   if (f.entropy != nullptr) f.entropy[row] = 0.0f;
 }
 
-// Hold::kNothing: `cluster` is 1, and the row is read again.
+// Hold::kNothing: one block takes a row, and reads it again.
 template <Hold kHold, bool kEntropy, typename T>
 __global__ void __launch_bounds__(kThreads, blocks_per_sm(kHold))
-    loss_kernel(const __grid_constant__ LogitsGrpoLossArgs a, int64_t first_row, int cluster) {
+    loss_kernel(const __grid_constant__ LogitsGrpoLossArgs a, int64_t first_row, int blocks) {
+  const int cluster = kHold == Hold::kNothing ? 1 : blocks;
   auto* const held = reinterpret_cast<Pack<T>*>(dynamic_shared());
   const GatherLogprobsInput& in = a.forward.in;
   const int rank = blockIdx.x % cluster, vocab = static_cast<int>(in.vocab);
@@ -156,7 +157,8 @@ __global__ void __launch_bounds__(kThreads, blocks_per_sm(kHold))
   const bool first_thread = rank == 0 && threadIdx.x == 0;
   const T* const logits = static_cast<const T*>(in.logits) + row_offset(in.layout, row);
   T* const grad = static_cast<T*>(a.grad) + row_offset(a.grad_layout, row);
-  const Columns columns(logits, vocab, rank, cluster);
+  const Columns columns =
+      kHold == Hold::kNothing ? Columns(0, vocab) : Columns(logits, vocab, rank, cluster);
   const int size = columns.end - columns.begin;
   const PackedRow<const T> x(logits + columns.begin, size);
   const PackedRow<T> out(grad + columns.begin, size);

@@ -93,10 +93,9 @@ def forget_recordings() -> None:
 def _state_of(model: nn.Module) -> Hashable:
     """Where the parameters lie and which adapters take part: what a graph has taken for granted."""
     tensors = (*model.parameters(), *model.buffers())
+    layers: list[Any] = [m for m in model.modules() if hasattr(m, "merged_adapters")]  # peft's
     adapters = [
-        (m.disable_adapters, tuple(m.merged_adapters), tuple(m.active_adapters))
-        for m in model.modules()
-        if hasattr(m, "merged_adapters")
+        (m.disable_adapters, tuple(m.merged_adapters), tuple(m.active_adapters)) for m in layers
     ]
     return tuple((x.data_ptr(), x.dtype) for x in tensors), tuple(adapters)
 
