@@ -33,6 +33,7 @@ import torch
 from torch import nn
 
 from vcr1_fast.model.family import LayerSizes, family_of
+from vcr1_fast.model.graphs import forget_recordings
 from vcr1_fast.model.vision import vision_is_frozen
 from vcr1_fast.model.wrapping import unwrap
 from vcr1_fast.ops.lm_head import most_bytes
@@ -311,7 +312,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def free_unused() -> None:
-    """Collect garbage and return cached GPU memory."""
+    """Drop recorded decoding steps, collect garbage and return cached GPU memory."""
+    forget_recordings()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
