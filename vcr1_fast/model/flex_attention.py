@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vcr1_fast.model.packing import Span
+from vcr1_fast.model.prompt_state import Suffix
 
 
 def flex_group_attention(
@@ -43,6 +44,38 @@ def flex_group_attention(
         enable_gqa=query.shape[1] != key.shape[1],
     )
     return out.transpose(1, 2)
+
+
+def flex_suffix_attention(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, suffix: Suffix, layer: int
+) -> Tensor:
+    """As `attention.fused_suffix_attention`: query (1, H, S, D), key and value (1, heads, S, D), of
+    completions alone; returns (1, S, H, D)."""
+    span = suffix.span
+    mask = getattr(span, "_flex_mask", None)
+    if mask is None:
+        mask = suffix_block_mask(span)
+        object.__setattr__(span, "_flex_mask", mask)
+    before = suffix.state.layers[layer]
+    k, v = (torch.cat(pair, dim=2) for pair in zip(before, (key, value), strict=True))
+    out = _kernel(query.device.type)(
+        query, k, v, block_mask=mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+    )
+    return out.transpose(1, 2)
+
+
+def suffix_block_mask(span: Span) -> Any:
+    """FlexAttention's block mask of a group's completions over the keys of the whole group."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    _, owner = token_owners([span])
+
+    def sees(_batch: Tensor, _head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        row = i + span.prompt
+        return (j <= row) & ((owner[j] == 0) | (owner[j] == owner[row]))
+
+    size = len(owner)
+    return create_block_mask(sees, None, None, size - span.prompt, size, device=owner.device)
 
 
 def block_mask(spans: Sequence[Span]) -> Any:
