@@ -295,6 +295,7 @@ def test_completions_do_not_change_one_another(loaded):
     assert not torch.equal(both[7:], changed[7:])
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
 def test_reentrant_checkpointing_is_refused(loaded):
     """It runs layers without gradient: that of keys and values would be silently lost."""
     model, processor = loaded
