@@ -457,14 +457,14 @@ def test_opcheck_and_compile(backend):
             (*(x.to(dtype) for x in (query, key, value)), parts, SCALE),
         )
     out, lse = group_attention(query, key, value, parts, scale=SCALE)
-    prefix = inputs(9, dtype=torch.float32)[1:]
-    for more in ((), prefix):
+    behind = torch.tensor([(0, 40, 0, 9), (40, 72, 3, 9)])
+    for given, prefix in ((parts, ()), (behind, inputs(9, dtype=torch.float32)[1:])):
         torch.library.opcheck(
-            torch.ops.vcr1_fast.group_attention.default, (query, key, value, parts, SCALE, *more)
+            torch.ops.vcr1_fast.group_attention.default, (query, key, value, given, SCALE, *prefix)
         )
         torch.library.opcheck(
             torch.ops.vcr1_fast.group_attention_backward.default,
-            (query, key, value, out, lse, torch.ones_like(out), parts, SCALE, *more),
+            (query, key, value, out, lse, torch.ones_like(out), given, SCALE, *prefix),
         )
 
     def step(q, k, v):
