@@ -22,10 +22,11 @@ $(VENV)/.built: $(VENV)/bin/python pyproject.toml constraints.txt $(CSRC)
 	$(PIP_INSTALL) --no-build-isolation -e '.[train,report,dev]'
 	touch $@
 
-# torchvision breaks transformers' imports when it was built for another torch, so the tests' oracle
-# lives in a separate folder.
+# What tests compare with and nobody else needs, in a separate folder: torchvision breaks
+# transformers' imports when it was built for another torch. --no-deps, so each need is named.
+ORACLE = torchvision rouge-score absl-py nltk six joblib regex tqdm defusedxml click jiwer rapidfuzz
 $(VENV)/.oracle: $(VENV)/bin/python constraints.txt
-	$(PIP_INSTALL) --no-deps --upgrade --target $(VENV)/oracle torchvision
+	$(PIP_INSTALL) --no-deps --upgrade --target $(VENV)/oracle $(ORACLE)
 	touch $@
 
 # The release before the installed one, for which TRL's users still want the patch.
@@ -55,7 +56,8 @@ test: $(VENV)/.built $(VENV)/.oracle $(VENV)/.trl-previous $(EMULATION)  ## Ever
 	TRITON_INTERPRET=1 $(PY) -m pytest -q -k triton $(OP_TESTS)
 	# CUDA kernels run here in a process whose native module emulates a GPU.
 	$(if $(EMULATION),VCR1_NATIVE=$$(ls $(CURDIR)/build/emulation/_C*.so) $(PY) -m pytest -q -k cuda $(OP_TESTS))
-	PYTHONPATH=$(VENV)/oracle $(PY) -m pytest -q -k 'torchvision or transformers' $(OP_TESTS)
+	PYTHONPATH=$(VENV)/oracle $(PY) -m pytest -q -k 'torchvision or transformers or rouge or jiwer' \
+	  $(OP_TESTS) python_tests/test_text.py
 	PYTHONPATH=$(VENV)/trl-previous TRITON_INTERPRET=1 $(PY) -m pytest -q \
 	  python_tests/test_trl_patch.py python_tests/test_trl_video.py
 

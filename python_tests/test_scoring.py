@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -508,3 +511,34 @@ def test_orders_are_never_the_clips_own():
             order = another_order(count, generator)
             assert sorted(order) == list(range(count)) != order
     assert another_order(1, generator) == [0]
+
+
+def test_an_interrupt_does_not_wait_for_a_reward_that_hangs(tmp_path):
+    """rewards.timeout bounds nothing here (null); the exit must not join the thread that hangs."""
+    (tmp_path / "hangs.py").write_text(
+        "import threading\n"
+        "called = threading.Event()\n"
+        "def forever(completions, records, durations):\n"
+        "    print('called', flush=True)\n"
+        "    called.set()\n"
+        "    threading.Event().wait()\n"
+    )
+    (tmp_path / "run.py").write_text(
+        "import torch\n"
+        "from test_scoring import SPAN, Sample, Scoring, config, load_reward, sampled\n"
+        f"functions = [load_reward({str(tmp_path / 'hangs.py') + ':forever'!r})]\n"
+        "with Scoring(config('rewards.timeout=null'), functions) as scoring:\n"
+        "    for _ in range(2):\n"
+        "        scoring.submit([Sample(SPAN, None, 10.0)], [sampled('x')], [None])\n"
+        "    functions[0].function.__globals__['called'].wait()\n"
+        "    raise KeyboardInterrupt\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "run.py")],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout == "called\n"  # the second part, still queued, never runs
+    assert done.stderr.rstrip().endswith("KeyboardInterrupt")

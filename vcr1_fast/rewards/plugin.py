@@ -18,12 +18,12 @@ import math
 import re
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from queue import SimpleQueue
-from threading import Lock, Thread
 from typing import Any
+
+from vcr1_fast.background import Worker
 
 LARGEST = 1e6
 """Largest magnitude of a user's reward. Far larger ones overflow the variance of a group, and the
@@ -45,7 +45,9 @@ class UserReward:
     function: Callable[..., Any]
     takes_lists: bool
     timeout: float | None = None
-    _worker: "_Worker" = field(default_factory=lambda: _Worker(), repr=False, compare=False)
+    _worker: Worker = field(
+        default_factory=lambda: Worker("user_reward"), repr=False, compare=False
+    )
 
     def __call__(
         self,
@@ -122,32 +124,6 @@ class UserReward:
                 f"{_of(record)}, got {number:g}"
             )
         return number
-
-
-class _Worker:
-    """One daemon thread, started at the first task. A ThreadPoolExecutor's thread is joined at
-    exit, so a function that hangs would keep the process."""
-
-    def __init__(self) -> None:
-        self._tasks: SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = SimpleQueue()
-        self._lock, self._is_started = Lock(), False
-
-    def submit(self, task: Callable[[], Any]) -> "Future[Any]":
-        result: Future[Any] = Future()
-        with self._lock:
-            if not self._is_started:
-                Thread(target=self._run, name="user_reward", daemon=True).start()
-                self._is_started = True
-        self._tasks.put((task, result))
-        return result
-
-    def _run(self) -> None:
-        while True:
-            task, result = self._tasks.get()
-            try:
-                result.set_result(task())
-            except BaseException as error:  # SystemExit too: it is raised where the result is read
-                result.set_exception(error)
 
 
 def _of(record: Any) -> str:

@@ -8,11 +8,12 @@ rewards parse Python literals, which CPython 3.11 can fail at in two threads at 
 
 import math
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
+from vcr1_fast.background import Worker
 from vcr1_fast.model.judge import open_judge
 from vcr1_fast.model.rollout import Rollout
 from vcr1_fast.rewards.caption import Judge
@@ -72,7 +73,7 @@ class Scoring:
         self.config, self.functions = config, functions
         self.judge = open_judge(config.rewards.judge, device)
         # One thread, so that chunks are scored in order; a judge has its own concurrency.
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="rewards")
+        self._worker = Worker("rewards")
         self._parts: list[Future[list[Scored]]] = []
 
     def submit(
@@ -86,7 +87,7 @@ class Scoring:
         sampled: their completions. shuffled: those sampled with shuffled frames, None for a sample
         without.
         """
-        part = self._thread.submit(self.score, samples, sampled, shuffled)
+        part = self._worker.submit(lambda: self.score(samples, sampled, shuffled))
         if self.config.rewards.judge.kind == "local" or self.config.rewards.mode == "legacy":
             wait([part])
         self._parts.append(part)
@@ -216,8 +217,9 @@ class Scoring:
     ) -> None:
         if kind is not None and isinstance(self.judge, ModelJudge):
             self.judge.close()  # or the exit would wait for its replies
-        # After an error nobody waits for what is still queued.
-        self._thread.shutdown(wait=kind is None, cancel_futures=True)
+        # After an error the queued parts are dropped. A part that runs ends with the process.
+        for part in self._parts:
+            part.cancel()
 
 
 def own_rewards(
