@@ -7,8 +7,7 @@ same weights and data in one process, in turn; the gradients are compared first.
 
 `cpu_ms` are medians of the process's own seconds, which other processes disturb less. Peaks come
 from a process each: a heap that earlier passes have fragmented does not give its memory back.
-`of_small_group` is our peak over that of the packed group of 8, and `predicted_MiB` the planner's
-formula for each form.
+`predicted_MiB` is the planner's formula for each form.
 """
 
 import argparse
@@ -42,7 +41,8 @@ from vcr1_fast.train.optim import MasterAdamW
 from vcr1_fast.train.planner import MicroBatch, Planner, Schedule
 
 MODEL, PROMPT, LENGTH, COUNT, SMALL, SUFFIX = "6M", 4096, 64, 64, 8, 8
-FORMS = ("packed", "prompt per suffix", "split", "twice", "packed, small group")
+SMALL_FORM = "packed, small group"
+FORMS = ("packed", "prompt per suffix", "split", "twice", SMALL_FORM)
 _MIB = 1 << 20
 
 
@@ -84,7 +84,7 @@ class Steps:
         edges = tuple(range(0, COUNT + 1, SUFFIX))
         if form == "prompt per suffix":
             return [MicroBatch([self.group.part(a, a + SUFFIX)]) for a in edges[:-1]]
-        if form == "packed, small group":
+        if form == SMALL_FORM:
             return [MicroBatch([self.small])]
         schedule: dict[str, Schedule] = {"split": "split", "twice": "twice"}
         if form in schedule:
@@ -93,7 +93,7 @@ class Steps:
 
     def run(self, form: str) -> None:
         """Forward, loss and backward; gradients are added to those there."""
-        group = self.small if form == "packed, small group" else self.group
+        group = self.small if form == SMALL_FORM else self.group
         settings = step_loss_config(STEP_LOSS, len(group.lengths), sum(group.lengths))
         run: Any = SimpleNamespace(
             model=self.model,
@@ -118,7 +118,7 @@ class Steps:
     def check(self) -> float:
         """The planner's choice is the form that is measured; the largest error of a gradient of it,
         relative to that gradient's largest value."""
-        self.planner.memory = 1.05 * self.predicted("packed, small group")
+        self.planner.memory = 1.05 * self.predicted(SMALL_FORM)
         (chosen,) = self.planner.parts([self.group])
         assert chosen.schedule == "split" and chosen.edges[1] >= SUFFIX, chosen
         packed = self.gradients("packed")
@@ -129,17 +129,6 @@ class Steps:
         ]
         assert max(errors) < 1e-3, max(errors)
         return max(errors)
-
-
-def cpu_seconds(steps: Steps, forms: list[str], rounds: int) -> dict[str, float]:
-    """Medians of the process's seconds, the forms taking turns."""
-    seconds: dict[str, list[float]] = {form: [] for form in forms}
-    for _ in range(rounds):
-        for form in forms:
-            start = time.process_time()
-            steps.run(form)
-            seconds[form].append(time.process_time() - start)
-    return {form: statistics.median(each) for form, each in seconds.items()}
 
 
 def peak(folder: Path, form: str, *, recomputed: bool, device: str) -> int | None:
@@ -159,29 +148,32 @@ def bench_kind(bench: Bench, folder: Path, *, recomputed: bool, quick: bool, rou
     peaks = {
         form: peak(folder, form, recomputed=recomputed, device=bench.device.type) for form in forms
     }
-    timed = [form for form in forms if form != "packed, small group"]
-    seconds = cpu_seconds(steps, timed, rounds)
+    seconds: dict[str, list[float]] = {form: [] for form in forms if form != SMALL_FORM}
+    cpu_ms: dict[str, int] = {}
+
+    def timed(form: str) -> Callable[[], None]:
+        def once() -> None:
+            start = time.process_time()
+            steps.run(form)
+            seconds[form].append(time.process_time() - start)
+            cpu_ms[form] = round(1e3 * statistics.median(seconds[form]))
+
+        return once
+
     names = {"split": "ours", "twice": "ours, twice"}
-    small = peaks["packed, small group"]
     kept = "recomputed" if recomputed else "kept"
     bench.run(
         f"policy step in suffixes, activations {kept}",
         f"{MODEL} P={len(steps.group.group.prompt)} C={LENGTH} G={COUNT}, suffixes of {SUFFIX}",
         "float32",
-        {names.get(form, form): steps.entry(form) for form in timed},
+        {names.get(form, form): timed(form) for form in seconds},
         0,
         rounds=rounds,
         notes={
             "gradient_error": float(f"{error:.1e}"),
-            "cpu_ms": {form: round(1e3 * value) for form, value in seconds.items()},
-            "cpu_of_packed": {
-                form: round(value / seconds["packed"], 3) for form, value in seconds.items()
-            },
+            "cpu_ms": cpu_ms,
             "peak_MiB": {form: value and round(value / _MIB, 1) for form, value in peaks.items()},
             "predicted_MiB": {form: round(steps.predicted(form) / _MIB, 1) for form in forms},
-            "of_small_group": {
-                form: value and small and round(value / small, 3) for form, value in peaks.items()
-            },
         },
     )
 
@@ -195,6 +187,7 @@ def main() -> None:
     parser.add_argument("--peak", choices=FORMS, help="print one form's peak bytes, and end")
     parser.add_argument("--model", type=Path, help="the checkpoint of --peak")
     parser.add_argument("--recomputed", action="store_true", help="for --peak")
+    parser.add_argument("--kept", action="store_true", help="without recomputed activations")
     given = parser.parse_args()
     if given.peak is not None:
         torch.set_num_threads(1)
@@ -208,7 +201,7 @@ def main() -> None:
     ):
         folder = Path(parent) / MODEL
         write_tiny(folder, texts=[NUMBERS], config=MODELS[MODEL])
-        for recomputed in (False, True):
+        for recomputed in (False,) if given.kept else (False, True):
             bench_kind(bench, folder, recomputed=recomputed, quick=given.quick, rounds=given.rounds)
 
 

@@ -3,6 +3,7 @@ every gradient, for both families, full and by adapters, trained and frozen enco
 recomputed activations."""
 
 import gc
+import itertools
 import random
 import weakref
 from dataclasses import dataclass, replace
@@ -19,9 +20,10 @@ from vcr1_fast.model.forward import completion_hidden, prompt_pass
 from vcr1_fast.model.vision import freeze_vision
 from vcr1_fast.model.wrapping import checkpoint_activations
 from vcr1_fast.ops import GRPOLossConfig
+from vcr1_fast.train import reference
 from vcr1_fast.train.groups import PolicyGroup, step_loss_config
 from vcr1_fast.train.loop import forward_backward
-from vcr1_fast.train.planner import MicroBatch
+from vcr1_fast.train.planner import Footprint, MicroBatch, Planner
 
 LOSS = GRPOLossConfig(loss_type="grpo", beta=0.05, entropy_coef=0.01)
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")
@@ -93,12 +95,12 @@ def policy(directory, *, dtype=torch.float64, adapters=False, frozen=False, reco
     return model.train(), processor
 
 
-def group_of(processor, lengths, seed=0):
+def group_of(processor, lengths, seed=0, frames=4):
     """A clip and an image, and completions with their advantages and reference log-probs."""
     rng, noise = random.Random(seed), np.random.default_rng(seed)
     media = [
         Clip(noise.integers(0, 256, (n, 64, 64, 3), dtype=np.uint8), fps)
-        for n, fps in ((4, 2.0), (1, None))
+        for n, fps in ((frames, 2.0), (1, None))
     ]
     completions = [torch.tensor([rng.randrange(256) for _ in range(n)]) for n in lengths]
     group = packing.Group(processor.prompt("When is it visible?", media), completions)
@@ -111,9 +113,10 @@ def group_of(processor, lengths, seed=0):
     )
 
 
-def step(model, group, schedule="packed", edges=(), *, on_policy=True):
+def step(model, group, schedule="packed", edges=(), *, on_policy=True, clear=True):
     """(loss, gradients, metrics) of the group's part of a step, by a schedule of the planner."""
-    model.zero_grad(set_to_none=True)
+    if clear:
+        model.zero_grad(set_to_none=True)
     run = SimpleNamespace(
         model=model,
         config=SimpleNamespace(rollout=SimpleNamespace(temperature=0.8)),
@@ -390,3 +393,49 @@ def test_half_precision_gradients_are_summed_in_float32():
         torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=0)
     with pytest.raises(ValueError, match="1 gradients for 2 tensors"):
         prompt_state.PromptState({0: (made * 2,)}, made[:1] * 1, keep_graph=True).backward([None])
+
+
+@pytest.mark.parametrize("directory", ["qwen2_5_vl"], indirect=True)
+def test_the_references_log_probs_in_suffixes_are_those_of_the_pack(loaded):
+    model, processor = loaded
+    group = group_of(processor, [6, 2, 9])
+    with torch.no_grad():
+        (packed,) = reference._logps(model, MicroBatch([group]), 0.8)
+        for schedule in ("split", "twice"):
+            parts = reference._logps(model, MicroBatch([group], schedule, (0, 1, 3)), 0.8)
+            assert [len(one) for one in parts] == [6, 11]
+            assert (torch.cat(parts) - packed).abs().max() < 1e-9
+
+
+def peak_bytes(fn):
+    """Most bytes that torch's allocator had given out during the call, above those before it."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        fn()
+    events = profile.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return max(itertools.accumulate(size for _, size in changes))
+
+
+@pytest.mark.parametrize("directory", ["qwen2_5_vl"], indirect=True)
+@pytest.mark.parametrize("frozen", [False, True], ids=["encoder", "frozen"])
+def test_the_prediction_follows_the_memory_of_each_schedule(directory, frozen):
+    """By what the allocator gives out. The prediction adds what the head and a layer's backward
+    pass take, which are not there at once: it lies above, by as much for every schedule."""
+    model, processor = policy(directory, dtype="float32", frozen=frozen)
+    group = group_of(processor, [40] * 12, frames=24)
+    if frozen:
+        (features,) = forward.prompt_features(model, [group.group.prompt])
+        group = group.with_vision(features)
+    foot = Footprint.of(model)
+    planner = Planner(model, None, 10**9, memory=1.0)
+    ratios = {}
+    for schedule, edges in {"packed": (), "split": (0, 4, 8, 12), "twice": (0, 4, 8, 12)}.items():
+        step(model, group, schedule, edges)  # the gradients of the parameters stay
+        batch = MicroBatch([group], schedule, edges)
+        measured = peak_bytes(lambda s=schedule, e=edges: step(model, group, s, e, clear=False))
+        ratios[schedule] = measured / planner.predict(batch)
+    assert all(0.6 < ratio < 1.05 for ratio in ratios.values()), ratios
+    assert max(ratios.values()) < 1.15 * min(ratios.values()), ratios
+    assert foot.per_cached_gradient == foot.per_cached  # of float32
