@@ -202,8 +202,6 @@ def forward_backward(
 
     A function, so that after an out-of-memory error no local variable holds the graph.
     """
-    if on_policy:  # later updates of a step must finish it: its weights have changed
-        run.check_overdue()
     if batch.schedule == "packed":
         return [pass_backward(run, batch.items, loss_config, on_policy=on_policy)]
     # A group that does not fit: its prompt once, its completions part by part on the prompt's keys
@@ -231,6 +229,8 @@ def pass_backward(
     on_policy: bool,
 ) -> dict[str, Tensor]:
     """Forward, loss and backward of one pass; its metrics."""
+    if on_policy:  # later updates of a step must finish it: its weights have changed
+        run.check_overdue()
     loss, metrics = policy_loss(
         run.model,
         groups,
