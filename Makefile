@@ -11,7 +11,7 @@ OP_STEMS := native properties cuda_emulation $(basename $(notdir $(shell find cs
 OP_TESTS := $(wildcard $(addsuffix .py,$(addprefix python_tests/test_,$(sort $(OP_STEMS)))))
 CLANG_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build demo test first-hour odd-media fuzz soak sanitize cuda-check lint format docs bench gpu-check inplace clean
+.PHONY: build demo test test-engines first-hour odd-media fuzz soak learn sanitize cuda-check lint format docs bench gpu-build gpu-check inplace clean
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -56,10 +56,27 @@ test: $(VENV)/.built $(VENV)/.oracle $(VENV)/.trl-previous $(EMULATION)  ## Ever
 	TRITON_INTERPRET=1 $(PY) -m pytest -q -k triton $(OP_TESTS)
 	# CUDA kernels run here in a process whose native module emulates a GPU.
 	$(if $(EMULATION),VCR1_NATIVE=$$(ls $(CURDIR)/build/emulation/_C*.so) $(PY) -m pytest -q -k cuda $(OP_TESTS))
+	$(if $(EMULATION),VCR1_NATIVE=$$(ls $(CURDIR)/build/emulation/_C*.so) $(PY) benches/gpu_check.py --emulate)
 	PYTHONPATH=$(VENV)/oracle $(PY) -m pytest -q -k 'torchvision or transformers or rouge or jiwer' \
 	  $(OP_TESTS) python_tests/test_text.py
 	PYTHONPATH=$(VENV)/trl-previous TRITON_INTERPRET=1 $(PY) -m pytest -q \
 	  python_tests/test_trl_patch.py python_tests/test_trl_video.py
+
+# vLLM's CPU build (a third party's wheel) with this project's versions, in an environment apart:
+# about 2 GB that `make test` does not need. Importing vLLM once compiles its Python files.
+VENV_VLLM := .venv-vllm
+VLLM_SITE = $(VENV_VLLM)/lib/python$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')/site-packages
+$(VENV_VLLM)/.built: engines.lock python_tests/torchvision_ops.py
+	$(PYTHON) -m venv $(VENV_VLLM)
+	$(VENV_VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r engines.lock
+	cp python_tests/torchvision_ops.py $(VLLM_SITE)
+	echo 'import torchvision_ops' > $(VLLM_SITE)/torchvision_ops.pth
+	VLLM_LOGGING_LEVEL=ERROR $(VENV_VLLM)/bin/python -c 'import vllm; vllm.LLM'
+	touch $@
+
+test-engines: $(VENV)/.built $(VENV_VLLM)/.built  ## Rollouts by vLLM on the CPU, against ours; fetches 2 GB at first.
+	VCR1_ENGINES=1 VCR1_NATIVE=$$($(PY) -c 'import vcr1_fast._C as native; print(native.__file__)') \
+	  PYTHONPATH=. $(VENV_VLLM)/bin/python -m pytest -q -W default -m vllm python_tests/test_vllm.py $(ARGS)
 
 first-hour: $(VENV)/.built  ## What a new user does, in one go: all commands on two clips, in minutes.
 	$(PY) python_tests/first_hour.py $(ARGS)
@@ -74,6 +91,9 @@ fuzz: $(VENV)/.built  ## Parsers, records, decoders and native code on hostile i
 SOAK ?= --minutes 60
 soak: $(VENV)/.built  ## The demo's training, killed every minute, beside a run left alone; takes twice SOAK's minutes.
 	$(PY) python_tests/soak.py $(SOAK)
+
+learn: $(VENV)/.built  ## Each family learns from clips: fine-tuning, then GRPO, minutes a family.
+	$(PY) python_tests/learn.py $(ARGS)
 
 # Native code under AddressSanitizer and UBSan, in a separate build that VCR1_NATIVE names. The
 # runtimes are preloaded because Python itself lacks them, and libstdc++ too, or they miss
@@ -129,9 +149,11 @@ inplace:  ## Build the native module beside the sources, for PYTHON and the torc
 	cmake --build build/inplace --parallel
 	cmake --install build/inplace --prefix .
 
-gpu-check: inplace  ## On a GPU machine: the gpu tests and the benches, with that machine's torch and peers.
-	PYTHONPATH=. $(PYTHON) -m pytest -m gpu
-	set -e; for bench in benches/bench_*.py; do PYTHONPATH=. $(PYTHON) $$bench --device cuda $(ARGS); done
+gpu-build:  ## Compile the module with nvcc, for PYTHON, to be carried to a GPU machine (needs no GPU).
+	$(PYTHON) benches/gpu_check.py --build-only $(ARGS)
+
+gpu-check:  ## On a GPU machine, with its torch: small shapes, sanitizers, tests, benches in 12 minutes.
+	$(PYTHON) benches/gpu_check.py $(ARGS)
 
 clean:
-	rm -rf build dist $(VENV)
+	rm -rf build dist $(VENV) $(VENV_VLLM)

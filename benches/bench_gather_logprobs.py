@@ -15,7 +15,10 @@ from harness import Bench, arguments, scaled_error
 
 from vcr1_fast.ops import gather_logprobs, host_memory
 
-SHAPES = {"cpu": [(256, 151_936), (2048, 4096)], "cuda": [(4096, 151_936), (2048, 151_936)]}
+SHAPES = {
+    "cpu": [(256, 151_936), (2048, 4096), (256, 248_320)],
+    "cuda": [(4096, 151_936), (2048, 151_936), (4096, 248_320)],
+}
 CHECKED = 16  # rows
 # TRL loops over the first dimension on a CPU, so its speed depends on how rows are batched: as its
 # trainer does by default (8 completions), as one completion, and as completions of one token.

@@ -2,7 +2,8 @@
 
 "G copies" is what trainers without sharing run: causal SDPA over prompt and completion, G times.
 "masked" is one SDPA for the completions of a group and one for its prompt; "torch's CPU kernels"
-merges two parts by their log-sum-exps; FlexAttention takes the pack in one call, compiled.
+merges two parts by their log-sum-exps, and so does "varlen flash" with those for CUDA, two
+calls for any number of groups; FlexAttention takes the pack in one call, compiled.
 
 The limit, "one product", is a square matrix product of as many multiply-adds (2 D for each query,
 head and key it sees forward, and 5 D more backward), on the CPU in float32, which the kernel
@@ -20,6 +21,7 @@ from torch import Tensor
 from vcr1_fast.model.attention import masked_group_attention, merged_group_attention
 from vcr1_fast.model.flex_attention import flex_group_attention
 from vcr1_fast.model.packing import Span
+from vcr1_fast.model.varlen_attention import varlen_group_attention
 from vcr1_fast.ops import group_attention
 from vcr1_fast.ops.group_attention import (
     group_attention_backward_reference,
@@ -32,6 +34,7 @@ CASES = [
     ((2080, 63, 8), (8, 4, 32), torch.float32),
     ((2080, 63, 8), (16, 2, 128), torch.float32),  # those of Qwen2.5-VL-3B
     ((2080, 63, 8), (16, 2, 128), torch.bfloat16),
+    ((2080, 63, 8), (16, 4, 256), torch.float32),  # those of Qwen3.5-9B
     ((288, 63, 8), (4, 2, 16), torch.float32),
     ((96, 31, 8), (4, 2, 16), torch.float32),
 ]
@@ -86,6 +89,8 @@ def bench_case(
     if bench.device.type != "cpu":
         del packed["torch's CPU kernels, merged"]
         packed["FlexAttention"] = in_pack(flex_group_attention)
+        if dtype != torch.float32:
+            packed["varlen flash, merged"] = in_pack(varlen_group_attention)
     wide = [x.double() for x in (q, k, v)]
     exact, lse = group_attention_reference(*wide, parts, scale)
     wide_grads = group_attention_backward_reference(

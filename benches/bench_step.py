@@ -10,6 +10,9 @@ does alone. "plain, by sequence" is the same gradient from one sequence at a tim
 takes gigabytes it is the faster one, for a process is given fresh memory slowly.
 The limit, "bare products", are the matrix products of the shared form's linear layers, forward and
 backward, and nothing else. `predicted_speedup` is the ratio of the forms' multiply-adds.
+
+`--family` runs another family's tiny model instead, on text and on video; `ideal_token_ratio` is
+G (P + C) / (P + G C), what sharing can save where every token costs the same.
 """
 
 import argparse
@@ -34,10 +37,10 @@ from step_demo import bench_demo
 from step_generate import generate
 from step_trl import trl_step
 from torch import nn
-from transformers import Qwen2_5_VLForConditionalGeneration
 
 from vcr1_fast.model import checkpoint
 from vcr1_fast.model.attention import Backend, prepare_attention
+from vcr1_fast.model.family import families, family_named, family_of
 from vcr1_fast.model.forward import completion_logps, prompt_features
 from vcr1_fast.model.qwen2_5_vl.tiny import write_tiny
 from vcr1_fast.model.rollout import SamplingConfig, rollout
@@ -48,6 +51,7 @@ from vcr1_fast.train.planner import GIB, Footprint
 # model, prompt tokens, completion tokens, completions
 TARGETS = [("0.7M", 2048, 64, 8), ("6M", 2048, 64, 8)]
 GRID = [(p, 64, g) for p in (256, 1024, 4096) for g in (4, 8, 16)]
+FAMILY_SHAPE = (2080, 64, 8)
 LONG_WORK = 2e11  # multiply-adds of the unshared baseline, forward: ten seconds on two cores
 LARGE_BATCH = 2 * GIB
 
@@ -58,7 +62,9 @@ class Models:
     def __init__(self, folder: Path, device: torch.device) -> None:
         self.ours, self.processor = checkpoint.load(folder, device=device)
         self.plain, self.stock = (
-            Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+            family_of(self.ours)
+            .model_class()
+            .from_pretrained(folder, dtype=torch.float32)
             .to(device)
             .eval()
             for _ in range(2)
@@ -236,6 +242,40 @@ def bench_stages(bench: Bench, name: str, models: Models, case: Case) -> None:
     head.bias = None
 
 
+def bench_family(bench: Bench, folder: Path, family: str) -> None:
+    """The policy step of a family's model of 8 layers, on text and on video."""
+    kind = family_named(family)
+    # A clip's budget that leaves its frames as they are.
+    sizes = {"hidden_size": 64, "layers": 8, "vision_hidden": 48, "max_pixels": 2**24}
+    kind.write_tiny(folder, texts=[NUMBERS], config=kind.tiny_config(**sizes))
+    models = Models(folder, bench.device)
+    for video in (False, True):
+        case = Case.random(models.ours, models.processor, *FAMILY_SHAPE, video=video)
+        prompt, length, count = case.shape
+        models.clear()
+        shared_step(models.ours, case)
+        plain_by_sequence(models.plain, case)
+        assert_same_gradient(models.ours, models.plain)
+        bench.run(
+            "policy step" if video else "policy step, text",
+            f"{family} P={prompt} C={length} G={count}",
+            "float32",
+            {
+                "plain, by sequence": models.entry(plain_by_sequence, models.plain, case),
+                "bare products": bare_products(models.ours, case),
+                "ours": models.entry(shared, models.ours, case, "auto"),
+            },
+            0,
+            limit="bare products",
+            memory=models.clear,
+            rounds=3,
+            notes={
+                "ideal_token_ratio": round(count * (prompt + length) / (prompt + count * length), 2)
+            },
+            amounts={"tokens": length * count},
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
@@ -244,8 +284,16 @@ def main() -> None:
     parser.add_argument(
         "--large", action="store_true", help="the 20 M model instead; half an hour on two cores"
     )
+    parser.add_argument("--family", choices=sorted(families()), help="another family's tiny model")
     arguments = vars(parser.parse_args())
-    large = arguments.pop("large")
+    large, family = arguments.pop("large"), arguments.pop("family")
+    if family is not None:
+        with (
+            tempfile.TemporaryDirectory() as parent,
+            Bench(f"step_{family}", **arguments) as bench,
+        ):
+            bench_family(bench, Path(parent) / "model", family)
+        return
     shapes = [("20M", *shape) for shape in GRID]
     if not large:
         shapes = [*TARGETS, *(("0.7M", *shape) for shape in GRID)]

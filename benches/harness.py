@@ -19,7 +19,8 @@ nothing but the unavoidable part (`limit="bare products"`).
 
 An entry may be a string in place of a callable: the reason why a peer cannot run here (see
 peers.py), which is printed and stored in place of numbers. A geometric mean closes the table, and
-everything goes to benches/results/<stem>_<device>.json.
+everything goes to benches/results/<stem>_<device>.json, or to the folder VCR1_RESULTS. Until the
+end it stands there as <stem>_<device>.partial.json, row by row: what was measured outlives a kill.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ import platform
 import re
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
@@ -41,7 +42,7 @@ import torch
 from machine import OtherLoad, cache_bytes, commit, cpu_name, peak_extra
 from peers import versions
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("VCR1_RESULTS") or Path(__file__).parent / "results")
 _MIB = 1 << 20
 Entry = Callable[[], object]
 
@@ -91,6 +92,11 @@ def scaled_error(got: torch.Tensor, exact: torch.Tensor) -> float:
     exact = exact.double()
     scale = exact.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
     return float((got.double() - exact).abs().max() / scale)
+
+
+def _mean(ratios: Sequence[float]) -> float:
+    """Geometric."""
+    return math.exp(statistics.fmean(math.log(ratio) for ratio in ratios))
 
 
 class Bench:
@@ -220,6 +226,7 @@ class Bench:
 
     def _add(self, row: dict[str, object]) -> None:
         self._rows.append(row)
+        self._store(".partial")
         start = f"{row['op']} | {row['shape']} | {row['dtype']} | {row['baseline']}"
         if "skipped" in row:
             print(f"{start}: {row['skipped']}", flush=True)
@@ -241,22 +248,31 @@ class Bench:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        ratios = [float(row["speedup"]) for row in self._rows if "speedup" in row]  # type: ignore[arg-type]
+        ratios = self._speedups()
         if kind is not None or not ratios:
             return
-        mean = math.exp(statistics.fmean(math.log(ratio) for ratio in ratios))
-        print(f"geometric mean of {len(ratios)} speedups: {mean:.2f}x")
+        print(f"geometric mean of {len(ratios)} speedups: {_mean(ratios):.2f}x")
         self.header["peers"] = versions()
         load = self._load.mean()
         self.header["other_load"] = None if load is None else round(load, 2)
         if load is not None and load > 0.1:
             print(f"Others kept {load:.2f} processors busy meanwhile: these times are not clean.")
+        partial = self._store(".partial")
+        partial.replace(partial.with_name(partial.name.replace(".partial", "")))
+
+    def _speedups(self) -> list[float]:
+        return [float(row["speedup"]) for row in self._rows if "speedup" in row]  # type: ignore[arg-type]
+
+    def _store(self, kind: str) -> Path:
         slug = re.sub(r"\((r|tm)\)|\W+", "-", str(self.header["device"]).lower())
         slug = re.sub("-+", "-", slug).strip("-")
         RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"{self.stem}_{slug}.json"
-        content = {"header": self.header, "rows": self._rows, "geometric_mean": round(mean, 3)}
+        path = RESULTS / f"{self.stem}_{slug}{kind}.json"
+        content: dict[str, object] = {"header": self.header, "rows": self._rows}
+        if ratios := self._speedups():
+            content["geometric_mean"] = round(_mean(ratios), 3)
         path.write_text(json.dumps(content, indent=1) + "\n")
+        return path
 
 
 def arguments(description: str) -> argparse.Namespace:

@@ -28,7 +28,7 @@ def bench_demo(bench: Bench, folder: Path) -> None:
     demo = DemoConfig(output=str(folder / "demo"), clips=clips)
     records = write_dataset(folder / "clips", clips)["train"]
     config = grpo_config(demo, WARM_START, records)
-    quiet = dataclasses.replace(config.run, tensorboard=False, device=bench.device.type)
+    quiet = dataclasses.replace(config.run, trackers=(), device=bench.device.type)
     config = dataclasses.replace(config, run=quiet)
     plain = Qwen2_5_VLForConditionalGeneration.from_pretrained(WARM_START, dtype=torch.float32)
     plain = plain.to(bench.device).train()

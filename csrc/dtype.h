@@ -26,6 +26,29 @@ enum class DType : uint8_t {
   kBool,
 };
 
+// Bytes of an element.
+inline int size_of(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat64:
+    case DType::kInt64:
+      return 8;
+    case DType::kFloat32:
+    case DType::kInt32:
+      return 4;
+    case DType::kFloat16:
+    case DType::kBFloat16:
+    case DType::kInt16:
+      return 2;
+    case DType::kInt8:
+    case DType::kUInt8:
+    case DType::kBool:
+      return 1;
+    case DType::kUnknown:
+      break;
+  }
+  return 0;
+}
+
 inline const char* name_of(DType dtype) {
   switch (dtype) {
     case DType::kFloat64:

@@ -31,7 +31,7 @@ struct GroupAttentionBlock {
 };
 
 constexpr int kGroupAttentionRows = 32;
-constexpr int kGroupAttentionMaxDim = 128;
+constexpr int kGroupAttentionMaxDim = 256;
 
 // What the kernel's own copies of keys and values have for `dim` numbers: whole vectors.
 constexpr int64_t padded_dim(int64_t dim) { return (dim + 15) / 16 * 16; }

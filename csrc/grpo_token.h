@@ -205,4 +205,232 @@ VCR1_HOST_DEVICE static inline Part<T> combine(const Parameters& p, T weight, T 
   return out;
 }
 
+// A token with everything that its gradient and its metrics take.
+template <typename T>
+struct Evaluated {
+  Token<T> token;
+  T token_ratio, ratio, phi, kept;
+  Correction<T> correction;
+  KlTerm<T> kl;
+  Part<T> part;
+};
+
+template <typename T>
+VCR1_HOST_DEVICE static inline Correction<T> rollout_correction(const GrpoLossArgs& a,
+                                                                const Completion& c, T gap) {
+  const Parameters& p = a.parameters;
+  if (p.rollout_correction == kNone) return {T{1}, T{0}};
+  if (corrects_whole(p)) return {static_cast<T>(c.correction), static_cast<T>(c.dropped)};
+  return token_correction(a, c, std::exp(gap));
+}
+
+template <typename T>
+VCR1_HOST_DEVICE static inline Policy<T> policy_term(const GrpoLossArgs& a, const Completion& c,
+                                                     const Token<T>& t, T ratio, T& phi) {
+  const Parameters& p = a.parameters;
+  const T low = static_cast<T>(p.ratio_low), high = static_cast<T>(p.ratio_high);
+  phi = 0;
+  if (p.loss_type == kVespo) {
+    phi = static_cast<T>(t.advantage >= 0 ? c.phi_pos : c.phi_neg);
+    return weighted_policy(phi, t.advantage, t.logp);
+  }
+  if (p.loss_type == kCispo) return weighted_policy(clamp(ratio, low, high), t.advantage, t.logp);
+  if (p.loss_type == kSapo) {
+    const T tau = static_cast<T>(t.advantage > 0 ? p.sapo_tau_pos : p.sapo_tau_neg);
+    return sapo_policy(t.advantage, tau, std::exp(tau * (1 - ratio)));
+  }
+  return clipped_policy(ratio, t.advantage, low, high, static_cast<T>(p.delta));
+}
+
+template <typename T>
+VCR1_HOST_DEVICE static inline KlTerm<T> reference_term(const GrpoLossArgs& a, const Token<T>& t,
+                                                        int64_t i) {
+  if (a.ref_logps == nullptr) return {T{0}, T{0}};
+  const Parameters& p = a.parameters;
+  const T limit = static_cast<T>(p.kl_input_clamp);
+  const T raw = t.counts ? static_cast<const T*>(a.ref_logps)[i] - t.logp : T{0};
+  const T d = clamp(raw, -limit, limit);
+  return kl_term(p, raw, d, p.kl == kK3 ? std::exp(d) : T{0}, limit,
+                 static_cast<T>(p.kl_output_clamp));
+}
+
+// Token i, `t`, of a completion whose tokens weigh `weight` in the loss.
+template <typename T>
+VCR1_HOST_DEVICE static inline Evaluated<T> evaluate(const GrpoLossArgs& a, const Completion& c,
+                                                     const Token<T>& t, int64_t i, T weight) {
+  const Parameters& p = a.parameters;
+  Evaluated<T> out;
+  out.token = t;
+  out.token_ratio = std::exp(t.log_ratio);
+  out.ratio = p.level == kToken ? out.token_ratio : std::exp(static_cast<T>(c.log_ratio));
+  out.correction = rollout_correction(a, c, t.gap);
+  const bool kept = !(c.off_policy && t.advantage < 0);
+  out.kept = static_cast<T>(kept);
+  T factor = p.loss_type == kVespo ? T{1} : out.correction.weight;
+  if (a.token_weights != nullptr)
+    factor *= t.counts ? static_cast<const T*>(a.token_weights)[i] : T{0};
+  const Policy<T> policy = policy_term(a, c, t, out.ratio, out.phi);
+  out.kl = reference_term(a, t, i);
+  out.part = combine(p, weight, static_cast<T>(p.beta), kept ? factor : T{0}, out.correction.weight,
+                     out.ratio, policy, out.kl);
+  return out;
+}
+
+// Values that the whole batch shares. weight: of a token, but for a mean over its completion.
+struct Batch {
+  double tokens, weight, entropy_weight;
+};
+
+// tokens, sequences, entropy_weight: sums over all completions.
+template <typename T>
+VCR1_HOST_DEVICE static inline Batch batch_of(const GrpoLossArgs& a, double tokens,
+                                              double sequences, double entropy_weight) {
+  const Parameters& p = a.parameters;
+  const bool by_tokens = p.aggregation == kTokenMean || p.aggregation == kNumItems;
+  double count = p.exclude_empty ? sequences : static_cast<double>(a.sequences);
+  if (by_tokens) count = tokens;
+  if (p.aggregation == kNumItems && p.num_items != 0.0) count = p.num_items;
+  if (!by_tokens && p.num_sequences != 0.0) count = p.num_sequences;
+  if (a.denominator != nullptr) count = *static_cast<const T*>(a.denominator);
+  Batch out{tokens, 1.0 / (count > 1.0 ? count : 1.0),
+            entropy_weight > 0.0 ? 1.0 / entropy_weight : 1.0};
+  if (p.aggregation == kMaxLength) out.weight /= p.max_length;
+  return out;
+}
+
+// The loss weight of each of the `tokens` tokens of completion b.
+template <typename T>
+VCR1_HOST_DEVICE static inline double token_weight(const GrpoLossArgs& a, const Batch& batch,
+                                                   int64_t b, double tokens) {
+  if (a.weights != nullptr) return static_cast<const T*>(a.weights)[b];
+  return a.parameters.aggregation == kSequenceMean ? batch.weight / (tokens > 1.0 ? tokens : 1.0)
+                                                   : batch.weight;
+}
+
+// The gradient of a token's entropy, but for the token's own weight.
+VCR1_HOST_DEVICE static inline double entropy_scale(const Parameters& p, const Batch& batch,
+                                                    double weight) {
+  return -p.entropy_coef * (p.entropy_token_mean ? batch.entropy_weight : weight);
+}
+
+// The tokens of completion b: [begin, end).
+VCR1_HOST_DEVICE static inline void token_range(const GrpoLossArgs& a, int64_t b, int64_t& begin,
+                                                int64_t& end) {
+  begin = b * a.columns;
+  end = begin + a.columns;
+  if (a.offsets == nullptr) return;
+  const auto within = [](int64_t x, int64_t low, int64_t high) {
+    return x < low ? low : x > high ? high : x;
+  };
+  begin = within(a.offsets[b], 0, a.tokens);
+  end = within(a.offsets[b + 1], begin, a.tokens);
+}
+
+// The tokens before `first` and from `last` on are in no completion.
+VCR1_HOST_DEVICE static inline void covered_range(const GrpoLossArgs& a, int64_t& first,
+                                                  int64_t& last) {
+  int64_t unused;
+  first = 0, last = a.tokens;
+  if (a.offsets == nullptr) return;
+  last = first;
+  if (a.sequences == 0) return;
+  token_range(a, 0, first, unused);
+  token_range(a, a.sequences - 1, unused, last);
+}
+
+// Adds token i of completion b to sums: of tokens, of their weights, and of old - rollout.
+template <typename T>
+VCR1_HOST_DEVICE static inline void add_counts(const GrpoTokensArgs& a, int64_t b, int64_t i,
+                                               double (&sums)[3]) {
+  const GrpoLossArgs& given = a.loss;
+  if (given.mask != nullptr && !given.mask[i]) return;
+  sums[0] += 1.0;
+  sums[1] += given.token_weights != nullptr ? static_cast<const T*>(given.token_weights)[i] : T{1};
+  if (a.rollout_logps != nullptr) sums[2] += load_token<T>(given, b, i, true, T{0}).gap;
+}
+
+// The completion of these sums: its count and its rollout correction.
+template <typename T>
+VCR1_HOST_DEVICE static inline Completion counted(const GrpoTokensArgs& a,
+                                                  const double (&sums)[3]) {
+  Completion c{};
+  c.tokens = sums[0];
+  c.correction = 1.0;
+  if (a.rollout_logps != nullptr && c.tokens > 0.0)
+    set_statistics<T>(a.loss, {0.0, 0.0, sums[2], 0.0}, c);
+  return c;
+}
+
+// What the rows of a head need of token i of completion b: see GrpoTokensArgs.
+template <typename T>
+VCR1_HOST_DEVICE static inline void write_token(const GrpoTokensArgs& a, const Completion& c,
+                                                double entropy_scale, int64_t b, int64_t i) {
+  const GrpoLossArgs& given = a.loss;
+  const Token<T> t = load_token<T>(given, b, i, given.mask == nullptr || given.mask[i], T{0});
+  a.keep[i] = t.counts;
+  static_cast<T*>(a.weights)[i] = t.counts ? static_cast<T>(c.weight) : T{0};
+  static_cast<T*>(a.advantages)[i] = t.advantage;
+  if (a.grad_entropy != nullptr) {
+    const T own = given.token_weights == nullptr ? T{1}
+                  : t.counts                     ? static_cast<const T*>(given.token_weights)[i]
+                                                 : T{0};
+    static_cast<T*>(a.grad_entropy)[i] = t.counts ? static_cast<T>(entropy_scale) * own : T{0};
+  }
+  if (a.rollout_logps == nullptr) return;
+  const T weight = given.parameters.rollout_correction == kSequenceIcepop
+                       ? c.dropped ? T{0} : std::exp(t.gap)
+                       : static_cast<T>(c.correction);
+  static_cast<T*>(a.rollout_logps)[i] = t.before - std::log(weight);
+}
+
+// A token in no completion.
+template <typename T>
+VCR1_HOST_DEVICE static inline void write_nothing(const GrpoTokensArgs& a, int64_t i) {
+  a.keep[i] = false;
+  void* const outputs[4] = {a.weights, a.advantages, a.grad_entropy, a.rollout_logps};
+  for (void* const out : outputs)
+    if (out != nullptr) static_cast<T*>(out)[i] = T{0};
+}
+
+// dloss/dlogp of token i, a completion by itself with its weight.
+template <typename T>
+VCR1_HOST_DEVICE static inline T token_gradient(const GrpoLossArgs& a, int64_t i) {
+  Completion c{};
+  c.correction = 1.0;
+  const Token<T> t = load_token<T>(a, i, i, true, static_cast<const T*>(a.logps)[i]);
+  const Part<T> part = evaluate(a, c, t, i, static_cast<const T*>(a.weights)[i]).part;
+  return part.direct + part.d_s * t.unclamped;
+}
+
+VCR1_HOST_DEVICE static inline void pack_element(const GrpoPackArgs::Vector& v, int64_t from,
+                                                 int64_t to) {
+  if (v.element == 8)
+    static_cast<int64_t*>(v.to)[to] = static_cast<const int64_t*>(v.from)[from];
+  else if (v.element == 4)
+    static_cast<int32_t*>(v.to)[to] = static_cast<const int32_t*>(v.from)[from];
+  else
+    static_cast<int8_t*>(v.to)[to] = static_cast<const int8_t*>(v.from)[from];
+}
+
+// How many of the `count` numbers, ascending, are below x.
+VCR1_HOST_DEVICE static inline int64_t lower_bound(const int64_t* numbers, int64_t count,
+                                                   int64_t x) {
+  int64_t low = 0;
+  while (count > 0) {
+    const int64_t half = count / 2;
+    if (numbers[low + half] < x) {
+      low += half + 1;
+      count -= half + 1;
+    } else {
+      count = half;
+    }
+  }
+  return low;
+}
+
+// Where completion b begins among the packed tokens.
+VCR1_HOST_DEVICE static inline int64_t packed_offset(const GrpoPackArgs& a, int64_t b) {
+  return lower_bound(a.rows, a.count, a.offsets != nullptr ? a.offsets[b] : b * a.length);
+}
+
 }  // namespace vcr1::grpo

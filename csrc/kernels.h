@@ -324,6 +324,51 @@ namespace cpu {
 VCR1_CPU_LAUNCHER(grpo_loss, GrpoLossArgs)
 }  // namespace cpu
 
+// What the rows of a head need of each token, where a token's gradient takes no other token's
+// log-prob. loss: without log-probs and results, but with scratch. All outputs are (N,).
+struct GrpoTokensArgs {
+  GrpoLossArgs loss;
+  bool* keep;           // whether the token is in the mask, and in a completion
+  void* weights;        // of the token in the loss
+  void* advantages;     // also where a completion has one
+  void* grad_entropy;   // dloss/dentropy, or null
+  void* rollout_logps;  // those that give each token its completion's correction; or null
+};
+
+// Vectors over tokens, of which `rows` (ascending) are moved together.
+struct GrpoPackArgs {
+  static constexpr int kMaxVectors = 12;
+  struct Vector {
+    const void* from;
+    void* to;
+    int element;  // bytes: 1, 4 or 8
+  };
+  const int64_t* rows;  // (count,)
+  int64_t count;
+  Vector vectors[kMaxVectors];
+  int columns;  // of the vectors that there are
+  // Offsets of the completions (sequences + 1,), before (null: `length` tokens each) and after.
+  const int64_t* offsets;
+  int64_t length, sequences;
+  int64_t* packed_offsets;
+};
+
+// to[i] = from[rows[i]]; scatter: to[rows[i]] = from[i], and 0 in the rows between. CUDA only.
+struct CopyRowsArgs {
+  const void* from;
+  void* to;             // dense
+  const int64_t* rows;  // (count,), ascending
+  int64_t count, total;
+  int64_t row_bytes, stride;  // stride: bytes between the rows of `from`; scatter: row_bytes
+  bool scatter;
+};
+
+namespace cpu {
+VCR1_CPU_LAUNCHER(grpo_tokens, GrpoTokensArgs)
+VCR1_CPU_LAUNCHER(grpo_token_gradients, GrpoLossArgs)
+VCR1_CPU_LAUNCHER(grpo_pack, GrpoPackArgs)
+}  // namespace cpu
+
 // One pass over logits for losses that weigh tokens one by one. On CUDA only: elsewhere the
 // log-probs, the loss and the gradient are three calls.
 struct LogitsGrpoLossArgs {
@@ -347,6 +392,11 @@ struct MultiplyArgs {
 namespace cuda {
 void multiply(const MultiplyArgs& args, void* stream);
 void grpo_loss(const GrpoLossArgs& args, void* stream);
+void grpo_tokens(const GrpoTokensArgs& args, void* stream);
+// Completions of one token each, with `weights`: writes grad_logps.
+void grpo_token_gradients(const GrpoLossArgs& args, void* stream);
+void grpo_pack(const GrpoPackArgs& args, void* stream);
+void copy_rows(const CopyRowsArgs& args, void* stream);
 void logits_grpo_loss(const LogitsGrpoLossArgs& args, void* stream);
 }  // namespace cuda
 

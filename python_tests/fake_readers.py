@@ -4,10 +4,12 @@ import ctypes
 import os
 import signal
 import time
+from dataclasses import replace
 
 import numpy as np
 
 from vcr1_fast.data.video import Clip, VideoError
+from vcr1_fast.data.workers import result_array
 
 
 def by_name(path, config, *, start=None, end=None, times=None, backend="pyav", **more):
@@ -22,6 +24,19 @@ def by_name(path, config, *, start=None, end=None, times=None, backend="pyav", *
             os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does when memory runs out
     if action == "crash":
         os.kill(os.getpid(), signal.SIGSEGV)
+    if action in ("shared", "tail", "lost", "stuck", "two"):
+        frames = result_array((2, 300, 400, 3))
+        frames[:] = int(number)
+        if action == "lost":
+            raise VideoError(path, "is lost")
+        if action == "stuck":
+            ctypes.PyDLL(None).sleep(600)
+        if action == "two":  # another array, as where a second decoder takes over
+            other = result_array((2, 300, 400, 3))
+            other[:] = int(number) + 100
+            frames[0] = other[1]
+        clip = Clip(frames, np.arange(2.0), float(os.getpid()), 2.0, path)
+        return replace(clip, frames=frames[1:]) if action == "tail" else clip
     if action == "bad":
         raise VideoError(path, "is bad")
     if action == "bug":

@@ -39,7 +39,7 @@ GROWTH = 1.05
 """Largest ratio of a process's median memory in the last and in the second quarter of a run. The
 first quarter fills caches (decoded clips, the allocator's pools)."""
 SAMPLE_SECONDS = 1.0
-_TIMES = ("seconds/", "tokens_per_second")
+_TIMES = ("seconds/", "tokens_per_second", "time", "memory_gib")
 
 
 @dataclass
@@ -73,7 +73,7 @@ def prepare(output: Path) -> Path:
     config = grpo_config(demo, WARM_START, splits["train"])
     # A constant rate: the number of steps is known only when the time is up.
     optim = replace(config.optim, schedule="constant", warmup_steps=0)
-    run = replace(config.run, save_every=5, tensorboard=False, device="cpu")
+    run = replace(config.run, save_every=5, trackers=(), device="cpu")
     path = output / "config.yaml"
     write_atomic(path, dump_config(replace(config, optim=optim, run=run)))
     return path

@@ -238,7 +238,7 @@ def test_ci_calls_the_same_make_targets_everywhere():
     local = targets([line for line in read(".ci/run").splitlines() if line.startswith("make")])
     hosted = targets(workflow_commands())
     nvcc = {"cuda-check"}  # GitHub's runners have none
-    assert local == {"lint", "test"} | nvcc
+    assert local == {"lint", "test", "test-engines"} | nvcc
     assert hosted == local - nvcc | {"demo"}
     assert hosted <= phony
     assert set(re.findall(r"`make (\w+)", read("CONTRIBUTING.md"))) <= phony

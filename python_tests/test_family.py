@@ -69,6 +69,7 @@ def loaded(fake, tmp_path_factory):
 OWN_WORDS = {
     "qwen2_5_vl": r"qwen_?-?2(?!\d)|(?<![\w.:])(?:14|28|1176|1_176)(?![\w.:])|0\.4814|0\.2686",
     "qwen3_vl": r"qwen_?-?3(?!\d)|(?<![\w.:])(?:1536|1_536)(?![\w.:])|deepstack_",
+    "qwen3_5": r"qwen_?-?3[._]5|linear_attn|delta_?net|(?<![\w.:])248_?320(?![\w.:])",
 }
 
 
@@ -102,7 +103,7 @@ def test_families_are_found_by_their_folders(fake):
 
 def test_an_unknown_type_lists_the_known_ones(fake):
     with pytest.raises(
-        ValueError, match="model_type is 'x', known are fake_vl, qwen2_5_vl, qwen3_vl"
+        ValueError, match="model_type is 'x', known are fake_vl, qwen2_5_vl, qwen3_5, qwen3_vl"
     ):
         family_named("x")
     with pytest.raises(ValueError, match="model_type is None"):

@@ -107,7 +107,7 @@ def test_a_narrow_terminal_shows_the_step_and_the_time_left(tmp_path, monkeypatc
         "reward": 0.3125, "finished": 0.5, "loss": -5.588e-09, "kl": 0.1576, "length": 15.75,
         "grad_norm": 0.09508, "tokens_per_second": 1390.0,
     }  # fmt: skip
-    with RunLog(tmp_path, 1000, tensorboard=False, stream=stream) as log:
+    with RunLog(tmp_path, 1000, stream=stream) as log:
         log.step({"step": 437, **metrics})
         log.message("quarantined z3: no such file")
     lines = [line for part in stream.getvalue().split("\r") for line in part.split("\n")]

@@ -122,3 +122,24 @@ def test_a_few_first_steps_are_no_measure():
     health = Health(0, lambda text: pytest.fail(text))
     for step, value in enumerate([1e-3, 1.0, 1e-3, 5.0], 1):
         assert health.check(step, {"grad_norm": value}) == {"spikes": 0.0}
+
+
+@pytest.mark.parametrize(("level", "word"), [(0.1, "fell to 0.1"), (4.0, "rose to 4")])
+def test_an_entropy_that_jumps_and_stays_is_reported_once(level, word):
+    said = []
+    health = Health(0, said.append)
+    for step in range(1, 13):
+        health.check(step, {"entropy": 1.0 + 0.01 * step})
+    health.check(13, {"entropy": level})  # one step alone is noise
+    health.check(14, {"entropy": 1.0})
+    assert said == []
+    for step in range(15, 30):
+        health.check(step, {"entropy": level})
+    assert len(said) == 1 and said[0].startswith("step 17: warning") and word in said[0]
+    assert "from a median of 1.0" in said[0]
+
+
+def test_an_entropy_that_falls_slowly_is_training():
+    health = Health(0, lambda text: pytest.fail(text))
+    for step in range(100):
+        health.check(step, {"entropy": 2.0 * 0.97**step})

@@ -17,6 +17,7 @@ LAYERS = (
     {"tasks"},
     {"data"},
     {"config", "model"},  # a section may hold a FrameConfig; the model's own settings are plain
+    {"engines"},
     {"evaluate", "report", "train"},
     {"bench", "cli", "demo", "doctor", "integrations"},
 )

@@ -168,3 +168,29 @@ def test_unknown_parts_and_absent_packages():
     with pytest.raises(UnknownContract, match="no-such-package-here is not installed"):
         absent()
     assert make().targets == {"double": ("fakepkg.core.double",)}
+
+
+def test_an_unchecked_release_is_taken_only_when_asked_for_and_still_by_its_contract(
+    package, monkeypatch
+):
+    monkeypatch.setattr(patching.metadata, "version", lambda name: "1.17.0")
+    swaps = [
+        Swap("fakepkg.core", "double", triple_of, parameters=("x",), releases=("1.16",)),
+        Swap("fakepkg.core", "gone", triple_of, releases=("1.15",)),
+    ]
+    patch = make(double=swaps, other=[Swap("fakepkg.core", "double", triple_of, parameters=("y",))])
+    with pytest.raises(UnknownContract, match="allow_unchecked=True"):
+        patch("double")
+    assert package.double is double
+    with (
+        pytest.warns(patching.UncheckedRelease, match=r"1\.17\.0 .* checked on 1\.15, 1\.16"),
+        patch("double", allow_unchecked=True),  # as 1.16: the swap of 1.15 is left out
+    ):
+        assert package.double(5) == 15
+    assert package.double is double
+    with (
+        pytest.warns(patching.UncheckedRelease),
+        pytest.raises(UnknownContract, match=r"takes \('x',\), expected \('y',\)"),
+    ):
+        patch("other", allow_unchecked=True)
+    assert package.double is double

@@ -177,6 +177,7 @@ def run(script, records, passes=3, think=False):
         think=think,
         mrope="installed",
         video_text="installed",
+        resize="worker",  # else the model says where
     )
     return evaluate(None, script.processor, records, config)
 

@@ -184,15 +184,15 @@ def test_a_rollout_that_runs_out_of_memory_draws_the_same_by_halves(run, monkeyp
     run.planner.log = reported.append
 
     def sampled(most):
-        def limited(model, processor, prompts, count, sampling, generator, **kwargs):
+        def limited(prompts, count, sampling, generator, features):
             if len(prompts) > most:
                 torch.rand(7, generator=generator)  # it runs out when some have been sampled
                 raise MemoryError("no more")
             return rollout_module.rollout(
-                model, processor, prompts, count, sampling, generator, **kwargs
+                run.model, run.processor, prompts, count, sampling, generator, vision=features
             )
 
-        monkeypatch.setattr(rollouts, "rollout", limited)
+        monkeypatch.setattr(run.sampler, "rollout", limited)
         generator = torch.Generator().manual_seed(0)
         return rollouts.sample_group(run, samples, [None] * 3, 4, generator)
 

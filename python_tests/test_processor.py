@@ -113,7 +113,7 @@ def _cases(family):
             ("Long.", None, [_clip(10, (31, 200, 340), 2.0)]),
             ("Small.", None, [_clip(11, (2, 20, 70), 24.0)]),
         ]
-        if family == "qwen3_vl"
+        if family != "qwen2_5_vl"
         else []
     )
     return [
@@ -131,6 +131,7 @@ def _cases(family):
 CLASSES = {
     "qwen2_5_vl": ("Qwen2_5_VLProcessor", "Qwen2VLVideoProcessor"),
     "qwen3_vl": ("Qwen3VLProcessor", "Qwen3VLVideoProcessor"),
+    "qwen3_5": ("Qwen3VLProcessor", "Qwen3VLVideoProcessor"),
 }
 
 

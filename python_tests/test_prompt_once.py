@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from vcr1_fast.model import checkpoint, forward, packing, prompt_state
 from vcr1_fast.model.attention import prepare_attention
@@ -26,7 +27,7 @@ from vcr1_fast.train.loop import forward_backward
 from vcr1_fast.train.planner import Footprint, MicroBatch, Planner
 
 LOSS = GRPOLossConfig(loss_type="grpo", beta=0.05, entropy_coef=0.01)
-FAMILIES = ("qwen2_5_vl", "qwen3_vl")
+FAMILIES = ("qwen2_5_vl", "qwen3_vl", "qwen3_5")
 SIZES = {
     "qwen2_5_vl": {"hidden_size": 32, "layers": 3, "heads": 4, "kv_heads": 2, "vision_hidden": 16},
     "qwen3_vl": {
@@ -40,6 +41,7 @@ SIZES = {
         "position_grid": 5,
         "initializer_range": 0.3,
     },
+    "qwen3_5": {"hidden_size": 32, "layers": 4, "vision_hidden": 16, "vision_heads": 1},
 }
 # Completions of a group, and where it is cut.
 CUTS = {
@@ -59,6 +61,23 @@ class Clip:
     times: np.ndarray | None = None
 
 
+@pytest.fixture(autouse=True)
+def exact_norms(monkeypatch):
+    """Qwen3.5's norms without their casts to float32. Its delta rule takes completions as batches,
+    in chunks of other sizes than the pack has: sums in another order, whose last bit a rounding to
+    float32 would make 1e-7. The other families compute a row the same way whatever is beside it."""
+
+    def norm(self, x):
+        return self._norm(x) * (1.0 + self.weight)
+
+    def gated(self, x, gate):
+        scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * x * scale * torch.nn.functional.silu(gate)
+
+    monkeypatch.setattr(modeling_qwen3_5.Qwen3_5RMSNorm, "forward", norm)
+    monkeypatch.setattr(modeling_qwen3_5.Qwen3_5RMSNormGated, "forward", gated)
+
+
 @pytest.fixture(scope="module", params=FAMILIES)
 def directory(request, tmp_path_factory):
     family, path = family_named(request.param), tmp_path_factory.mktemp(request.param)
@@ -76,7 +95,7 @@ def with_adapters(model):
     """Adapters in the language model and in the vision encoder of either family."""
     from peft import LoraConfig, get_peft_model
 
-    targets = ["q_proj", "v_proj", "o_proj", "down_proj", "linear_fc1"]
+    targets = ["q_proj", "v_proj", "o_proj", "down_proj", "linear_fc1", "in_proj_qkv"]
     adapted = get_peft_model(model, LoraConfig(r=2, lora_alpha=4, target_modules=targets))
     for name, parameter in adapted.to(model.dtype).named_parameters():
         if "lora_B" in name:
@@ -157,7 +176,7 @@ def test_every_kind_of_training_has_the_packed_steps_gradients(
         assert difference(step(model, group, schedule, edges), packed) < 1e-9
 
 
-@pytest.mark.parametrize("backend", ["fused", "merged", "masked"])
+@pytest.mark.parametrize("backend", ["fused", "merged", "varlen", "masked"])
 def test_every_cut_has_the_packed_steps_gradients(loaded, backend):
     model, processor = loaded
     prepare_attention(model, backend)
@@ -166,23 +185,6 @@ def test_every_cut_has_the_packed_steps_gradients(loaded, backend):
         packed = step(model, group)
         assert difference(step(model, group, "split", edges), packed) < 1e-9
     assert difference(step(model, group, "twice", edges), packed) < 1e-9
-
-
-@pytest.mark.parametrize("directory", ["qwen2_5_vl"], indirect=True)
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
-def test_flex_attention_of_a_suffix_is_that_of_the_pack(loaded):
-    """Forward alone: it has no backward pass on the CPU."""
-    model, processor = loaded
-    group = group_of(processor, [9, 1, 7, 4])
-    with torch.no_grad():
-        expected, *_ = completion_hidden(model, [group.group])
-        prepare_attention(model, "flex")
-        state = prompt_pass(model, group.group)
-        parts = [
-            completion_hidden(model, [group.group.part(a, b)], state)[0]
-            for a, b in ((0, 3), (3, 4))
-        ]
-    assert (torch.cat(parts) - expected).abs().max() < 1e-9
 
 
 @pytest.mark.parametrize("directory", ["qwen2_5_vl"], indirect=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vcr1_fast.cli import parser
+from vcr1_fast.cli import main, parser
 from vcr1_fast.config.loader import load_config
 from vcr1_fast.evaluate.config import EvalRun
 from vcr1_fast.evaluate.published import benchmarks
@@ -115,3 +115,21 @@ def test_every_run_of_a_table_has_its_command_and_every_set_is_shown_its_numbers
                 name,
                 model,
             )
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_init_prints_a_recipe_whole(path, capsys, tmp_path):
+    assert main(["init", path.stem]) == 0
+    printed = capsys.readouterr().out
+    assert printed == path.read_text()
+    (tmp_path / "run.yaml").write_text(printed)
+    assert load_config(TrainConfig, tmp_path / "run.yaml") == load_config(TrainConfig, path)
+
+
+def test_init_lists_recipes_and_names_them_where_there_is_no_such_one(capsys):
+    assert main(["init"]) == 0
+    names = capsys.readouterr().out.split()
+    assert names == [path.stem for path in RECIPES]
+    assert main(["init", "ppo"]) == 2
+    error = capsys.readouterr().err
+    assert "no recipe 'ppo'" in error and all(name in error for name in names)

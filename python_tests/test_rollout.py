@@ -340,7 +340,7 @@ def test_graphs_are_recorded_and_replayed_on_the_models_device(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, type(name, (OnCurrent,), {}))
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
     step = lambda x: x  # noqa: E731 - with an attribute
-    step.memory = SimpleNamespace(version=0)
+    step.memory = SimpleNamespace(version=0, states={})
     rollout_module.GraphedStep(step)(Input())
     assert {what for what, _ in seen} == {
         "CUDAGraph", "Stream", "current_stream", "graph", "copy", "replay"

@@ -46,7 +46,7 @@ from vcr1_fast.train.optim import MasterAdamW, clipped_step, learning_rate
 from vcr1_fast.train.scoring import Scored
 from vcr1_fast.train.sft import right_answer, sft
 
-TIMES = ("seconds/", "tokens_per_second")
+TIMES = ("seconds/", "tokens_per_second", "time", "memory_gib")
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def early_letters(monkeypatch):
 
 
 def test_a_run_writes_its_files_and_a_model_that_loads(inputs, tmp_path, capsys, any_reward):
-    out = train(configure(*inputs, tmp_path / "run", "run.tensorboard=true"))
+    out = train(configure(*inputs, tmp_path / "run", "run.trackers=[tensorboard]"))
     assert out == tmp_path / "run" / "model"
     rows = read(tmp_path / "run" / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2]
@@ -387,7 +387,7 @@ def test_records_that_hold_control_tokens_are_quarantined(inputs, tmp_path):
 
 def test_log_drops_the_steps_after_a_checkpoint(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
-    with RunLog(tmp_path, 5, 2, tensorboard=False) as log:
+    with RunLog(tmp_path, 5, 2) as log:
         log.step({"step": 3, "reward": math.nan})
     assert read(tmp_path / "metrics.jsonl") == [
         {"step": 1},
@@ -851,6 +851,19 @@ def test_prompts_are_the_same_with_workers_and_without_a_cache(inputs, tmp_path)
             assert [name for name, _ in ours] == [name for name, _ in theirs]
             for (_, a), (_, b) in zip(ours, theirs, strict=True):
                 assert torch.equal(a.pixel_values_videos, b.pixel_values_videos)
+
+
+@pytest.mark.parametrize(("first", "size", "rank", "ranks"), [(0, 2, 0, 1), (3, 3, 1, 2)])
+def test_a_run_of_a_billion_steps_plans_as_it_goes(inputs, tmp_path, first, size, rank, ranks):
+    config = configure(*inputs, tmp_path / "run")
+    with setup.open_run(config, reference=False) as run:
+        sampler, records = run.source.sampler, run.source.records
+        batches = run.source.batches(first, 10**9, size, rank, ranks)
+        for step in range(first, first + 5):
+            epochs = [list(sampler.places(i * sampler.size, sampler.size)) for i in range(20)]
+            numbers = [n for epoch in epochs for n in epoch]
+            own = [i for i in range(step * size, (step + 1) * size) if i % ranks == rank]
+            assert [s.record.id for s in next(batches)] == [records[numbers[i]].id for i in own]
 
 
 def test_merge_metrics():

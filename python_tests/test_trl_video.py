@@ -342,3 +342,38 @@ def test_pictures_beside_clips(inputs, tmp_path):
     neither = Dataset.from_list([{"prompt": turn, "video": None}] * 2)
     with pytest.raises(ValueError, match="a row needs a video or an image"):
         make_trainer(inputs, tmp_path, data=neither).train()
+
+
+@pytest.mark.parametrize(("family", "opened"), [("qwen3_vl", ""), ("qwen3_5", "<think>\n")])
+def test_other_families(family, opened, tmp_path):
+    """The loss is that of our step, and rewards know what the chat template opened."""
+    inputs = write_inputs(tmp_path / "inputs", family, layers=4, head_dim=16)
+    seen = []
+
+    def spread_and_note(completion_ids, **columns):
+        seen.extend(columns["opened"])
+        return spread(completion_ids)
+
+    trainer = make_trainer(
+        inputs,
+        tmp_path / "out",
+        rewards=spread_and_note,
+        data=video_dataset(inputs[1], think=True),
+        dtype=torch.float64,
+        max_steps=1,
+        loss_type="grpo",
+        frame_kwargs={"num_frames": 5, "min_pixels": 1024, "max_pixels": 4096},
+    )
+    batch = micro_batch(trainer)
+    assert set(seen) == {opened}
+    loss = trainer.compute_loss(trainer.model, batch)
+    own = gradients(trainer.model, loss)
+    batch["ref_per_token_logps"] = torch.zeros(batch["completion_ids"].shape)
+    config = GRPOLossConfig(loss_type="grpo", beta=0.0)
+    step, _ = policy_loss(
+        trainer.model, groups_of(trainer, batch), config, temperature=1.0, on_policy=True
+    )
+    torch.testing.assert_close(loss, step, check_dtype=False)
+    assert_same(own, gradients(trainer.model, step))
+    norms, rows = run(trainer)
+    assert len(rows) == 1 and norms[0] > 0

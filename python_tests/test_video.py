@@ -386,8 +386,8 @@ def test_a_worker_that_starts_too_slowly_is_started_once_more(monkeypatch):
     waits = iter([0.0, 120.0])
     ask = workers._Worker.ask
 
-    def impatient(self, item, timeout):
-        return ask(self, item, next(waits) if timeout == workers.START_TIMEOUT else timeout)
+    def impatient(self, item, timeout, *lend):
+        return ask(self, item, next(waits) if timeout == workers.START_TIMEOUT else timeout, *lend)
 
     monkeypatch.setattr(workers._Worker, "ask", impatient)
     with ClipReader(workers=1, timeout=60, reader=fake_readers.by_name) as reader:

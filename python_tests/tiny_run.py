@@ -23,7 +23,7 @@ MODEL = {
 SETTINGS = (
     "model.dtype=float32",
     "run.device=cpu",
-    "run.tensorboard=false",
+    "run.trackers=[]",
     "data.decode_workers=0",
     "data.frames.num_frames=4",
     "data.frames.min_pixels=784",
@@ -46,7 +46,7 @@ def write_inputs(folder: Path, family: str = "qwen2_5_vl", **sizes) -> tuple[Pat
     records = load_records(path)
     texts = [TASKS[r.task].prompt(r, False) + TASKS[r.task].target(r) for r in records]
     kind = family_named(family)
-    kind.write_tiny(folder / "model", texts=texts, config=kind.tiny_config(**MODEL, **sizes))
+    kind.write_tiny(folder / "model", texts=texts, config=kind.tiny_config(**{**MODEL, **sizes}))
     return folder / "model", path
 
 

@@ -96,6 +96,10 @@ def parser() -> argparse.ArgumentParser:
         _add_overrides(command)
         command.set_defaults(run=run_training)
 
+    command = commands.add_parser("init", help="print a recipe: vcr1 init grpo > run.yaml")
+    command.add_argument("recipe", nargs="?", help="which; default: list them")
+    command.set_defaults(run=run_init)
+
     command = commands.add_parser("eval", help="answer and score records", allow_abbrev=False)
     command.add_argument("--config", help="YAML file of settings")
     command.add_argument("--model", help="checkpoint folder or hub name (model)")
@@ -182,6 +186,11 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--output", default="runs/demo", help="default: %(default)s")
     command.add_argument("--quick", action="store_true", help="under two minutes")
     command.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    command.add_argument(
+        "--family",
+        help="model_type of the family; another than the shipped checkpoint's learns from scratch "
+        "first, which takes longer",
+    )
     command.add_argument(
         "--make-warm-start",
         action="store_true",
@@ -274,6 +283,20 @@ def run_training(options: argparse.Namespace) -> int:
     else:
         from vcr1_fast.train.loop import train as work
     print(work(config))
+    return 0
+
+
+def run_init(options: argparse.Namespace) -> int:
+    package = Path(vcr1_fast.__file__).parent
+    # In an installed package, or beside it in a checkout.
+    folders = (package / "recipes", package.parent / "recipes")
+    files = {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
+    if options.recipe is None:
+        print(*files, sep="\n")
+        return 0
+    if options.recipe not in files:
+        raise ValueError(f"no recipe {options.recipe!r}, there are {', '.join(files)}")
+    print(files[options.recipe].read_text(encoding="utf-8"), end="")
     return 0
 
 
@@ -400,8 +423,12 @@ def run_demo(options: argparse.Namespace) -> int:
 
         print(make_warm_start(Path(options.output)))
         return 0
-    config = QUICK if options.quick else DemoConfig()
-    return main_demo(replace(config, output=options.output, seed=options.seed))
+    config = replace(
+        QUICK if options.quick else DemoConfig(), output=options.output, seed=options.seed
+    )
+    if options.family is not None:
+        config = replace(config, family=options.family)
+    return main_demo(config)
 
 
 def run_doctor(options: argparse.Namespace) -> int:

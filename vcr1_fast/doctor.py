@@ -17,6 +17,7 @@ from vcr1_fast import ops
 from vcr1_fast.integrations.patching import Patch, UnknownContract
 from vcr1_fast.model.family import families
 from vcr1_fast.model.partial_attention import missing_kernels
+from vcr1_fast.model.varlen_attention import missing_varlen
 from vcr1_fast.ops import backend
 
 # Package -> the extra of ours that asks for it ("": of the ops themselves, or optional).
@@ -122,6 +123,10 @@ def models() -> list[tuple[str, str]]:
         ("families by model_type", ", ".join(sorted(known))),
         ("attention on the CPU", kernels),
     ]
+    if torch.cuda.is_available():
+        # Heads of Qwen2.5-VL-3B; a model's are checked when it is loaded.
+        reason = missing_varlen(torch.device("cuda"), torch.bfloat16, 16, 2, 128)
+        rows.append(("attention on CUDA", reason or "torch's varlen flash kernels"))
     if importlib.util.find_spec("transformers") is None:
         return rows  # listed as missing; families compare themselves with it
     # A family may serve several types.

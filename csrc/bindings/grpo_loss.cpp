@@ -6,11 +6,12 @@
 #include <utility>
 
 #include "bindings.h"
-#include "named_tensors.h"
+#include "loss_inputs.h"
 
 using vcr1::dense;
 using vcr1::dense_as;
 using vcr1::named_tensor;
+using vcr1::required;
 using vcr1::grpo::Parameters;
 
 namespace {
@@ -124,46 +125,6 @@ Parameters parameters_from(const py::kwargs& given) {
   return p;
 }
 
-// Where the completions are: rows of (B, T), or segments of packed (N,).
-void set_completions(vcr1::GrpoLossArgs& args, const Tensor& logps,
-                     const std::optional<Tensor>& offsets) {
-  args.tokens = logps.numel();
-  if (!offsets) {
-    VCR1_CHECK(logps.ndim() == 2, "logps: expected (B, T), or (N,) with cu_seqlens, got ",
-               logps.ndim(), " dimensions");
-    args.sequences = logps.size(0);
-    args.columns = logps.size(1);
-    return;
-  }
-  args.sequences = offsets->numel() - 1;
-  VCR1_CHECK(offsets->same_device(logps) && args.sequences >= 0,
-             "cu_seqlens: expected (B + 1,) on the log-probs' device");
-  args.offsets = offsets->dense<int64_t>("cu_seqlens");
-  if (!offsets->on_cpu()) return;  // reading them would wait for the GPU: the kernel clamps them
-  for (int64_t b = 0; b <= args.sequences; ++b) {
-    const int64_t before = b > 0 ? args.offsets[b - 1] : 0;
-    VCR1_CHECK(args.offsets[b] >= before && args.offsets[b] <= args.tokens,
-               "cu_seqlens must rise within 0 to ", args.tokens, ", the number of tokens; got ",
-               args.offsets[b], " after ", before);
-  }
-}
-
-void set_advantages(vcr1::GrpoLossArgs& args, const Tensor& logps, const Tensor& advantages) {
-  const bool column = advantages.ndim() == 2 && advantages.size(1) == 1;
-  // A packed vector of N = B values counts as (B,).
-  const bool per_sequence = advantages.numel() == args.sequences &&
-                            (args.offsets != nullptr || advantages.ndim() == 1 || column);
-  args.token_advantages = !per_sequence;
-  args.advantages =
-      dense_as(advantages, logps, per_sequence ? args.sequences : args.tokens, "advantages");
-}
-
-Tensor required(const py::object& tuple, const char* name) {
-  const auto tensor = named_tensor(tuple, name);
-  VCR1_CHECK(tensor.has_value(), name, ": expected a tensor, got None");
-  return *tensor;
-}
-
 void grpo_loss(const py::object& inputs, const Parameters& parameters, const py::object& outputs,
                int num_threads) {
   const Tensor logps = required(inputs, "logps");
@@ -174,19 +135,11 @@ void grpo_loss(const py::object& inputs, const Parameters& parameters, const py:
   args.dtype = logps.dtype();
   args.logps = logps.raw();
   VCR1_CHECK(logps.is_contiguous(), "logps: expected a contiguous tensor");
-  set_completions(args, logps, named_tensor(inputs, "cu_seqlens"));
-  set_advantages(args, logps, required(inputs, "advantages"));
-  const auto in = [&](const char* name, int64_t numel) {
-    return dense_as(named_tensor(inputs, name), logps, numel, name);
-  };
-  args.old_logps = in("old_logps", args.tokens);
-  args.ref_logps = in("ref_logps", args.tokens);
-  args.entropy = in("entropy", args.tokens);
-  args.rollout_logps = in("rollout_logps", args.tokens);
-  args.token_weights = in("token_weights", args.tokens);
-  args.weights = in("weights", args.sequences);
-  args.denominator = in("denominator", 1);
-  args.mask = dense<bool>(named_tensor(inputs, "mask"), args.tokens, logps, "mask");
+  vcr1::set_completions(args, logps, named_tensor(inputs, "cu_seqlens"));
+  vcr1::set_advantages(args, logps, required(inputs, "advantages"));
+  vcr1::set_tokens(args, logps, inputs);
+  args.entropy = dense_as(named_tensor(inputs, "entropy"), logps, args.tokens, "entropy");
+  args.weights = dense_as(named_tensor(inputs, "weights"), logps, args.sequences, "weights");
   const auto out = [&](const char* name, int64_t numel) {
     return const_cast<void*>(dense_as(required(outputs, name), logps, numel, name));
   };

@@ -30,7 +30,8 @@ class Kernel : Terms<T> {
     });
     for (const int i : {int{kNumTokens}, int{kNumSequences}, int{kEntropyWeight}})
       totals_[i] = total(i);
-    set_batch_weight();
+    batch_ = batch_of<T>(a_, totals_[kNumTokens], totals_[kNumSequences], totals_[kEntropyWeight]);
+    zero_uncovered();
     const int64_t tokens = clipped ? 1 << 16 : 1 << 14;
     const T* const grad = static_cast<const T*>(a_.grad_logps);
     const bool fresh = a_.tokens > 1 << 18 && untouched(grad + a_.tokens / 2);
@@ -63,12 +64,18 @@ class Kernel : Terms<T> {
 
   double* sums(int64_t b) const { return a_.scratch + b * kScratch; }
 
-  void range(int64_t b, int64_t& begin, int64_t& end) const {
-    begin = b * a_.columns;
-    end = begin + a_.columns;
-    if (a_.offsets == nullptr) return;
-    begin = std::clamp<int64_t>(a_.offsets[b], 0, a_.tokens);
-    end = std::clamp<int64_t>(a_.offsets[b + 1], begin, a_.tokens);
+  void range(int64_t b, int64_t& begin, int64_t& end) const { token_range(a_, b, begin, end); }
+
+  // Tokens in no completion.
+  void zero_uncovered() const {
+    int64_t first, last;
+    covered_range(a_, first, last);
+    for (void* const out : {a_.grad_logps, a_.grad_entropy}) {
+      T* const grad = static_cast<T*>(out);
+      if (grad == nullptr) continue;
+      std::fill(grad, grad + first, T{0});
+      std::fill(grad + last, grad + a_.tokens, T{0});
+    }
   }
 
   static int64_t count_true(const bool* x, int64_t n) {
@@ -106,18 +113,6 @@ class Kernel : Terms<T> {
     return out;
   }
 
-  void set_batch_weight() {
-    const bool tokens = p_.aggregation == kTokenMean || p_.aggregation == kNumItems;
-    double count = p_.exclude_empty ? totals_[kNumSequences] : static_cast<double>(a_.sequences);
-    if (tokens) count = totals_[kNumTokens];
-    if (p_.aggregation == kNumItems && p_.num_items != 0.0) count = p_.num_items;
-    if (!tokens && p_.num_sequences != 0.0) count = p_.num_sequences;
-    if (a_.denominator != nullptr) count = *static_cast<const T*>(a_.denominator);
-    batch_weight_ = 1.0 / std::max(count, 1.0);
-    if (p_.aggregation == kMaxLength) batch_weight_ /= p_.max_length;
-    entropy_weight_ = totals_[kEntropyWeight] > 0.0 ? 1.0 / totals_[kEntropyWeight] : 1.0;
-  }
-
   // Calls fn(first token, tokens, padded) for each loaded block of a completion.
   template <typename Fn>
   void blocks(int64_t b, int64_t begin, int64_t end, Block<T>& t, Fn&& fn) const {
@@ -134,9 +129,7 @@ class Kernel : Terms<T> {
     Sums c{};
     c.sums = sums(b);
     c.tokens = c.sums[kNumTokens];
-    c.weight = batch_weight_;
-    if (p_.aggregation == kSequenceMean) c.weight /= std::max(c.tokens, 1.0);
-    if (a_.weights != nullptr) c.weight = static_cast<const T*>(a_.weights)[b];
+    c.weight = token_weight<T>(a_, batch_, b, c.tokens);
     T* const grad = static_cast<T*>(a_.grad_logps);
     T* const grad_entropy = static_cast<T*>(a_.grad_entropy);
     if (c.tokens == 0.0) {
@@ -184,9 +177,7 @@ class Kernel : Terms<T> {
   }
 
   // The gradient of a token's entropy, but for its weight.
-  double entropy_scale(const Sums& c) const {
-    return -p_.entropy_coef * (p_.entropy_token_mean ? entropy_weight_ : c.weight);
-  }
+  double entropy_scale(const Sums& c) const { return grpo::entropy_scale(p_, batch_, c.weight); }
 
   // Sums over the completion, before any token can be weighed.
   void statistics(int64_t b, int64_t begin, int64_t end, Block<T>& t, Sums& c) const {
@@ -328,7 +319,7 @@ class Kernel : Terms<T> {
   }
 
   double totals_[kScratch] = {};
-  double batch_weight_ = 0.0, entropy_weight_ = 0.0;
+  Batch batch_{};
 };
 
 }  // namespace

@@ -12,70 +12,6 @@
 namespace vcr1::cuda {
 namespace {
 
-using namespace vcr1::grpo;
-
-constexpr int kBlock = 256;
-
-struct Add {
-  __device__ static double apply(double a, double b) { return a + b; }
-};
-struct Min {
-  __device__ static double apply(double a, double b) { return a < b ? a : b; }
-};
-struct Max {
-  __device__ static double apply(double a, double b) { return a > b ? a : b; }
-};
-
-// Every thread of the team, a warp or the whole block, gets the results.
-template <typename Op, int kTeam, int kCount>
-__device__ inline void team_reduce(double (&x)[kCount]) {
-#pragma unroll
-  for (int k = 0; k < kCount; ++k)
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2)
-      x[k] = Op::apply(x[k], __shfl_xor_sync(~0u, x[k], step));
-  if constexpr (kTeam > 32) {
-    constexpr int kWarps = kTeam / 32;
-    __shared__ double parts[kCount][kWarps];
-    __syncthreads();  // the call before may still be reading
-    if (threadIdx.x % 32 == 0)
-#pragma unroll
-      for (int k = 0; k < kCount; ++k) parts[k][threadIdx.x / 32] = x[k];
-    __syncthreads();
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) {
-      x[k] = parts[k][0];
-      for (int i = 1; i < kWarps; ++i) x[k] = Op::apply(x[k], parts[k][i]);
-    }
-  }
-}
-
-// One completion and the tokens of it that this thread visits.
-template <int kTeam>
-struct Team {
-  int64_t sequence, begin, end;
-  int thread;
-
-  __device__ explicit Team(const GrpoLossArgs& a)
-      : sequence(int64_t{blockIdx.x} * (kBlock / kTeam) + threadIdx.x / kTeam),
-        begin(sequence * a.columns),
-        end(begin + a.columns),
-        thread(threadIdx.x % kTeam) {
-    if (a.offsets == nullptr || sequence >= a.sequences) return;
-    begin = min(max(a.offsets[sequence], int64_t{0}), a.tokens);
-    end = min(max(a.offsets[sequence + 1], begin), a.tokens);
-  }
-  template <typename Fn>
-  __device__ void for_tokens(Fn&& fn) const {
-    for (int64_t i = begin + thread; i < end; i += kTeam) fn(i);
-  }
-};
-
-// Scratch memory: row `index` holds one number a completion.
-__device__ inline double& scratch(const GrpoLossArgs& a, int index, int64_t b) {
-  return a.scratch[index * a.sequences + b];
-}
-
 // Sums over the completion that its tokens cannot be weighed without.
 template <typename T, int kTeam>
 __device__ inline void statistics(const GrpoLossArgs& a, const Team<kTeam>& team, Completion& c,
@@ -181,63 +117,19 @@ __global__ void __launch_bounds__(kBlock) sums_kernel(const __grid_constant__ Gr
   for (int k = 0; k < kScratch; ++k) scratch(a, k, b) = sums[k];
 }
 
-// Values that the whole batch shares.
-struct Batch {
-  double tokens, weight, entropy_weight;
-};
-
-// Called by the whole block. `all`: the counts are wanted whatever the weights depend on.
-template <typename T>
-__device__ inline Batch batch_weights(const GrpoLossArgs& a, bool all) {
-  const Parameters& p = a.parameters;
-  double totals[3] = {};
-  if (all || a.weights == nullptr || p.entropy_token_mean) {
-    for (int64_t b = threadIdx.x; b < a.sequences; b += kBlock) {
-      totals[0] += scratch(a, kNumTokens, b);
-      totals[1] += scratch(a, kNumSequences, b);
-      totals[2] += scratch(a, kEntropyWeight, b);
-    }
-    team_reduce<Add, kBlock>(totals);
-  }
-  const bool by_tokens = p.aggregation == kTokenMean || p.aggregation == kNumItems;
-  double count = p.exclude_empty ? totals[1] : static_cast<double>(a.sequences);
-  if (by_tokens) count = totals[0];
-  if (p.aggregation == kNumItems && p.num_items != 0.0) count = p.num_items;
-  if (!by_tokens && p.num_sequences != 0.0) count = p.num_sequences;
-  if (a.denominator != nullptr) count = *static_cast<const T*>(a.denominator);
-  Batch out{totals[0], 1.0 / (count > 1.0 ? count : 1.0), totals[2] > 0.0 ? 1.0 / totals[2] : 1.0};
-  if (p.aggregation == kMaxLength) out.weight /= p.max_length;
-  return out;
-}
-
-template <typename T>
-__device__ inline double token_weight(const GrpoLossArgs& a, const Batch& batch, int64_t b) {
-  if (a.weights != nullptr) return static_cast<const T*>(a.weights)[b];
-  const double tokens = scratch(a, kNumTokens, b);
-  return a.parameters.aggregation == kSequenceMean ? batch.weight / (tokens > 1.0 ? tokens : 1.0)
-                                                   : batch.weight;
-}
-
-// Of a token whose own entropy weight is 1.
-template <typename T>
-__device__ inline double entropy_scale(const GrpoLossArgs& a, const Batch& batch, double weight) {
-  const Parameters& p = a.parameters;
-  return -p.entropy_coef * (p.entropy_token_mean ? batch.entropy_weight : weight);
-}
-
 // The loss and the metrics, by one block.
 template <typename T>
 __device__ inline void finish(const GrpoLossArgs& a, const Batch& batch) {
   double sums[kMetrics + 1] = {}, least[1] = {HUGE_VAL}, most[2] = {-HUGE_VAL, 0.0};
   for (int64_t b = threadIdx.x; b < a.sequences; b += kBlock) {
     if (scratch(a, kNumTokens, b) == 0.0) continue;
-    const double weight = token_weight<T>(a, batch, b);
+    const double weight = weight_of<T>(a, batch, b);
 #pragma unroll
     for (int k = 0; k < kMetrics; ++k)
       sums[k] += k == kPolicyLoss ? weight * scratch(a, k, b) : scratch(a, k, b);
     sums[kLossSum] += weight * scratch(a, kLossSum, b);
     if (a.grad_entropy != nullptr)
-      sums[kLossSum] += entropy_scale<T>(a, batch, weight) * scratch(a, kEntropySum, b);
+      sums[kLossSum] += entropy_scale(a.parameters, batch, weight) * scratch(a, kEntropySum, b);
     least[0] = Min::apply(scratch(a, kRatioMin, b), least[0]);
     most[0] = Max::apply(scratch(a, kRatioMax, b), most[0]);
     most[1] = Max::apply(scratch(a, kGapMax, b), most[1]);
@@ -264,12 +156,18 @@ template <typename T, int kTeam>
 __global__ void __launch_bounds__(kBlock) gradient_kernel(const __grid_constant__ GrpoLossArgs a) {
   const Batch batch = batch_weights<T>(a, blockIdx.x == 0);
   if (blockIdx.x == 0) finish<T>(a, batch);
+  T* const grad = static_cast<T*>(a.grad_logps);
+  T* const grad_entropy = static_cast<T*>(a.grad_entropy);
+  for_uncovered(a, [&](int64_t i) {
+    grad[i] = T{0};
+    if (grad_entropy != nullptr) grad_entropy[i] = T{0};
+  });
   const Team<kTeam> team(a);
   const int64_t b = team.sequence;
   if (b >= a.sequences) return;
   Completion c{};
   c.tokens = scratch(a, kNumTokens, b);
-  c.weight = token_weight<T>(a, batch, b);
+  c.weight = weight_of<T>(a, batch, b);
   c.log_ratio = scratch(a, kLogRatio, b);
   c.phi_pos = scratch(a, kPhiPos, b);
   c.phi_neg = scratch(a, kPhiNeg, b);
@@ -280,9 +178,7 @@ __global__ void __launch_bounds__(kBlock) gradient_kernel(const __grid_constant_
   const T weight = static_cast<T>(c.weight);
   const T each =
       static_cast<T>(c.weight * scratch(a, kGradS, b) / (c.tokens > 1.0 ? c.tokens : 1.0));
-  const T scale = static_cast<T>(entropy_scale<T>(a, batch, c.weight));
-  T* const grad = static_cast<T*>(a.grad_logps);
-  T* const grad_entropy = static_cast<T*>(a.grad_entropy);
+  const T scale = static_cast<T>(entropy_scale(a.parameters, batch, c.weight));
   team.for_tokens([&](int64_t i) {
     const bool counts = a.mask == nullptr || a.mask[i];
     T value{0}, entropy_value{0};
@@ -301,35 +197,25 @@ __global__ void __launch_bounds__(kBlock) gradient_kernel(const __grid_constant_
   });
 }
 
-template <typename T, int kTeam>
-void launch_both(const GrpoLossArgs& args, void* stream) {
-  constexpr int64_t kTeams = kBlock / kTeam;
-  const int64_t blocks = (args.sequences + kTeams - 1) / kTeams;
-  VCR1_CHECK(blocks < int64_t{1} << 31, "grpo_loss: at most ", kTeams << 31,
-             " completions on a GPU, got ", args.sequences);
-  const auto sums = sums_kernel<T, kTeam>;
-  const auto gradient = gradient_kernel<T, kTeam>;
-  const auto grid = static_cast<unsigned>(blocks);
-  if (grid > 0) launch("grpo_loss", sums, {grid, kBlock}, stream, args);
-  launch("grpo_loss", gradient, {std::max(grid, 1u), kBlock}, stream, args);
-}
-
 template <typename T>
-void launch_for(const GrpoLossArgs& args, void* stream) {
-  // A block for a long completion; a warp each for many short ones.
-  if (args.tokens > 128 * args.sequences)
-    launch_both<T, kBlock>(args, stream);
-  else
-    launch_both<T, 32>(args, stream);
+void run(const GrpoLossArgs& args, void* stream) {
+  for_team(args, [&](auto team) {
+    constexpr int kTeam = decltype(team)::value;
+    const unsigned grid = grid_for<kTeam>("grpo_loss", args);
+    const auto sums = sums_kernel<T, kTeam>;
+    const auto gradient = gradient_kernel<T, kTeam>;
+    if (grid > 0) launch("grpo_loss", sums, {grid, kBlock}, stream, args);
+    launch("grpo_loss", gradient, {std::max(grid, 1u), kBlock}, stream, args);
+  });
 }
 
 }  // namespace
 
 void grpo_loss(const GrpoLossArgs& args, void* stream) {
   if (args.dtype == DType::kFloat64)
-    launch_for<double>(args, stream);
+    run<double>(args, stream);
   else
-    launch_for<float>(args, stream);
+    run<float>(args, stream);
 }
 
 }  // namespace vcr1::cuda

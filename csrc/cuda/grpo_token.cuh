@@ -1,5 +1,5 @@
-// One token of the GRPO loss, with everything that its gradient and its metrics take: see
-// vcr1_fast/ops/grpo/reference.py for the maths.
+// Completions by teams of threads, and what the kernels of the GRPO loss share. A token's terms are
+// in ../grpo_token.h.
 #pragma once
 
 #include "../grpo_token.h"
@@ -9,73 +9,116 @@ namespace vcr1::cuda {
 
 using namespace vcr1::grpo;
 
-template <typename T>
-struct Evaluated {
-  Token<T> token;
-  T token_ratio, ratio, phi, kept;
-  Correction<T> correction;
-  KlTerm<T> kl;
-  Part<T> part;
+constexpr int kBlock = 256;
+
+struct Add {
+  __device__ static double apply(double a, double b) { return a + b; }
+};
+struct Min {
+  __device__ static double apply(double a, double b) { return a < b ? a : b; }
+};
+struct Max {
+  __device__ static double apply(double a, double b) { return a > b ? a : b; }
 };
 
-template <typename T>
-__device__ inline Correction<T> rollout_correction(const GrpoLossArgs& a, const Completion& c,
-                                                   T gap) {
-  const Parameters& p = a.parameters;
-  if (p.rollout_correction == kNone) return {T{1}, T{0}};
-  if (corrects_whole(p)) return {static_cast<T>(c.correction), static_cast<T>(c.dropped)};
-  return token_correction(a, c, std::exp(gap));
-}
-
-template <typename T>
-__device__ inline Policy<T> policy_term(const GrpoLossArgs& a, const Completion& c,
-                                        const Token<T>& t, T ratio, T& phi) {
-  const Parameters& p = a.parameters;
-  const T low = static_cast<T>(p.ratio_low), high = static_cast<T>(p.ratio_high);
-  phi = 0;
-  if (p.loss_type == kVespo) {
-    phi = static_cast<T>(t.advantage >= 0 ? c.phi_pos : c.phi_neg);
-    return weighted_policy(phi, t.advantage, t.logp);
+// Every thread of the team, a warp or the whole block, gets the results.
+template <typename Op, int kTeam, int kCount>
+__device__ inline void team_reduce(double (&x)[kCount]) {
+#pragma unroll
+  for (int k = 0; k < kCount; ++k)
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2)
+      x[k] = Op::apply(x[k], __shfl_xor_sync(~0u, x[k], step));
+  if constexpr (kTeam > 32) {
+    constexpr int kWarps = kTeam / 32;
+    __shared__ double parts[kCount][kWarps];
+    __syncthreads();  // the call before may still be reading
+    if (threadIdx.x % 32 == 0)
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) parts[k][threadIdx.x / 32] = x[k];
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      x[k] = parts[k][0];
+      for (int i = 1; i < kWarps; ++i) x[k] = Op::apply(x[k], parts[k][i]);
+    }
   }
-  if (p.loss_type == kCispo) return weighted_policy(clamp(ratio, low, high), t.advantage, t.logp);
-  if (p.loss_type == kSapo) {
-    const T tau = static_cast<T>(t.advantage > 0 ? p.sapo_tau_pos : p.sapo_tau_neg);
-    return sapo_policy(t.advantage, tau, std::exp(tau * (1 - ratio)));
+}
+
+// One completion and the tokens of it that this thread visits.
+template <int kTeam>
+struct Team {
+  int64_t sequence, begin, end;
+  int thread;
+
+  __device__ explicit Team(const GrpoLossArgs& a)
+      : sequence(int64_t{blockIdx.x} * (kBlock / kTeam) + threadIdx.x / kTeam),
+        begin(0),
+        end(0),
+        thread(threadIdx.x % kTeam) {
+    if (sequence < a.sequences) token_range(a, sequence, begin, end);
   }
-  return clipped_policy(ratio, t.advantage, low, high, static_cast<T>(p.delta));
+  template <typename Fn>
+  __device__ void for_tokens(Fn&& fn) const {
+    for (int64_t i = begin + thread; i < end; i += kTeam) fn(i);
+  }
+};
+
+// Scratch memory: row `index` holds one number a completion.
+__device__ inline double& scratch(const GrpoLossArgs& a, int index, int64_t b) {
+  return a.scratch[index * a.sequences + b];
+}
+
+// Called by the whole block; scratch holds the completions' counts. `all`: they are wanted whatever
+// the weights depend on.
+template <typename T>
+__device__ inline Batch batch_weights(const GrpoLossArgs& a, bool all) {
+  double totals[3] = {};
+  if (all || a.weights == nullptr || a.parameters.entropy_token_mean) {
+    for (int64_t b = threadIdx.x; b < a.sequences; b += kBlock) {
+      totals[0] += scratch(a, kNumTokens, b);
+      totals[1] += scratch(a, kNumSequences, b);
+      totals[2] += scratch(a, kEntropyWeight, b);
+    }
+    team_reduce<Add, kBlock>(totals);
+  }
+  return batch_of<T>(a, totals[0], totals[1], totals[2]);
 }
 
 template <typename T>
-__device__ inline KlTerm<T> reference_term(const GrpoLossArgs& a, const Token<T>& t, int64_t i) {
-  if (a.ref_logps == nullptr) return {T{0}, T{0}};
-  const Parameters& p = a.parameters;
-  const T limit = static_cast<T>(p.kl_input_clamp);
-  const T raw = t.counts ? static_cast<const T*>(a.ref_logps)[i] - t.logp : T{0};
-  const T d = clamp(raw, -limit, limit);
-  return kl_term(p, raw, d, p.kl == kK3 ? std::exp(d) : T{0}, limit,
-                 static_cast<T>(p.kl_output_clamp));
+__device__ inline double weight_of(const GrpoLossArgs& a, const Batch& batch, int64_t b) {
+  return token_weight<T>(a, batch, b, a.weights != nullptr ? 0.0 : scratch(a, kNumTokens, b));
 }
 
-// Token i, `t`, of a completion whose tokens weigh `weight` in the loss.
-template <typename T>
-__device__ inline Evaluated<T> evaluate(const GrpoLossArgs& a, const Completion& c,
-                                        const Token<T>& t, int64_t i, T weight) {
-  const Parameters& p = a.parameters;
-  Evaluated<T> out;
-  out.token = t;
-  out.token_ratio = std::exp(t.log_ratio);
-  out.ratio = p.level == kToken ? out.token_ratio : std::exp(static_cast<T>(c.log_ratio));
-  out.correction = rollout_correction(a, c, t.gap);
-  const bool kept = !(c.off_policy && t.advantage < 0);
-  out.kept = static_cast<T>(kept);
-  T factor = p.loss_type == kVespo ? T{1} : out.correction.weight;
-  if (a.token_weights != nullptr)
-    factor *= t.counts ? static_cast<const T*>(a.token_weights)[i] : T{0};
-  const Policy<T> policy = policy_term(a, c, t, out.ratio, out.phi);
-  out.kl = reference_term(a, t, i);
-  out.part = combine(p, weight, static_cast<T>(p.beta), kept ? factor : T{0}, out.correction.weight,
-                     out.ratio, policy, out.kl);
-  return out;
+// fn(i) of each token that is in no completion, by the whole grid.
+template <typename Fn>
+__device__ inline void for_uncovered(const GrpoLossArgs& a, Fn&& fn) {
+  if (a.offsets == nullptr) return;
+  int64_t first, last;
+  covered_range(a, first, last);
+  const int64_t thread = int64_t{blockIdx.x} * kBlock + threadIdx.x;
+  const int64_t step = int64_t{gridDim.x} * kBlock;
+  for (int64_t i = thread; i < first; i += step) fn(i);
+  for (int64_t i = last + thread; i < a.tokens; i += step) fn(i);
+}
+
+// launch_both(team): a block takes a long completion, a warp each of many short ones.
+template <typename Fn>
+void for_team(const GrpoLossArgs& args, Fn&& fn) {
+  if (args.tokens > 128 * args.sequences)
+    fn(std::integral_constant<int, kBlock>{});
+  else
+    fn(std::integral_constant<int, 32>{});
+}
+
+// Blocks of completions.
+template <int kTeam>
+unsigned grid_for(const char* op, const GrpoLossArgs& args) {
+  constexpr int64_t kTeams = kBlock / kTeam;
+  const int64_t blocks = (args.sequences + kTeams - 1) / kTeams;
+  VCR1_CHECK(blocks < int64_t{1} << 31, op, ": at most ", kTeams << 31,
+             " completions on a GPU, got ", args.sequences);
+  return static_cast<unsigned>(blocks);
 }
 
 }  // namespace vcr1::cuda

@@ -46,6 +46,13 @@ class ReadingConfig(PromptConfig):
     """Processes that decode clips ahead; 0 decodes in the main process, without a time-out."""
     decode_timeout: PositiveFloat = 60.0
     """Seconds that a clip may take before it is quarantined."""
+    prefetch_mb: PositiveInt = 1024
+    """MiB of clips decoded ahead, and of what is made of them on the device; the clip that is
+    waited for may exceed them."""
+    resize: Literal["auto", "worker", "device"] = "auto"
+    """Where frames get the model's size: by the CPU in the process that decodes them, or with
+    normalisation and patches in one kernel on the model's device, ahead of the step. The patches
+    are the same. "auto": the device if it is a GPU that our CUDA kernels run on."""
 
     def __post_init__(self) -> None:
         if self.tasks is not None and not self.tasks:

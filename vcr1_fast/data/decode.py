@@ -24,6 +24,7 @@ from vcr1_fast.data.timeline import (
     open_container,
     read_timeline,
 )
+from vcr1_fast.data.workers import result_array
 
 BACKENDS = ("decord", "pyav")
 Shrink = Callable[[np.ndarray], np.ndarray]
@@ -46,9 +47,10 @@ class Source:
     """An open video.
 
     `timestamps` (n,) float64, ascending, when each frame is shown, in seconds of the file; `fps`
-    the average rate; `end` when the last frame ends; `read(indices, shrink)` decodes distinct
-    ascending frame numbers to (len(indices), h, w, 3) uint8 RGB. Each frame (H, W, 3) is handed to
-    `shrink` as soon as it is decoded: a few at most are held in their full size.
+    the average rate; `end` when the last frame ends; `read(indices, shrink)` decodes frame numbers,
+    which may repeat, to (len(indices), h, w, 3) uint8 RGB in memory of `result_array`. Each frame
+    (H, W, 3) is handed to `shrink` as soon as it is decoded: a few at most are held beside the
+    result.
     """
 
     timestamps: np.ndarray
@@ -83,20 +85,43 @@ def _open_folder(path: str, fps: float) -> Source:
         raise VideoError(path, NO_FRAMES)
 
     def read(indices: np.ndarray, shrink: Shrink) -> np.ndarray:
-        files = [os.path.join(path, names[i]) for i in indices]
-        gather = _Gather(path, shrink)
-        return np.stack([gather.add(open_picture(file), file) for file in files])
+        gather = _Gather(path, shrink, indices)
+        for number in gather.numbers:
+            file = os.path.join(path, names[number])
+            gather.add(number, open_picture(file), file)
+        return gather.frames
 
     return Source(np.arange(len(names)) / fps, fps, len(names) / fps, read)
 
 
 class _Gather:
-    """Shrinks frames as they come; refuses a frame of another size than the first one."""
+    """Frames of a clip, shrunk as they come and written to their places in the result.
 
-    def __init__(self, path: str, shrink: Shrink) -> None:
+    `indices`: numbers of the frames in the clip's order; a number may repeat. A frame of another
+    size than the first one is refused.
+    """
+
+    def __init__(self, path: str, shrink: Shrink, indices: np.ndarray) -> None:
         self.path, self.shrink = path, shrink
+        self.places: dict[int, list[int]] = {}
+        for place, number in enumerate(indices.tolist()):
+            self.places.setdefault(number, []).append(place)
+        self.count = len(indices)
+        self.missing = set(self.places)
         self.shape: tuple[int, ...] | None = None
         self.is_damaged = False
+        self._frames: np.ndarray | None = None
+
+    @property
+    def numbers(self) -> list[int]:
+        """The distinct numbers, ascending."""
+        return sorted(self.places)
+
+    @property
+    def frames(self) -> np.ndarray:
+        """(count, h, w, 3) uint8, once no frame is missing."""
+        assert self._frames is not None and not self.missing
+        return self._frames
 
     def trusts(self, frame: Any) -> bool:
         """Whether a PyAV frame is whole; to be asked of every frame, in the order of output.
@@ -107,12 +132,17 @@ class _Gather:
         self.is_damaged = frame.is_corrupt or (self.is_damaged and not frame.key_frame)
         return not self.is_damaged
 
-    def add(self, frame: np.ndarray, file: str | None = None) -> np.ndarray:
+    def add(self, number: int, frame: np.ndarray, file: str | None = None) -> None:
         self.shape = self.shape or frame.shape
         if frame.shape != self.shape:
             sizes = f"{frame.shape[:2]}, the first one {self.shape[:2]}"
             raise VideoError(file or self.path, f"frames of a clip differ in size: {sizes}")
-        return self.shrink(frame)
+        frame = self.shrink(frame)
+        if self._frames is None:
+            self._frames = result_array((self.count, *frame.shape))
+        for place in self.places[number]:
+            self._frames[place] = frame
+        self.missing.discard(number)
 
 
 class MissingDecoder(ImportError):
@@ -130,63 +160,55 @@ class _PyavReader:
         self.path, self.timeline = path, timeline
 
     def read(self, indices: np.ndarray, shrink: Shrink) -> np.ndarray:
-        """Frames (len(indices), h, w, 3) uint8 RGB of distinct ascending numbers."""
-        gather, faults = _Gather(self.path, shrink), decoder_faults()
+        """Frames (len(indices), h, w, 3) uint8 RGB of numbers that may repeat."""
+        gather, faults = _Gather(self.path, shrink, indices), decoder_faults()
         recoverable: tuple[type[BaseException], ...] = (*faults, _Astray)
-        frames: dict[int, np.ndarray] = {}
         try:
             if self.timeline.packets is None:
-                self._count_through(indices, frames, gather)
+                self._count_through(gather)
             else:
                 try:
-                    self._enter_midway(indices, frames, gather)
+                    self._enter_midway(gather)
                 except recoverable as error:
                     if isinstance(error, VideoError):
                         raise
-                if len(frames) < len(indices):
+                if gather.missing:
                     # Some files cannot be entered midway: no recovery points, a wrong index.
-                    self._read_through(indices, frames, gather)
+                    self._read_through(gather)
         except VideoError:
             raise
         except faults as error:
-            reason = f"PyAV cannot decode frames {_span(indices)} of {len(self.timeline)}"
+            reason = f"PyAV cannot decode frames {_span(gather.numbers)} of {len(self.timeline)}"
             raise VideoError(self.path, f"{reason}: {message(error)}") from error
-        missing = [int(i) for i in indices if int(i) not in frames]
-        if missing:
-            reason = f"{len(missing)} of {len(indices)} frames could not be decoded"
-            raise VideoError(self.path, f"{reason}, the first is frame {missing[0]}")
-        return np.stack([frames[int(i)] for i in indices])
+        if missing := gather.missing:
+            reason = f"{len(missing)} of {len(gather.places)} frames could not be decoded"
+            raise VideoError(self.path, f"{reason}, the first is frame {min(missing)}")
+        return gather.frames
 
-    def _count_through(
-        self, indices: np.ndarray, frames: dict[int, np.ndarray], gather: _Gather
-    ) -> None:
-        wanted, last = set(indices.tolist()), int(indices[-1])
+    def _count_through(self, gather: _Gather) -> None:
+        last = gather.numbers[-1]
         with open_container(self.path) as (container, stream):
             for number, frame in enumerate(container.decode(stream)):
-                if gather.trusts(frame) and number in wanted:
-                    frames[number] = gather.add(upright(frame))
+                if gather.trusts(frame) and number in gather.places:
+                    gather.add(number, upright(frame))
                 if number == last:
                     return
 
-    def _read_through(
-        self, indices: np.ndarray, frames: dict[int, np.ndarray], gather: _Gather
-    ) -> None:
-        numbers = {int(self.timeline.ticks[i]): int(i) for i in indices}
+    def _read_through(self, gather: _Gather) -> None:
+        numbers = {int(self.timeline.ticks[i]): i for i in gather.numbers}
         gather.is_damaged = False
         with open_container(self.path) as (container, stream):
             for frame in container.decode(stream):
-                _keep(frame, numbers, frames, gather)
-                if len(frames) == len(indices):
+                _keep(frame, numbers, gather)
+                if not gather.missing:
                     return
 
-    def _enter_midway(
-        self, indices: np.ndarray, frames: dict[int, np.ndarray], gather: _Gather
-    ) -> None:
+    def _enter_midway(self, gather: _Gather) -> None:
         packets = self.timeline.packets
         assert packets is not None
-        places = packets.places()[indices]
+        places = packets.places()[gather.numbers]
         entries = [packets.entry(int(place)) for place in places]
-        numbers = {int(packets.pts[p]): int(i) for p, i in zip(places, indices, strict=True)}
+        numbers = {int(packets.pts[p]): i for p, i in zip(places, gather.numbers, strict=True)}
         # FFmpeg compares a seek's target with showing times in these files, with decoding times in
         # others. The smaller one would land a key frame too early: measured, twice the decoding.
         by_pts = self.timeline.formats & {"mp4", "matroska"}
@@ -212,12 +234,12 @@ class _PyavReader:
                         if skips and frame.interlaced_frame:
                             # Its second field may be a packet that was skipped.
                             raise _Astray
-                        _keep(frame, numbers, frames, gather)
+                        _keep(frame, numbers, gather)
                     if packet.pts == last and packet.size:
                         for frame in context.decode(None):  # those that wait for their turn
-                            _keep(frame, numbers, frames, gather)
+                            _keep(frame, numbers, gather)
                         break
-                if not wanted <= frames.keys():
+                if wanted & gather.missing:
                     return
 
 
@@ -237,12 +259,10 @@ def _groups(entries: list[int], places: list[int]) -> Iterator[tuple[int, list[i
         yield begin, group
 
 
-def _keep(
-    frame: Any, numbers: dict[int, int], frames: dict[int, np.ndarray], gather: _Gather
-) -> None:
+def _keep(frame: Any, numbers: dict[int, int], gather: _Gather) -> None:
     number, is_whole = numbers.get(frame.pts), gather.trusts(frame)
-    if number is not None and number not in frames and is_whole:
-        frames[number] = gather.add(upright(frame))
+    if number in gather.missing and is_whole:
+        gather.add(number, upright(frame))
 
 
 def upright(frame: Any) -> np.ndarray:
@@ -335,18 +355,22 @@ def _decord_reader(
     jumps = _decord_jumps_right(timeline, keys)
 
     def read(indices: np.ndarray, shrink: Shrink) -> np.ndarray:
-        gather = _Gather(path, shrink)
+        gather = _Gather(path, shrink, indices)
+        numbers = gather.numbers
         try:
             if jumps:
-                parts = (indices[i : i + _BATCH] for i in range(0, len(indices), _BATCH))
-                batches = (reader.get_batch(part).asnumpy() for part in parts)
-                return np.stack([gather.add(frame) for batch in batches for frame in batch])
-            wanted = set(indices.tolist())  # next() alone never jumps, skip_frames() does
-            everything = ((place, reader.next()) for place in range(int(indices[-1]) + 1))
-            kept = (frame.asnumpy() for place, frame in everything if place in wanted)
-            return np.stack([gather.add(frame) for frame in kept])
+                for i in range(0, len(numbers), _BATCH):
+                    part = numbers[i : i + _BATCH]
+                    for number, frame in zip(part, reader.get_batch(part).asnumpy(), strict=True):
+                        gather.add(number, frame)
+            else:
+                for number in range(numbers[-1] + 1):
+                    frame = reader.next()  # next() alone never jumps, skip_frames() does
+                    if number in gather.places:
+                        gather.add(number, frame.asnumpy())
+            return gather.frames
         except faults as error:
-            reason = f"decord cannot decode frames {_span(indices)} of {total}"
+            reason = f"decord cannot decode frames {_span(gather.numbers)} of {total}"
             advice = 'backend="pyav" may'
             raise VideoError(path, f"{reason} ({advice}): {message(error)}") from error
 
@@ -399,5 +423,5 @@ def _hand_over(reason: str) -> None:
     _LOG.warning("decord hands files over to PyAV: %s", reason)
 
 
-def _span(indices: np.ndarray) -> str:
-    return f"{indices[0]} to {indices[-1]}"
+def _span(numbers: list[int]) -> str:
+    return f"{numbers[0]} to {numbers[-1]}"

@@ -6,10 +6,10 @@ An image is read like a clip: one frame, without a rate or a length.
 import logging
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -17,7 +17,14 @@ from vcr1_fast.data.decode import BACKENDS, Source, count_frames, open_source
 from vcr1_fast.data.media_file import NeedsPyav, VideoError, open_picture
 from vcr1_fast.data.sampling import FrameConfig
 from vcr1_fast.data.timeline import is_even
-from vcr1_fast.data.workers import WorkerDied, WorkerPool, WorkerTimeout
+from vcr1_fast.data.workers import (
+    PREFETCH_BYTES,
+    Stage,
+    WorkerDied,
+    WorkerPool,
+    WorkerTimeout,
+    result_array,
+)
 
 __all__ = [
     "BACKENDS",
@@ -31,6 +38,7 @@ __all__ = [
     "probe_all",
     "read_clip",
     "read_image",
+    "thinned",
 ]
 
 # Time stamps of some containers are rounded to milliseconds.
@@ -54,7 +62,8 @@ class Clip:
     given i / fps as the time of frame i, or `times` as text. `duration` the length of the part in
     seconds; both None for an image;
     `start` where the part begins, in seconds of the file; `fitted` whether the frames already have
-    the size at which the model sees them.
+    the size at which the model sees them; `staged` what a reader's `stage` made of them: for
+    training (patches, grid_thw) on the model's device, else None.
     """
 
     frames: np.ndarray
@@ -64,6 +73,14 @@ class Clip:
     path: str
     start: float = 0.0
     fitted: bool = False
+    staged: Any = None
+
+
+def thinned(clip: Clip, count: int = 8) -> Clip:
+    """At most `count` of a clip's frames at even distances, first and last included; a copy."""
+    last = len(clip.frames) - 1
+    chosen = np.unique(np.linspace(0, last, count).round().astype(int))
+    return replace(clip, frames=clip.frames[chosen], times=clip.times[chosen])
 
 
 @dataclass(frozen=True)
@@ -136,10 +153,7 @@ def read_clip(
             stamps = source.timestamps[part.first : part.stop] - part.begin
             indices, fps = part.first + _nearest(stamps, wanted), _rate(wanted, part.length)
             shown = source.timestamps[indices] - part.begin
-        distinct, expand = np.unique(indices, return_inverse=True)
-        frames = source.read(distinct, _shrink(path, fit, len(indices)))
-        if len(distinct) != len(indices):
-            frames = frames[expand]
+        frames = source.read(indices, _shrink(path, fit, len(indices)))
         is_fitted = fit is not None
         return Clip(frames, shown, fps, part.length, path, part.begin, fitted=is_fitted)
 
@@ -156,7 +170,9 @@ def _installed() -> str:
 def read_image(path: str, fit: Fit | None = None) -> Clip:
     """An image, upright, as a clip of one frame. VideoError names the file that is none."""
     picture = _shrink(path, fit, None)(open_picture(path))
-    return Clip(picture[None], np.zeros(1), None, None, path, fitted=fit is not None)
+    frames = result_array((1, *picture.shape))
+    frames[0] = picture
+    return Clip(frames, np.zeros(1), None, None, path, fitted=fit is not None)
 
 
 def _shrink(path: str, fit: Fit | None, count: int | None) -> Callable[[np.ndarray], np.ndarray]:
@@ -179,8 +195,10 @@ class ClipReader:
     worker that dies is replaced and asked once more: its end may have come from outside.
     `backend` decord hands a file whose codec or container it lacks over to PyAV. `workers=0` reads
     in this process, where nothing can be killed. `prefetch` clips, read or being read, are held
-    ahead of the consumer (default 2 a worker). `fit(frame, count)` resizes every
-    frame where it is decoded (`count`: frames of the clip, None for an image). `reader` replaces
+    ahead of the consumer (default 2 a worker), of which decoded frames and what `stage` makes of
+    them take at most `prefetch_bytes`, and the clip that is waited for. `fit(frame, count)` resizes
+    every frame where it is decoded (`count`: frames of the clip, None for an image); `stage(clip)`
+    finishes a clip in a thread of this process, ahead of the consumer. `reader` replaces
     `read_clip`; it must be importable by name, as `fit` must. Use it in a `with` statement, or call
     `close`.
     """
@@ -192,13 +210,22 @@ class ClipReader:
         timeout: float | None = 60.0,
         workers: int = 2,
         prefetch: int | None = None,
+        prefetch_bytes: int = PREFETCH_BYTES,
         fit: Fit | None = None,
+        stage: Stage | None = None,
         reader: Callable[..., Clip] = read_clip,
     ) -> None:
         if backend not in BACKENDS:
             raise ValueError(f"unknown video backend {backend!r}, expected one of {BACKENDS}")
         read = partial(_read_request, reader, backend, fit)
-        self._pool = WorkerPool(read, workers=workers, timeout=timeout, prefetch=prefetch)
+        self._pool = WorkerPool(
+            read,
+            workers=workers,
+            timeout=timeout,
+            prefetch=prefetch,
+            prefetch_bytes=prefetch_bytes,
+            stage=stage,
+        )
 
     def read(self, requests: Iterable[ClipRequest]) -> Iterator[Clip | VideoError]:
         """A Clip, or the VideoError that explains its absence, for each request, in order.

@@ -1,6 +1,7 @@
 """`vcr1 demo`: renders clips, fine-tunes on imprecise labels, runs GRPO, prints a table of scores.
 
-Reads top to bottom: clips -> SFT -> evaluate -> GRPO -> evaluate -> table, curves, summary.json.
+Reads top to bottom: clips -> (scratch) -> SFT -> evaluate -> GRPO -> evaluate -> table, curves,
+summary.json. A family without a shipped checkpoint has the stage "scratch".
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from vcr1_fast.data.records import load_records, write_records
 from vcr1_fast.data.synth import write_dataset
 from vcr1_fast.demo.blur import blur_records
 from vcr1_fast.demo.reasoning import with_reasoning
-from vcr1_fast.demo.settings import FRAMES, WARM_START, DemoConfig
+from vcr1_fast.demo.settings import FAMILY, WARM_START, DemoConfig, frames_of
+from vcr1_fast.demo.warm_start import tokenizer_texts
 from vcr1_fast.evaluate.config import EvalConfig
 from vcr1_fast.evaluate.run import evaluate_checkpoint
 from vcr1_fast.files import write_atomic
+from vcr1_fast.model.family import family_named
 from vcr1_fast.report.curves import write_curves
 from vcr1_fast.report.rollouts import write_rollouts_html
 from vcr1_fast.report.table import print_table, stages_table
@@ -37,7 +40,7 @@ from vcr1_fast.train.config import (
     TrainConfig,
 )
 
-_STAGES = ("data", "sft", "grpo")
+_STAGES = ("data", "random", "scratch", "sft", "grpo")
 
 
 def main_demo(config: DemoConfig) -> int:
@@ -63,15 +66,19 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     from vcr1_fast.train.loop import train
     from vcr1_fast.train.sft import sft
 
-    out = Path(config.output)
+    out, family = Path(config.output), family_named(config.family)
     seconds: dict[str, float] = {}
     with _timed("clips", seconds):
         splits = write_dataset(out / "data", dataclasses.replace(config.clips, seed=config.seed))
         imprecise = splits["train"].with_name("imprecise.jsonl")
         vague = blur_records(load_records(splits["train"]), config.seed, config.blur)
         write_records(imprecise, with_reasoning(vague))
+    start = WARM_START
+    if family is not FAMILY:
+        with _timed("scratch", seconds):
+            start = _from_scratch(config, splits["train"])
     with _timed("sft", seconds):
-        sft(_sft(config, imprecise))
+        sft(_sft(config, "sft", start, imprecise, config.sft_steps, config.sft_lr))
     stages = {}
     with _timed("evaluate", seconds):
         stages["SFT"] = _evaluate(out / "sft", splits, config)
@@ -102,18 +109,36 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     return summary
 
 
-def _sft(config: DemoConfig, records: Path) -> TrainConfig:
+def _from_scratch(config: DemoConfig, records: Path) -> Path:
+    """A random model of the family, fine-tuned on the right answers of `records`."""
+    from vcr1_fast.train.sft import sft
+
+    out = Path(config.output)
+    exact = with_reasoning(load_records(records))
+    chosen = records.with_name("reasoned.jsonl")
+    write_records(chosen, exact)
+    # Written again where the demo resumes: the same seed gives the same weights.
+    family_named(config.family).write_tiny(
+        out / "random", texts=tokenizer_texts(exact), seed=config.seed
+    )
+    steps, lr = config.scratch_steps, config.scratch_lr
+    return sft(_sft(config, "scratch", out / "random", chosen, steps, lr))
+
+
+def _sft(
+    config: DemoConfig, stage: str, model: Path, records: Path, steps: int, lr: float
+) -> TrainConfig:
     return TrainConfig(
-        model=_model(WARM_START),
-        data=_data(records),
-        run=_run(config, "sft"),
+        model=_model(model),
+        data=_data(config, records),
+        run=_run(config, stage),
         optim=OptimConfig(
-            steps=config.sft_steps,
+            steps=steps,
             prompts_per_step=config.sft_prompts,
             tokens_per_microbatch=config.tokens_per_microbatch,
-            lr=config.sft_lr,
+            lr=lr,
             schedule="cosine",
-            warmup_steps=config.sft_steps // 10,
+            warmup_steps=steps // 10,
         ),
     )
 
@@ -122,7 +147,7 @@ def grpo_config(config: DemoConfig, model: Path, records: Path) -> TrainConfig:
     """Settings of the GRPO stage, which starts from the checkpoint `model`."""
     return TrainConfig(
         model=_model(model),
-        data=_data(records),
+        data=_data(config, records),
         run=_run(config, "grpo"),
         rollout=RolloutConfig(
             group_size=config.group_size,
@@ -147,8 +172,9 @@ def _model(path: Path) -> ModelConfig:
     return ModelConfig(path=str(path), dtype="float32", freeze_vision=False)
 
 
-def _data(records: Path) -> DataConfig:
-    return DataConfig(train=str(records), frames=FRAMES, think=True)
+def _data(config: DemoConfig, records: Path) -> DataConfig:
+    frames = frames_of(family_named(config.family))
+    return DataConfig(train=str(records), frames=frames, think=True)
 
 
 def _run(config: DemoConfig, stage: str) -> RunConfig:
@@ -157,7 +183,7 @@ def _run(config: DemoConfig, stage: str) -> RunConfig:
 
 def _evaluate(stage: Path, splits: dict[str, Path], config: DemoConfig) -> dict[str, Any]:
     settings = EvalConfig(
-        frames=FRAMES,
+        frames=frames_of(family_named(config.family)),
         think=True,
         train_records=str(splits["train"]),
         max_new_tokens=config.max_new_tokens,

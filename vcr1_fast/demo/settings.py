@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from vcr1_fast.data.sampling import FrameConfig
 from vcr1_fast.data.synth import SynthConfig
 from vcr1_fast.demo.blur import BlurConfig
-from vcr1_fast.model.family import family_named
+from vcr1_fast.model.family import Family, family_named
 from vcr1_fast.ops import GRPOLossConfig
 from vcr1_fast.train.reward_config import RewardsConfig
 
@@ -27,7 +27,14 @@ FRAMES = FrameConfig(
 )
 
 FAMILY = family_named("qwen2_5_vl")
-"""The demo's model family: the one place outside its folder that names one."""
+"""The family of the shipped checkpoint: the one place outside its folder that names one."""
+
+
+def frames_of(family: Family) -> FrameConfig:
+    """The demo's frames in front of a model of this family: two tokens high and wide."""
+    pixels = (2 * family.layout.token) ** 2
+    return replace(FRAMES, min_pixels=pixels, max_pixels=pixels)
+
 
 # A small head needs fast rotations: with theta 10 neighbouring rows, columns and seconds differ by
 # angles that attention can separate, on all three axes.
@@ -52,10 +59,17 @@ MODEL = FAMILY.tiny_config(
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """One demo. Clips per split, steps per stage, prompts per step."""
+    """One demo. Clips per split, steps per stage, prompts per step.
+
+    family: of the model, by `model_type`. Another family than the shipped checkpoint's starts from
+    a random model, which is first fine-tuned on the right answers for `scratch_steps`.
+    """
 
     output: str = "runs/demo"
     seed: int = 0
+    family: str = FAMILY.model_types[0]
+    scratch_steps: int = 1500
+    scratch_lr: float = 2e-3
     clips: SynthConfig = field(default_factory=lambda: SynthConfig(train=400, val=0, test=100))
     blur: BlurConfig = field(default_factory=BlurConfig)
     sft_steps: int = 40
@@ -77,7 +91,11 @@ class DemoConfig:
 
 
 QUICK = DemoConfig(
-    clips=SynthConfig(train=60, val=0, test=30), sft_steps=10, grpo_steps=20, grpo_prompts=8
+    clips=SynthConfig(train=60, val=0, test=30),
+    scratch_steps=20,
+    sft_steps=10,
+    grpo_steps=20,
+    grpo_prompts=8,
 )
 """`vcr1 demo --quick`: every stage, too short to learn much."""
 

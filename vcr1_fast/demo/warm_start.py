@@ -29,7 +29,9 @@ def make_warm_start(work: Path, config: WarmStartConfig | None = None) -> Path:
     records = work / "data" / "train" / "chosen.jsonl"
     chosen = with_reasoning(chosen)
     write_records(records, chosen)
-    FAMILY.write_tiny(work / "random", texts=_texts(chosen), seed=config.seed, config=MODEL)
+    FAMILY.write_tiny(
+        work / "random", texts=tokenizer_texts(chosen), seed=config.seed, config=MODEL
+    )
     trained = sft(
         TrainConfig(
             model=ModelConfig(path=str(work / "random"), dtype="float32", freeze_vision=False),
@@ -52,7 +54,7 @@ def make_warm_start(work: Path, config: WarmStartConfig | None = None) -> Path:
     return WARM_START
 
 
-def _texts(records: list[Record]) -> list[str]:
+def tokenizer_texts(records: list[Record]) -> list[str]:
     """The tokenizer's corpus: prompts and answers, and every number an answer can hold."""
     texts = [TASKS[r.task].prompt(r, True) + right_answer(r, think=True) for r in records]
     seconds = [f"{i / 2:.1f}" for i in range(41)]

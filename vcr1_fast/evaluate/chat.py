@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vcr1_fast.data.video import Clip, ClipReader, ClipRequest, VideoError, read_image
 from vcr1_fast.evaluate.config import ChatConfig
+from vcr1_fast.model.family import family_of
 from vcr1_fast.model.forward import embed, language_model_forward, lm_head, prompt_features
 from vcr1_fast.model.processor import Processor
 from vcr1_fast.model.prompt import next_position
@@ -47,7 +48,9 @@ class Conversation:
         self.sampling = sampling or SamplingConfig(temperature=0.0, max_new_tokens=1024)
         self.system = system
         self.messages: list[dict[str, str]] = []
-        self._memory = DynamicCache()
+        # By the configuration: layers without keys keep a state there.
+        config: Any = family_of(self.model).language_model(self.model).config
+        self._memory = DynamicCache(config=config)
         self._position = 0
         self._generator = torch.Generator().manual_seed(seed)
         self._weight, self._bias = lm_head(self.model)
@@ -89,18 +92,19 @@ class Conversation:
 
     def _follow_up(self, question: str) -> Tensor:
         """Read the end of the last turn, which the model has not read yet, and the next turn."""
-        asked = [*self.messages, {"role": "user", "content": question}]
-        rendered = self.processor.render(asked, answer=True)
-        before = self.processor.render(self.messages, answer=False)
-        end = self.processor.tokenizer.convert_ids_to_tokens(self.processor.stop_id)
-        if not rendered.startswith(before):
-            raise ValueError("the checkpoint's chat template rewrites earlier turns")
-        turn = rendered[before.rindex(end) :]
-        tokens = self.processor.encode(turn)
-        if bool(torch.isin(tokens, self._vision_ids()).any()):
+        if bool(torch.isin(self.processor.encode(question), self._vision_ids()).any()):
             raise ValueError(f"the question holds vision tokens: {question!r}")
         self.processor.refuse_control_tokens(question)
-        return self._read(tokens)
+        asked = [*self.messages, {"role": "user", "content": question}]
+        rendered = self.processor.render(asked, answer=True)
+        # Up to the last answer: a template may leave the reasoning of earlier answers out, which
+        # the model here has read and goes on from.
+        before = self.processor.render(self.messages[:-1], answer=False)
+        end = self.processor.tokenizer.convert_ids_to_tokens(self.processor.stop_id)
+        parts = rendered.rsplit(end, 2)  # earlier turns, the question, the assistant's beginning
+        if len(parts) < 3 or not rendered.startswith(before):
+            raise ValueError("the checkpoint's chat template rewrites earlier turns")
+        return self._read(self.processor.encode("".join(end + part for part in parts[1:])))
 
     def _vision_ids(self) -> Tensor:
         return torch.tensor([self.processor.video_id, self.processor.image_id])

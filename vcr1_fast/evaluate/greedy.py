@@ -28,6 +28,7 @@ from vcr1_fast.evaluate.perception import (
 from vcr1_fast.model.processor import Processor, Prompt
 from vcr1_fast.model.rollout import rollout
 from vcr1_fast.model.sampling import SamplingConfig
+from vcr1_fast.model.staging import staging
 from vcr1_fast.tasks import TASKS
 from vcr1_fast.tasks.prompt_template import prompts_from
 
@@ -103,6 +104,7 @@ def greedy_answers(
     shown = processor.with_frames(config.frames, media_first=config.media_first)
     processor = replace(shown, mrope=config.mrope, video_text=config.video_text)
     sampling = SamplingConfig(temperature=0.0, max_new_tokens=config.max_new_tokens)
+    stage = staging(model, processor, config.resize)
 
     def answer(batches: Sequence[Sequence[Record]]) -> Iterator[list[Completion]]:
         frames = processor.frames
@@ -113,7 +115,9 @@ def greedy_answers(
                 backend=config.decoder,
                 timeout=config.decode_timeout,
                 workers=config.decode_workers,
-                fit=processor.fit(),
+                prefetch_bytes=config.prefetch_mb << 20,
+                fit=processor.fit() if stage is None else None,
+                stage=stage,
             ) as reader,
         ):
             clips = reader.read(requests)
@@ -170,7 +174,9 @@ def greedy_answers(
         for state in states:
             try:
                 question = text(state.record, config.think)
-                prompt = processor.prompt(question, [state.clip], system=config.system)
+                prompt = processor.prompt(
+                    question, [state.clip], system=config.system, think=config.think
+                )
                 prompts.append((state, prompt))
             except (ValueError, KeyError) as error:
                 state.error = str(error)

@@ -23,6 +23,7 @@ import importlib
 import inspect
 import re
 import sys
+import warnings
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -34,6 +35,10 @@ ABSENT: Any = type("Absent", (), {"__repr__": lambda self: "ABSENT"})()
 
 class UnknownContract(RuntimeError):
     """The installed package is not one that a patch was checked on; nothing was changed."""
+
+
+class UncheckedRelease(UserWarning):
+    """A patch is in place in a release that it was not checked on."""
 
 
 @dataclass(frozen=True)
@@ -106,16 +111,18 @@ class Patch:
         self.package = package or distribution
         self._done: dict[str, list[_Done]] = {}
 
-    def __call__(self, *parts: str) -> Applied:
+    def __call__(self, *parts: str, allow_unchecked: bool = False) -> Applied:
         """Put `parts` (all, if none is named) in place; those already in place stay.
 
         Returns a handle that a `with` block undoes. ValueError for a part that does not exist,
         UnknownContract if the installed package is not one this patch was checked on; after either
-        error nothing has changed.
+        error nothing has changed. `allow_unchecked` takes another release as if it were the newest
+        checked one, with a warning: signatures and bodies must still be the known ones, but what
+        else that release changed is yours to test.
         """
         wanted = [part for part in self._named(parts) if part not in self._done]
         if wanted:
-            self.check_version()
+            self.check_version(allow_unchecked=allow_unchecked)
         found = {part: [_find(swap) for swap in self._swaps(part)] for part in wanted}
         for part, swaps in found.items():
             for done in swaps:
@@ -160,29 +167,37 @@ class Patch:
         except metadata.PackageNotFoundError:
             return None
 
-    def check_version(self) -> None:
-        """UnknownContract unless a checked release is installed. Imports nothing."""
+    def check_version(self, *, allow_unchecked: bool = False) -> None:
+        """UnknownContract unless a checked release is installed, or with `allow_unchecked` any
+        release. Imports nothing."""
         version, known = self.version, ", ".join(self.releases)
         if version is None:
             raise UnknownContract(f"{self.distribution} is not installed (checked: {known})")
-        if not any(_of(version, release) for release in self.releases):
+        if any(_of(version, release) for release in self.releases):
+            return
+        installed = f"{self.distribution} {version} is installed; this patch was checked on {known}"
+        if not allow_unchecked:
             raise UnknownContract(
-                f"{self.distribution} {version} is installed; this patch was checked on {known} "
-                "and does not guess what another release does"
+                f"{installed} and does not guess what another release does "
+                "(allow_unchecked=True takes it at your risk)"
             )
+        warnings.warn(f"{installed} alone", UncheckedRelease, stacklevel=3)
 
-    def check(self, *parts: str) -> None:
+    def check(self, *parts: str, allow_unchecked: bool = False) -> None:
         """UnknownContract if a call of the patch would refuse. Imports the package, changes
         nothing."""
-        self.check_version()
+        self.check_version(allow_unchecked=allow_unchecked)
         for part in self._named(parts):
             if part not in self._done:
                 for swap in self._swaps(part):
                     _find(swap)
 
     def _swaps(self, part: str) -> list[Swap]:
-        """The part's swaps that apply to the installed release."""
+        """The part's swaps that apply to the installed release; to one that was not checked, those
+        of the newest checked one."""
         version = self.version or ""
+        if not any(_of(version, release) for release in self.releases):
+            version = self.releases[-1]
         return [
             swap
             for swap in self.parts[part]

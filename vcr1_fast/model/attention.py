@@ -16,10 +16,15 @@ parts' gradients add up.
 Backends, which compute the same:
     fused     our kernel for the CPU (`ops/group_attention.py`), both parts in one pass
     merged    as above, with torch's kernels for the CPU, which return the log-sum-exp
-    masked    the completions as one masked call over the group's own stretch of keys, on any device
+    varlen    as above, by two calls of torch's varlen flash kernels for all groups of a pack
+              (`varlen_attention.py`): CUDA, bfloat16 or float16; on the CPU plain operators stand
+              in for the kernels, to test it
+    masked    the completions as one masked call over the group's own stretch of keys, on any
+              device; the mask takes S (P + S) bytes of a group
     flex      FlexAttention over the whole pack, blocks that nobody sees left out; needs a GPU for
-              the backward pass, and compiles
-    auto      fused on the CPU, masked elsewhere
+              the backward pass, and compiles; a suffix (`prompt_state.py`) goes by masks
+    auto      fused on the CPU; elsewhere varlen, or masked, with a warning, where the flash kernels
+              do not run
 """
 
 import warnings
@@ -32,7 +37,7 @@ from torch import Tensor, nn
 
 from vcr1_fast.model.decode import SharedPrefix, shared_prefix_attention
 from vcr1_fast.model.family import family_of
-from vcr1_fast.model.flex_attention import flex_group_attention, flex_suffix_attention
+from vcr1_fast.model.flex_attention import flex_group_attention
 from vcr1_fast.model.packing import Span
 from vcr1_fast.model.partial_attention import (
     fold_heads,
@@ -44,11 +49,16 @@ from vcr1_fast.model.partial_attention import (
     unfold_heads,
 )
 from vcr1_fast.model.prompt_state import PromptRecorder, Suffix
+from vcr1_fast.model.varlen_attention import (
+    missing_varlen,
+    varlen_group_attention,
+    varlen_suffix_attention,
+)
 from vcr1_fast.model.wrapping import unwrap
 from vcr1_fast.ops.group_attention import group_attention
 
 ATTENTION = "vcr1_shared_prompt"
-Backend = Literal["auto", "fused", "merged", "masked", "flex"]
+Backend = Literal["auto", "fused", "merged", "varlen", "masked", "flex"]
 _ON_CPU = ("fused", "merged")  # they decode with torch's kernels for the CPU, too
 
 
@@ -77,10 +87,10 @@ def attention(
     """Attention that transformers calls in every layer; query (B, H, N, D), key and value
     (B, heads, N, D).
 
-    `spans`: the sequence is a pack of groups. `shared_prefix`: one new token a completion, see
-    `decode.py`. `suffix`: completions without their prompt, see `prompt_state.py`. None of them:
-    transformers' own SDPA, causal if the mask is `dummy_mask`. `recorder` takes keys and values.
-    Returns (B, N, H, D).
+    `spans`: the sequence is a pack of groups. `shared_prefix` alone: one new token a completion,
+    see `decode.py`. `suffix`: completions without their prompt, see `prompt_state.py`. None of
+    them: transformers' own SDPA, causal if the mask is `dummy_mask`. `recorder` takes keys and
+    values. Returns (B, N, H, D).
 
     Under autocast queries and keys come in float32, in which the rotation is computed: they take
     the values' dtype, that of the products.
@@ -104,17 +114,17 @@ def attention(
     if recorder is not None:
         recorder.record(module.layer_idx, key, value)
     if spans is not None:
-        backend = _BACKENDS[resolve_backend(module.vcr1_backend, query.device)]
+        backend = _BACKENDS[resolve_backend(module.vcr1_backend, *_kind(query, key))]
         is_last = module.layer_idx == module.config.num_hidden_layers - 1
         return backend(query, key, value, scaling, spans, is_last), None
     if shared_prefix is not None:
-        on_cpu = resolve_backend(module.vcr1_backend, query.device) in _ON_CPU
+        on_cpu = module.vcr1_backend in ("auto", *_ON_CPU) and kind == "cpu"
         prefix = shared_prefix.prefix[module.layer_idx]
         part = partial if on_cpu else partial_product
         out = shared_prefix_attention((query, key, value), prefix, shared_prefix, scaling, part)
         return out, None
     if suffix is not None:
-        on_suffix = _ON_SUFFIX[resolve_backend(module.vcr1_backend, query.device)]
+        on_suffix = _ON_SUFFIX[resolve_backend(module.vcr1_backend, *_kind(query, key))]
         return on_suffix(query, key, value, scaling, suffix, module.layer_idx), None
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -146,7 +156,9 @@ def prepare_attention(model: nn.Module, backend: Backend | None = None) -> None:
     layers = [language_model.layers[index].self_attn for index in family.kv_layers(config)]
     if backend is None and hasattr(layers[0], "vcr1_backend"):
         backend = layers[0].vcr1_backend
-    check_backend(backend or "auto", layers[0].q_proj.weight.device)
+    dtype = layers[0].q_proj.weight.dtype
+    head = (config.num_attention_heads, config.num_key_value_heads, layers[0].head_dim)
+    check_backend(backend or "auto", layers[0].q_proj.weight.device, dtype, head)
     for layer in layers:
         layer.vcr1_backend = backend or "auto"
     family.prepare_language_model(language_model)
@@ -155,37 +167,65 @@ def prepare_attention(model: nn.Module, backend: Backend | None = None) -> None:
     config._attn_implementation = ATTENTION
 
 
-def resolve_backend(backend: Backend, device: torch.device) -> str:
-    """The backend that "auto" stands for on a device; any other unchanged."""
-    if backend != "auto":
+def _kind(query: Tensor, key: Tensor) -> tuple[torch.device, torch.dtype, tuple[int, int, int]]:
+    """What the choice of a backend depends on: device, dtype, (heads, key heads, D)."""
+    return query.device, query.dtype, (query.shape[1], key.shape[1], query.shape[3])
+
+
+def resolve_backend(
+    backend: Backend, device: torch.device, dtype: torch.dtype, heads: tuple[int, int, int]
+) -> str:
+    """The backend that "auto" stands for; any other unchanged.
+
+    heads: (query heads, key heads, D). RuntimeWarning where masks take the place of the flash
+    kernels, ValueError for "varlen" there.
+    """
+    if backend not in ("auto", "varlen"):
         return backend
-    return "fused" if device.type == "cpu" else "masked"
+    if device.type == "cpu" and backend == "auto":
+        return "fused"
+    if (reason := missing_varlen(device, dtype, *heads)) is None:
+        return "varlen"
+    if backend == "varlen":
+        raise ValueError(f"attention 'varlen' cannot run, {reason}: 'masked'")
+    message = f"attention by masks of S x (P + S) bytes a group, slower: {reason}"
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
+    return "masked"
 
 
-def copies_prefix(language_model: nn.Module) -> bool:
-    """Whether the attention of a suffix copies its prompt's keys and values in every layer."""
-    layers: Any = language_model.layers
-    attention_modules = [x for x in (getattr(one, "self_attn", None) for one in layers) if x]
-    chosen: Backend = getattr(attention_modules[0], "vcr1_backend", "auto")
-    device = next(attention_modules[0].parameters()).device
-    return resolve_backend(chosen, device) in ("masked", "flex")
+def copies_prefix(layer: Any) -> bool:
+    """Whether attention layers as `layer` copy a prompt's keys and values for every suffix."""
+    chosen = getattr(layer, "vcr1_backend", "auto")
+    weight, config = layer.q_proj.weight, layer.config
+    if chosen != "auto":
+        return chosen in ("masked", "flex")
+    heads = (config.num_attention_heads, config.num_key_value_heads, layer.head_dim)
+    return weight.device.type != "cpu" and bool(missing_varlen(weight.device, weight.dtype, *heads))
 
 
-def check_backend(backend: Backend, device: torch.device) -> None:
-    """ValueError, with what to set instead, for a backend that cannot run on `device`.
+def check_backend(
+    backend: Backend, device: torch.device, dtype: torch.dtype, heads: tuple[int, int, int]
+) -> None:
+    """ValueError, with what to set instead, for a backend that cannot run for such queries and
+    keys: on `device`, heads: (query heads, key heads, D).
 
-    RuntimeWarning, once, where torch lacks the private kernels that the CPU backends call: they
-    then run on plain torch operators, slower and with all scores in memory.
+    RuntimeWarning where torch lacks the private kernels that a backend calls: it then runs on
+    plain operators or masks, slower and with all scores or masks in memory. Other than
+    half-precision parameters of a GPU say nothing of the queries' dtype (autocast, mixed precision
+    of FSDP, quantised weights): the first pass checks that.
     """
     if backend not in get_args(Backend):
         raise ValueError(f"attention must be one of {get_args(Backend)}, got {backend!r}")
-    if resolve_backend(backend, device) not in _ON_CPU:
-        return
     if device.type != "cpu":
-        raise ValueError(
-            f"attention {backend!r} is for the CPU, the model is on {device}: 'masked'"
-        )
-    if (reason := missing_kernels()) is not None:
+        if backend in _ON_CPU:
+            raise ValueError(
+                f"attention {backend!r} is for the CPU, the model is on {device}: 'auto'"
+            )
+        if dtype in (torch.bfloat16, torch.float16):
+            resolve_backend(backend, device, dtype, heads)
+        return
+    on_cpu = resolve_backend(backend, device, dtype, heads) in _ON_CPU
+    if on_cpu and (reason := missing_kernels()) is not None:
         warnings.warn(reason, RuntimeWarning, stacklevel=2)
 
 
@@ -339,6 +379,7 @@ def _from_batch(x: Tensor, span: Span) -> Tensor:
 _BACKENDS: dict[str, Callable[..., Tensor]] = {
     "fused": fused_group_attention,
     "merged": merged_group_attention,
+    "varlen": varlen_group_attention,
     "masked": masked_group_attention,
     "flex": flex_group_attention,
 }
@@ -428,6 +469,7 @@ class _MergedSuffix(torch.autograd.Function):
 _ON_SUFFIX: dict[str, Callable[..., Tensor]] = {
     "fused": fused_suffix_attention,
     "merged": merged_suffix_attention,
+    "varlen": varlen_suffix_attention,
     "masked": masked_suffix_attention,
-    "flex": flex_suffix_attention,
+    "flex": masked_suffix_attention,
 }

@@ -137,32 +137,44 @@ def _staged(path: Path, others: Mapping[str, str] | None) -> Iterator[Path]:
 
 
 def merged_state_dict(model: nn.Module) -> dict[str, torch.Tensor] | None:
-    """State of the base model with its active adapters added in; None where there are none.
+    """State of the base model with its active adapters added in; None where there are none."""
+    if unwrap(model) is model or not hasattr(model, "peft_config"):
+        return None
+    return dict(_merged(model))
 
-    A layer's weight becomes W + scale * B A, as `merge_adapter` of peft would make it, out of
-    place.
-    """
+
+def policy_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of every parameter with active adapters added in, one at a time; a tied head
+    is left out. Names are transformers'."""
     base = unwrap(model)
     if base is model or not hasattr(model, "peft_config"):
-        return None
+        yield from base.named_parameters()
+        return
+    for name, tensor in _merged(model):
+        if not (base.config.tie_word_embeddings and name == "lm_head.weight"):
+            yield name, tensor
+
+
+def _merged(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """State of a peft model's base, adapters added in: a layer's weight becomes W + scale * B A, as
+    `merge_adapter` of peft would make it, out of place."""
+    base = unwrap(model)
     layers = {
         name: layer for name, layer in base.named_modules() if hasattr(layer, "get_delta_weight")
     }
-    state = {}
     for key, value in base.state_dict().items():
         if ".lora_" in key or ".lora_magnitude_vector." in key or ".original_module." in key:
             continue
         key = re.sub(r"\.modules_to_save\.[^.]+\.", ".", key)
         owner, _, leaf = key.rpartition(".base_layer.")
         if owner not in layers:
-            state[key] = value
+            yield key, value
             continue
         if leaf == "weight":
             layer = layers[owner]
             for adapter in layer.active_adapters:
                 value = value + layer.get_delta_weight(adapter).to(value.dtype)
-        state[f"{owner}.{leaf}"] = value
-    return state
+        yield f"{owner}.{leaf}", value
 
 
 def _family(directory: Path) -> Family:

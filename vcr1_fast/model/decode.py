@@ -1,8 +1,8 @@
-"""Keys and values of prompts that many completions share, and attention over them.
+"""Keys, values and states of prompts that many completions share, and attention over them.
 
 While G completions of a prompt are decoded, the prompt's keys and values are kept once; a step
 reads them once for all G queries, as one matrix product, and each completion's own few from a
-buffer.
+buffer. Layers of a hybrid model without keys keep a state of fixed size for each completion.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,12 +27,16 @@ class SharedPrefix:
     `static`: a pass has the same shapes, addresses and operators as the one before it, whatever the
     token's number, until `version` changes. It reads the completions' buffer whole, masked by a
     number on the device, where the other kind reads the part in use.
+
+    `states`: tensors of the layers without keys, by layer: (N, ...) of the prompts after the first
+    pass, (rows, ...) of the completions in decoding, where a pass updates them in place.
     """
 
     def __init__(self, lengths: Sequence[int], *, static: bool = False) -> None:
         self.lengths, self.static = list(lengths), static
         # By layer, since only some layers of a hybrid model have keys; (N, heads, longest, D).
         self.prefix: dict[int, tuple[Tensor, Tensor]] = {}
+        self.states: dict[int, tuple[Tensor, ...]] = {}
         self.bias: Tensor | None = None  # (N, 1, 1, P) as the keys: 0, or -inf on padding
         self.own_bias: Tensor | None = None  # the same for (1, 1, 1, capacity), static only
         self.version = 0  # of the buffers: counts their replacements
@@ -87,6 +91,8 @@ class SharedPrefix:
         shape = (rows, keys.shape[1], _FIRST_CAPACITY, keys.shape[3])
         self._own = {layer: [keys.new_zeros(shape) for _ in range(2)] for layer in self.prefix}
         self._last = self._last.to(keys.device)
+        group = rows // len(self.lengths)
+        self._each_state(lambda x: x.repeat_interleave(group, dim=0))
 
     def make_room(self) -> None:
         """Make place for one more token of every row; to be called before each pass."""
@@ -106,6 +112,11 @@ class SharedPrefix:
                 self.bias = self.bias[prompts]
         for own in self._own.values():
             own[:] = [x[rows] for x in own]
+        self._each_state(lambda x: x[rows])
+
+    def _each_state(self, change: Callable[[Tensor], Tensor]) -> None:
+        for layer, state in self.states.items():  # one by one: the old and the new never all live
+            self.states[layer] = tuple(map(change, state))
 
 
 def shared_prefix_attention(

@@ -20,7 +20,8 @@ language model (`vision_inputs`). Caches, packing and frame shuffling see nothin
 
 What families have in common is in this folder, and each uses what it needs: `processor.py` (chat
 template, tokens, patches), `preprocessor.py` (settings files), `last_layer.py` (unused rows),
-`vision.py` (packed attention, patch projection), `tiny.py` (tokenizer and files of a random model).
+`vision.py` (packed attention, patch projection), `tiny.py` (tokenizer and files of a random model),
+and `timed_text/` for families that write the times of a clip as text.
 """
 
 import importlib
@@ -32,6 +33,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vcr1_fast import model as package
+from vcr1_fast.model.last_layer import skip_unused_rows
 from vcr1_fast.model.processor import Processor
 from vcr1_fast.model.wrapping import unwrap
 from vcr1_fast.ops.video_patches import PatchLayout
@@ -55,16 +57,36 @@ class LayerSizes:
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """Sizes from which the planner computes bytes; vocabulary: rows of the head."""
+    """Sizes from which the planner computes bytes; vocabulary: rows of the head.
+
+    state_bytes: of one completion in decoding, of all layers that keep a state instead of keys.
+    layer_bytes: of a token in one layer, on top of the estimate by widths: what a layer computes
+    a second time in its backward pass.
+    """
 
     text: LayerSizes
     vision: LayerSizes
     vocabulary: int
+    state_bytes: float = 0.0
+    layer_bytes: float = 0.0
 
 
-@dataclass(frozen=True)
+LANGUAGE_MODEL_TARGETS = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+)
+"""Names of the linear layers of attention and MLP, the same in most language models."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
-    """One architecture. Every field is data or a function without state.
+    """One architecture. Every field is data or a function without state. Defaults are what most
+    models of transformers have.
 
     In the functions below `config` is the model's transformers configuration, and `model` the bare
     transformers model, without a peft, DDP or compile wrapper.
@@ -81,35 +103,37 @@ class Family:
     """(directory, *, mrope, video_text) -> the checkpoint's processor; CheckpointError for unusable
     files."""
 
-    vision_encoder: Callable[[Any], nn.Module]
+    vision_encoder: Callable[[Any], nn.Module] = lambda model: model.model.visual
     """(model) -> the module that encodes clips."""
     prepare_vision: Callable[[nn.Module], None]
     """(vision encoder): put faster modules and attention in place; parameters keep their names."""
     encode: Callable[[nn.Module, Tensor, Tensor], Sequence[Tensor]]
     """(vision encoder, pixel values (N, patch values), grids (n, 3)) -> for each clip its features
     (vision tokens, levels * H)."""
-    feature_levels: Callable[[Any], int]
+    feature_levels: Callable[[Any], int] = lambda config: 1
     """(config) -> levels of features side by side: 1, or 1 + the layers of DeepStack."""
-    vision_inputs: Callable[[Sequence[Tensor], Tensor], tuple[Tensor, dict[str, Any]]]
+    vision_inputs: Callable[[Sequence[Tensor], Tensor], tuple[Tensor, dict[str, Any]]] = (
+        lambda levels, slots: (levels[0], {})
+    )
     """(levels of features, each (V, H); slots (N,) bool: which tokens are vision tokens) ->
     embeddings of these tokens (V, H), and keyword arguments for the language model in the pass that
     reads them."""
 
-    language_model: Callable[[Any], nn.Module]
+    language_model: Callable[[Any], nn.Module] = lambda model: model.model.language_model
     """(model) -> the module that turns embeddings into final hidden states."""
-    kv_layers: Callable[[Any], Sequence[int]]
+    kv_layers: Callable[[Any], Sequence[int]] = lambda config: range(config.num_hidden_layers)
     """(config of the language model) -> layers with keys and values. ValueError for layers that
     cannot share prompts."""
-    prepare_language_model: Callable[[nn.Module], None]
+    prepare_language_model: Callable[[Any], None] = lambda model: skip_unused_rows(model.layers[-1])
     """(language model): what a pass over packed groups needs besides the attention function. Called
     again for a model that is prepared already."""
 
-    lora_targets: tuple[str, ...]
+    lora_targets: tuple[str, ...] = LANGUAGE_MODEL_TARGETS
     """Names of the linear layers that adapters are added to where the run names none."""
-    vision_pattern: str
+    vision_pattern: str = r".*\bvisual\b.*"
     """Regular expression of module names inside the vision encoder: adapters leave them out when
     it is frozen."""
-    projection_prefixes: tuple[str, ...]
+    projection_prefixes: tuple[str, ...] = ("merger.",)
     """Parameters of the vision encoder whose names start with one of these project features to the
     language model; `freeze_vision(merger=False)` keeps them trainable."""
     sizes: Callable[[Any], ModelSizes]

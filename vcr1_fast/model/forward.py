@@ -221,7 +221,12 @@ def prompt_features(
     todo = [i for i, prompt in enumerate(prompts) if features[i] is None and prompt.patches]
     if todo:
         media = [prompts[i].media() for i in todo]
-        pixels = torch.cat([patches for parts in media for patches, _ in parts])
+        patches = [pixels for parts in media for pixels, _ in parts]
+        if len({pixels.device for pixels in patches}) > 1:
+            # Some were made on the device; for others it had no memory at that time.
+            target = next(pixels for pixels in patches if not pixels.is_cpu)
+            patches = [pixels.to(target) for pixels in patches]
+        pixels = torch.cat(patches) if len(patches) > 1 else patches[0]
         grids = torch.stack([grid for parts in media for _, grid in parts])
         encoded = iter(encode_videos(model, pixels, grids))
         for i, parts in zip(todo, media, strict=True):

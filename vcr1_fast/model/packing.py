@@ -10,6 +10,7 @@ and a completion's last token is left out: nothing is predicted from it.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,15 +93,25 @@ class Span:
         return torch.arange(self.middle - 1, self.end, device=self.device)
 
     @cached_property
+    def cache(self) -> dict[Any, Any]:
+        """What an attention computes from the spans of a pass: kept in its first, and dropped with
+        it, since all layers get the same spans."""
+        return {}
+
+    @cached_property
+    def _sizes(self) -> Tensor:
+        return torch.tensor(self.lengths, dtype=torch.int64, device=self.device)
+
+    @cached_property
     def valid(self) -> Tensor:
-        lengths = torch.tensor(self.lengths)
-        return (torch.arange(max(self.lengths)) < lengths[:, None]).to(self.device)
+        places = torch.arange(max(self.lengths), device=self.device)
+        return places < self._sizes[:, None]
 
     @cached_property
     def padded(self) -> Tensor:
-        lengths = torch.tensor(self.lengths)
-        within = torch.arange(max(self.lengths)).minimum(lengths[:, None] - 1)
-        return (within + (lengths.cumsum(0) - lengths)[:, None]).to(self.device)
+        within = torch.arange(max(self.lengths), device=self.device)
+        within = within.minimum(self._sizes[:, None] - 1)
+        return within + (self._sizes.cumsum(0) - self._sizes)[:, None]
 
     @cached_property
     def places(self) -> Tensor:
@@ -108,11 +119,26 @@ class Span:
 
     @cached_property
     def mask(self) -> Tensor:
-        """Which of the group's tokens a completion token sees, bool (S, P + S)."""
-        owner = torch.arange(len(self.lengths)).repeat_interleave(torch.tensor(self.lengths))
-        own = (owner[:, None] == owner) & torch.ones(len(owner), len(owner)).tril().bool()
-        prompt = torch.ones(len(owner), self.prompt, dtype=torch.bool)
-        return torch.cat([prompt, own], dim=1).to(self.device)
+        """Which of the group's tokens a completion token sees, bool (S, P + S); made on the device,
+        and filled in place: it is the largest tensor of the pass."""
+        size = sum(self.lengths)
+        numbers = torch.arange(len(self.lengths), device=self.device)
+        owner = numbers.repeat_interleave(self._sizes, output_size=size)
+        mask = torch.ones(size, self.prompt + size, dtype=torch.bool, device=self.device)
+        own = mask[:, self.prompt :].tril_()
+        own &= owner[:, None] == owner
+        return mask
+
+
+def token_owners(spans: Sequence[Span]) -> tuple[Tensor, Tensor]:
+    """(N,) each, int64: a token's group, and its completion within that, 0 for the prompt."""
+    device = spans[0].device
+    pieces = [(n, i) for n, span in enumerate(spans) for i in range(1 + len(span.lengths))]
+    sizes = [size for span in spans for size in (span.prompt, *span.lengths)]
+    owners = torch.tensor(pieces, device=device).repeat_interleave(
+        torch.tensor(sizes, device=device), dim=0, output_size=sum(sizes)
+    )
+    return owners[:, 0], owners[:, 1]
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,7 @@ from torch import Tensor
 from vcr1_fast.data.sampling import FrameConfig
 from vcr1_fast.model.files import CheckpointError, read_json
 from vcr1_fast.model.preprocessor import IMAGE_FILE, VIDEO_FILE, Fit, ImageProcessorConfig
-from vcr1_fast.model.prompt import IMAGE, VIDEO, Prompt
+from vcr1_fast.model.prompt import IMAGE, VIDEO, Prompt, opened_reasoning
 from vcr1_fast.ops.video_patches import video_patches
 
 __all__ = ["ClipLike", "Mrope", "Processor", "Prompt", "VideoText"]
@@ -34,9 +34,10 @@ transformers writes it. They differ for families that put time stamps into the t
 class ClipLike(Protocol):
     """The part of a clip that the processor reads; an image has T = 1 and no rate.
 
-    Two more attributes are read where a clip has them: `fitted`, whether the frames have been
-    resized already (`fit`), and `times` (T,), seconds at which the frames are shown. Without
-    `times` frame i is shown at i / fps.
+    Three more attributes are read where a clip has them: `fitted`, whether the frames have been
+    resized already (`fit`); `staged`, their (patches, grid_thw) where those have been made already
+    (`model/staging.py`); and `times` (T,), seconds at which the frames are shown. Without `times`
+    frame i is shown at i / fps.
     """
 
     @property
@@ -105,18 +106,28 @@ class Processor(ABC):
         """The same processor with the pixel bounds of a run's settings."""
 
     def prompt(
-        self, text: str, clips: Sequence[ClipLike] = (), *, system: str | None = None
+        self,
+        text: str,
+        clips: Sequence[ClipLike] = (),
+        *,
+        system: str | None = None,
+        think: bool | None = None,
     ) -> Prompt:
         """A user turn of `text` and `clips` (and images: those without a rate), up to where the
         assistant starts.
 
-        `system` is the system turn; None leaves it to the chat template. ValueError when a text
-        itself holds vision or other control tokens, or an image has more than one frame.
+        `system` is the system turn; None leaves it to the chat template. `think`: whether the
+        answer begins with reasoning, for chat templates that open the reasoning themselves
+        (`Prompt.opened`); None: their default.
+
+        ValueError when a text itself holds vision or other control tokens, an image has more than
+        one frame, or the chat template cannot do what `think` says.
         """
         kinds = torch.tensor([IMAGE if clip.fps is None else VIDEO for clip in clips]).long()
         names = {IMAGE: "image", VIDEO: "video"}
         media = [{"type": names[kind]} for kind in kinds.tolist()]
-        rendered = self.render(self.turns(text, media, system), answer=True)
+        rendered = self.render(self.turns(text, media, system), answer=True, think=think)
+        _check_reasoning(rendered, think)
         ids = self.encode(rendered)
         types = self._token_types(ids)
         if not torch.equal(types[types > 0], kinds):
@@ -177,12 +188,26 @@ class Processor(ABC):
     def _token_types(self, ids: Tensor) -> Tensor:
         return IMAGE * (ids == self.image_id).long() + VIDEO * (ids == self.video_id).long()
 
+    def settings_of(self, clip: ClipLike) -> ImageProcessorConfig:
+        """The settings for a clip or an image; ValueError for an image of several frames."""
+        if clip.fps is not None:
+            return self.video
+        count = len(clip.frames)
+        if count != 1:
+            raise ValueError(f"an image has one frame, a clip has a rate: got {count} frames")
+        return self.image
+
     def _patches(self, clip: ClipLike) -> tuple[Tensor, Tensor]:
-        frames = clip.frames
-        is_image = clip.fps is None
-        if is_image and len(frames) != 1:
-            raise ValueError(f"an image has one frame, a clip has a rate: got {len(frames)} frames")
-        config = self.image if is_image else self.video
+        config, frames = self.settings_of(clip), clip.frames
+        staged = getattr(clip, "staged", None)
+        if staged is not None:
+            patches, grid = staged
+            if patches.is_cuda:
+                # Memory of the stream that made them. Without this the allocator would give it to
+                # the next clip there when the last Python reference goes, while the current stream
+                # may still have to read it.
+                patches.record_stream(torch.cuda.current_stream(patches.device))
+            return patches, grid
         fitted = getattr(clip, "fitted", False)
         count, height, width = frames.shape[:3]
         return video_patches(
@@ -207,13 +232,19 @@ class Processor(ABC):
         for name, settings in (self.sources or self.settings()).items():
             (directory / name).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
-    def render(self, messages: Sequence[dict[str, Any]], *, answer: bool) -> str:
-        """Text of a conversation by the chat template; `answer`: the assistant's turn follows."""
+    def render(
+        self, messages: Sequence[dict[str, Any]], *, answer: bool, think: bool | None = None
+    ) -> str:
+        """Text of a conversation by the chat template; `answer`: the assistant's turn follows;
+        `think`: see `prompt`."""
+        # Templates that do not open the reasoning ignore the variable.
+        chosen = {} if think is None else {"enable_thinking": think}
         return self.tokenizer.apply_chat_template(
             messages,
             chat_template=self.chat_template,
             add_generation_prompt=answer,
             tokenize=False,
+            **chosen,
         )
 
     def turns(
@@ -284,6 +315,18 @@ class Processor(ABC):
         return torch.tensor(sorted(special - {self.stop_id}), dtype=torch.int64)
 
 
+def _check_reasoning(rendered: str, think: bool | None) -> None:
+    """ValueError where a rendered prompt opens or closes the reasoning against `think`."""
+    if think is False and opened_reasoning(rendered):
+        raise ValueError(
+            "the chat template opens <think> whatever enable_thinking says: set think to true"
+        )
+    if think and rendered.rstrip().endswith("</think>"):
+        raise ValueError(
+            "the chat template closes <think> whatever enable_thinking says: set think to false"
+        )
+
+
 def image_bounds(frames: FrameConfig) -> dict[str, int]:
     """Those bounds of images that a run sets, as fields of `ImageProcessorConfig`."""
     bounds = {"min_pixels": frames.image_min_pixels, "max_pixels": frames.image_max_pixels}
@@ -294,7 +337,10 @@ def _joined(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor | None, Tens
     found = list(parts)
     if not found:
         return None, torch.zeros(0, 3, dtype=torch.int64)
-    return torch.cat([patches for patches, _ in found]), torch.stack([grid for _, grid in found])
+    patches = [patches for patches, _ in found]
+    # A single clip's, the usual case, need no copy.
+    joined = torch.cat(patches) if len(patches) > 1 else patches[0]
+    return joined, torch.stack([grid for _, grid in found])
 
 
 def read_tokenizer(directory: Path) -> Any:

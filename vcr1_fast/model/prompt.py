@@ -11,7 +11,9 @@ IMAGE, VIDEO = 1, 2
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """One tokenised prompt with its videos and images, on the CPU. P tokens, n videos, m images.
+    """One tokenised prompt with its videos and images. P tokens, n videos, m images.
+
+    All on the CPU, but for patches that were made on the model's device (`model/staging.py`).
 
     input_ids (P,) int64; mm_token_type_ids (P,) int64: 0 text, 1 image, 2 video;
     positions (3, P) int64: of time, height and width, by the family's rule;
@@ -33,6 +35,12 @@ class Prompt:
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    @property
+    def opened(self) -> str:
+        """The beginning of the assistant's turn that the chat template has written: `<think>` and
+        the white space behind it, or nothing. A completion goes on from there."""
+        return opened_reasoning(self.text)
 
     @property
     def is_vision(self) -> Tensor:
@@ -65,6 +73,13 @@ class Prompt:
             found.append(next(queues[kinds[token]]))
             token += len(found[-1][0]) // merged
         return found
+
+
+def opened_reasoning(rendered: str) -> str:
+    """`<think>` and white space at the end of a rendered prompt; empty where it ends otherwise, as
+    behind an empty block of reasoning."""
+    start = rendered.rfind("<think>")
+    return rendered[start:] if start >= 0 and rendered[start:].strip() == "<think>" else ""
 
 
 def next_position(positions: Tensor) -> int:

@@ -16,7 +16,7 @@ and replayed: `GraphedStep` records a `TokenStep` on inputs that are copied into
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import accumulate
 from typing import Any, TypeVar
 
@@ -32,7 +32,7 @@ from vcr1_fast.model.prompt import Prompt, next_position
 from vcr1_fast.model.sampling import Sampled, SamplingConfig, check_possible, sample
 from vcr1_fast.model.wrapping import unwrap
 
-__all__ = ["Rollout", "SamplingConfig", "rollout"]
+__all__ = ["Rollout", "SamplingConfig", "Segment", "rollout"]
 
 Step = Callable[[Tensor, Tensor, Tensor], Sampled]
 T = TypeVar("T")
@@ -42,15 +42,30 @@ _COMPACT_AT = 0.2
 
 
 @dataclass(frozen=True, eq=False)
+class Segment:
+    """A run of a completion's tokens (n,) int64, all sampled by the policy or all given to it.
+
+    vision: features (vision tokens, levels * H) of clips and images that given tokens show.
+    """
+
+    tokens: Tensor
+    sampled: bool = True
+    vision: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Rollout:
     """Completions by [prompt][completion], on the CPU.
 
     tokens: (C,) int64, with the end-of-turn token where it was reached; logps: (C,)
     log-probabilities under the distribution they were sampled from; full_logps: under the plain
     softmax at the sampling temperature, without truncation or banned tokens: the ones that a
-    training forward gives; texts: decoded without special tokens; finished: ended by itself rather
-    than by `max_new_tokens`; vision: for each prompt the features of its clips and images
-    (vision tokens, levels * H), on the model's device, or None.
+    training forward gives; an engine that reports one of the two only leaves nan in the other.
+    texts: the assistant's whole turns, decoded without special tokens, with what the chat template
+    opened for them (`Prompt.opened`); finished: ended by itself rather than by `max_new_tokens`;
+    vision: for each prompt the features of its clips and images (vision tokens, levels * H), on
+    the model's device, or None; turns: the segments that make up each completion's tokens, None
+    where each completion is one sampled segment.
     """
 
     tokens: list[list[Tensor]]
@@ -59,6 +74,21 @@ class Rollout:
     texts: list[list[str]]
     finished: list[list[bool]]
     vision: list[Tensor | None]
+    turns: list[list[tuple[Segment, ...]]] | None = None
+
+    def segments(self, prompt: int, completion: int) -> tuple[Segment, ...]:
+        """The segments of one completion, in order."""
+        if self.turns is None:
+            return (Segment(self.tokens[prompt][completion]),)
+        return self.turns[prompt][completion]
+
+    def part(self, prompt: int) -> "Rollout":
+        """The completions of one prompt."""
+        parts: dict[str, Any] = {}
+        for one in fields(self):
+            value = getattr(self, one.name)
+            parts[one.name] = None if value is None else [value[prompt]]
+        return Rollout(**parts)
 
 
 @torch.no_grad()
@@ -101,7 +131,7 @@ def rollout(
         run.decode(hidden.repeat_interleave(group_size, dim=0), group_size, generator)
     finally:
         base.train(training)
-    return run.result(group_size, features)
+    return run.result(group_size, features, [prompt.opened for prompt in prompts])
 
 
 class TokenStep:
@@ -136,8 +166,8 @@ class TokenStep:
 class GraphedStep:
     """`step` recorded as a CUDA graph, again whenever the memory's buffers have been replaced.
 
-    Recording runs the step twice, which writes the same keys to the same place both times. The next
-    call overwrites what a call returns.
+    Recording runs the step once more, which writes the same keys to the same place; states, which a
+    step advances, are put back. The next call overwrites what a call returns.
     """
 
     def __init__(self, step: TokenStep) -> None:
@@ -163,11 +193,15 @@ class GraphedStep:
         # the new one can have its memory.
         self.inputs = tuple(x.clone() for x in inputs)
         self.graph = self.sampled = None
+        states = [x for state in self.step.memory.states.values() for x in state]
+        kept = [x.clone() for x in states]
         here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
         aside.wait_stream(here)
         with torch.cuda.stream(aside):
             self.step(*self.inputs)  # libraries make their workspaces in a first run
         here.wait_stream(aside)
+        for state, before in zip(states, kept, strict=True):
+            state.copy_(before)
         self.graph = torch.cuda.CUDAGraph()
         # By default a CUDA call of any thread spoils the recording: of data loaders, of judges.
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
@@ -239,6 +273,7 @@ class _Run:
             embeddings[None],
             positions[:, None],
             kv_cache=self.memory,
+            shared_prefix=self.memory,  # layers without keys keep their states there
             spans=tuple(
                 Span(end - len(prompt), len(prompt), (), self.device)
                 for end, prompt in zip(ends, prompts, strict=True)
@@ -321,7 +356,9 @@ class _Run:
         self.memory.select(None if whole else prompts.to(self.device), kept)
         return kept
 
-    def result(self, group_size: int, features: Sequence[Tensor | None]) -> Rollout:
+    def result(
+        self, group_size: int, features: Sequence[Tensor | None], opened: Sequence[str]
+    ) -> Rollout:
         tokens, logps = self.tokens.cpu(), self.logps.cpu()
 
         def grouped(values: Sequence[T]) -> list[list[T]]:
@@ -332,7 +369,12 @@ class _Run:
             tokens=grouped(completions),
             logps=grouped([logps[0, i, :n].clone() for i, n in enumerate(self.lengths)]),
             full_logps=grouped([logps[1, i, :n].clone() for i, n in enumerate(self.lengths)]),
-            texts=grouped([self.processor.decode(c) for c in completions]),
+            texts=grouped(
+                [
+                    opened[i // group_size] + self.processor.decode(c)
+                    for i, c in enumerate(completions)
+                ]
+            ),
             finished=grouped(self.finished),
             vision=list(features),
         )

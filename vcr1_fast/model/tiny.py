@@ -65,8 +65,23 @@ _CHAT_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}
 {{- '<|im_start|>assistant\\n' -}}
+{%- if thinks -%}
+{{- '<think>\\n' if enable_thinking | default(true) else '<think>\\n\\n</think>\\n\\n' -}}
+{%- endif -%}
 {%- endif -%}
 """
+
+
+def chat_template(*, system: str = "", thinks: bool = False) -> str:
+    """A chat template in the form of the released ones.
+
+    system: system turn of conversations without one; empty: none. thinks: the assistant's turn
+    begins inside `<think>`, or, where `enable_thinking` is false, behind an empty block of it.
+    """
+    return (
+        f"{{%- set system_default = {json.dumps(system)} -%}}\n"
+        f"{{%- set thinks = {json.dumps(thinks)} -%}}\n" + _CHAT_TEMPLATE
+    )
 
 
 def train_tokenizer(texts: Iterable[str], vocab_limit: int) -> "Tokenizer":
@@ -112,7 +127,7 @@ def write_random(
     settings: dict[str, dict[str, Any]],
     max_positions: int,
     seed: int = 0,
-    system: str = "",
+    template: str | None = None,
 ) -> None:
     """Write a random model and its tokenizer to the directory `path` (made if absent).
 
@@ -124,7 +139,7 @@ def write_random(
         settings: settings files of clips and images by name.
         max_positions: most tokens of a sequence.
         seed: seed of the weights. The caller's random state is left untouched.
-        system: system turn of conversations without one; empty: none.
+        template: chat template; None: `chat_template()`.
     """
     from transformers import GenerationConfig
 
@@ -144,9 +159,7 @@ def write_random(
     )
     model.save_pretrained(path)
     tokenizer.save(str(path / "tokenizer.json"))
-    (path / "chat_template.jinja").write_text(
-        "{%- set system_default = " + json.dumps(system) + " -%}\n" + _CHAT_TEMPLATE
-    )
+    (path / "chat_template.jinja").write_text(chat_template() if template is None else template)
     for name, values in {
         "tokenizer_config.json": _tokenizer_config(max_positions),
         **settings,

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from vcr1_fast.ops.backend import Op, native
 
-MAX_DIM = 128  # of a head, on the CPU: the kernel's `kGroupAttentionMaxDim`
+MAX_DIM = 256  # of a head, on the CPU: the kernel's `kGroupAttentionMaxDim`
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Least number of tasks of the backward pass. Each sums gradients of keys and values in separate
 # memory of their size: no atomics, and the same bits for every number of threads.

@@ -31,6 +31,8 @@ from vcr1_fast.ops.lm_head import (
     check_head,
     check_softcap,
     empty_gradients,
+    gather_rows_op,
+    scatter_rows_op,
     under_autocast,
 )
 
@@ -70,22 +72,26 @@ class Arguments(NamedTuple):
     entropy: bool
     chunk_rows: int
 
-    def head(self) -> Head:
+    def head(self, rows: Tensor | None) -> Head:
+        """The head over these rows; None: all."""
         return Head(
-            self.hidden,
+            self.hidden if rows is None else gather_rows_op(self.hidden, rows),
             self.weight,
             self.bias,
-            self.labels,
-            self.row_temperature,
+            _taken(self.labels, rows),
+            _taken(self.row_temperature, rows),
             self.temperature,
             self.softcap,
             self.entropy,
         )
 
-    def valid_rows(self) -> Tensor:
-        if self.mask is None:
-            return torch.arange(len(self.hidden), device=self.hidden.device)
-        return self.mask.nonzero()[:, 0]
+    def valid_rows(self) -> Tensor | None:
+        """Indices of the rows in the mask; None: all."""
+        return None if self.mask is None else self.mask.nonzero()[:, 0]
+
+
+def _taken(x: Any, rows: Tensor | None) -> Any:
+    return x if x is None or rows is None else x.index_select(0, rows)
 
 
 class Upstream(NamedTuple):
@@ -118,38 +124,46 @@ def _outputs(arguments: Arguments, fill: bool) -> RowStatistics:
 def _forward(*args: Any) -> tuple[Tensor, ...]:
     arguments = Arguments(*args)
     # Masked rows keep the zeros of `_outputs`.
-    head = arguments.head()
+    rows = arguments.valid_rows()
+    head = arguments.head(rows)
     out = _outputs(arguments, fill=True)
-    chunks, buffer = head.chunks(arguments.valid_rows(), arguments.chunk_rows, gradient=False)
-    for rows in chunks:
-        statistics = head.forward(head.logits(rows, buffer, gradient=False))
-        for whole, part in zip(out, statistics, strict=True):
+    chunks, buffer = head.chunks(arguments.chunk_rows, gradient=False)
+    for part in chunks:
+        statistics = head.forward(head.logits(part, buffer, gradient=False))
+        for whole, values in zip(out, statistics, strict=True):
             if whole.numel():  # the entropy is (0,) unless requested
-                whole.index_copy_(0, rows, part)
+                whole[part if rows is None else rows[part]] = values
     return tuple(out)
 
 
 def _backward(*args: Any) -> tuple[Tensor, ...]:
     """(dhidden, dW, dbias); those that are not needed are (0,)."""
     arguments, given = Arguments(*args[:_FIELDS]), Upstream(*args[_FIELDS:])
-    head = arguments.head()
     rows = arguments.valid_rows()
     grads = (given.grad_logps, given.grad_entropy, given.grad_lse)
     if arguments.hidden.device.type == "cpu":  # a GPU would have to be waited for
         # Trainers mask or clip many tokens: their rows would cost three matrix products each.
         live = [(g != 0).view(*g.shape, 1).flatten(1).any(1) for g in grads if g is not None]
-        rows = rows[torch.stack(live).any(0)[rows]]
-    chunks, buffer = head.chunks(rows, arguments.chunk_rows, gradient=True)
+        wanted = torch.stack(live).any(0)
+        if arguments.mask is not None:
+            wanted &= arguments.mask
+        rows = None if bool(wanted.all()) else wanted.nonzero()[:, 0]
+    head = arguments.head(rows)
+    chunks, buffer = head.chunks(arguments.chunk_rows, gradient=True)
     gradients = HeadGradients(head, given.needed, len(chunks))
+    logps, stats = _taken(given.logps, rows), _taken(given.stats, rows)
+    taken_grads = [_taken(g, rows) for g in grads]
     # The gradient needs neither entropy nor lse: `stats` carries what they are made of.
     unused = given.logps.new_empty(0)
     for part in chunks:
         chunk = head.logits(part, buffer, gradient=True)
-        logps, stats = given.logps.index_select(0, part), given.stats.index_select(0, part)
-        upstream = [g if g is None else g.index_select(0, part) for g in grads]
-        statistics = RowStatistics(logps, unused, unused, stats)
+        upstream = [g if g is None else g[part] for g in taken_grads]
+        statistics = RowStatistics(logps[part], unused, unused, stats[part])
         gradients.add(chunk, head.backward_(chunk, statistics, *upstream))
-    return gradients.results()
+    grad_hidden, *others = gradients.results()
+    if rows is not None and given.needed[0]:
+        grad_hidden = scatter_rows_op(grad_hidden, rows, len(arguments.hidden))
+    return grad_hidden, *others
 
 
 def _backward_fake(*args: Any) -> tuple[Tensor, ...]:

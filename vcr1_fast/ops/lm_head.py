@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vcr1_fast.ops.backend import check_one_device
+from vcr1_fast.ops.backend import Op, check_one_device, native
 from vcr1_fast.ops.gather_logprobs import forward_op, inplace_backward_op
 from vcr1_fast.ops.memory import available_bytes
 
@@ -75,19 +75,53 @@ class RowStatistics(NamedTuple):
     stats: Tensor
 
 
-class Chunk(NamedTuple):
-    """Rows of the head: their indices, hidden (n, H), logits (n, V) in the shared buffer, and dz/dx
-    of the soft cap (n, V), if there is one."""
+def _gather_native(x: Tensor, rows: Tensor) -> Tensor:
+    out = x.new_empty(len(rows), x.shape[1])
+    native.copy_rows(from_=x, rows=rows, to=out, scatter=False)
+    return out
 
-    rows: Tensor
+
+def _scatter(x: Tensor, rows: Tensor, total: int) -> Tensor:
+    return x.new_zeros(total, x.shape[1]).index_copy_(0, rows, x)
+
+
+def _scatter_native(x: Tensor, rows: Tensor, total: int) -> Tensor:
+    out = x.new_empty(total, x.shape[1])
+    native.copy_rows(from_=x, rows=rows, to=out, scatter=True)
+    return out
+
+
+gather_rows_op = Op(
+    "gather_rows",
+    "(Tensor x, Tensor rows) -> Tensor",
+    lambda x, rows: x.new_empty(len(rows), x.shape[1]),
+)
+scatter_rows_op = Op(
+    "scatter_rows",
+    "(Tensor x, Tensor rows, int total) -> Tensor",
+    lambda x, rows, total: x.new_empty(total, x.shape[1]),
+)
+# Only CUDA has kernels: there zeros and a scatter would be two passes.
+for _backend in ("reference", "cpu", "triton"):
+    gather_rows_op.register(_backend, lambda x, rows: x.index_select(0, rows))
+    scatter_rows_op.register(_backend, _scatter)
+gather_rows_op.register("cuda", _gather_native)
+scatter_rows_op.register("cuda", _scatter_native)
+
+
+class Chunk(NamedTuple):
+    """Rows of the head: which, hidden (n, H), logits (n, V) in the shared buffer, and dz/dx of the
+    soft cap (n, V), if there is one."""
+
+    rows: slice
     hidden: Tensor
     logits: Tensor
     slope: Tensor | None
 
 
 class Head(NamedTuple):
-    """The LM head over N rows: hidden (N, H), weight (V, H), bias (V,) or None, labels (N, K);
-    softcap 0: no cap."""
+    """The LM head over N rows, those inside the mask: hidden (N, H), weight (V, H), bias (V,) or
+    None, labels (N, K); softcap 0: no cap."""
 
     hidden: Tensor
     weight: Tensor
@@ -98,20 +132,19 @@ class Head(NamedTuple):
     softcap: float
     entropy: bool
 
-    def chunks(
-        self, rows: Tensor, chunk_rows: int, *, gradient: bool
-    ) -> tuple[tuple[Tensor, ...], Tensor]:
+    def chunks(self, chunk_rows: int, *, gradient: bool) -> tuple[list[slice], Tensor]:
         """(rows of each chunk, memory for the logits of one chunk); no chunks without rows."""
-        vocab = self.weight.shape[0]
+        vocab, count = self.weight.shape[0], len(self.hidden)
         doubled = gradient and self.softcap != 0
         size = rows_per_chunk(self.hidden, vocab, chunk_rows, doubled=doubled)
-        size = max(min(size, len(rows)), 1)
-        return (rows.split(size) if len(rows) else ()), self.hidden.new_empty(size, vocab)
+        size = max(min(size, count), 1)
+        parts = [slice(start, min(start + size, count)) for start in range(0, count, size)]
+        return parts, self.hidden.new_empty(size, vocab)
 
-    def logits(self, rows: Tensor, buffer: Tensor, *, gradient: bool) -> Chunk:
+    def logits(self, rows: slice, buffer: Tensor, *, gradient: bool) -> Chunk:
         """Computes the logits of `rows` in `buffer`; gradient: `backward_` will follow."""
-        x = self.hidden.index_select(0, rows)
-        out = buffer[: len(rows)]
+        x = self.hidden[rows]
+        out = buffer[: len(x)]
         if self.bias is None:
             torch.mm(x, self.weight.t(), out=out)
         else:  # the bias inside the product: the logits are rounded once
@@ -121,7 +154,7 @@ class Head(NamedTuple):
 
     def forward(self, chunk: Chunk) -> RowStatistics:
         """The log-probs and statistics of the chunk's rows."""
-        return RowStatistics(*forward_op(chunk.logits, *self._arguments(chunk.rows), self.entropy))
+        return RowStatistics(*forward_op(chunk.logits, *self.arguments(chunk.rows), self.entropy))
 
     def backward_(
         self, chunk: Chunk, statistics: RowStatistics, *upstream: Tensor | None
@@ -131,7 +164,7 @@ class Head(NamedTuple):
         upstream: gradients of logps (n, K) or (n,), entropy and lse (n,); the last two optional.
         For float16 the gradient is multiplied by a power of two; returns its inverse, else None.
         """
-        labels, *state = self._arguments(chunk.rows)
+        labels, *state = self.arguments(chunk.rows)
         given = [*upstream, None, None][:3]
         grads = [None if g is None else g.contiguous() for g in given]
         if grads[0] is not None:
@@ -148,11 +181,12 @@ class Head(NamedTuple):
             chunk.logits.mul_(chunk.slope)
         return inverse
 
-    def _arguments(self, rows: Tensor) -> tuple[Any, ...]:
+    def arguments(self, rows: slice) -> tuple[Any, ...]:
+        """Labels, mask, temperatures and temperature of rows, as the ops on logits take them."""
         temperatures = self.row_temperature
         if temperatures is not None:
-            temperatures = temperatures.index_select(0, rows)
-        return self.labels.index_select(0, rows), None, temperatures, self.temperature
+            temperatures = temperatures[rows]
+        return self.labels[rows], None, temperatures, self.temperature
 
 
 def _cap_(logits: Tensor, softcap: float, gradient: bool) -> Tensor | None:
@@ -197,9 +231,11 @@ class HeadGradients:
         self._wide = torch.promote_types(dtype, torch.float32)
         self._dtypes = gradient_dtypes(dtype)
         need_hidden, _, need_bias = needed
-        new = head.hidden.new_zeros
-        self._hidden = new(head.hidden.shape if need_hidden else (0,), dtype=self._dtypes[0])
-        self._bias = new(head.weight.shape[:1] if need_bias else (0,), dtype=self._wide)
+        shape = head.hidden.shape if need_hidden else (0,)  # every row is in a chunk
+        self._hidden = head.hidden.new_empty(shape, dtype=self._dtypes[0])
+        self._bias = head.weight.new_empty(0, dtype=self._wide)
+        if need_bias:
+            self._bias = head.weight.new_zeros(head.weight.shape[:1], dtype=self._wide)
         self._weight: Tensor | None = None
         self._tile: Tensor | None = None
 
@@ -207,10 +243,11 @@ class HeadGradients:
         """Adds the contribution of a chunk whose logits hold their gradient."""
         need_hidden, need_weight, need_bias = self._needed
         gradient = chunk.logits
-        if need_hidden:
-            part = gradient @ self._head.weight
-            part = part if inverse is None else part.to(self._wide).mul_(inverse)
-            self._hidden.index_copy_(0, chunk.rows, part)
+        if need_hidden and inverse is None:
+            torch.mm(gradient, self._head.weight, out=self._hidden[chunk.rows])
+        elif need_hidden and inverse is not None:
+            product = gradient @ self._head.weight
+            torch.mul(product.to(self._wide), inverse, out=self._hidden[chunk.rows])
         if need_weight:
             self._add_weight(gradient, chunk.hidden, inverse)
         if need_bias:
@@ -237,8 +274,9 @@ class HeadGradients:
             self._weight.addmm_(gradient.t(), x)
         elif x.dtype == torch.bfloat16 and x.is_cuda:
             if first:
-                self._weight.zero_()
-            torch.addmm(self._weight, gradient.t(), x, out_dtype=self._wide, out=self._weight)
+                torch.mm(gradient.t(), x, out_dtype=self._wide, out=self._weight)
+            else:
+                torch.addmm(self._weight, gradient.t(), x, out_dtype=self._wide, out=self._weight)
         else:
             self._add_in_tiles(gradient, x, inverse, first)
 

@@ -316,10 +316,13 @@ def cuda_plan(
     rounding: str,
     device: torch.device,
     unit: int = GROUP,
+    stream: int = 0,
 ) -> Any:
     """The native module's CudaResizePlan of one pair of (height, width), its tables on `device`.
 
     unit: tiles are multiples of it; video_patches passes its patch, so that no tile cuts one.
+    stream: the current one. Each has tables apart: the allocator may give memory that the cache
+        drops to the next user of the stream it was made on, which another may still be reading.
     Integer roundings take the largest tile whose working set fits a block's shared memory, and
     plain loops where none does (shrinking some 15 times and more).
     """
@@ -377,9 +380,15 @@ def _cpu(frames: Tensor, out: Tensor, resample: str, antialias: bool, rounding: 
     )
 
 
+def current_stream(x: Tensor) -> int:
+    """Number of the stream that work on `x` goes to; 0 on the CPU."""
+    return torch.cuda.current_stream(x.device).stream_id if x.is_cuda else 0
+
+
 def _cuda(frames: Tensor, out: Tensor, resample: str, antialias: bool, rounding: str) -> None:
     sizes = tuple(frames.shape[1:3]), tuple(out.shape[1:3])
-    plan = cuda_plan(*sizes, resample, antialias, rounding, frames.device)
+    stream = current_stream(frames)
+    plan = cuda_plan(*sizes, resample, antialias, rounding, frames.device, stream=stream)
     native.resize_frames(frames=frames, out=out, plan=plan)
 
 

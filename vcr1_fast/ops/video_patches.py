@@ -33,6 +33,7 @@ from vcr1_fast.ops.resize_frames import (
     check_size,
     cpu_plan,
     cuda_plan,
+    current_stream,
     resize_reference,
     scratch,
 )
@@ -157,7 +158,8 @@ def _cuda(
 ) -> None:
     sizes = tuple(frames.shape[1:3]), tuple(size)
     # Tiles of whole patches: a block writes a patch's channel without its neighbours' values.
-    plan = cuda_plan(*sizes, resample, True, rounding, frames.device, unit=layout.patch)
+    unit, stream = layout.patch, current_stream(frames)
+    plan = cuda_plan(*sizes, resample, True, rounding, frames.device, unit=unit, stream=stream)
     native.video_patches(frames=frames, out=out, plan=plan, **_native_layout(layout))
 
 

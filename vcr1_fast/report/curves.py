@@ -54,6 +54,9 @@ class Panel:
 
 PANELS = (
     Panel("reward", "Reward, mean of a task", r"reward/([^/]+)"),
+    Panel(
+        "validation", "Evaluation, each task's metrics", r"val/(score|[^/]+/(?!parsed|finished).+)"
+    ),
     Panel("length", "Completion length, tokens", r"length/([^/]+)"),
     Panel("finished", "Share of completions that end", r"finished/([^/]+)"),
     Panel("kl", "KL to the reference, nats a token", r"kl"),

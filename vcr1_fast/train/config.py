@@ -11,6 +11,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from vcr1_fast.config.section import ConfigError, section
 from vcr1_fast.config.sections import LengthConfig, PositionConfig, ReadingConfig
+from vcr1_fast.engines.config import EngineConfig
 from vcr1_fast.model.attention import Backend
 from vcr1_fast.model.sampling import Decoding
 from vcr1_fast.ops.grpo.config import GRPOLossConfig
@@ -65,6 +66,8 @@ class DataConfig(ReadingConfig):
 
     train: str
     """Records, JSONL."""
+    val: str | None = None
+    """Records to evaluate on while training, see `run.eval_every`; null: none."""
     difficulty: str | None = None
     """File of lines {"id", "score"}: an earlier model's score on each record, high for easy ones.
     Records without a score are left out, and counted."""
@@ -92,7 +95,7 @@ class DataConfig(ReadingConfig):
 
 
 @section
-class RolloutConfig(LengthConfig):
+class RolloutConfig(LengthConfig, EngineConfig):
     """How completions are sampled. A checkpoint's generation config plays no part."""
 
     group_size: Annotated[int, Field(ge=2)] = 8
@@ -114,10 +117,28 @@ class RolloutConfig(LengthConfig):
     gap_max_limit: PositiveFloat | None = None
     """The same for the largest |rollout log-prob - training log-prob| of a token; null: any."""
 
+    parity_every: NonNegativeInt | None = None
+    """Steps between checks of the engine's log-probs on probes (engines/parity.py), the first one
+    before any step; 0: none; null: 50, none for "own", whose tokens are measured in each step."""
+    parity_limit: PositiveFloat | None = None
+    """Largest difference of a token's log-prob in these checks, above which the run stops; null:
+    1e-4 for float32 weights, 0.5 for bfloat16."""
+
+    @property
+    def checks_parity_every(self) -> int:
+        """`parity_every` with null resolved."""
+        if self.parity_every is not None:
+            return self.parity_every
+        return 0 if self.engine == "own" else 50
+
     def __post_init__(self) -> None:
         # An empty text would end every completion before its first token.
         if not all(self.stop):
             raise ConfigError("stop", f"must not hold an empty string, got {list(self.stop)}")
+        if self.engine != "own" and self.temperature < 0.01:
+            raise ConfigError(
+                "temperature", f"vLLM raises what is below 0.01 to it, got {self.temperature}"
+            )
 
 
 @section
@@ -204,9 +225,14 @@ class OptimConfig:
             )
 
 
+Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow", "swanlab"]
+
+
 @section
 class RunConfig:
     """Where the run writes, and how often."""
+
+    REPLACED: ClassVar = {"tensorboard": "replaced by trackers: [tensorboard], or [] for none"}
 
     output: str
     """Folder of this run: config.yaml, metrics.jsonl, rollouts.jsonl, checkpoints, model."""
@@ -226,8 +252,23 @@ class RunConfig:
     given up; then the run saves a checkpoint and ends. Several processes always finish the step."""
     log_rollouts_every: NonNegativeInt = 1
     """Steps between those whose completions are written to rollouts.jsonl; 0: never."""
-    tensorboard: bool = True
-    """Write the metrics for TensorBoard as well, where it is installed."""
+    trackers: tuple[Tracker, ...] | None = None
+    """Experiment trackers that get the metrics, samples and settings as well, all through
+    accelerate; null: TensorBoard where it is installed. Those named must be installed."""
+    project: str = "vcr1"
+    """Project of the run in trackers that have projects."""
+    track_samples_every: NonNegativeInt = 50
+    """Steps between tables of the worst completions, with film strips, in trackers; 0: none."""
+    eval_every: PositiveInt = 100
+    """Steps between evaluations on `data.val` (greedy answers, metrics `val/...`); also before the
+    first step and after the last."""
+    eval_records: PositiveInt = 64
+    """Records of `data.val` that are answered, at even distances in the file."""
+    keep_best: str | None = None
+    """Metric of the evaluation, e.g. val/score, by which the best model is kept in `best`; null:
+    none is. val/score is the mean over the tasks of each task's metric to watch."""
+    patience: NonNegativeInt = 0
+    """Evaluations without a better `keep_best` after which the run ends early; 0: never."""
     device: Literal["auto", "cpu"] = "auto"
     """Device of training; "auto": this process's GPU where there is one."""
 
@@ -236,6 +277,10 @@ class RunConfig:
             raise ConfigError("output", "must not be empty")
         if self.resume_from is not None and not self.resume:
             raise ConfigError("resume_from", "needs resume: true")
+        if self.keep_best is not None and not self.keep_best.startswith("val/"):
+            raise ConfigError("keep_best", f"must be a metric val/..., got {self.keep_best!r}")
+        if self.patience and self.keep_best is None:
+            raise ConfigError("patience", "needs keep_best, the metric to watch")
 
 
 @section
@@ -253,9 +298,17 @@ class TrainConfig:
         "train_file": "data.train",
         "output_dir": "run.output",
         "save_steps": "run.save_every",
+        "eval_steps": "run.eval_every",
+        "eval_dataset": "data.val",
+        "val_files": "data.val",
+        "load_best_model_at_end": "run.keep_best",
+        "metric_for_best_model": "run.keep_best",
+        "early_stopping_patience": "run.patience",
         "save_total_limit": "run.keep_checkpoints",
         "resume_from_checkpoint": "run.resume_from",
-        "report_to": "run.tensorboard",
+        "report_to": "run.trackers",
+        "log_with": "run.trackers",
+        "wandb_project": "run.project",
         "log_completions": "run.log_rollouts_every",
         "learning_rate": "optim.lr",
         "lr_scheduler_type": "optim.schedule",
@@ -289,6 +342,8 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
 
     def __post_init__(self) -> None:
+        if self.run.keep_best is not None and self.data.val is None:
+            raise ConfigError("run.keep_best", "needs data.val, the records to evaluate on")
         for name in ("num_items", "num_sequences"):
             if getattr(self.loss, name) is not None:
                 raise ConfigError(f"loss.{name}", "is counted by the trainer, not set")

@@ -3,7 +3,7 @@
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -11,8 +11,9 @@ import numpy as np
 from vcr1_fast.data.quarantine import Quarantine
 from vcr1_fast.data.records import Record, load_records
 from vcr1_fast.data.requests import clip_key, clip_request
-from vcr1_fast.data.video import Clip, ClipReader, ClipRequest, VideoError
+from vcr1_fast.data.video import Clip, ClipReader, ClipRequest, VideoError, thinned
 from vcr1_fast.model.processor import Processor, Prompt
+from vcr1_fast.model.staging import Staging
 from vcr1_fast.tasks import TASKS
 from vcr1_fast.train.config import DataConfig
 
@@ -23,11 +24,21 @@ MAX_CACHED_IN_A_ROW = 256
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """A record ready for the model; `duration`: seconds of the clip it shows, None for an image."""
+    """A record ready for the model; `duration`: seconds of the clip it shows, None for an image.
+
+    `shown`: a few of the clip's frames, for people; a copy, so that no whole clip is kept.
+    """
 
     record: Record
     prompt: Prompt
     duration: float | None
+    shown: Clip | None = None
+
+
+def own_places(first: int, count: int, rank: int, ranks: int) -> range:
+    """Those of the places first .. first + count - 1 that belong to one of `ranks`."""
+    # Interleaved, so that a step's prompts are the same for any number of ranks.
+    return range(first + (rank - first) % ranks, first + count, ranks)
 
 
 @dataclass(frozen=True)
@@ -58,10 +69,7 @@ class Sampler:
         """Record numbers at places first .. first + count - 1, those of one of `ranks` only."""
         # One permutation per epoch, however many places are asked for.
         order, epoch = np.empty(0, np.int64), -1
-        for place in range(first, first + count):
-            # Interleaved, so that a step's prompts are the same for any number of ranks.
-            if place % ranks != rank:
-                continue
+        for place in own_places(first, count, rank, ranks):
             if place // self.size != epoch:
                 epoch = place // self.size
                 order = self._order(epoch)
@@ -115,7 +123,8 @@ class _Slot:
 class PromptSource:
     """Batches of prompts, steps ahead of the consumer where workers decode.
 
-    A record that cannot be shown goes to `quarantine` and is missing from its batch; all other
+    `stage` makes the patches of clips on the model's device; None: workers resize the frames. A
+    record that cannot be shown goes to `quarantine` and is missing from its batch; all other
     records stay where they are. Use it in a `with` statement.
     """
 
@@ -126,9 +135,10 @@ class PromptSource:
         config: DataConfig,
         quarantine: Quarantine,
         sampler: Sampler,
+        stage: Staging | None = None,
     ) -> None:
         self.records, self.processor, self.config = records, processor, config
-        self.quarantine, self.sampler = quarantine, sampler
+        self.quarantine, self.sampler, self.stage = quarantine, sampler, stage
         self._seconds = 0.0
         self._cache = ByteCache[Clip](config.cache_mb * 2**20, lambda clip: clip.frames.nbytes)
         # Ids, not places: a bad record comes again in every epoch and is quarantined once.
@@ -137,8 +147,10 @@ class PromptSource:
             backend=config.decoder,
             timeout=config.decode_timeout,
             workers=config.decode_workers,
-            # In the worker: a full-size clip may be 100 times as large between processes.
-            fit=processor.fit(),
+            prefetch_bytes=config.prefetch_mb << 20,
+            # Small frames leave the worker, unless a GPU resizes them faster than it does.
+            fit=processor.fit() if stage is None else None,
+            stage=stage,
         )
 
     def batches(
@@ -146,18 +158,18 @@ class PromptSource:
     ) -> Iterator[list[Sample]]:
         """The batches of steps first_step .. last_step - 1; each is this rank's part of `size`
         places. ValueError when no record of the data is left."""
-        places = [
-            list(self.sampler.places(step * size, size, rank, ranks))
-            for step in range(first_step, last_step)
-        ]
-        # One stream over all steps, so that workers read ahead across the borders of steps.
-        stream = self._stream(self.records[i] for step in places for i in step)
-        for step in places:
+        # One stream over all steps, so that workers read ahead across the borders of steps; places
+        # are taken as the reader needs them: a run may have more steps than a list should hold.
+        places = self.sampler.places(
+            first_step * size, (last_step - first_step) * size, rank, ranks
+        )
+        stream = self._stream(self.records[i] for i in places)
+        for step in range(first_step, last_step):
             began = time.perf_counter()
             batch = []
-            for _ in step:
-                record, clip = next(stream)
-                sample = self._sample(record, clip)
+            for _ in own_places(step * size, size, rank, ranks):
+                # No name may hold the last clip of a batch while the step runs.
+                sample = self._sample(*next(stream))
                 if sample is not None:
                     batch.append(sample)
             if len(self._bad) == len(self.records):
@@ -209,14 +221,15 @@ class PromptSource:
         results = self._reader.read(requests())
         while True:
             if planned and not planned[0][1].pending:
-                record, slot = planned.popleft()
-                yield record, slot.clip
+                yield _opened(*planned.popleft())
             elif (result := next(results, None)) is not None:
                 key, slot = waiting.popleft()
                 slot.clip, slot.pending = result, False
                 del requested[key]
                 if isinstance(result, Clip):
-                    self._cache.put(key, result)
+                    # In main memory alone: patches on the device are the step's.
+                    self._cache.put(key, replace(result, staged=None))
+                del result, slot
             elif planned:
                 # Looking for a request, the reader has planned cached records up to its limit.
                 assert not planned[0][1].pending, "the reader left a request without an answer"
@@ -231,13 +244,17 @@ class PromptSource:
         try:
             if isinstance(clip, VideoError):
                 raise clip
+            if self.stage is not None and clip.staged is None:
+                clip = self.stage.stage(clip)  # from the cache, or there was no memory before
             text = TASKS[record.task].prompt(record, self.config.think)
-            prompt = self.processor.prompt(text, [clip], system=self.config.system)
+            prompt = self.processor.prompt(
+                text, [clip], system=self.config.system, think=self.config.think
+            )
         except (ValueError, KeyError) as error:
             self._bad.add(record.id)
             self.quarantine.add(record.id, record.media, str(error))
             return None
-        return Sample(record, prompt, clip.duration)
+        return Sample(record, prompt, clip.duration, thinned(clip))
 
     def close(self) -> None:
         self._reader.close()
@@ -247,6 +264,10 @@ class PromptSource:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _opened(record: Record, slot: _Slot) -> tuple[Record, Clip | VideoError | None]:
+    return record, slot.clip
 
 
 def training_records(config: DataConfig, quarantine: Quarantine) -> list[Record]:

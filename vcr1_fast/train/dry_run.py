@@ -31,6 +31,7 @@ from vcr1_fast.train.difficulty import select
 from vcr1_fast.train.plan import Needs, data_lines, model_lines, size
 from vcr1_fast.train.planner import Footprint
 from vcr1_fast.train.setup import add_adapters
+from vcr1_fast.train.trackers import check_installed
 
 SAMPLED_CLIPS = 32
 """Clips that are decoded to count tokens, at even distances in the records."""
@@ -39,6 +40,7 @@ SAMPLED_CLIPS = 32
 def dry_run(config: TrainConfig, *, grpo: bool) -> tuple[list[str], bool]:
     """(lines of the plan, whether it fits in memory and on the disk). Neither weights nor GPU time
     are used, and nothing is written. ValueError as a run would raise for its settings and data."""
+    check_installed(config.run.trackers or ())
     quarantine = Quarantine()
     chosen = select(training_records(config.data, quarantine), config.data, config.run.seed)
     config = config.with_steps(len(chosen.records))
@@ -102,6 +104,7 @@ def clip_tokens(
         backend=data.decoder,
         timeout=data.decode_timeout,
         workers=data.decode_workers,
+        prefetch_bytes=data.prefetch_mb << 20,
         fit=processor.fit(),
     ) as reader:
         requests = (clip_request(record, processor.frames) for record in sampled)
@@ -110,7 +113,7 @@ def clip_tokens(
                 if isinstance(clip, VideoError):
                     raise clip
                 text = TASKS[record.task].prompt(record, data.think)
-                prompt = processor.prompt(text, [clip], system=data.system)
+                prompt = processor.prompt(text, [clip], system=data.system, think=data.think)
             except (ValueError, KeyError) as error:
                 faults.append(f"{record.id}: {error}")
             else:

@@ -27,7 +27,13 @@ class PolicyGroup:
 
     @classmethod
     def from_rollout(cls, sample: Sample, one: Rollout) -> "PolicyGroup":
-        """The group of one prompt's rollout, with advantages of 0 until rewards are known."""
+        """The group of one prompt's rollout, with advantages of 0 until rewards are known.
+
+        ValueError for a completion of several turns: the loss has no mask for given tokens yet.
+        """
+        for i in range(len(one.tokens[0])):
+            if [segment.sampled for segment in one.segments(0, i)] != [True]:
+                raise ValueError(f"completion {i} has more than one turn, which is not trained yet")
         return cls(
             Group(sample.prompt, one.tokens[0], one.vision[0]),
             torch.zeros(len(one.tokens[0])),

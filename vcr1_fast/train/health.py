@@ -8,6 +8,9 @@ from collections.abc import Callable, Mapping
 WATCHED = ("grad_norm", "kl")
 SPIKE = 10.0
 """Factor over the median of recent steps from which a value is reported."""
+ENTROPY_JUMP = 3.0
+"""Factor over or under the median of recent steps by which entropy jumps: a policy that collapses
+to one answer, or that falls apart."""
 _WINDOW, _ENOUGH = 50, 10
 PATIENCE = 3
 """Steps in a row after which a lasting trouble is reported, once."""
@@ -22,7 +25,8 @@ class Health:
         self.max_skipped_updates, self.log = max_skipped_updates, log
         self._skipped_in_a_row = 0
         self._troubled: dict[str, int] = {}
-        self._recent: dict[str, deque[float]] = {name: deque(maxlen=_WINDOW) for name in WATCHED}
+        names = (*WATCHED, "entropy")
+        self._recent: dict[str, deque[float]] = {name: deque(maxlen=_WINDOW) for name in names}
 
     def check(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
         """Counts for the step's row: "spikes". ValueError after more than `max_skipped_updates`
@@ -30,9 +34,10 @@ class Health:
         skipped = int(metrics.get("skipped_updates", 0))
         if skipped:
             self._skipped_in_a_row += skipped
+            where = "; the completions are in skipped.jsonl" if "reward" in metrics else ""
             self.log(
-                f"step {step}: skipped {skipped} updates whose loss or gradient was not finite; "
-                "the completions are in skipped.jsonl"
+                f"step {step}: skipped {skipped} updates whose loss or gradient was not "
+                f"finite{where}"
             )
             if self._skipped_in_a_row > self.max_skipped_updates:
                 raise ValueError(
@@ -57,7 +62,9 @@ class Health:
         the row lacks (all of them in fine-tuning) is no trouble."""
         cut_off = 1.0 - metrics.get("finished", 1.0)
         silent = metrics.get("zero_advantage_groups", 0.0) >= 1.0
+        jump = self._entropy_jump(metrics.get("entropy"))
         found: dict[str, str | None] = {
+            "entropy": jump,
             "gradient": f"all completions of every group had the same reward (mean "
             f"{metrics.get('reward', 0.0):.3g}), so no reward gave a gradient"
             if silent
@@ -78,6 +85,23 @@ class Health:
                     else None
                 )
         return found
+
+    def _entropy_jump(self, value: float | None) -> str | None:
+        """Words for an entropy far from the recent ones; None for one that is near them."""
+        if value is None or not math.isfinite(value) or value <= 0:
+            return None
+        recent = self._recent["entropy"]
+        median = statistics.median(recent) if len(recent) >= _ENOUGH else value
+        # A jump that lasts must not become the measure before it has been reported.
+        if 1 / ENTROPY_JUMP < value / median < ENTROPY_JUMP:
+            recent.append(value)
+            return None
+        change = "fell" if value < median else "rose"
+        return (
+            f"the entropy {change} to {value:.3g} from a median of {median:.3g}: completions of a "
+            f"prompt are {'all alike' if value < median else 'near random'}; lower optim.lr, or "
+            "raise loss.beta or loss.entropy_coef"
+        )
 
     def _is_spike(self, step: int, name: str, metrics: Mapping[str, float]) -> bool:
         value = metrics.get(name, 0.0)

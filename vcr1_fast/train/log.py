@@ -1,10 +1,10 @@
-"""Output of a run: a progress line, metrics.jsonl, rollouts.jsonl, TensorBoard."""
+"""Output of a run: a progress line, metrics.jsonl, rollouts.jsonl, experiment trackers."""
 
 import json
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -12,11 +12,21 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from vcr1_fast.files import append_jsonl, read_lines, write_atomic
 from vcr1_fast.progress import clock, fitting, open_bar
+from vcr1_fast.train.trackers import TrackedSample, Trackers
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
-SHOWN = ("reward", "finished", "loss", "kl", "length", "grad_norm", "tokens_per_second")
+SHOWN = (
+    "reward",
+    "val/score",
+    "finished",
+    "loss",
+    "kl",
+    "length",
+    "grad_norm",
+    "tokens_per_second",
+)
 """Metrics of the progress line; a narrow terminal shows the first ones."""
 PLAIN_EVERY = 5.0
 """Seconds between lines where the output is a file or a pipe."""
@@ -46,7 +56,8 @@ class RunLog:
 
     Rows of later steps, which a killed run has written since its last checkpoint, are cut off: the
     files end up as those of a run that was never interrupted. Use it in a `with` statement. With
-    `active=False` (processes other than the first) nothing is written.
+    `active=False` (processes other than the first) nothing is written. `trackers` and `settings` as
+    for `Trackers`.
     """
 
     def __init__(
@@ -55,24 +66,24 @@ class RunLog:
         steps: int,
         done: int = 0,
         *,
-        tensorboard: bool = True,
+        trackers: Sequence[str] = (),
+        settings: Mapping[str, Any] | None = None,
         active: bool = True,
         stream: TextIO | None = None,
     ) -> None:
         self.active, self.steps, self.done = active, steps, done
         self.stream = sys.stderr if stream is None else stream
         self._began, self._first, self._shown = time.monotonic(), done, -PLAIN_EVERY
-        self._board: Any = None
+        self._trackers: Trackers | None = None
         self._bar: Bar | None = None
         if not active:
             return
         self.output = Path(output)
         self.output.mkdir(parents=True, exist_ok=True)
         for name in ("metrics.jsonl", "rollouts.jsonl", "skipped.jsonl"):
-            # Before a board or a row: the files go on where the checkpoint ends.
+            # Before a tracker or a row: the files go on where the checkpoint ends.
             _cut_after(self.output / name, done)
-        if tensorboard:
-            self._board = self._open_board()
+        self._trackers = Trackers(trackers, self.output, done, settings or {}, self.message)
 
     def message(self, text: str, *, every_rank: bool = False) -> None:
         """A line for the person at the terminal, from the first process alone or from every one."""
@@ -90,10 +101,8 @@ class RunLog:
             return
         # Each row is written at once: a run that is killed loses no finished step.
         append_jsonl(self.output / "metrics.jsonl", [_finite(metrics)])
-        if self._board is not None:
-            for name, value in metrics.items():
-                if isinstance(value, int | float) and name != "step":
-                    self._board.add_scalar(name, value, self.done)
+        if self._trackers is not None:
+            self._trackers.log(self.done, metrics)
         self._show(metrics)
 
     def rollouts(self, rows: Iterable[Mapping[str, Any]], *, skipped: bool = False) -> None:
@@ -103,6 +112,16 @@ class RunLog:
             # JSON has no nan, and a skipped step's advantages may be nan.
             finite = (_finite(row) for row in rows) if skipped else rows
             append_jsonl(self.output / ("skipped.jsonl" if skipped else "rollouts.jsonl"), finite)
+
+    @property
+    def has_trackers(self) -> bool:
+        """Whether samples are shown anywhere."""
+        return self._trackers is not None and self._trackers.are_open
+
+    def samples(self, step: int, samples: Sequence[TrackedSample]) -> None:
+        """Show completions with their clips in the trackers."""
+        if self._trackers is not None:
+            self._trackers.samples(step, samples)
 
     def _show(self, metrics: Mapping[str, Any]) -> None:
         shown = [f"{name} {metrics[name]:.4g}" for name in SHOWN if name in metrics]
@@ -121,15 +140,6 @@ class RunLog:
             left = clock(each * (self.steps - self.done))
             self.message(f"step {self.done}/{self.steps}  {text}  {left} left")
 
-    def _open_board(self) -> Any:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            self.message("TensorBoard is not installed: metrics go to metrics.jsonl alone")
-            return None
-        # purge_step hides the events of steps that a killed run logged after its last checkpoint.
-        return SummaryWriter(str(self.output / "tensorboard"), purge_step=self.done + 1)
-
     def __enter__(self) -> "RunLog":
         if self.active and self.stream.isatty():
             self._bar = open_bar(self.stream)
@@ -145,8 +155,8 @@ class RunLog:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
-        if self._board is not None:
-            self._board.close()
+        if self._trackers is not None:
+            self._trackers.close()
 
 
 def _finite(row: Mapping[str, Any]) -> dict[str, Any]:

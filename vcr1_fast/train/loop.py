@@ -28,7 +28,7 @@ from vcr1_fast.train.advantages import advantages_of, rank_slice
 from vcr1_fast.train.config import TrainConfig
 from vcr1_fast.train.groups import PolicyGroup, step_loss_config
 from vcr1_fast.train.log import Stopwatch
-from vcr1_fast.train.metrics import merge_metrics, rollout_rows, step_row, to_numbers
+from vcr1_fast.train.metrics import log_completions, merge_metrics, step_row, to_numbers
 from vcr1_fast.train.optim import clipped_step, learning_rate
 from vcr1_fast.train.planner import MicroBatch, equal_parts, longest_first
 from vcr1_fast.train.policy_loss import policy_loss
@@ -84,22 +84,13 @@ def train(config: TrainConfig) -> Path:
             with watch.stage("policy"):
                 metrics = update_policy(run, groups, learning_rate(step, run.config.optim))
 
-            # 5. Log, then checkpoint: rows of steps after the last checkpoint are cut on resuming.
+            # 5. Log, evaluate, then checkpoint: a resume cuts the rows of steps after the last one.
             metrics |= {"quarantined": run.missing(samples), **scoring.take_metrics()}
-            skipped, every = bool(metrics["skipped_updates"]), config.run.log_rollouts_every
-            if skipped or (every and step % every == 0):
-                rows = rollout_rows(
-                    step + 1,
-                    samples,
-                    rollouts,
-                    scored,
-                    advantages,
-                    think=config.data.think,
-                    ranks=(run.rank, run.ranks),
-                )
-                run.log.rollouts(gather_object(rows), skipped=skipped)
-            row = step_row(step + 1, everyone, metrics, watch)
-            run.log.step(row | run.health.check(step + 1, row))
+            skipped = bool(metrics["skipped_updates"])
+            log_completions(run, step, samples, rollouts, scored, advantages, skipped=skipped)
+            size = config.rollout.group_size
+            row = step_row(step + 1, everyone, metrics, watch, group_size=size)
+            run.log_step(row | run.validate(step + 1))
             run.finish_step(step + 1)
         return run.export()
 

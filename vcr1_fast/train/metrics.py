@@ -1,10 +1,12 @@
 """Metrics of a step: merged over micro-batches and ranks, by task, as rows of the log files."""
 
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from vcr1_fast.model.rollout import Rollout
@@ -12,6 +14,8 @@ from vcr1_fast.tasks import TASKS
 from vcr1_fast.train.dataset import Sample
 from vcr1_fast.train.log import Stopwatch
 from vcr1_fast.train.scoring import Scored
+from vcr1_fast.train.setup import Run
+from vcr1_fast.train.trackers import worst_samples
 
 
 def to_numbers(metrics: Mapping[str, Tensor]) -> dict[str, float]:
@@ -46,6 +50,13 @@ def merge_metrics(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
     return merged
 
 
+def reward_spread(scored: Sequence[Scored], group_size: int) -> float:
+    """Standard deviation of a group's rewards, mean over the groups: 0 teaches nothing."""
+    totals = [one.total for one in scored]
+    groups = [totals[i : i + group_size] for i in range(0, len(totals), group_size)]
+    return _mean(statistics.pstdev(group) for group in groups)
+
+
 def task_metrics(scored: Sequence[Scored]) -> dict[str, float]:
     """Mean reward, length and share finished over all completions and over each task's."""
     out: dict[str, float] = {}
@@ -67,7 +78,12 @@ def task_metrics(scored: Sequence[Scored]) -> dict[str, float]:
 
 
 def step_row(
-    step: int, everyone: Sequence[Scored], metrics: Mapping[str, float], watch: Stopwatch
+    step: int,
+    everyone: Sequence[Scored],
+    metrics: Mapping[str, float],
+    watch: Stopwatch,
+    *,
+    group_size: int,
 ) -> dict[str, float]:
     """The row of metrics.jsonl after `step` steps."""
     seconds, sampled = sum(watch.seconds.values()), sum(one.length for one in everyone)
@@ -76,11 +92,39 @@ def step_row(
     return {
         "step": step,
         **task_metrics(everyone),
+        "reward_spread": reward_spread(everyone, group_size),
         **{renamed.get(name, name): value for name, value in metrics.items()},
         "tokens_per_second": sampled / max(seconds, 1e-9),
         "tokens_per_second/rollout": sampled / max(watch.seconds.get("rollout", 0.0), 1e-9),
         **{f"seconds/{name}": value for name, value in watch.seconds.items()},
     }
+
+
+def log_completions(
+    run: Run,
+    step: int,
+    samples: Sequence[Sample],
+    rollouts: Sequence[Rollout],
+    scored: Sequence[Scored],
+    advantages: Tensor,
+    *,
+    skipped: bool,
+) -> None:
+    """Write the completions of step 0, 1, ... where they are due, or where its update was
+    `skipped`; the worst of them to the trackers. All ranks call this; others as `rollout_rows`."""
+    settings = run.config.run
+    every, track = settings.log_rollouts_every, settings.track_samples_every
+    due = skipped or bool(every and step % every == 0)
+    tracked = run.log.has_trackers and bool(track and step % track == 0)
+    if not (due or tracked):  # has_trackers differs by rank, so `due` alone decides to gather
+        return
+    think, ranks = run.config.data.think, (run.rank, run.ranks)
+    rows = rollout_rows(step + 1, samples, rollouts, scored, advantages, think=think, ranks=ranks)
+    if due:
+        run.log.rollouts(gather_object(rows), skipped=skipped)
+    if tracked:  # of this rank's prompts: pictures of the others' would have to be sent
+        clips = [sample.shown for sample in samples]
+        run.log.samples(step + 1, worst_samples(rows, clips))
 
 
 def rollout_rows(

@@ -13,6 +13,8 @@ trained vision encoder adds the same by patches, the patches themselves and the 
 them. On top come the backward pass's own tensors in one layer, the logits of a chunk of the head
 with their gradient, and the head's gradient in float32.
 
+A family may add bytes of a token in one layer (`ModelSizes.layer_bytes`).
+
 A group runs by the first of three schedules that fits. With a bytes a token, p bytes a patch, c
 bytes of a token's keys and values in all layers, g those of their gradients (float32 in half
 precision), P tokens of the prompt, S of all completions and S_m of the largest suffix:
@@ -29,10 +31,11 @@ each with the head's bytes where completions run. `split` runs as many tokens as
 runs the prompt once more, forward alone. Attention by masks copies keys and values for each suffix:
 c (P + S_m) more, with checkpointing in one layer.
 
-A rollout holds keys and values, 2 K b in each layer, of every prompt padded to the longest, and of
-G completions twice their length, since their buffer doubles; one layer of the prompts' forward
-pass; and, for sampling, 24 bytes per logit of each completion (float32 scores, their exponentials,
-and these summed in float64), or 48 with top-k or top-p, which sort.
+A rollout holds keys and values, 2 K b in each layer with keys, of every prompt padded to the
+longest, and of G completions twice their length, since their buffer doubles; a state of each prompt
+and completion in the layers without keys; one layer of the prompts' forward pass; and, for
+sampling, 24 bytes per logit of each completion (float32 scores, their exponentials, and these
+summed in float64), or 48 with top-k or top-p, which sort.
 """
 
 import gc
@@ -139,6 +142,7 @@ class Footprint:
     per_read: float  # token in one layer without gradient
     vocabulary: int
     recomputed: bool  # activations in the backward pass
+    per_state: float = 0.0  # completion whose layers keep a state instead of keys
 
     @classmethod
     def of(cls, model: nn.Module) -> "Footprint":
@@ -151,9 +155,10 @@ class Footprint:
         language_model: Any = family.language_model(base)
         recomputed = getattr(language_model.layers[0], "gradient_checkpointing", False)
         head = sizes.vocabulary * sizes.text.width
-        kv_layers = len(family.kv_layers(language_model.config))
-        cached = 2.0 * sizes.text.keys * width * kv_layers
-        copied = cached if copies_prefix(language_model) else 0.0
+        kv_layers = family.kv_layers(language_model.config)
+        cached = 2.0 * sizes.text.keys * width * len(kv_layers)
+        copies = copies_prefix(language_model.layers[kv_layers[0]].self_attn)
+        copied = cached if copies else 0.0
         per_patch = 0.0
         # A frozen encoder keeps no activations.
         if not vision_is_frozen(base):
@@ -163,17 +168,19 @@ class Footprint:
                 + 5 * width * sizes.vision.width
             )
         return cls(
-            per_token=_layers(sizes.text, width, recomputed),
+            per_token=_layers(sizes.text, width, recomputed) + sizes.layer_bytes,
             per_label=2.0 * sizes.vocabulary * width,
             per_patch=per_patch,
             fixed=4.0 * head if weight.requires_grad else 0.0,
             head_chunk=2.0 * most_bytes(weight.device),
             per_cached=cached,
             per_cached_gradient=cached * max(4, width) / width,
-            per_copied=copied / kv_layers if recomputed else copied,
-            per_read=_layers(replace(sizes.text, depth=1), width, recomputed=False),
+            per_copied=copied / len(kv_layers) if recomputed else copied,
+            per_read=_layers(replace(sizes.text, depth=1), width, recomputed=False)
+            + sizes.layer_bytes,
             vocabulary=sizes.vocabulary,
             recomputed=recomputed,
+            per_state=sizes.state_bytes,
         )
 
     def bytes(self, tokens: int, labels: int, patches: int) -> float:
@@ -187,7 +194,8 @@ class Footprint:
     ) -> float:
         """Bytes of a group by `split` or `twice`, whose prompt has `prompt` tokens and `patches` to
         encode, and whose largest suffix has `suffix` tokens, of which `labels` are predicted."""
-        gradients = self.per_cached_gradient * prompt
+        # A state of layers without keys, and its gradient, are float32.
+        gradients = self.per_cached_gradient * prompt + 2.0 * self.per_state
         # Kept beside the prompt's graph only where that does not hold them itself.
         kept = self.per_cached * prompt if self.recomputed else 0.0
         copied = self.per_copied * (prompt + suffix)
@@ -205,7 +213,9 @@ class Footprint:
         # The cache pads prompts to the longest, and doubles a completion's buffer when it is full.
         cached = len(prompts) * max(prompts) + 2 * rows * length
         sampling = (48.0 if truncated else 24.0) * self.vocabulary * rows
-        return self.per_cached * cached + self.per_read * sum(prompts) + sampling
+        # The prompts' own states are copied to their completions.
+        states = self.per_state * (len(prompts) + rows)
+        return self.per_cached * cached + self.per_read * sum(prompts) + states + sampling
 
 
 def _layers(sizes: LayerSizes, b: int, recomputed: bool) -> float:

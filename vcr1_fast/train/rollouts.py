@@ -6,13 +6,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from vcr1_fast.engines.parity import Forward, check_parity
 from vcr1_fast.model.prompt import VIDEO
-from vcr1_fast.model.rollout import Rollout, SamplingConfig, rollout
+from vcr1_fast.model.rollout import Rollout, SamplingConfig
 from vcr1_fast.model.vision import reorder_frames
 from vcr1_fast.train.config import RolloutConfig
 from vcr1_fast.train.dataset import Sample
+from vcr1_fast.train.groups import PolicyGroup
 from vcr1_fast.train.log import Stopwatch
 from vcr1_fast.train.planner import free_unused, is_out_of_memory
+from vcr1_fast.train.reference import group_logps
 from vcr1_fast.train.setup import Run
 
 
@@ -41,6 +44,10 @@ def sample_completions(
     shuffler = torch.Generator().manual_seed(~seed % 2**63)
     # Decided once for the step: chunks must agree, or some features would lack gradients.
     with_graph = keeps_vision_graph(run, samples)
+    with watch.stage("rollout"):
+        run.sampler.wake()
+        run.sync_sampler(step)
+        check_engine(run, samples, step)
     rest = samples
     while rest:
         run.check_overdue()
@@ -54,7 +61,8 @@ def sample_completions(
         with watch.stage("vision"):
             vision = run.clip_features(part, with_graph=with_graph)
         with watch.stage("rollout"):
-            rollouts = sample_group(run, part, vision, settings.group_size, generator)
+            sampled = sample_group(run, part, vision, settings.group_size, generator)
+            rollouts = with_full_logps(run, part, sampled)
         shuffled: list[Rollout | None] = [None] * len(part)
         if temporal.rollouts:
             with watch.stage("shuffled"):
@@ -65,6 +73,41 @@ def sample_completions(
                 for i, one in zip(mixed, compared, strict=True):
                     shuffled[i] = one
         yield Chunk(part, rollouts, shuffled)
+    run.sampler.sleep()
+
+
+def check_engine(run: Run, samples: Sequence[Sample], step: int) -> None:
+    """ParityError where a check of the engine is due and it does not sample from the policy."""
+    settings = run.config.rollout
+    every = settings.checks_parity_every
+    if not (every and samples and (step == run.done or step % every == 0)):
+        return
+    # Probes are short, and must not end before they tell anything.
+    sampling = replace(
+        sampling_of(settings), max_new_tokens=min(16, settings.max_new_tokens), stop=()
+    )
+    gap = check_parity(
+        run.sampler,
+        Forward(run.model, run.processor, sampling),
+        [sample.prompt for sample in samples[:2]],
+        limit=settings.parity_limit,
+        # Changed weights at the start alone. Of several processes one may have no samples here,
+        # and a sync takes all of them.
+        sync=run.sync_sampler if step == run.done and run.ranks == 1 else None,
+    )
+    run.log.message(f"step {step}: {run.sampler.describe()} agrees with the policy, {gap}")
+
+
+def sampling_of(settings: RolloutConfig) -> SamplingConfig:
+    """How the run's completions are sampled."""
+    return SamplingConfig(
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        top_k=settings.top_k,
+        max_new_tokens=settings.max_new_tokens,
+        stop=settings.stop,
+        decoding=settings.decoding,
+    )
 
 
 def sample_group(
@@ -81,26 +124,16 @@ def sample_group(
     """
     if not samples:
         return []
-    settings = run.config.rollout
     rng_state = generator.get_state()
     try:
-        together = rollout(
-            run.model,
-            run.processor,
+        together = run.sampler.rollout(
             [sample.prompt for sample in samples],
             count,
-            SamplingConfig(
-                temperature=settings.temperature,
-                top_p=settings.top_p,
-                top_k=settings.top_k,
-                max_new_tokens=settings.max_new_tokens,
-                stop=settings.stop,
-                decoding=settings.decoding,
-            ),
+            sampling_of(run.config.rollout),
             generator,
-            vision=vision,
+            vision,
         )
-        return [one_prompt(together, i) for i in range(len(samples))]
+        return [together.part(i) for i in range(len(samples))]
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error) or len(samples) == 1:
             raise
@@ -114,6 +147,25 @@ def sample_group(
     return first + sample_group(run, samples[half:], vision[half:], count, generator)
 
 
+def with_full_logps(run: Run, samples: Sequence[Sample], rollouts: list[Rollout]) -> list[Rollout]:
+    """The rollouts of one prompt each, with `full_logps` of the policy where the engine left nan.
+
+    They must be the policy's that sampled, so call it before the next optimiser step.
+    """
+    if not any(bool(one.isnan().any()) for each in rollouts for one in each.full_logps[0]):
+        return rollouts
+    groups = [
+        PolicyGroup.from_rollout(sample, each)
+        for sample, each in zip(samples, rollouts, strict=True)
+    ]
+    return [
+        replace(each, full_logps=[list(logps.cpu().split(group.lengths))])
+        for each, group, logps in zip(
+            rollouts, groups, group_logps(run, run.model, groups), strict=True
+        )
+    ]
+
+
 def keeps_vision_graph(run: Run, samples: Sequence[Sample]) -> bool:
     """Whether the rollout's vision pass keeps its graph for the policy update.
 
@@ -125,12 +177,6 @@ def keeps_vision_graph(run: Run, samples: Sequence[Sample]) -> bool:
         return False
     patches = sum(sample.prompt.patches for sample in samples)
     return run.planner.footprint.per_patch * patches <= run.planner.available_bytes() / 2
-
-
-def one_prompt(together: Rollout, i: int) -> Rollout:
-    """The i-th prompt's part of a rollout."""
-    fields = ("tokens", "logps", "full_logps", "texts", "finished", "vision")
-    return replace(together, **{name: [getattr(together, name)[i]] for name in fields})
 
 
 def shuffled_features(

@@ -1,7 +1,10 @@
 """The set-up of a run, GRPO or SFT: process, model, data, log; resumed from a checkpoint."""
 
 import copy
+import resource
 import shutil
+import sys
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -12,23 +15,21 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import (
-    DistributedType,
-    broadcast_object_list,
-    gather_object,
-    set_seed,
-)
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object, set_seed
 from torch import Tensor, nn
 
 from vcr1_fast.config.loader import dump_config
 from vcr1_fast.data.quarantine import Quarantine
 from vcr1_fast.data.requests import clip_key
+from vcr1_fast.engines.open import open_sampler
+from vcr1_fast.engines.sampler import OwnSampler, Sampler
 from vcr1_fast.files import read_lines
 from vcr1_fast.model.attention import prepare_attention
-from vcr1_fast.model.checkpoint import load, save, save_adapter
+from vcr1_fast.model.checkpoint import load, policy_weights, save, save_adapter
 from vcr1_fast.model.family import family_of
 from vcr1_fast.model.forward import prompt_features
 from vcr1_fast.model.processor import Processor
+from vcr1_fast.model.staging import staging
 from vcr1_fast.model.vision import freeze_vision, vision_is_frozen
 from vcr1_fast.model.wrapping import checkpoint_activations, unwrap
 from vcr1_fast.ops.memory import available_bytes
@@ -59,10 +60,11 @@ from vcr1_fast.train.log import RunLog
 from vcr1_fast.train.optim import MasterAdamW
 from vcr1_fast.train.plan import Needs, data_lines, model_lines
 from vcr1_fast.train.planner import GIB, Planner
-from vcr1_fast.train.resume import check_same_run, identity, keep_settings
+from vcr1_fast.train.ranks import open_ranks
+from vcr1_fast.train.resume import check_same_run, flat_settings, identity, keep_settings
 from vcr1_fast.train.stopping import RunStopped, StopRequest, locked
-
-_SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+from vcr1_fast.train.trackers import check_installed, installed_default
+from vcr1_fast.train.validation import Validation
 
 
 @dataclass(eq=False)
@@ -90,6 +92,8 @@ class Run:
     health: Health
     stop: StopRequest
     identity: dict[str, Any]
+    sampler: Sampler
+    validation: Validation | None = None
     used: int = 0
     """Samples trained on since `done`, on all ranks."""
 
@@ -111,11 +115,42 @@ class Run:
         return self.accelerator.num_processes
 
     def batches(self) -> Iterator[list[Sample]]:
-        """This rank's samples of each remaining step."""
-        optim = self.config.optim
-        return self.source.batches(
+        """This rank's samples of each remaining step; none after an early stop."""
+        optim, validation = self.config.optim, self.validation
+        if validation is not None and self.done == 0:  # what training starts from
+            self.log.step({"step": 0, **self.validate(0)})
+        if self.stops_early():
+            return
+        for samples in self.source.batches(
             self.done, optim.steps, optim.prompts_per_step, self.rank, self.ranks
+        ):
+            yield samples
+            if self.stops_early():
+                return
+
+    def stops_early(self) -> bool:
+        """Whether evaluations have not become better for `run.patience` of them; says so."""
+        validation, step = self.validation, self._completed
+        if validation is None or not validation.gives_up(step) or step == self.config.optim.steps:
+            return False
+        best = validation.best
+        assert best is not None  # nothing else is stale
+        self.log.message(
+            f"stopped after step {step}: {best.metric} has not risen above {best.value:.4g}, of "
+            f"step {best.step}, in {validation.stale(step)} evaluations (run.patience)"
         )
+        return True
+
+    def validate(self, step: int) -> dict[str, float]:
+        """Metrics of the evaluation after `step` steps, where one is due; the best model is kept.
+
+        All ranks call this.
+        """
+        if self.validation is None or not self.validation.is_due(step):
+            return {}
+        metrics = self.validation.evaluate(self)
+        self.validation.keep_best(self, step, metrics)
+        return metrics
 
     @property
     def vision_is_frozen(self) -> bool:
@@ -136,6 +171,11 @@ class Run:
                 if cached is None and new is not None:
                     self.features.put(key, new.to("cpu", copy=True))
         return found
+
+    def sync_sampler(self, version: int) -> None:
+        """Bring the engine's weights up to those after `version` steps, where they are others."""
+        if self.sampler.version != version:
+            self.sampler.sync(policy_weights(self.model), version)
 
     @contextmanager
     def reference(self) -> Iterator[nn.Module]:
@@ -160,6 +200,17 @@ class Run:
         self.used += present
         return self.config.optim.prompts_per_step - present
 
+    def log_step(self, row: dict[str, Any]) -> None:
+        """Write a step's row, with what the run knows of it: the place in the data, the clock, the
+        memory, and whether it is healthy. ValueError after too many skipped updates in a row."""
+        step = row["step"]
+        row = row | {
+            "epoch": step * self.config.optim.prompts_per_step / len(self.source.records),
+            "time": round(time.time(), 3),
+            "memory_gib": peak_gib(self.accelerator.device),
+        }
+        self.log.step(row | self.health.check(step, row))
+
     def finish_step(self, step: int) -> None:
         """Write the checkpoint after `step` steps, if one is due.
 
@@ -170,6 +221,8 @@ class Run:
         self._completed, self._moments = step, dict(self.scales.moments)
         every = config.run.save_every
         due = step == config.optim.steps or bool(every and step % every == 0)
+        # An early stop ends the run here.
+        due = due or (self.validation is not None and self.validation.gives_up(step))
         if due and not (self.done or self.used):
             raise ValueError(
                 f"no sample of {step} steps could be used: see "
@@ -235,6 +288,18 @@ class Run:
         return path
 
 
+def peak_gib(device: torch.device) -> float:
+    """GiB that tensors took at most on a GPU since the last call; on a CPU, those that the process
+    has taken at most."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak / GIB
+    # Kilobytes on Linux, bytes on macOS.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+
+
 @contextmanager
 def open_run(config: TrainConfig, *, reference: bool, kind: str = "grpo") -> Iterator[Run]:
     """Open a run of a kind ("grpo" or "sft"), resumed where its folder holds a checkpoint.
@@ -242,12 +307,11 @@ def open_run(config: TrainConfig, *, reference: bool, kind: str = "grpo") -> Ite
     `reference`: whether the loss has a KL term to the untrained model. ValueError names the
     setting, file or run in the way.
     """
-    # No `prepare`: gradients are summed by hand (`optim.sum_gradients`), without DDP's hooks.
-    accelerator = Accelerator(cpu=config.run.device == "cpu")
-    if accelerator.distributed_type in _SHARDED:
+    accelerator = open_ranks(config.run.device)
+    if accelerator.distributed_type == DistributedType.FSDP:
         raise ValueError(
-            f"accelerate is set to use {accelerator.distributed_type.value}, but every process "
-            "holds the whole model here: launch with --multi_gpu"
+            "accelerate is set to use FSDP, but every process holds the whole model here: launch "
+            "with --multi_gpu"
         )
     set_seed(config.run.seed)
     output = Path(config.run.output)
@@ -256,6 +320,10 @@ def open_run(config: TrainConfig, *, reference: bool, kind: str = "grpo") -> Ite
         # Before anything is read: another run may be writing checkpoints here.
         if main:
             stack.enter_context(locked(output))
+        named = config.run.trackers
+        names: Sequence[str] = installed_default() if named is None else named
+        if main:  # before weights are loaded, which takes minutes
+            check_installed(names)
         found, leftovers = checkpoints(output / "checkpoints")
         if main and not config.run.resume and (found or (output / "metrics.jsonl").exists()):
             raise ValueError(f"{output} holds a run already: resume it, or name another folder")
@@ -308,7 +376,8 @@ def open_run(config: TrainConfig, *, reference: bool, kind: str = "grpo") -> Ite
                 output,
                 config.optim.steps,
                 done,
-                tensorboard=config.run.tensorboard,
+                trackers=names,
+                settings=flat_settings(dump_config(config)),
                 active=main,
             )
         )
@@ -318,6 +387,10 @@ def open_run(config: TrainConfig, *, reference: bool, kind: str = "grpo") -> Ite
             # A checkpoint holds trained weights, masters and two moments, at least in float32.
             trained = sum(p.numel() for p in optimizer.parameters)
             check_space(output, 12 * trained + sum(p.nbytes for p in optimizer.parameters))
+        validation = None
+        if config.data.val is not None:
+            validation = Validation(config, config.data.val, done)
+            notes += validation.notes
         for note in notes:
             log.message(note)
         for line in data_lines(config, chosen.records, len(quarantine), grpo=kind == "grpo"):
@@ -333,8 +406,12 @@ def open_run(config: TrainConfig, *, reference: bool, kind: str = "grpo") -> Ite
             quarantine = Quarantine(listed)
         # From here on each rank reports the clips that it decodes itself.
         quarantine.log = partial(log.message, every_rank=True)
+        stage = staging(model, processor, config.data.resize)
+        log.message(f"frames are resized by {'workers' if stage is None else stage.device}")
         source = stack.enter_context(
-            PromptSource(chosen.records, processor, config.data, quarantine, chosen.sampler)
+            PromptSource(
+                chosen.records, processor, config.data, quarantine, chosen.sampler, stage=stage
+            )
         )
         planner = Planner(
             model,
@@ -343,6 +420,19 @@ def open_run(config: TrainConfig, *, reference: bool, kind: str = "grpo") -> Ite
             memory=config.optim.memory_gib and config.optim.memory_gib * GIB,
             log=log.message,
         )
+        sampler: Sampler = OwnSampler(model, processor)
+        if kind == "grpo":
+            sampler = stack.enter_context(
+                open_sampler(
+                    config.rollout,
+                    config.model.path,
+                    model,
+                    processor,
+                    temperature=config.rollout.temperature,
+                    processes=accelerator.num_processes,
+                )
+            )
+            log.message(f"completions by {sampler.describe()}")
         yield Run(
             config=config,
             accelerator=accelerator,
@@ -359,6 +449,8 @@ def open_run(config: TrainConfig, *, reference: bool, kind: str = "grpo") -> Ite
             health=Health(config.optim.max_skipped_updates, log.message),
             stop=stack.enter_context(StopRequest(config.run.stop_grace)),
             identity=own,
+            sampler=sampler,
+            validation=validation,
         )
 
 
@@ -407,7 +499,7 @@ def remove_leftovers(output: Path, leftovers: list[Path]) -> None:
     renamed. Call it under the lock of the folder."""
     # Folders of exports, and `files.replacing`'s names of files: .<stem>.<process><suffix>.
     found = set(leftovers)  # a name may match two patterns
-    for pattern in (".model.*", ".adapter.*", ".*.[0-9]*"):
+    for pattern in (".model.*", ".adapter.*", ".best.*", ".*.[0-9]*"):
         found.update(output.glob(pattern))
     for path in found:
         if path.is_dir():

@@ -16,10 +16,12 @@ from vcr1_fast.train.planner import longest_first
 from vcr1_fast.train.setup import Run, open_run
 
 
-def right_answer(record: Record, think: bool = False) -> str:
+def right_answer(record: Record, think: bool = False, opened: str = "") -> str:
     """The right completion of a record; with `think`, after the record's `metadata.reasoning`.
 
-    ValueError where that is missing or empty: empty tags would teach the model not to reason.
+    `opened`: the part of the assistant's turn that the chat template has written (`Prompt.opened`),
+    which is not written a second time. ValueError where the reasoning is missing or empty: empty
+    tags would teach the model not to reason.
     """
     answer = TASKS[record.task].target(record)
     if not think:
@@ -29,6 +31,9 @@ def right_answer(record: Record, think: bool = False) -> str:
         raise ValueError(
             f"record {record.id!r}: data.think fine-tunes on metadata.reasoning, got {reasoning!r}"
         )
+    if opened:
+        # White space as the templates that open the reasoning write it.
+        return f"{reasoning.strip()}\n</think>\n\n{answer}"
     return f"<think>{reasoning.strip()}</think>{answer}"
 
 
@@ -48,20 +53,25 @@ def sft(config: TrainConfig) -> Path:
                 groups = [
                     Group(
                         one.prompt,
-                        [run.processor.completion(right_answer(one.record, config.data.think))],
+                        [
+                            run.processor.completion(
+                                right_answer(one.record, config.data.think, one.prompt.opened)
+                            )
+                        ],
                         features,
                     )
                     for one, features in zip(samples, vision, strict=True)
                 ]
                 metrics = update(run, groups, learning_rate(step, run.config.optim))
             seconds = sum(watch.seconds.values())
-            run.log.step(
+            run.log_step(
                 {
                     "step": step + 1,
                     **metrics,
                     "quarantined": run.missing(samples),
                     "tokens_per_second": metrics["num_tokens"] / max(seconds, 1e-9),
                     **{f"seconds/{name}": value for name, value in watch.seconds.items()},
+                    **run.validate(step + 1),
                 }
             )
             run.finish_step(step + 1)

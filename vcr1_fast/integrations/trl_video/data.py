@@ -101,9 +101,16 @@ def _rewards(task: Task) -> list[RewardFunction]:
             record: list[str],
             duration: list[float],
             think: list[bool],
+            opened: list[str] | None = None,
             **_: Any,
         ) -> list[float | None]:
-            texts = [turns[0]["content"] for turns in completions]
+            # The reasoning that the chat template opened is a part of the turn; a trainer that is
+            # not ours has no such column.
+            opened = [""] * len(completions) if opened is None else opened
+            texts = [
+                begun + turns[0]["content"]
+                for begun, turns in zip(opened, completions, strict=True)
+            ]
             records, scores = columns(texts, list(record), list(duration), list(think))
             values = iter(scores[name])
             return [None if one is None else next(values) for one in records]

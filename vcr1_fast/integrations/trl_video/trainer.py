@@ -166,7 +166,11 @@ class VideoGRPOTrainer(GRPOTrainer):
         shown, self._rows = self._show(inputs)
         self._shown[self.model.training] = shown
         rows = [  # a column named "image" would have TRL show pictures in its own way
-            {**{k: v for k, v in row.items() if k != "image"}, "duration": shown[i].duration}
+            {
+                **{k: v for k, v in row.items() if k != "image"},
+                "duration": shown[i].duration,
+                "opened": shown[i].prompt.opened,
+            }
             for row, i in zip(inputs, self._rows, strict=True)
         ]
         output = super()._generate_and_score_completions(rows)
@@ -183,7 +187,7 @@ class VideoGRPOTrainer(GRPOTrainer):
             if not isinstance(clip, Clip):
                 raise clip
             text, system = prompt_texts(row["prompt"])
-            prompt = self.processor.prompt(text, [clip], system=system)
+            prompt = self.processor.prompt(text, [clip], system=system, think=row.get("think"))
             shown.append(Shown(prompt, clip.duration))
         return shown, [i for i, (_, count) in enumerate(runs) for _ in range(count)]
 

@@ -1,12 +1,8 @@
 """Qwen2.5-VL: everything that knows the architecture."""
 
-from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
-
 from vcr1_fast.model.family import Family, LayerSizes, ModelSizes
-from vcr1_fast.model.last_layer import skip_unused_rows
 from vcr1_fast.model.qwen2_5_vl.preprocessor import LAYOUT
 from vcr1_fast.model.qwen2_5_vl.processor import Processor
 from vcr1_fast.model.qwen2_5_vl.tiny import TinyConfig, write_tiny
@@ -26,15 +22,6 @@ def _kv_layers(config: Any) -> range:
     if any(kind != "full_attention" for kind in config.layer_types):
         raise ValueError(f"sliding-window layers are not supported: {set(config.layer_types)}")
     return range(config.num_hidden_layers)
-
-
-def _prepare_language_model(language_model: Any) -> None:
-    skip_unused_rows(language_model.layers[-1])
-
-
-def _vision_inputs(levels: Sequence[Tensor], slots: Tensor) -> tuple[Tensor, dict[str, Any]]:
-    """One level of features: they are the embeddings."""
-    return levels[0], {}
 
 
 def _sizes(config: Any) -> ModelSizes:
@@ -66,25 +53,9 @@ FAMILY = Family(
     model_class=_model_class,
     layout=LAYOUT,
     load_processor=Processor.from_pretrained,
-    vision_encoder=lambda model: model.model.visual,
     prepare_vision=prepare_vision_encoder,
     encode=encode,
-    feature_levels=lambda config: 1,
-    vision_inputs=_vision_inputs,
-    language_model=lambda model: model.model.language_model,
     kv_layers=_kv_layers,
-    prepare_language_model=_prepare_language_model,
-    lora_targets=(
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "o_proj",
-        "gate_proj",
-        "up_proj",
-        "down_proj",
-    ),
-    vision_pattern=r".*\bvisual\b.*",
-    projection_prefixes=("merger.",),
     sizes=_sizes,
     tiny_config=TinyConfig,
     write_tiny=write_tiny,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vcr1_fast.model.preprocessor import IMAGE_FILE
-from vcr1_fast.model.tiny import SPECIAL_TOKENS, TAGS, train_tokenizer, write_random
+from vcr1_fast.model.tiny import SPECIAL_TOKENS, TAGS, chat_template, train_tokenizer, write_random
 
 __all__ = ["SPECIAL_TOKENS", "TAGS", "TinyConfig", "train_tokenizer", "write_tiny"]
 
@@ -102,7 +102,7 @@ def write_tiny(
         settings={IMAGE_FILE: _preprocessor_config(config)},
         max_positions=config.max_positions,
         seed=seed,
-        system=config.system,
+        template=chat_template(system=config.system),
     )
 
 

@@ -1,138 +1,36 @@
-"""Text and clips to the inputs of Qwen3-VL.
+"""The processor of Qwen3-VL: prompts with times as text, and the names of transformers' classes."""
 
-A clip is written as one line: for each temporal patch, the time at which it is shown and a separate
-vision block,
+from dataclasses import dataclass
+from typing import ClassVar
 
-    <0.2 seconds><|vision_start|><|video_pad|>...<|vision_end|><1.3 seconds><|vision_start|>...
+from vcr1_fast.model.timed_text import preprocessor
+from vcr1_fast.model.timed_text import processor as timed
 
-The chat template writes <|vision_start|><|video_pad|><|vision_end|> for a clip. transformers 4.57,
-by which the checkpoints were trained, and vLLM replace all three by the line above. transformers
-5.x replaces the pad token alone, so that an outer start and end token stay around the line: two
-tokens that the model has not seen there. `video_text` "trained" is the former, "installed" what
-the installed transformers does.
 
-The time of a temporal patch is the mean of its first and last frame's; a last frame without a
-partner counts twice. All else is as in transformers' Qwen3VLProcessor, value for value.
-"""
+@dataclass(frozen=True)
+class ImageProcessorConfig(preprocessor.ImageProcessorConfig):
+    """Settings of images, as Qwen3-VL's files name them."""
 
-import importlib.util
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cache
-from pathlib import Path
+    classes: ClassVar[dict[str, str]] = {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "processor_class": "Qwen3VLProcessor",
+    }
 
-from torch import Tensor
 
-from vcr1_fast.data.sampling import FrameConfig
-from vcr1_fast.model import processor as base
-from vcr1_fast.model.preprocessor import parse_settings, read_sources
-from vcr1_fast.model.processor import (
-    ClipLike,
-    Mrope,
-    VideoText,
-    read_chat_template,
-    read_tokenizer,
-)
-from vcr1_fast.model.qwen3_vl.frames import ClipFrames
-from vcr1_fast.model.qwen3_vl.positions import mrope_positions
-from vcr1_fast.model.qwen3_vl.preprocessor import ImageProcessorConfig, VideoProcessorConfig
+@dataclass(frozen=True)
+class VideoProcessorConfig(preprocessor.VideoProcessorConfig):
+    """Settings of clips, as Qwen3-VL's files name them."""
 
-START, PAD, END = "<|vision_start|>", "<|video_pad|>", "<|vision_end|>"
-_WITH_PAIR = re.compile("|".join(map(re.escape, (START + PAD + END, PAD))))
-_PAD_ALONE = re.compile(re.escape(PAD))
+    classes: ClassVar[dict[str, str]] = {
+        "video_processor_type": "Qwen3VLVideoProcessor",
+        "processor_class": "Qwen3VLProcessor",
+    }
 
 
 @dataclass(frozen=True, eq=False)
-class Processor(base.Processor):
-    """Renders, tokenises, cuts into patches and counts positions.
+class Processor(timed.Processor):
+    """The processor of a Qwen3-VL checkpoint."""
 
-    video, image: sizes and normalisation from the checkpoint's settings files. `mrope` changes
-    nothing, see `positions.py`.
-    """
-
-    frames: FrameConfig = field(default_factory=ClipFrames)
-    video: VideoProcessorConfig = field(default_factory=VideoProcessorConfig, kw_only=True)
-    image: ImageProcessorConfig = field(default_factory=ImageProcessorConfig, kw_only=True)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        directory: str | Path,
-        *,
-        mrope: Mrope = "trained",
-        video_text: VideoText = "trained",
-    ) -> "Processor":
-        """Read tokenizer, chat template, video and image settings of a checkpoint directory.
-        CheckpointError names the missing or unusable file."""
-        directory = Path(directory)
-        tokenizer = read_tokenizer(directory)
-        sources = read_sources(directory)
-        return cls(
-            tokenizer,
-            read_chat_template(directory, tokenizer),
-            sources,
-            mrope=mrope,
-            video_text=video_text,
-            video=parse_settings(directory, sources, VideoProcessorConfig()),
-            image=parse_settings(directory, sources, ImageProcessorConfig()),
-        )
-
-    def with_bounds(self, frames: FrameConfig) -> "Processor":
-        return self.with_video(
-            frame_pixels=(frames.min_pixels, frames.max_pixels), total_pixels=frames.total_pixels
-        ).with_image(**base.image_bounds(frames))
-
-    def with_frames(self, frames: FrameConfig, *, media_first: bool = False) -> "Processor":
-        return super().with_frames(ClipFrames.of(frames), media_first=media_first)
-
-    def expand(
-        self, rendered: str, clips: Sequence[ClipLike], grids: Tensor
-    ) -> tuple[str, list[int]]:
-        """Every temporal patch of a clip is a run, with its time before it."""
-        merged = self.video.layout.merge**2
-        runs: list[int] = []
-        lines: list[str] = []
-        for clip, (t, h, w) in zip(clips, grids.tolist(), strict=True):
-            runs += [h * w // merged] * t
-            if clip.fps is not None:
-                times = patch_times(clip, self.video.layout.temporal)
-                lines.append("".join(f"<{time:.1f} seconds>{START}{PAD}{END}" for time in times))
-        outer_pair = self.video_text == "installed" and installed_keeps_outer_pair()
-        pattern = _PAD_ALONE if outer_pair else _WITH_PAIR
-        written = iter(lines)
-        return pattern.sub(lambda _: next(written), rendered), runs
-
-    def positions(
-        self, ids: Tensor, types: Tensor, videos: Tensor, seconds: Tensor, images: Tensor
-    ) -> Tensor:
-        return mrope_positions(types, videos, images, merge=self.video.layout.merge)
-
-
-def patch_times(clip: ClipLike, temporal: int) -> list[float]:
-    """Seconds at which each temporal patch of a clip is shown. ValueError for another number of
-    times than frames."""
-    count = len(clip.frames)
-    given = getattr(clip, "times", None)
-    if given is None:
-        assert clip.fps is not None  # an image has no times
-        given = [index / clip.fps for index in range(count)]
-    times = [max(float(time), 0.0) for time in given]  # a time stamp may be rounded below 0
-    if len(times) != count:
-        raise ValueError(f"a clip of {count} frames has {len(times)} times")
-    times += times[-1:] * (-count % temporal)
-    return [(times[i] + times[i + temporal - 1]) / 2 for i in range(0, len(times), temporal)]
-
-
-@cache
-def installed_keeps_outer_pair() -> bool:
-    """Whether the installed transformers leaves a start and end token around a clip's line: its
-    processor replaces single placeholder tokens since 5.0.
-
-    Found in the source: importing transformers takes seconds, and `vcr1 doctor` imports nothing.
-    """
-    spec = importlib.util.find_spec("transformers")
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError("transformers is not installed")
-    source = Path(spec.origin).parent / "models/qwen3_vl/processing_qwen3_vl.py"
-    return "def replace_video_token(" in source.read_text(encoding="utf-8")
+    video_settings = VideoProcessorConfig
+    image_settings = ImageProcessorConfig
+    source = "models/qwen3_vl/processing_qwen3_vl.py"

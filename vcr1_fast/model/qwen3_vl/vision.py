@@ -1,7 +1,4 @@
-"""The vision encoder of Qwen3-VL: prepared for packed temporal patches, and called.
-
-It attends within a temporal patch, all of it, and takes positions from rows and columns alone.
-"""
+"""DeepStack: the vision encoder of Qwen3-VL gives features to several layers."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,13 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vcr1_fast.model.vision import use_packed_attention, use_patch_projection
-
-
-def prepare_vision_encoder(visual: Any) -> None:
-    """Let the encoder use `packed_attention` and `PatchProjection`."""
-    use_packed_attention(visual)
-    use_patch_projection(visual.patch_embed)
+from vcr1_fast.model.timed_text.vision import split_by_clip
 
 
 def encode(visual: Any, pixel_values: Tensor, grid_thw: Tensor) -> Sequence[Tensor]:
@@ -25,8 +16,7 @@ def encode(visual: Any, pixel_values: Tensor, grid_thw: Tensor) -> Sequence[Tens
     # some releases of transformers and whole in others.
     out = visual(pixel_values, grid_thw=grid_thw, return_dict=True)
     features = torch.cat([out.pooler_output, *out.deepstack_features], dim=1)
-    counts = grid_thw.prod(dim=1) // visual.spatial_merge_size**2
-    return torch.split(features, counts.tolist())
+    return split_by_clip(visual, features, grid_thw)
 
 
 def feature_levels(config: Any) -> int:

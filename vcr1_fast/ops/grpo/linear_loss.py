@@ -21,6 +21,7 @@ from torch import Tensor
 from vcr1_fast.ops.backend import opaque, schema_of
 from vcr1_fast.ops.gather_logprobs import accumulation_dtype
 from vcr1_fast.ops.grpo.config import GRPOLossConfig, decode
+from vcr1_fast.ops.grpo.logits_loss import logits_token_gradients_op
 from vcr1_fast.ops.grpo.loss import (
     LossArguments,
     grpo_loss_op,
@@ -28,15 +29,19 @@ from vcr1_fast.ops.grpo.loss import (
     name_metrics,
     times_upstream,
 )
-from vcr1_fast.ops.grpo.reference import METRICS, Completions, LossInputs
-from vcr1_fast.ops.grpo.token_loss import as_tokens, couples_tokens, take
+from vcr1_fast.ops.grpo.reference import METRICS, LossInputs
+from vcr1_fast.ops.grpo.tokens import TokenInputs, as_tokens, couples_tokens, pack
 from vcr1_fast.ops.lm_head import (
+    Chunk,
     Head,
     HeadGradients,
+    RowStatistics,
     check_chunk_rows,
     check_head,
     check_softcap,
     empty_gradients,
+    gather_rows_op,
+    scatter_rows_op,
     under_autocast,
 )
 
@@ -66,9 +71,15 @@ def _unpack_arguments(*arguments: Any) -> tuple[HeadArguments, LossArguments]:
 def _run(*arguments: Any) -> tuple[Tensor, ...]:
     """(loss, metrics, dhidden, dW, dbias); gradients that are not needed are (0,)."""
     given, args = _unpack_arguments(*arguments)
-    hidden, needed = given.hidden, given.needed
+    hidden, needed = given.hidden.reshape(-1, given.hidden.shape[-1]), given.needed
+    rows = None
+    if args.mask is not None:
+        # From here on there is no mask: a chunk is a slice, and nothing is gathered chunk by chunk.
+        args, rows = pack(args)
+        hidden = gather_rows_op(hidden, rows)
+    p = decode(args.parameters)
     head = Head(
-        hidden.reshape(-1, hidden.shape[-1]),
+        hidden,
         given.weight,
         given.bias,
         args.labels.reshape(-1, 1),
@@ -77,45 +88,71 @@ def _run(*arguments: Any) -> tuple[Tensor, ...]:
         given.softcap,
         args.entropy,
     )
-    logps = hidden.new_zeros(args.labels.shape, dtype=accumulation_dtype(hidden))
-    entropy = torch.zeros_like(logps) if args.entropy else None
-    inputs = args.inputs(logps, entropy)  # filled chunk by chunk below
-    p = decode(args.parameters)
     any_gradient = any(needed)
-    chunks, buffer = head.chunks(_valid_rows(inputs), given.chunk_rows, gradient=any_gradient)
+    chunks, buffer = head.chunks(given.chunk_rows, gradient=any_gradient)
     # Every chunk overwrites the same buffer, so gradients are taken before the next one.
     gradients = HeadGradients(head, needed, len(chunks))
-    tokens = as_tokens(inputs, p) if any_gradient and not couples_tokens(inputs, p) else None
+    one_pass = any_gradient and not couples_tokens(args.old_logps, p)
+    tokens = as_tokens(args) if one_pass else None
+    forward = []
     for part in chunks:
-        chunk = head.logits(part, buffer, gradient=tokens is not None)
-        statistics = head.forward(chunk)
-        # Also with one pass: the loss and its metrics are sums over all tokens, below.
-        logps.view(-1).index_copy_(0, part, statistics.logps[:, 0])
-        if entropy is not None:
-            entropy.view(-1).index_copy_(0, part, statistics.entropy)
-        if tokens is not None:
-            upstream = tokens.upstream(part, statistics.logps)
-            gradients.add(chunk, head.backward_(chunk, statistics, *upstream))
-    # All tokens again, which cost little beside a chunk's logits: metrics need the whole batch.
+        chunk = head.logits(part, buffer, gradient=one_pass)
+        if tokens is None:
+            forward.append(head.forward(chunk))
+            continue
+        statistics, inverse = _overwrite(head, chunk, tokens.part(part))
+        forward.append(statistics)
+        gradients.add(chunk, inverse)
+    logps, entropy = _joined(head, forward, args.labels.shape)
+    # All tokens at once, which cost little beside a chunk's logits: metrics need the whole batch.
+    inputs = args.inputs(logps, entropy if args.entropy else None)
     loss, grad_logps, grad_entropy, metrics = grpo_loss_op(*inputs, args.parameters)
     if any_gradient and tokens is None:
         # The logits again: keeping them would take the memory that chunks save.
-        flat_entropy = grad_entropy.reshape(-1) if grad_entropy.numel() else None
-        for part in chunks:
+        flat, bonus = grad_logps.reshape(-1), grad_entropy.reshape(-1)
+        for part, statistics in zip(chunks, forward, strict=True):
             chunk = head.logits(part, buffer, gradient=True)
-            statistics = head.forward(chunk)
-            g, h = grad_logps.reshape(-1).index_select(0, part), take(flat_entropy, part)
-            gradients.add(chunk, head.backward_(chunk, statistics, g, h))
+            upstream = flat[part], bonus[part] if bonus.numel() else None
+            gradients.add(chunk, head.backward_(chunk, statistics, *upstream))
     grad_hidden, grad_weight, grad_bias = gradients.results()
-    grad_hidden = grad_hidden.reshape(hidden.shape if needed[0] else (0,))
+    if needed[0]:
+        if rows is not None:
+            grad_hidden = scatter_rows_op(grad_hidden, rows, given.hidden[..., 0].numel())
+        grad_hidden = grad_hidden.reshape(given.hidden.shape)
     return loss, metrics, grad_hidden, grad_weight, grad_bias
 
 
-def _valid_rows(inputs: LossInputs) -> Tensor:
-    """Flat indices of the tokens that count."""
-    if inputs.mask is None:  # all: nothing to read, so nothing waits for a GPU
-        return torch.arange(inputs.logps.numel(), device=inputs.logps.device)
-    return Completions(inputs).mask.reshape(-1).nonzero()[:, 0]
+def _overwrite(
+    head: Head, chunk: Chunk, tokens: TokenInputs
+) -> tuple[RowStatistics, Tensor | None]:
+    """(statistics, inverse scale of float16) of a chunk whose logits become their gradient."""
+    if chunk.slope is not None or chunk.logits.dtype == torch.float16:
+        # The gradient is scaled by what is known after the log-probs, or once more multiplied.
+        statistics = head.forward(chunk)
+        upstream = tokens.gradients(statistics.logps[:, 0]), tokens.grad_entropy
+        return statistics, head.backward_(chunk, statistics, *upstream)
+    logps, entropy = logits_token_gradients_op(
+        chunk.logits,
+        *head.arguments(chunk.rows),
+        *tokens.inputs,
+        tokens.grad_entropy,
+        head.entropy,
+        tokens.parameters,
+    )
+    none = logps.new_empty(0)
+    return RowStatistics(logps, entropy, none, none), None
+
+
+def _joined(head: Head, chunks: list[RowStatistics], shape: torch.Size) -> tuple[Tensor, Tensor]:
+    """(logps, entropy) of all chunks' rows; the latter means nothing unless it was asked for."""
+    if not chunks:
+        empty = head.hidden.new_empty(shape, dtype=accumulation_dtype(head.hidden))
+        return empty, empty
+    logps, entropy = ([getattr(x, name) for x in chunks] for name in ("logps", "entropy"))
+    out = [
+        x[0] if len(x) == 1 else torch.cat(x) for x in (logps, entropy if head.entropy else logps)
+    ]
+    return out[0].reshape(shape), out[1].reshape(shape)
 
 
 def _fake(*arguments: Any) -> tuple[Tensor, ...]:

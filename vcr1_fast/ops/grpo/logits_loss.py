@@ -41,8 +41,8 @@ from vcr1_fast.ops.grpo.loss import (
     native_parameters,
     times_upstream,
 )
-from vcr1_fast.ops.grpo.reference import METRICS, Completions, LossInputs, map_tensors
-from vcr1_fast.ops.grpo.token_loss import as_tokens, couples_tokens
+from vcr1_fast.ops.grpo.reference import METRICS, LossInputs
+from vcr1_fast.ops.grpo.tokens import TokenInputs, as_tokens, couples_tokens, grpo_tokens_op
 
 
 def reference(
@@ -83,14 +83,14 @@ class LogitsOutputs(NamedTuple):
 class _Rows:
     """The arguments of the op as the ops on rows of logits take them."""
 
-    def __init__(self, logits: Tensor, arguments: LossArguments) -> None:
-        self.arguments = arguments
-        # Log-probs of the right shape, for what depends on shapes only. Values come later.
-        self.inputs = arguments.inputs(logits[..., 0], None)
-        self.labels = arguments.labels[..., None].contiguous()
-        self.mask = None
-        if arguments.mask is not None or arguments.cu_seqlens is not None:
-            self.mask = Completions(self.inputs).mask.contiguous()
+    def __init__(self, arguments: LossArguments, tokens: TokenInputs | None = None) -> None:
+        """tokens: the loss's tokens one by one, if that is possible and wanted."""
+        self.arguments, self.tokens = arguments, tokens
+        self.labels = arguments.labels[..., None]
+        self.mask = arguments.mask
+        if arguments.cu_seqlens is not None:  # a token may be in no completion
+            keep = grpo_tokens_op(*arguments)[0] if tokens is None else tokens.keep
+            self.mask = keep.reshape(arguments.labels.shape)
         self.state = (self.mask, arguments.row_temperature, arguments.temperature)
 
     def loss(self, logps: Tensor, entropy: Tensor) -> tuple[Tensor, ...]:
@@ -121,30 +121,38 @@ def _two_passes_(logits: Tensor, rows: _Rows) -> tuple[Tensor, Tensor]:
     return loss, metrics
 
 
-def _fits_one_pass(logits: Tensor, rows: _Rows) -> bool:
+def _fits_one_pass(logits: Tensor, arguments: LossArguments) -> bool:
     """Whether the CUDA kernel takes these logits and this loss."""
     return (
         logits.dtype in KERNEL_DTYPES
         and logits.stride(-1) == 1
-        and not couples_tokens(rows.inputs, decode(rows.arguments.parameters))
+        and not couples_tokens(arguments.old_logps, decode(arguments.parameters))
     )
 
 
 def _one_pass(logits: Tensor, rows: _Rows, grad: Tensor) -> tuple[Tensor, Tensor]:
     """(loss, metrics); writes the logits' gradient to `grad`, which may be the logits."""
-    with_entropy = rows.arguments.entropy
-    logps, entropy, lse, stats = allocate(logits, rows.labels, with_entropy)
-    # The values of `logps` are not there yet: weights depend on counts and shapes only.
-    tokens = as_tokens(rows.inputs._replace(logps=logps[..., 0]), decode(rows.arguments.parameters))
-    # The kernel indexes tokens by row number; a token costs 4 bytes, a row of logits 2 V.
-    dense = map_tensors(Tensor.contiguous, tokens.inputs)
+    assert rows.tokens is not None
+    state = (rows.labels, *rows.state)
+    logps, entropy = _launch(logits, state, rows.tokens, grad, rows.arguments.entropy)
+    # The kernel weights its tokens; the loss and its metrics are sums over all of them afterwards.
+    loss, _, _, metrics = rows.loss(logps, entropy)
+    return loss, metrics
+
+
+def _launch(
+    logits: Tensor, state: tuple[Any, ...], tokens: TokenInputs, grad: Tensor, with_entropy: bool
+) -> tuple[Tensor, Tensor]:
+    """(logps, entropy) of rows of logits; `state`: labels, mask, temperatures, temperature."""
+    labels, mask, row_temperature, temperature = state
+    logps, entropy, lse, stats = allocate(logits, labels, with_entropy)
     native.logits_grpo_loss(
         logits=logits,
-        labels=rows.labels,
-        mask=rows.mask,
-        row_temperature=rows.arguments.row_temperature,
-        temperature=rows.arguments.temperature,
-        tokens=dense,
+        labels=labels,
+        mask=mask,
+        row_temperature=row_temperature,
+        temperature=temperature,
+        tokens=tokens.inputs,
         parameters=native_parameters(tokens.parameters),
         outputs=LogitsOutputs(
             logps=logps,
@@ -155,36 +163,57 @@ def _one_pass(logits: Tensor, rows: _Rows, grad: Tensor) -> tuple[Tensor, Tensor
             grad_entropy=tokens.grad_entropy if with_entropy else None,
         ),
     )
-    # The kernel weights its tokens; the loss and its metrics are sums over all of them afterwards.
-    loss, _, _, metrics = rows.loss(logps, entropy)
-    return loss, metrics
+    return logps, entropy
 
 
 def _run(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     *rest, gradient = arguments
-    return _two_passes(logits, _Rows(logits, LossArguments(*rest)), gradient)
+    return _two_passes(logits, _Rows(LossArguments(*rest)), gradient)
 
 
 def _run_(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    return _two_passes_(logits, _Rows(logits, LossArguments(*arguments)))
+    return _two_passes_(logits, _Rows(LossArguments(*arguments)))
 
 
 def _cuda(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     *rest, gradient = arguments
-    rows = _Rows(logits, LossArguments(*rest))
+    args = LossArguments(*rest)
     # Without a gradient there is nothing to write, and one read is all that is needed.
-    if not gradient or not _fits_one_pass(logits, rows):
-        return _two_passes(logits, rows, gradient)
+    if not gradient or not _fits_one_pass(logits, args):
+        return _two_passes(logits, _Rows(args), gradient)
     # Contiguous, whatever the logits' strides: the kernel then writes whole sectors.
     grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    return *_one_pass(logits, rows, grad), grad
+    return *_one_pass(logits, _Rows(args, as_tokens(args)), grad), grad
 
 
 def _cuda_(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    rows = _Rows(logits, LossArguments(*arguments))
-    if not _fits_one_pass(logits, rows):
-        return _two_passes_(logits, rows)
-    return _one_pass(logits, rows, logits)
+    args = LossArguments(*arguments)
+    if not _fits_one_pass(logits, args):
+        return _two_passes_(logits, _Rows(args))
+    return _one_pass(logits, _Rows(args, as_tokens(args)), logits)
+
+
+def _unpack_rows(arguments: tuple[Any, ...]) -> tuple[tuple[Any, ...], TokenInputs, bool]:
+    """(labels, mask, temperatures and temperature; the tokens; whether to compute entropies)."""
+    state, (*rest, grad_entropy, with_entropy, parameters) = arguments[:4], arguments[4:]
+    inputs = LossInputs(*rest)
+    return state, TokenInputs(state[0], inputs, grad_entropy, parameters), with_entropy
+
+
+def _overwrite_(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    state, tokens, with_entropy = _unpack_rows(arguments)
+    labels, *rest = state
+    logps, entropy, _, stats = forward_op(logits, labels, *rest, with_entropy)
+    gradients = tokens.gradients(logps[:, 0])[:, None]
+    inplace_backward_op(logits, labels, logps, stats, *rest, gradients, tokens.grad_entropy, None)
+    return logps, entropy
+
+
+def _overwrite_cuda_(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    if logits.dtype not in KERNEL_DTYPES:
+        return _overwrite_(logits, *arguments)
+    state, tokens, with_entropy = _unpack_rows(arguments)
+    return _launch(logits, state, tokens, logits, with_entropy)
 
 
 def _fake_(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -213,6 +242,17 @@ inplace_logits_grpo_loss_op = Op(
 for _backend in ("reference", "cpu", "triton"):
     logits_grpo_loss_op.register(_backend, _run)
     inplace_logits_grpo_loss_op.register(_backend, _run_)
+# Rows of logits (n, V) that a head has just made, overwritten with their gradient.
+logits_token_gradients_op = Op(
+    "logits_token_gradients_",
+    "(Tensor(a!) logits, Tensor labels, Tensor? mask, Tensor? row_temperature, float temperature, "
+    f"{schema_of(LossInputs).replace('Tensor logps', 'Tensor? unused', 1)}, "
+    "Tensor? grad_entropy, bool entropy, str parameters) -> (Tensor logps, Tensor entropy)",
+    lambda logits, labels, *rest: allocate(logits, labels, rest[-2])[:2],
+)
+for _backend in ("reference", "cpu", "triton"):
+    logits_token_gradients_op.register(_backend, _overwrite_)
+logits_token_gradients_op.register("cuda", _overwrite_cuda_)
 logits_grpo_loss_op.register("cuda", _cuda)
 inplace_logits_grpo_loss_op.register("cuda", _cuda_)
 

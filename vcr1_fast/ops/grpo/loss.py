@@ -72,14 +72,12 @@ def _native(*arguments: Any) -> tuple[Tensor, ...]:
     if inputs.denominator is not None and not _fits(inputs.denominator, logps.dtype, logps):
         inputs = inputs._replace(denominator=inputs.denominator.to(logps.device, logps.dtype))
     sequences = len(logps) if offsets is None else len(offsets) - 1
-    # Packed tensors may hold tokens outside every segment, which the kernel does not visit.
-    new = torch.empty_like if offsets is None else torch.zeros_like
     with_entropy = inputs.entropy is not None and decode(parameters).entropy_coef
     scratch = sequences * native.grpo_loss_scratch
     outputs = LossOutputs(
         loss=logps.new_empty(()),
-        grad_logps=new(logps),
-        grad_entropy=new(logps) if with_entropy else logps.new_empty(0),
+        grad_logps=torch.empty_like(logps),
+        grad_entropy=torch.empty_like(logps) if with_entropy else logps.new_empty(0),
         metrics=logps.new_empty(len(METRICS)),
         scratch=torch.empty(scratch, dtype=torch.float64, device=logps.device),
     )
@@ -396,20 +394,24 @@ def loss_arguments(
     row_temperature, scalar = row_temperatures(temperature, labels.shape, like.device)
     dtype = accumulation_dtype(like)
 
-    def constant(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.detach().to(dtype)
+    # As the kernels read them, so that no conversion is made twice.
+    def constant(x: Tensor | None, dtype: torch.dtype = dtype) -> Any:
+        return None if x is None else x.detach().to(like.device, dtype).contiguous()
 
+    mask = inputs.mask
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask != 0
     return LossArguments(
-        labels=labels.to(torch.int64),
+        labels=labels.to(torch.int64).contiguous(),
         row_temperature=row_temperature,
         old_logps=constant(inputs.old_logps),
-        advantages=inputs.advantages.detach().to(dtype),
-        mask=inputs.mask,
+        advantages=constant(inputs.advantages),
+        mask=constant(mask, torch.bool),
         ref_logps=constant(inputs.ref_logps),
         rollout_logps=constant(inputs.rollout_logps),
         token_weights=constant(inputs.token_weights),
-        cu_seqlens=inputs.cu_seqlens,
-        denominator=denominator(config),
+        cu_seqlens=constant(inputs.cu_seqlens, torch.int64),
+        denominator=constant(denominator(config)),
         temperature=scalar,
         entropy=entropy or config.entropy_coef != 0,
         parameters=encode(config),

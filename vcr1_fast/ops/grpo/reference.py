@@ -56,9 +56,10 @@ VESPO_LOG_CEILING = 20.0
 class LossInputs(NamedTuple):
     """The tensor arguments of the op `grpo_loss`, in the order of its schema.
 
-    `grpo_loss` documents them. Log-probs, advantages and weights have one dtype. `weights` (B,):
-    the loss weight of a token of each completion, in place of the aggregation's. `denominator`:
-    the count that the aggregation divides by, 0-d.
+    `grpo_loss` documents them. Log-probs, advantages and weights have one dtype. Packed advantages
+    (N, 1) are one per token even if N = B. `weights` (B,): the loss weight of a token of each
+    completion, in place of the aggregation's. `denominator`: the count that the aggregation divides
+    by, 0-d.
     """
 
     logps: Tensor
@@ -124,9 +125,9 @@ class Completions:
         return x[self._index] if self.count else x.new_zeros(self._shape)
 
     def per_token(self, x: Tensor) -> Tensor:
-        """(B,), (B, 1) or (tokens) -> (tokens), zero outside the mask."""
+        """(B,), (tokens), or packed (N, 1) -> (tokens), zero outside the mask."""
         per_sequence = x.ndim == 1 and (self._offsets is None or x.shape[0] == self.count)
-        return self.keep(self.spread(x) if per_sequence else x)
+        return self.keep(self.spread(x) if per_sequence else x.reshape(self._shape))
 
     def keep(self, x: Tensor) -> Tensor:
         """x inside the mask, 0 elsewhere."""

@@ -1,17 +1,15 @@
-"""The GRPO loss token by token: unreduced, and for heads that compute log-probs chunk by chunk.
+"""The GRPO loss token by token, for trainers that average the loss themselves.
 
     loss_t = F_t P_t + beta K_t [r_t]
 
 with the terms of `reference.py`. The derivative of sum_t u_t loss_t, for upstream gradients u_t, is
 the one written there with u_t in place of the aggregation's weights.
 
-`grpo_token_loss` is for trainers that average the loss themselves. It is plain torch on every
-backend: a few dozen launches on (B, T), which `grpo_loss` does in two.
+Plain torch on every backend: a few dozen launches on (B, T), which `grpo_loss` does in two.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -20,17 +18,8 @@ from torch import Tensor
 from vcr1_fast.ops.backend import check_one_device
 from vcr1_fast.ops.gather_logprobs import accumulation_dtype
 from vcr1_fast.ops.grpo.config import GRPOLossConfig, LossParameters, parameters_of
-from vcr1_fast.ops.grpo.loss import check_inputs, grpo_loss_op
-from vcr1_fast.ops.grpo.reference import (
-    Completions,
-    LossInputs,
-    aggregation_weights,
-    clipped_tokens,
-    entropy_weights,
-    map_tensors,
-    rollout_correction,
-    token_terms,
-)
+from vcr1_fast.ops.grpo.loss import check_inputs
+from vcr1_fast.ops.grpo.reference import LossInputs, clipped_tokens, token_terms
 
 
 class TokenLosses(NamedTuple):
@@ -120,74 +109,3 @@ def grpo_token_loss(
         token_weights=constant(token_weights),
     )
     return TokenLosses(*_TokenLoss.apply(logps.to(dtype), constants, parameters_of(config)))
-
-
-def couples_tokens(inputs: LossInputs, p: LossParameters) -> bool:
-    """Whether a token's gradient depends on log-probs of its completion's other tokens."""
-    return (
-        p.level != "token"
-        or p.loss_type == "vespo"
-        or math.isfinite(p.off_policy_threshold)
-        # The correction of a completion is known beforehand only from given old log-probs.
-        or (p.rollout_correction.startswith("sequence") and inputs.old_logps is None)
-    )
-
-
-class TokenInputs(NamedTuple):
-    """The loss's inputs as flat vectors, one value per token, for losses without `couples_tokens`.
-
-    A chunk of tokens goes through the op `grpo_loss` as completions of one token each, (n, 1), with
-    the weight that each token has in the whole batch.
-    """
-
-    inputs: LossInputs
-    grad_entropy: Tensor | None
-    parameters: str
-
-    def upstream(self, tokens: Tensor, logps: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(dloss/dlogp, dloss/dentropy), (n,) each, of the tokens (n,) with logps (n, 1)."""
-        chunk = map_tensors(lambda x: x.index_select(0, tokens), self.inputs)
-        columns = map_tensors(lambda x: x[:, None], chunk)
-        # The weights are one per completion, (n,), and not one per token of it.
-        columns = columns._replace(logps=logps, weights=chunk.weights)
-        _, grad_logps, _, _ = grpo_loss_op(*columns, self.parameters)
-        return grad_logps[:, 0], take(self.grad_entropy, tokens)
-
-
-def as_tokens(inputs: LossInputs, p: LossParameters) -> TokenInputs:
-    """The inputs of single tokens whose losses add up to the loss of `inputs`."""
-    rows = Completions(inputs)
-    counts = rows.sum(rows.mask.to(inputs.logps.dtype))
-    weights = rows.keep(rows.spread(aggregation_weights(inputs, p, counts)))
-    grad_entropy = None
-    if p.entropy_coef:
-        grad_entropy = -p.entropy_coef * entropy_weights(inputs, p, rows, weights)
-    rollout = inputs.rollout_logps
-    if p.rollout_correction.startswith("sequence"):
-        assert inputs.old_logps is not None  # otherwise `couples_tokens`
-        # The weight of a completion is a constant of its old log-probs. Its tokens get it through a
-        # sampler's log-prob that gives each of them that weight, without bounds.
-        old = rows.keep(inputs.old_logps)
-        rollout = old - rollout_correction(inputs, p, rows, old).weight.log()
-        p = p.replace(
-            rollout_correction="token_truncate", rollout_min=-math.inf, rollout_max=math.inf
-        )
-
-    def flat(x: Tensor | None) -> Tensor | None:
-        return x if x is None else x.reshape(-1)
-
-    tokens = LossInputs(
-        logps=None,  # type: ignore[arg-type]  # comes chunk by chunk
-        old_logps=flat(inputs.old_logps),
-        advantages=rows.per_token(inputs.advantages).reshape(-1),
-        mask=None,
-        ref_logps=flat(inputs.ref_logps),
-        rollout_logps=flat(rollout),
-        token_weights=flat(inputs.token_weights),
-        weights=weights.reshape(-1),
-    )
-    return TokenInputs(tokens, flat(grad_entropy), p.encode())
-
-
-def take(x: Tensor | None, rows: Tensor) -> Tensor | None:
-    return x if x is None else x.index_select(0, rows)

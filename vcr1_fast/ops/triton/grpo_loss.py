@@ -578,7 +578,9 @@ def grpo_loss(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         metrics=empty(len(METRICS)),
         sums=empty((sequences, _COLUMNS.value)),
     )
-    options, values = _split(p, inputs.advantages.numel() != sequences)
+    # Packed (N, 1): one per token even if N = B.
+    column = inputs.cu_seqlens is not None and inputs.advantages.ndim == 2
+    options, values = _split(p, column or inputs.advantages.numel() != sequences)
     given = {"token_mean": 0.0, "num_items": p.num_items}
     count = given.get(options.aggregation, p.num_sequences)
     if count == 0.0 and options.aggregation not in given and not options.exclude_empty:

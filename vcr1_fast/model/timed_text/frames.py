@@ -1,8 +1,8 @@
-"""Which frames of a clip Qwen3-VL sees.
+"""Which frames of a clip are shown, with their times, to a model that reads times as text.
 
-The rule of transformers' Qwen3VLVideoProcessor: at `fps` of the clip's length, any number of frames
-(an odd one fills its last temporal patch with the last frame twice), at even distances from the
-first frame to the last.
+The rule of the families' video processor in transformers: at `fps` of the clip's length, any number
+of frames (an odd one fills its last temporal patch with the last frame twice), at even distances
+from the first frame to the last.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Three-axis rotary positions (M-RoPE) of Qwen3-VL prompts.
+"""Three-axis rotary positions (M-RoPE) of prompts in which times are text.
 
 Every token has a (time, height, width) position. Text counts up by one on all three axes together.
 Time is given as text, not by positions: each temporal patch of a clip is a separate block, in which
@@ -8,8 +8,8 @@ the merged patch in row y and column x has, after text that ended at position s 
 
 and the text after it resumes at s + max(rows, columns). An image is one such block.
 
-Source: `get_rope_index` of transformers' Qwen3VLModel, the same in 4.57 and in 5.x. So
-there is one convention, and `mrope` changes nothing.
+Source: `get_rope_index` of the families' models in transformers, the same in all releases from 4.57
+on. So there is one convention, and `mrope` changes nothing.
 """
 
 from itertools import groupby

@@ -1,4 +1,4 @@
-"""Sizes and normalisation of Qwen3-VL's images and clips.
+"""Sizes and normalisation of images and clips, for families whose times are text.
 
 A clip has one pixel budget for all its frames together, within which frames keep their size.
 """
@@ -24,10 +24,10 @@ def clip_size(
 ) -> tuple[int, int]:
     """(height, width) in pixels of a clip's frames, multiples of `layout.token`.
 
-    `smart_resize` of transformers' Qwen3VLVideoProcessor. A frame with a side below one token is
-    enlarged first; then both sides are rounded to the nearest multiple (halves to even). Where all
-    frames together, their number rounded to whole temporal patches, leave [min_pixels, max_pixels],
-    the frame is scaled with its aspect ratio kept and the sides are rounded inwards.
+    `smart_resize` of the families' video processor in transformers. A frame with a side below one
+    token is enlarged first; then both sides are rounded to the nearest multiple (halves to even).
+    Where all frames together, their number rounded to whole temporal patches, leave [min_pixels,
+    max_pixels], the frame is scaled with its aspect ratio kept and the sides are rounded inwards.
 
     ValueError for fewer frames than a temporal patch has, and as `base.check_shape`.
     """
@@ -54,12 +54,8 @@ def clip_size(
 
 @dataclass(frozen=True)
 class ImageProcessorConfig(base.ImageProcessorConfig):
-    """How an image becomes patches; the defaults are those of the released checkpoints."""
-
-    classes: ClassVar[dict[str, str]] = {
-        "image_processor_type": "Qwen2VLImageProcessor",
-        "processor_class": "Qwen3VLProcessor",
-    }
+    """How an image becomes patches; the defaults are those of the released checkpoints. A family
+    adds the names of transformers' classes (`classes`)."""
 
     min_pixels: int = 64 * 32 * 32
     max_pixels: int = 16_384 * 32 * 32
@@ -73,18 +69,14 @@ class ImageProcessorConfig(base.ImageProcessorConfig):
 class VideoProcessorConfig(ImageProcessorConfig):
     """How frames become patches.
 
-    min_pixels, max_pixels: of a clip, all frames together; the defaults are those of transformers'
-    Qwen3VLVideoProcessor. cap_pixels_per_frame, max_video_tokens: transformers' settings of these
+    min_pixels, max_pixels: of a clip, all frames together; the defaults are those of the families'
+    video processor in transformers. cap_pixels_per_frame, max_video_tokens: its settings of these
     names, a further limit for each frame. frame_pixels: (fewest, most) of a frame as a run sets
     them, in the place of all these limits; total_pixels: a run's budget for a clip, of which two
     frames, one temporal patch, count once, as in qwen-vl-utils.
     """
 
     section: ClassVar[str] = "video_processor"
-    classes: ClassVar[dict[str, str]] = {
-        "video_processor_type": "Qwen3VLVideoProcessor",
-        "processor_class": "Qwen3VLProcessor",
-    }
 
     min_pixels: int = 128 * 32 * 32
     max_pixels: int = 768 * 32 * 32

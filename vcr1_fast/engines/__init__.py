@@ -1,0 +1,1 @@
+"""What samples completions: one interface, and the engines behind it."""
