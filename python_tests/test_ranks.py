@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from vcr1_fast.train import ranks
+from vcr1_fast.train.config import RunConfig
 
 
 @pytest.mark.parametrize(
@@ -45,8 +46,8 @@ def test_a_world_of_another_size_stops():
 
 def test_deepspeed_and_missing_gpus_are_named(monkeypatch):
     with pytest.raises(ValueError, match="DeepSpeed, which is not supported"):
-        ranks.open_ranks("auto", {"ACCELERATE_USE_DEEPSPEED": "true"})
+        ranks.open_ranks(RunConfig("run"), {"ACCELERATE_USE_DEEPSPEED": "true"})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ValueError, match=r"process 2 of this machine has no GPU: 2 are visible"):
-        ranks.open_ranks("auto", {"LOCAL_RANK": "2"})
+        ranks.open_ranks(RunConfig("run"), {"LOCAL_RANK": "2"})

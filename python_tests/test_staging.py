@@ -66,11 +66,11 @@ def media(tmp_path_factory):
     }
 
 
-@pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl"])
+@pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl", "qwen3_5"])
 def processor(request, tmp_path_factory):
     model, _ = write_inputs(tmp_path_factory.mktemp(request.param), family=request.param)
     loaded = checkpoint.load_processor(model).with_frames(FRAMES)
-    assert loaded.video.layout.patch == {"qwen2_5_vl": 14, "qwen3_vl": 16}[request.param]
+    assert loaded.video.layout.patch == (14 if request.param == "qwen2_5_vl" else 16)
     return loaded
 
 

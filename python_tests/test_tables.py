@@ -258,6 +258,34 @@ def test_a_wrong_format_is_said_once_with_a_guess(tmp_path, capsys, name, text, 
     assert told in said and len(said.splitlines()) == 1 and str(path) in said
 
 
+GOOD = '{"id": "a", "video": "a.mp4", "task": "numeric", "prompt": {"question": "?"}, "answer": 3}'
+
+
+@pytest.mark.parametrize("damaged", [text for text, _ in WRONG["a.jsonl"]])
+def test_a_row_that_looks_like_another_format_costs_no_other(tmp_path, damaged):
+    path = tmp_path / "a.jsonl"
+    for text in (f"{damaged}\n{GOOD}\n", f"{GOOD}\n{damaged}\n"):
+        path.write_text(text)
+        bad = Quarantine()
+        records = load_records(path, on_error="quarantine", quarantine=bad)
+        assert [record.id for record in records] == ["a"]
+        rows = [line for line in damaged.splitlines() if line.strip()]
+        first = 1 if text.startswith(damaged) else 2
+        assert [item.source for item in bad.items] == [
+            f"{path}:{first + i}" for i in range(len(rows))
+        ]
+
+
+@pytest.mark.parametrize(
+    "text", ["[\n" + GOOD + ",\n" + GOOD.replace('"a"', '"b"') + "\n]", f"[\n{GOOD}\n]"]
+)
+def test_a_list_whose_last_line_is_an_object_is_a_list(tmp_path, text):
+    path = tmp_path / "a.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"looks like a JSON list; name it a\.json"):
+        load_records(path, on_error="quarantine", quarantine=Quarantine())
+
+
 def test_a_folder_is_said_to_be_one(tmp_path):
     with pytest.raises(ValueError, match=r"a folder, not a file of records$"):
         load_records(tmp_path)

@@ -43,10 +43,20 @@ def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
         rows = _read_json(path)
     else:
         rows = _read_json_lines(path)
-    for index, (number, row) in enumerate(rows):
-        if index == 0:
-            _refuse_chat(path, row)
+    # Conversations all along are another format; beside records they are rows without a task.
+    chats: list[tuple[int, Any]] | None = []
+    for number, row in rows:
+        if chats is not None and _chat_format(row):
+            chats.append((number, row))
+            continue
+        yield from chats or ()
+        chats = None
         yield number, row
+    if chats:
+        raise ValueError(
+            f"{path}: conversations, not records: vcr1 data convert {_chat_format(chats[0][1])} "
+            f"{path} OUT.jsonl --media FOLDER --task TASK"
+        )
 
 
 def complete(row: Any, *, made_id: str, task: str | None = None) -> Any:
@@ -190,12 +200,18 @@ def _same(one: str, other: Any) -> bool:
 
 
 def _read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    first = True
-    for number, line in read_lines(path):
-        if first and (guess := _guess(path, line)):
+    for index, (number, line) in enumerate(read_lines(path)):
+        if index == 0 and (guess := _guess(path, line)) and not _has_objects(path):
             raise ValueError(f"{path}: not JSON Lines: {guess}")
-        first = False
         yield number, _decode(line)
+
+
+def _has_objects(path: Path) -> bool:
+    """Whether a line of the file is a JSON object: its first line is then a damaged one, unless the
+    file as a whole is one JSON value, with an object in the last line, say."""
+    if not any(isinstance(_decode(line), dict) for _, line in read_lines(path)):
+        return False
+    return isinstance(_decode(path.read_bytes()), FieldError)
 
 
 def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
@@ -287,21 +303,16 @@ def _guess(path: Path, line: bytes) -> str | None:
     return None
 
 
-def _refuse_chat(path: Path, row: Any) -> None:
-    """ValueError, with the command that converts it, for a file of conversations."""
+def _chat_format(row: Any) -> str | None:
+    """The name by which `vcr1 data convert` knows a row of conversations; None for another row."""
     if not isinstance(row, dict) or "task" in row:
-        return
-    kind = None
+        return None
+    if isinstance(row.get("prompt"), list):
+        return "trl"
     for name, known in zip(_CHAT, ("messages", "sharegpt"), strict=True):
         if isinstance(row.get(name), list):
-            kind = known
-    if isinstance(row.get("prompt"), list):
-        kind = "trl"
-    if kind is not None:
-        raise ValueError(
-            f"{path}: conversations, not records: vcr1 data convert {kind} {path} OUT.jsonl "
-            "--media FOLDER --task TASK"
-        )
+            return known
+    return None
 
 
 def _folder_hint(path: Path) -> str:

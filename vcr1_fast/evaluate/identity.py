@@ -29,6 +29,7 @@ _IDENTITY = (
     "perception",
     "decoder",
     "dtype",
+    "engine",
 )
 
 _COMPLETIONS = "completions.*.jsonl"

@@ -26,11 +26,11 @@ from vcr1_fast.ops import GRPOLossConfig
 from vcr1_fast.rewards.plugin import load_reward
 from vcr1_fast.train.advantages import advantages_of, rank_slice
 from vcr1_fast.train.config import TrainConfig
-from vcr1_fast.train.groups import PolicyGroup, step_loss_config
+from vcr1_fast.train.groups import PolicyGroup, minibatches_of, step_loss_config
 from vcr1_fast.train.log import Stopwatch
 from vcr1_fast.train.metrics import log_completions, merge_metrics, step_row, to_numbers
 from vcr1_fast.train.optim import clipped_step, learning_rate
-from vcr1_fast.train.planner import MicroBatch, equal_parts, longest_first
+from vcr1_fast.train.planner import MicroBatch, longest_first
 from vcr1_fast.train.policy_loss import policy_loss
 from vcr1_fast.train.reference import with_reference_logps
 from vcr1_fast.train.rollouts import check_rollout_gap, sample_completions
@@ -102,13 +102,12 @@ def update_policy(run: Run, groups: Sequence[PolicyGroup], lr: float) -> dict[st
     """
     config = run.config
     needs_every_group = config.loss.beta != 0 or config.loss.entropy_coef != 0
-    minibatches = equal_parts(groups, config.optim.inner_steps) * config.optim.inner_epochs
+    minibatches = minibatches_of(groups, config.optim)
     collected: list[dict[str, float]] = []
     norms: list[float] = []
     skipped_updates = unshared_tokens = 0
     for number, minibatch in enumerate(minibatches):
-        # Counts over all ranks and micro-batches, skipped groups included: the loss is normalised
-        # over the whole optimiser step, whatever the micro-batches are and wherever they run.
+        # Over all ranks and micro-batches, skipped groups included: the whole step's denominators.
         counts = torch.tensor(
             [
                 sum(len(one.lengths) for one in minibatch),
@@ -146,6 +145,7 @@ def update_policy(run: Run, groups: Sequence[PolicyGroup], lr: float) -> dict[st
         "skipped_updates": skipped_updates,
         "skipped_groups": 0 if needs_every_group else sum(silent),
         "zero_advantage_groups": sum(silent) / max(len(silent), 1),
+        **run.traffic.take(),
         "saved_tokens": 1.0 - merged.get("num_run_tokens", 0.0) / max(unshared_tokens, 1),
     }
 
@@ -154,6 +154,7 @@ def accumulate_gradients(
     run: Run, groups: Sequence[PolicyGroup], loss_config: GRPOLossConfig, *, on_policy: bool
 ) -> list[dict[str, float]]:
     """Leave the gradient of the groups' loss in the parameters; the micro-batches' metrics."""
+    run.gather()
     unencoded = [one.with_vision(None) for one in groups]
     features = [one.group.vision for one in groups if one.group.vision is not None]
     leaves: list[Tensor] = []
@@ -174,8 +175,7 @@ def accumulate_gradients(
     metrics: list[dict[str, Tensor]] = []
     for attempt in run.planner.attempts(longest_first(first), longest_first(retry)):
         with attempt as micro_batches:
-            # A backward pass that ran out of memory left part of its gradients.
-            run.optimizer.zero_grad()
+            run.optimizer.zero_grad()  # a pass that ran out of memory left parts of gradients
             metrics = [
                 one
                 for batch in micro_batches

@@ -56,7 +56,6 @@ from vcr1_fast.ops.lm_head import most_bytes
 from vcr1_fast.ops.memory import available_bytes
 from vcr1_fast.train.optim import MasterAdamW
 
-T = TypeVar("T")
 GIB = 2**30
 # Measured passes take up to 1.26 of the prediction (benches/notes/step.md), and an allocator's
 # free memory is fragmented.
@@ -413,12 +412,6 @@ def longest_first(items: Iterable[S]) -> list[S]:
     """Sorted by tokens, prompt and completions, descending: a micro-batch that does not fit in
     memory comes first, before work is lost."""
     return sorted(items, key=lambda item: _tokens([item]), reverse=True)
-
-
-def equal_parts(items: Sequence[T], parts: int) -> list[Sequence[T]]:
-    """Consecutive parts whose sizes differ by one at most; some may be empty."""
-    edges = [len(items) * i // parts for i in range(parts + 1)]
-    return [items[a:b] for a, b in itertools.pairwise(edges)]
 
 
 def _tokens(part: Sequence[Shaped]) -> int:

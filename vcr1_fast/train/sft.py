@@ -48,6 +48,7 @@ def sft(config: TrainConfig) -> Path:
             watch = Stopwatch(decode=run.source.take_seconds())
             with watch.stage("policy"):
                 # A trained encoder runs in the policy's pass, which needs its graph.
+                run.gather()
                 frozen = run.vision_is_frozen
                 vision = run.clip_features(samples) if frozen else [None] * len(samples)
                 groups = [
@@ -68,6 +69,7 @@ def sft(config: TrainConfig) -> Path:
                 {
                     "step": step + 1,
                     **metrics,
+                    **run.traffic.take(),
                     "quarantined": run.missing(samples),
                     "tokens_per_second": metrics["num_tokens"] / max(seconds, 1e-9),
                     **{f"seconds/{name}": value for name, value in watch.seconds.items()},

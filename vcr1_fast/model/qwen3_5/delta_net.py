@@ -47,8 +47,10 @@ class GroupDeltaNet(Qwen3_5GatedDeltaNet):
         """Output (B, N, H) of hidden states (B, N, H).
 
         `spans`: they are a pack, B = 1; with `shared_prefix` the prompts' states are kept there,
-        and `recorder` takes that of a single prompt. `shared_prefix` alone: one token of each row,
-        N = 1. `suffix`: completions without their prompt. None: transformers' own forward.
+        and `recorder.record(layer, last inputs, state)` takes them with their graph.
+        `shared_prefix` alone: one token of each row, N = 1. `suffix`: completions of `suffix.span`
+        without their prompt, which `suffix.state.layers` holds as recorded, B = 1. None of them:
+        transformers' own forward.
         """
         if spans is None and shared_prefix is None and suffix is None:
             return super().forward(hidden_states, *args, **kwargs)
@@ -57,61 +59,63 @@ class GroupDeltaNet(Qwen3_5GatedDeltaNet):
         exact = torch.promote_types(step.dtype, torch.float32)
         beta = self.in_proj_b(hidden_states).sigmoid()
         decay = -self.A_log.to(exact).exp() * F.softplus(step.to(exact) + self.dt_bias)
-        if suffix is not None:
-            out = self._over_suffix((mixed[0], decay[0], beta[0]), suffix)
-        elif spans is not None:
-            pieces = (mixed[0], decay[0], beta[0])
-            out = self._over_pack(pieces, spans, shared_prefix, recorder)
+        if spans is not None:
+            out, states = self._over_pack(mixed[0], decay[0], beta[0], spans)
+            if shared_prefix is not None:
+                shared_prefix.states[self.layer_idx] = states
+            if recorder is not None:
+                recorder.record(self.layer_idx, *states)
+        elif suffix is not None:
+            pieces = [x[0].split(suffix.span.lengths) for x in (mixed, decay, beta)]
+            group = torch.zeros(len(suffix.span.lengths), dtype=torch.int64, device=mixed.device)
+            last, state = suffix.state.layers[self.layer_idx]
+            out = torch.cat(self._completions(pieces, (last, state), group))
         else:
             assert shared_prefix is not None
             out = self._one_token(mixed, decay, beta, shared_prefix)
         normed = self.norm(out.reshape(-1, self.head_v_dim), gate.reshape(-1, self.head_v_dim))
         return self.out_proj(normed.reshape(*hidden_states.shape[:2], -1))
 
-    def _over_suffix(self, inputs: Sequence[Tensor], suffix: Suffix) -> Tensor:
-        """(S, value heads * Dv) of completions alone; each starts from a copy of what the prompt
-        left, and the copies' gradients add up in it."""
-        lengths = suffix.span.lengths
-        last, state = (
-            x.expand(len(lengths), *x.shape[1:]) for x in suffix.state.layers[self.layer_idx]
-        )
-        out, _ = self._sequences([x.split(lengths) for x in inputs], last, state)
-        return torch.cat(out)
-
     def _over_pack(
         self,
-        inputs: Sequence[Tensor],
+        mixed: Tensor,
+        decay: Tensor,
+        beta: Tensor,
         spans: Sequence[Span],
-        shared_prefix: SharedPrefix | None,
-        recorder: PromptRecorder | None,
-    ) -> Tensor:
-        """(N, value heads * Dv) from the inputs (N, channels), (N, heads) and (N, heads)."""
-        mixed = inputs[0]
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """(N, value heads * Dv) from the inputs (N, channels), (N, heads) and (N, heads); and what
+        later tokens read of each prompt: its last inputs and its state."""
         lengths = [span.lengths for span in spans]
         sizes = list(chain.from_iterable((span.prompt, sum(span.lengths)) for span in spans))
-        pieces = [x.split(sizes) for x in inputs]
+        pieces = [x.split(sizes) for x in (mixed, decay, beta)]
         of_prompts = [part[::2] for part in pieces]
         before = mixed.new_zeros(len(spans), self.conv_kernel_size - 1, mixed.shape[1])
         out, state = self._sequences(of_prompts, before, None)
         # A prompt shorter than the kernel has zeros before it, as the convolution has.
         last = torch.stack([_last_rows(part, before.shape[1]) for part in of_prompts[0]])
-        if shared_prefix is not None:
-            shared_prefix.states[self.layer_idx] = (last, state)
-        if recorder is not None:
-            recorder.record(self.layer_idx, last, state)
         flat = list(chain.from_iterable(lengths))
         if not flat:
-            return torch.cat(out)
+            return torch.cat(out), (last, state)
         completions = [torch.cat(part[1::2]).split(flat) for part in pieces]
-        # Indexing copies a prompt's state to its completions, and adds their gradients up.
         group = torch.arange(len(spans)).repeat_interleave(torch.tensor(list(map(len, lengths))))
-        group = group.to(mixed.device)
-        own, _ = self._sequences(completions, last[group], state[group])
+        own = self._completions(completions, (last, state), group.to(mixed.device))
         following = iter(own)
         rows: list[Tensor] = []
         for prompt, given in zip(out, lengths, strict=True):
             rows += [prompt, *(next(following) for _ in given)]
-        return torch.cat(rows)
+        return torch.cat(rows), (last, state)
+
+    def _completions(
+        self,
+        pieces: Sequence[Sequence[Tensor]],
+        states: tuple[Tensor, Tensor],
+        group: Tensor,
+    ) -> list[Tensor]:
+        """Outputs of completions, `pieces` as in `_sequences`, of the prompts `group` (R,), whose
+        last inputs and states are `states`."""
+        # Indexing copies a prompt's state to its completions, and adds their gradients up.
+        last, state = (x[group] for x in states)
+        return self._sequences(pieces, last, state)[0]
 
     def _sequences(
         self, pieces: Sequence[Sequence[Tensor]], before: Tensor, state: Tensor | None
