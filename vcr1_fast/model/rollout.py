@@ -301,7 +301,7 @@ class _Run:
     def _stops(self, written: list[int]) -> bool:
         """Whether the last of these tokens completes a stop string."""
         # Every token that is sampled has a byte at least, and the first may begin within a letter.
-        longest = max(len(stop.encode()) for stop in self.sampling.stop) - 1
+        longest = max(len(stop.encode()) for stop in self.sampling.stop) + 4
         text = self.processor.decode(torch.tensor(written[-longest:]))
         return any(stop in text for stop in self.sampling.stop)
 
