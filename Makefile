@@ -11,7 +11,7 @@ OP_STEMS := native properties cuda_emulation $(basename $(notdir $(shell find cs
 OP_TESTS := $(wildcard $(addsuffix .py,$(addprefix python_tests/test_,$(sort $(OP_STEMS)))))
 CLANG_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build demo test test-engines first-hour odd-media fuzz soak learn sanitize cuda-check lint format docs bench gpu-build gpu-check inplace clean
+.PHONY: build demo test test-engines first-hour odd-media fuzz soak learn sanitize cuda-check lint format docs docs-site bench gpu-build gpu-check inplace clean
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -76,7 +76,7 @@ $(VENV_VLLM)/.built: engines.lock python_tests/torchvision_ops.py
 
 test-engines: $(VENV)/.built $(VENV_VLLM)/.built  ## Rollouts by vLLM on the CPU, against ours; fetches 2 GB at first.
 	VCR1_ENGINES=1 VCR1_NATIVE=$$($(PY) -c 'import vcr1_fast._C as native; print(native.__file__)') \
-	  PYTHONPATH=. $(VENV_VLLM)/bin/python -m pytest -q -W default -m vllm python_tests/test_vllm.py $(ARGS)
+	  PYTHONPATH=. $(VENV_VLLM)/bin/python -m pytest -q -W default -m vllm python_tests/test_vllm.py python_tests/test_vllm_server.py $(ARGS)
 
 first-hour: $(VENV)/.built  ## What a new user does, in one go: all commands on two clips, in minutes.
 	$(PY) python_tests/first_hour.py $(ARGS)
@@ -133,6 +133,14 @@ format: $(VENV)/.built  ## Rewrite every file in the project's style.
 
 docs: $(VENV)/.built  ## The pages of docs/ that the code writes.
 	$(PY) docs/write_config.py
+	$(PY) docs/write_scale.py
+	$(PY) docs/write_models.py
+
+# mkdocs has a virtual environment to itself: nothing else needs it.
+docs-site: docs  ## The documentation as a site, in build/site; reads no network when it is viewed.
+	$(PYTHON) -m venv build/mkdocs
+	build/mkdocs/bin/python -m pip install -q 'mkdocs>=1.6,<2'
+	build/mkdocs/bin/python -m mkdocs build
 
 # What the benches compare with. Not part of the build: nothing else needs them.
 $(VENV)/.peers: $(VENV)/.built

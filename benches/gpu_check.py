@@ -50,6 +50,8 @@ TESTS = (
     "video_patches",
     "staging",
     "resize_frames",
+    "varlen_attention",
+    "forward",
     "iou",
     "linear_logprobs",
     "rollout",
@@ -158,7 +160,7 @@ def plan(output: Path, emulate: bool) -> list[Step]:
         Step(
             f"tests of {name}",
             [PYTHON, "-m", "pytest", "-q", "-rf", "-m", "gpu", f"python_tests/test_{name}.py"],
-            45,
+            30,
             skip=no_gpu,
         )
         for name in TESTS

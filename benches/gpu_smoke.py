@@ -74,6 +74,25 @@ def logits_loss(logits: Tensor, labels: Tensor) -> list[Tensor]:
     return [loss, x.grad]
 
 
+def head_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> list[Tensor]:
+    """Completions of a batch with a mask: packed, chunk by chunk, and scattered back."""
+    x, head = (one.detach().requires_grad_() for one in (hidden, weight))
+    kind = torch.float64 if x.dtype == torch.float64 else torch.float32
+    mask = torch.arange(labels.numel(), device=x.device).view(labels.shape) % 3 < 2
+    loss, _ = ops.linear_grpo_loss(
+        x,
+        head,
+        labels,
+        torch.linspace(-1, 1, len(labels), dtype=kind, device=x.device),
+        mask,
+        old_logps=torch.full(labels.shape, -6.0, dtype=kind, device=x.device),
+        chunk_rows=8,
+    )
+    (1.5 * loss).backward()
+    assert x.grad is not None and head.grad is not None
+    return [loss, x.grad, head.grad]
+
+
 def token_loss(logps: Tensor) -> list[Tensor]:
     x = logps.detach().requires_grad_()
     config = ops.GRPOLossConfig(beta=0.04, kl="k3")
@@ -133,6 +152,15 @@ def cases(device: str) -> Iterator[tuple[str, float, Case]]:
             )
             yield f"gather_logprobs {name}", TOLERANCE[dtype], beside_float64(gather, *inputs)
     generator = torch.Generator().manual_seed(0)
+    for dtype in TOLERANCE:
+        hidden = torch.randn(4, 9, 32, generator=generator).to(device, dtype)
+        weight = torch.randn(517, 32, generator=generator).to(device, dtype)
+        labels = torch.randint(517, (4, 9), generator=generator).to(device)
+        yield (
+            f"linear_grpo_loss {str(dtype).removeprefix('torch.')}",
+            2 * TOLERANCE[dtype],  # and the roundings of three products
+            beside_float64(head_loss, hidden, weight, labels),
+        )
     for rows, length in ((1, 4), (8, 33), (70, 129)):
         logps = (torch.randn(rows, length, generator=generator) - 2).to(device)
         yield f"grpo_loss ({rows}, {length})", 5e-5, beside_float64(token_loss, logps)

@@ -35,7 +35,12 @@ def _qwen2_5(*sizes: int, tied: bool = False, vocabulary: int = 152_064) -> dict
     return {
         "model_type": "qwen2_5_vl",
         "text_config": _text(*sizes, vocab_size=vocabulary),
-        "vision_config": {"out_hidden_size": sizes[0], "intermediate_size": 3420},
+        "vision_config": {
+            "depth": 32,
+            "hidden_size": 1280,
+            "intermediate_size": 3420,
+            "out_hidden_size": sizes[0],
+        },
         "tie_word_embeddings": tied,
     }
 

@@ -33,8 +33,10 @@ def by_name(path, config, *, start=None, end=None, times=None, backend="pyav", *
             ctypes.PyDLL(None).sleep(600)
         if action == "two":  # another array, as where a second decoder takes over
             other = result_array((2, 300, 400, 3))
-            other[:] = int(number) + 100
-            frames[0] = other[1]
+            other[0], other[1] = frames[0], int(number) + 100
+            frames = other
+        if action == "tail":
+            frames[0] = 0
         clip = Clip(frames, np.arange(2.0), float(os.getpid()), 2.0, path)
         return replace(clip, frames=frames[1:]) if action == "tail" else clip
     if action == "bad":

@@ -172,7 +172,7 @@ def test_results_in_shared_memory_have_their_own_bytes():
     for name, clip in zip(names, clips, strict=True):
         expected = np.full((2, 300, 400, 3), int(name.split("-")[1]), np.uint8)
         if name.startswith("two"):
-            expected[0] = 122
+            expected[1] = 122
         if name.startswith("tail"):
             expected = expected[1:]
         assert np.array_equal(clip.frames, expected)  # the workers are gone by now
@@ -216,7 +216,10 @@ def test_reading_within_reading_does_not_wait_for_itself():
         next(outer)
         outer.close()  # what it had in work must not keep later ones waiting
         assert len(list(reader.read(requests("shared-1", "shared-2")))) == 2
-        assert reader._pool.blocks.held <= 4 * CLIP
+        deadline = time.monotonic() + 10
+        while reader._pool.blocks.held and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert reader._pool.blocks.held == 0
 
 
 def test_waiting_for_room_is_no_timeout():
@@ -279,7 +282,7 @@ def test_a_stage_finishes_answers_ahead_and_its_bytes_count(count):
     with ClipReader(
         workers=count,
         prefetch=3,
-        prefetch_bytes=9 * CLIP,
+        prefetch_bytes=12 * CLIP,
         stage=Doubling(),
         reader=fake_readers.by_name,
     ) as reader:

@@ -40,7 +40,7 @@ def test_synth_sft_train_eval(tmp_path, inputs, capsys):
         "rollouts.html"
     )
     page = (output / "rollouts.html").read_text()
-    assert page.count("<img") >= 4 and "no frames" not in page
+    assert page.count("data:image/jpeg") >= 4 and "no frames" not in page
     settings = [
         "eval.max_new_tokens=4",
         "eval.device=cpu",

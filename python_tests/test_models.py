@@ -4,6 +4,8 @@ and what a user does with it."""
 import dataclasses
 import json
 import pickle
+import runpy
+from pathlib import Path
 
 import family_case as case
 import pytest
@@ -282,6 +284,18 @@ def test_a_conversation_is_one_pass_over_all_that_was_said(loaded, name):
         answer.append(int(logits.argmax()))
         tokens = F.pad(tokens, (0, 1), value=answer[-1])
     assert answers[1] == processor.decode(answer) != ""
+
+
+# --- the page of models ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", ["Qwen3-VL 2B", "Qwen3.5 0.8B"])
+def test_the_table_of_memory_is_what_the_planner_counts(model):
+    """One model of a family: all take half a minute (`make docs`)."""
+    docs = Path(__file__).resolve().parents[1] / "docs"
+    written = runpy.run_path(str(docs / "write_models.py"))
+    line = written["row"](model, written["MODELS"][model])
+    assert line in (docs / "models.md").read_text().splitlines()
 
 
 # --- what a user does -----------------------------------------------------------------------------

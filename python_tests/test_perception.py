@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from vcr1_fast.data.records import Record
 from vcr1_fast.data.sampling import FrameConfig
 from vcr1_fast.data.video import Clip, VideoError
+from vcr1_fast.engines import sampler as engines
 from vcr1_fast.evaluate import greedy
 from vcr1_fast.evaluate.config import EvalConfig, PerceptionConfig
 from vcr1_fast.evaluate.perception import in_real_time, key_spans, same_spans, zoom
@@ -139,7 +140,7 @@ def script(monkeypatch):
         def fit(self):
             return None
 
-        def prompt(self, text, clips, *, system):
+        def prompt(self, text, clips, *, system, think):
             name = clips[0].path.removesuffix(".mp4")
             assert (self.mrope, self.video_text) == ("installed", "installed")  # the run's settings
             # Positions and times as text stay those of the plain clip: answers are mapped back
@@ -166,7 +167,7 @@ def script(monkeypatch):
         )
 
     monkeypatch.setattr(greedy, "ClipReader", Reader)
-    monkeypatch.setattr(greedy, "rollout", roll)
+    monkeypatch.setattr(engines, "rollout", roll)
     return SimpleNamespace(said=said, shown=shown, calls=calls, texts=texts, processor=Processor())
 
 

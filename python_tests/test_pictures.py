@@ -1,23 +1,23 @@
-"""Frames, boxes and bars of the viewer, read back from its HTML and compared with the record's."""
+"""Frames, boxes and spans in the viewer's data, compared with the record's. What a browser makes of
+them: test_viewer.py."""
 
 import base64
 import contextlib
-import html
 import io
 import json
-import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from vcr1_fast.data.records import Record, write_records
+from vcr1_fast.data.requests import clip_key
 from vcr1_fast.data.video import Clip, VideoError
 from vcr1_fast.evaluate import command
 from vcr1_fast.evaluate.config import EvalConfig, EvalRun
 from vcr1_fast.evaluate.run import evaluate_predictions
-from vcr1_fast.report.pictures import COLOURS, HEIGHT, Pictures, boxes_at, spans_of
-from vcr1_fast.report.rollouts import write_predictions_html, write_rollouts_html
+from vcr1_fast.report.pictures import HEIGHT, boxes_at, pictures_of, spans_of
+from vcr1_fast.report.rollouts import RunData, write_predictions_html, write_rollouts_html
 from vcr1_fast.tasks import TASKS
 from vcr1_fast.tasks.grounded_qa import GroundedAnswer
 
@@ -69,56 +69,74 @@ def test_which_numbers_are_spans_and_which_are_boxes():
     assert spans_of(tube) == [[2.0, 6.0]]
 
 
+def data_of(path):
+    """The data that a page holds, as its script reads them."""
+    held = path.read_text(encoding="utf-8").split('<script type="application/json" id="data">')[1]
+    return json.loads(held.split("</script>")[0])
+
+
 def test_a_folder_of_images_is_shown_at_its_records_rate():
     reader = Reader()
-    for item in (record("a", metadata={"fps": 3.0}), record("b")):
-        Pictures([item], reader).next(item, {})
+    pictures_of([record("a", metadata={"fps": 3.0}), record("b")], reader)
     assert reader.rates == [3.0, None]
 
 
 def test_thumbnails_are_the_frames_made_small():
-    text = Pictures([record("a")], Reader()).next(record("a"), {})
-    found = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', text)
-    shown = [np.asarray(image.open(io.BytesIO(base64.b64decode(data)))) for data in found]
+    (picture,) = pictures_of([record("a")], Reader()).values()
+    files = [
+        base64.b64decode(uri.removeprefix("data:image/jpeg;base64,")) for uri in picture.frames
+    ]
+    shown = [np.asarray(image.open(io.BytesIO(file))) for file in files]
     assert [frame.shape for frame in shown] == [(HEIGHT, 200, 3)] * 4
     reds = [frame[..., 0].mean() for frame in shown]
     assert reds == pytest.approx([0, 80, 160, 240], abs=4)
-    assert re.findall(r"</div>([\d.]+) s</figure>", text) == ["0.0", "2.5", "5.0", "7.5"]
+    assert picture.times == (0.0, 2.5, 5.0, 7.5) and picture.duration == 10.0
+    assert picture.ratio == pytest.approx(400 / 220, abs=1e-3)
 
 
-def bars(text):
-    """label -> (left, width, colour) of its spans, in per cent of the line."""
-    lines = re.findall(r'<div class="bar">(.*?)<div>(.*?)</div></div>', text)
-    place = re.compile(r"left:([\d.]+)%;width:([\d.]+)%;background:([#\w]+)")
-    return {
-        label: [(float(x), float(w), c) for x, w, c in place.findall(inner)]
-        for label, inner in lines
-    }
+def test_a_clip_is_read_and_kept_once(tmp_path):
+    """However many records and groups show it."""
+    reader, item = Reader(), record("a")
+    rows = [
+        {"step": step, "task": item.task, "id": name, "completion": "c", "rewards": {"r": 1.0}}
+        for step in range(3)
+        for name in ("a", "b")
+    ]
+    same = {name: replace(item, id=name) for name in ("a", "b")}
+    path = write_rollouts_html([RunData("", rows, same)], tmp_path / "p.html", reader=reader)
+    data = data_of(path)
+    assert reader.read_paths == ["a.mp4"] and len(data["clips"]) == 1
+    assert [group["clip"] for group in data["groups"]] == [0] * 6
 
 
-def test_bars_are_to_scale_and_end_with_the_clip():
-    asked = record("g", "grounded_qa", {"answer": "A", "glue": [[2.0, 4.5]]})
-    predictions = {"1": GroundedAnswer("A", ((1.0, 2.0), (9.0, 99.0))), "2": None}
-    drawn = bars(Pictures([asked], Reader()).next(asked, predictions, {"look 2": [(0.0, 5.0)]}))
-    assert drawn == {
-        "annotated": [(20.0, 25.0, "currentColor")],
-        "1": [(10.0, 10.0, COLOURS[0]), (90.0, 10.0, COLOURS[0])],
-        "2": [],
-        "look 2": [(0.0, 50.0, COLOURS[2])],
-    }
+def drawn(folder, item, prediction, **fields):
+    """The one group of a page with one prediction."""
+    path = folder / "p.html"
+    asked = [line(item, prediction=prediction, **fields)]
+    write_predictions_html(asked, {item.id: item}, path, think=False, reader=Reader())
+    data = data_of(path)
+    return data, data["groups"][0]
 
 
-def test_boxes_lie_where_they_are_said_to():
+def test_spans_are_the_answers_and_the_predictions(tmp_path):
+    asked = record("g", "grounded_qa", {"answer": "A", "glue": [[2.0, 4.5]]}, options=("x", "y"))
+    prediction = GroundedAnswer("A", ((1.0, 2.0), (9.0, 99.0)))
+    passes = [{"spans": []}, {"spans": [[0.0, 5.0]]}]
+    _, group = drawn(tmp_path, asked, prediction, passes=passes)
+    assert group["annotated"] == [[2.0, 4.5]] and group["duration"] == 10.0
+    assert group["rows"][0]["spans"] == [[1.0, 2.0], [9.0, 99.0]]
+    assert group["aims"] == [{"label": "pass 2 aims", "spans": [[0.0, 5.0]]}]
+    _, group = drawn(tmp_path, asked, None)
+    assert group["rows"][0]["spans"] == [] and group["aims"] == []
+
+
+def test_boxes_are_of_their_frames(tmp_path):
     asked = record("k", "tracking", TRACK)
-    moved = tuple(tuple(box) for box in [*TRACK[1:], [-1.0, 0.0, 2.0, 0.5]])
-    text = Pictures([asked], Reader()).next(asked, {"predicted": moved})
-    frames = re.findall(r"<svg[^>]*>(.*?)</svg>", text)
-    place = re.compile(r'<rect x="(\S+)" y="(\S+)" width="(\S+)" height="(\S+)" stroke="(\S+)"')
-    drawn = [[(*map(float, m[:4]), m[4]) for m in place.findall(frame)] for frame in frames]
-    assert drawn[0] == [(0.0, 0.0, 0.5, 0.5, "#ffffff"), (0.25, 0.5, 0.5, 0.5, COLOURS[0])]
-    assert drawn[3] == [(0.25, 0.5, 0.5, 0.5, "#ffffff"), (0.0, 0.0, 1.0, 0.5, COLOURS[0])]
-    missing = Pictures([asked], Reader()).next(asked, {"predicted": None})
-    assert "predicted (no boxes)" in missing and missing.count("<rect") == 8
+    moved = [[*box] for box in [*TRACK[1:], [-1.0, 0.0, 2.0, 0.5]]]
+    _, group = drawn(tmp_path, asked, moved)
+    assert group["boxes"] == TRACK and group["rows"][0]["boxes"] == moved
+    _, group = drawn(tmp_path, asked, None)
+    assert group["boxes"] == TRACK and group["rows"][0]["boxes"] is None
 
 
 def test_an_image_has_a_box_and_no_time():
@@ -130,16 +148,23 @@ def test_an_image_has_a_box_and_no_time():
                 assert request.is_image and request.path == "i.png"
                 yield Clip(FRAMES[:1], np.zeros(1), None, None, request.path)
 
-    text = Pictures([asked], Images()).next(asked, {"predicted": tuple(BOX)})
-    assert text.count("<img") == 1 and text.count('stroke="') == 2
-    assert "0.0 s" not in text and bars(text) == {}
+    (picture,) = pictures_of([asked], Images()).values()
+    assert len(picture.frames) == 1 and picture.duration is None
+    assert boxes_at(asked.answer, picture.times) == [BOX]
 
 
-def test_frames_that_cannot_be_read_are_reported_and_bars_stay():
+def test_frames_that_cannot_be_read_are_reported_and_spans_stay(tmp_path):
     lost = record("lost", metadata={"duration": 10.0})
-    text = Pictures([lost], Reader()).next(lost, {"1": (0.0, 5.0)})
-    assert "no &lt;such&gt; file" in text and "<img" not in text
-    assert bars(text)["1"] == [(0.0, 50.0, COLOURS[0])]
+    data, group = drawn(tmp_path, lost, [0.0, 5.0])
+    assert group["clip"] is None and data["clips"] == []
+    assert group["note"] == "no frames: lost.mp4: no <such> file"
+    assert group["duration"] == 10.0 and group["rows"][0]["spans"] == [[0.0, 5.0]]
+
+
+def test_pictures_stop_where_they_take_too_many_bytes():
+    items = [record(f"r{i}") for i in range(9)]
+    one = sum(map(len, pictures_of(items[:1], Reader())[clip_key(items[0])].frames))
+    assert len(pictures_of(items, Reader(), max_bytes=3 * one)) == 3
 
 
 def line(item, **fields):
@@ -154,24 +179,15 @@ def test_a_page_of_predictions_is_bounded_in_records_and_bytes(tmp_path):
     reader = Reader()
     path = tmp_path / "p.html"
     write_predictions_html(lines, records, path, think=False, max_examples=10, reader=reader)
-    text = path.read_text()
-    assert text.count("<section") == 10 and text.count("<img") == 40
+    text, data = path.read_text(), data_of(path)
+    assert len(data["groups"]) == len(data["clips"]) == 10
     assert "10 of 30 answers" in text and reader.read_paths[-1] == "r29.mp4"
-    assert "<b>c" not in text and "&lt;b&gt;c" in text
-    assert 'name="from"' not in text and "img-src data:" in text
-    one = len(text) // 10
+    assert "<b>c" not in text and data["groups"][0]["rows"][0]["text"] == "<b>c</b>"
+    assert {group["step"] for group in data["groups"]} == {None} and "img-src data:" in text
+    one = len(json.dumps(data["clips"][0]))
     write_predictions_html(lines, records, path, think=None, reader=Reader(), max_bytes=3 * one)
-    assert path.read_text().count("<section") == 30
-    assert 8 <= path.read_text().count("<img") <= 20
-
-
-def test_a_page_shows_where_each_look_was_aimed(tmp_path):
-    looks = [{"spans": []}, {"spans": [[2.0, 5.0]]}]
-    item = record("q")
-    path = tmp_path / "p.html"
-    lines = [line(item, passes=looks)]
-    write_predictions_html(lines, {"q": item}, path, think=False, reader=Reader())
-    assert bars(path.read_text())["pass 2 aims"] == [(20.0, 30.0, COLOURS[1])]
+    data = data_of(path)
+    assert len(data["groups"]) == 30 and 2 <= len(data["clips"]) <= 4
 
 
 def test_rollouts_are_drawn_best_first_for_records_that_are_known(tmp_path, monkeypatch):
@@ -192,12 +208,22 @@ def test_rollouts_are_drawn_best_first_for_records_that_are_known(tmp_path, monk
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     out = tmp_path / "r.html"
     write_rollouts_html(path, out, records={"a": replace(record("a"), id="a")})
-    first, second = out.read_text().split("<section")[1:]
-    drawn = bars(first)
-    assert drawn["1"] == [(20.0, 25.0, COLOURS[0])] and drawn["3"] == []
-    assert drawn["2"] == [(0.0, 10.0, COLOURS[1])]
-    assert first.index("2.0 to 4.5") < first.index("0.0 to 1.0") < first.index("?</pre>")
-    assert "<img" not in second
+    first, second = data_of(out)["groups"]
+    assert [row["text"] for row in first["rows"]] == [said[1], said[0], said[2]]
+    assert [row["spans"] for row in first["rows"]] == [[[2.0, 4.5]], [[0.0, 1.0]], []]
+    assert (first["clip"], second["clip"]) == (0, None)
+
+
+def test_half_of_the_pictures_are_of_the_worst_groups(tmp_path):
+    items = {f"r{i:02}": record(f"r{i:02}") for i in range(40)}
+    rows = [
+        {"step": 1, "task": item.task, "id": name, "completion": "c", "rewards": {"r": i % 10}}
+        for i, (name, item) in enumerate(items.items())
+    ]
+    run = RunData("", rows, items)
+    path = write_rollouts_html([run], tmp_path / "p.html", reader=Reader(), pictured=8)
+    shown = {group["id"] for group in data_of(path)["groups"] if group["clip"] is not None}
+    assert {"r00", "r10", "r20", "r30"} <= shown and len(shown) == 8 and "r39" in shown
 
 
 def test_a_page_shows_what_was_asked(tmp_path, monkeypatch):
@@ -219,12 +245,12 @@ def test_a_page_shows_what_was_asked(tmp_path, monkeypatch):
     out = tmp_path / "model"
     run = EvalRun(records=str(data), output=str(out), model="m", eval=settings)
     assert command.main_eval(run) == 0
-    page = html.unescape((out / "predictions.html").read_text())
+    page = data_of(out / "predictions.html")["groups"][0]["prompt"]
     assert "Muse in <think></think>: when, in <answer></answer>, does it moves?" in page
     assert TASKS["temporal_grounding"].prompt_template.think != template
 
     out = tmp_path / "given"
     run = EvalRun(records=str(data), output=str(out), predictions=str(said), eval=settings)
     assert command.main_eval(run) == 0
-    page = html.unescape((out / "predictions.html").read_text())
+    page = data_of(out / "predictions.html")["groups"][0]["prompt"]
     assert "it moves\n" in page and "<think>" not in page

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
+from test_pictures import data_of
 
 from vcr1_fast.files import read_jsonl
 from vcr1_fast.report.curves import (
@@ -20,7 +21,7 @@ from vcr1_fast.report.curves import (
     spread,
     write_curves,
 )
-from vcr1_fast.report.rollouts import write_rollouts_html
+from vcr1_fast.report.rollouts import RunData, write_rollouts_html
 from vcr1_fast.report.scores import draw_task, write_scores
 from vcr1_fast.report.table import Table, evaluation_table, markdown_table, print_table
 
@@ -228,26 +229,51 @@ def test_the_viewer_shows_model_text_as_text(tmp_path):
     ]
     out = write_rollouts_html(write_lines(tmp_path / "r.jsonl", rows), tmp_path / "r.html")
     page = Page(out.read_text(encoding="utf-8"))
-    assert page.tags.count("script") == 1 and "img" not in page.tags
+    assert page.tags.count("script") == 2 and "img" not in page.tags  # the data, the script
     assert not [name for name in page.attributes if name.startswith("on")]
-    shown = [text for text in page.texts if text.startswith(ATTACK + " ")]
+    (group,) = data_of(out)["groups"]
+    shown = [row["text"] for row in group["rows"]]
     assert shown == [f"{ATTACK} 1", f"{ATTACK} 0"]  # unharmed, the best rewarded first
+
+
+def test_a_surrogate_without_its_pair_costs_no_page(tmp_path):
+    text = b"a\xed\xa0\xbdb".decode("utf-8", "surrogatepass")
+    run = RunData("", [{"step": 1, "task": "t", "id": "a", "completion": text, "rewards": {}}])
+    (group,) = data_of(write_rollouts_html([run], tmp_path / "p.html"))["groups"]
+    assert group["rows"][0]["text"] == "a?b"
 
 
 def test_the_viewer_keeps_groups_apart_and_samples_long_files(tmp_path):
     rows = [
-        {"step": s, "task": "t", "id": i, "completion": "c", "rewards": {}}
+        {"step": s, "task": "t", "id": i, "completion": f"{n}", "rewards": {}}
         for s in range(10)
         for i in ("a", "b")
-        for _ in range(3)
+        for n in range(3)
     ]
     path = write_lines(tmp_path / "r.jsonl", rows)
-    page = Page(write_rollouts_html(path, tmp_path / "r.html").read_text())
-    assert page.tags.count("section") == 20
-    short = write_rollouts_html(path, tmp_path / "s.html", max_prompts=4).read_text()
-    assert Page(short).tags.count("section") == 4
-    assert "4 of 20 prompts, 60 completions" in short
-    assert "step 9, t, b" in short
+    page = write_rollouts_html(path, tmp_path / "r.html")
+    assert [len(group["rows"]) for group in data_of(page)["groups"]] == [3] * 20
+    short = write_rollouts_html(path, tmp_path / "s.html", max_prompts=4)
+    assert len(data_of(short)["groups"]) == 4
+    assert "4 of 20 prompts, 60 completions" in short.read_text()
+    assert data_of(short)["groups"][-1]["key"] == "b@9"
+
+
+def test_equal_answers_are_one_row_and_count_as_many(tmp_path):
+    rewards = [("x", 1.0), ("x", 1.0), ("x", 0.0), ("y", 0.5)]
+    rows = [
+        {"step": 1, "task": "t", "id": "a", "completion": text, "rewards": {"r": reward}}
+        for text, reward in rewards
+    ]
+    path = write_lines(tmp_path / "r.jsonl", rows)
+    (group,) = data_of(write_rollouts_html(path, tmp_path / "r.html"))["groups"]
+    assert [(row["text"], row["times"], row["reward"]) for row in group["rows"]] == [
+        ("x", 2, 1.0),
+        ("y", 1, 0.5),
+        ("x", 1, 0.0),  # a reward of its own: it is told apart
+    ]
+    assert group["count"] == 4 and group["mean"] == pytest.approx(0.625)
+    assert group["spread"] == pytest.approx(np.std([1.0, 1.0, 0.0, 0.5]))
 
 
 def test_a_rollout_without_a_completion_is_refused(tmp_path):

@@ -488,18 +488,20 @@ def test_shuffled_completions_are_those_of_the_reordered_clip(inputs, tmp_path):
     with setup.open_run(settings, reference=False) as run:
         samples = next(iter(run.batches()))
         (chunk,) = rollouts.sample_completions(run, samples, 0, loop.Stopwatch())
-        generator = torch.Generator().manual_seed(~0 % 2**63)
+        seeds = [rollouts.prompt_seed(0, 0, sample, "shuffled") for sample in samples]
+        assert len(set(seeds)) == len(samples)
         prompts = []
-        for sample in samples:
+        for sample, seed in zip(samples, seeds, strict=True):
             (grid,) = sample.prompt.video_grid_thw.tolist()
-            order = another_order(grid[0], generator)
+            order = another_order(grid[0], torch.Generator().manual_seed(seed))
             patches = sample.prompt.pixel_values_videos.unflatten(0, (grid[0], -1))
             mixed = patches[order].flatten(0, 1)
             prompts.append(
                 type(sample.prompt)(**vars(sample.prompt) | {"pixel_values_videos": mixed})
             )
         sampling = rollouts.SamplingConfig(max_new_tokens=8)
-        expected = rollout(run.model, run.processor, prompts, 3, sampling, generator)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        expected = rollout(run.model, run.processor, prompts, 3, sampling, generators)
     assert [one.texts[0] for one in chunk.shuffled] == expected.texts
     assert len({text for group in expected.texts for text in group}) > 3
 

@@ -183,24 +183,48 @@ def test_a_killed_run_leaves_no_lock(inputs, tmp_path):
 # --- what is sampled, and by whom
 
 
-def test_each_rank_samples_its_own_numbers(inputs, tmp_path):
-    """The same prompts on two ranks and at two steps: other completions each time."""
-    with setup.open_run(configure(*inputs, tmp_path / "run"), reference=False) as run:
-        samples = next(iter(run.batches()))
+def test_completions_depend_on_seed_step_and_record_alone(inputs, tmp_path):
+    """Not on the rank, the number of ranks, or what is sampled beside them; two occurrences of a
+    record in a step, two steps and two seeds differ."""
+    found = {}
+    for name, *options in (
+        ("one",),
+        ("alone", "rollout.batch_prompts=1"),
+        ("short", "rollout.max_new_tokens=5", "rollout.group_size=2"),
+        ("seeded", "run.seed=1"),
+    ):
+        settings = configure(*inputs, tmp_path / name, "optim.prompts_per_step=12", *options)
+        with setup.open_run(settings, reference=False) as run:
+            if name == "seeded":  # the same records, other numbers
+                object.__setattr__(run.source.sampler, "seed", 0)
 
-        def texts(step):
-            chunks = rollouts.sample_completions(run, samples, step, loop.Stopwatch())
-            return [one.texts for chunk in chunks for one in chunk.rollouts]
+            def texts(step, rank, ranks, run=run):
+                batches = run.source.batches(step, step + 1, 12, rank, ranks)
+                samples = next(batches)
+                chunks = rollouts.sample_completions(run, samples, step, loop.Stopwatch())
+                drawn = [one.tokens[0] for chunk in chunks for one in chunk.rollouts]
+                keys = [(sample.record.id, sample.occurrence) for sample in samples]
+                return {
+                    key: [tuple(one.tolist()) for one in group]
+                    for key, group in zip(keys, drawn, strict=True)
+                }
 
-        class Rank(setup.Run):
-            rank, ranks = 0, 2
-
-        run.__class__ = Rank
-        found = [texts(3), texts(4)]
-        Rank.rank = 1
-        found += [texts(3), texts(4)]
-        assert all(a != b for i, a in enumerate(found) for b in found[:i])
-        assert texts(4) == found[3]
+            found[name] = texts(1, 0, 1)
+            if name == "one":
+                parts = [texts(1, rank, 3) for rank in range(3)]
+                assert {key: group for part in parts for key, group in part.items()} == found["one"]
+                other = texts(4, 0, 1)
+    assert len(found["one"]) == 12
+    assert max(occurrence for _, occurrence in found["one"]) > 0
+    groups = [str(group) for group in found["one"].values()]
+    assert len(set(groups)) == 12
+    assert found["alone"] == found["one"]
+    for key, group in found["short"].items():
+        assert group == [one[:5] for one in found["one"][key][:2]]
+    for changed in (found["seeded"], other):
+        same = found["one"].keys() & changed.keys()
+        assert same
+        assert all(changed[key] != found["one"][key] for key in same)
 
 
 def test_each_rank_keeps_the_advantages_of_its_own_completions(inputs, tmp_path, monkeypatch):

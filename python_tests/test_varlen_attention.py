@@ -366,6 +366,11 @@ def _unscaled(out, lse, scale):
     return out, lse / scale
 
 
+def _a_third_too_large(out, lse, scale):
+    """The parts' sums, by a factor e^0.3: the merge cancels it, the gradients do not."""
+    return out, lse + 0.3
+
+
 def _rows_first(out, lse, scale):
     return out, lse.t().reshape(lse.shape)
 
@@ -374,7 +379,7 @@ def _nan(out, lse, scale):
     return out.index_fill(0, torch.tensor([len(out) - 1]), torch.nan), lse
 
 
-@pytest.mark.parametrize("fault", [_base_2, _unscaled, _rows_first, _nan])
+@pytest.mark.parametrize("fault", [_base_2, _unscaled, _a_third_too_large, _rows_first, _nan])
 def test_the_check_finds_kernels_that_differ(monkeypatch, fault):
     """Faults of a kernel's forward pass, in half precision and its tolerance."""
     run = varlen_attention.plain_varlen_forward

@@ -82,7 +82,13 @@ def parser() -> argparse.ArgumentParser:
             "--prompts", help="other prompt templates, YAML or JSON (data.prompts)"
         )
         command.add_argument("--output", help="folder of the run (run.output)")
-        if name != "plan":
+        if name == "plan":
+            command.add_argument("--processes", type=int, default=1, help="one a GPU (default: 1)")
+            command.add_argument("--per-machine", type=int, help="processes of one machine")
+            command.add_argument(
+                "--memory-gib", type=float, help="of each GPU (default: what is free here)"
+            )
+        else:
             command.add_argument(
                 "--dry-run", action="store_true", help="print the plan of the run, then stop"
             )
@@ -120,6 +126,22 @@ def parser() -> argparse.ArgumentParser:
     _add_overrides(command)
     command.set_defaults(run=run_chat)
 
+    command = commands.add_parser("parity", help="compare a vLLM or SGLang endpoint with training")
+    command.add_argument("--model", required=True, help="the checkpoint that the endpoint serves")
+    command.add_argument("--clip", required=True, help="video file that both are asked about")
+    command.add_argument("--endpoint", required=True, help="address, http://HOST:PORT")
+    command.add_argument("--question", default="What happens?", help="default: %(default)s")
+    command.add_argument("--tokens", type=int, default=16, help="of the answer; default: 16")
+    command.add_argument("--frames", type=int, help="frames on both sides (default: their rules)")
+    command.add_argument("--dtype", default="float32", help="of our weights; default: %(default)s")
+    command.add_argument("--limit", type=float, help="largest gap of a log-prob that agrees")
+    command.add_argument(
+        "--change-weights",
+        action="store_true",
+        help="also send changed weights, ask again, put them back (a server of docs/engines.md)",
+    )
+    command.set_defaults(run=run_parity)
+
     command = commands.add_parser("export", help="a checkpoint of a run as a model or adapter")
     command.add_argument("folder", help="of the run (run.output), or of one checkpoint")
     command.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
@@ -127,11 +149,17 @@ def parser() -> argparse.ArgumentParser:
     form.add_argument("--merged", action="store_true", help="the whole model (default)")
     form.add_argument("--adapter", action="store_true", help="the LoRA adapter alone")
     command.add_argument("--output", help="folder to write (default: RUN/exports/step-N)")
+    command.add_argument("--push", metavar="USER/NAME", help="upload it to the Hugging Face hub")
+    command.add_argument("--public", action="store_true", help="with --push: not a private one")
     command.set_defaults(run=run_export)
 
-    command = commands.add_parser("report", help="curves and rollouts of a training run")
-    command.add_argument("folder", help="of the run (run.output)")
+    command = commands.add_parser("report", help="curves and rollouts of a run, or of several")
+    command.add_argument("folders", nargs="+", metavar="folder", help="of a run (run.output)")
     command.add_argument("--data", help="records trained on (default: the run's data.train)")
+    command.add_argument(
+        "--prompts", type=int, default=200, help="prompts with frames (default: %(default)s)"
+    )
+    command.add_argument("--watch", action="store_true", help="follow a run: every 30 seconds")
     command.set_defaults(run=run_report)
 
     command = commands.add_parser("bench", help="time the operations beside their peers")
@@ -152,8 +180,8 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "format",
         help="activitynet, charades, dream1k, got10k, mvbench, nextgqa, perception_test, quality, "
-        "refcoco, video_r1, videochat_r15, videomme, vidtab; or conversations: messages, "
-        "sharegpt, trl",
+        "refcoco, timelens_100k, timelens_bench, video_r1, videochat_r15, videomme, vidtab; or "
+        "conversations: messages, sharegpt, trl",
     )
     command.add_argument("annotations", help="the file (mvbench: folder) as its authors publish it")
     command.add_argument("output", help="records to write, JSONL")
@@ -228,9 +256,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; its exit status. Every error is one line; `--debug` shows its traceback.
 
-    Status: 0; 1 where `data check` finds faults or `eval` can score nothing; 2 for an error in
-    settings, data, files or installed packages; 1 for any other error; 128 + the signal's number
-    for a run that a signal ended.
+    Status: 0; 1 where `data check` or `parity` finds faults or `eval` can score nothing; 2 for an
+    error in settings, data, files or installed packages; 1 for any other error; 128 + the signal's
+    number for a run that a signal ended.
     """
     options = parse(arguments)
     try:
@@ -273,9 +301,15 @@ def run_training(options: argparse.Namespace) -> int:
         config = load_config(TrainConfig, options.config, _overrides(names, options))
     _warn_of_differences(config.model.path, config.data, "data.")
     if options.command == "plan" or options.dry_run:
-        from vcr1_fast.train.dry_run import dry_run
+        from vcr1_fast.train.dry_run import Machines, dry_run
 
-        lines, fits = dry_run(config, grpo=options.command != "sft")
+        machines = Machines()
+        if options.command == "plan":
+            if options.processes < 1:
+                raise ValueError(f"--processes must be at least 1, got {options.processes}")
+            memory = options.memory_gib and options.memory_gib * 2**30
+            machines = Machines(options.processes, options.per_machine, memory)
+        lines, fits = dry_run(config, grpo=options.command != "sft", machines=machines)
         print(*lines, sep="\n")
         return 0 if fits else 2
     if options.command == "sft":
@@ -341,17 +375,30 @@ def run_chat(options: argparse.Namespace) -> int:
     return main_chat(replace(config, model=str(model)))
 
 
-def run_export(options: argparse.Namespace) -> int:
-    from vcr1_fast.train.export import export
+def run_parity(options: argparse.Namespace) -> int:
+    from vcr1_fast.evaluate.parity import main_parity
 
-    print(export(options.folder, options.step, adapter=options.adapter, output=options.output))
+    return main_parity(options)
+
+
+def run_export(options: argparse.Namespace) -> int:
+    from vcr1_fast.train.export import check_push, export, push
+
+    if options.public and not options.push:
+        raise ValueError("--public goes with --push USER/NAME")
+    if options.push:  # before an export that takes minutes
+        check_push(options.push)
+    folder = export(options.folder, options.step, adapter=options.adapter, output=options.output)
+    print(folder)
+    if options.push:
+        print(push(folder, options.push, private=not options.public))
     return 0
 
 
 def run_report(options: argparse.Namespace) -> int:
     from vcr1_fast.report.run import main_report
 
-    return main_report(options.folder, options.data)
+    return main_report(options.folders, options.data, prompts=options.prompts, watch=options.watch)
 
 
 def run_bench(options: argparse.Namespace) -> int:

@@ -49,14 +49,25 @@ class ReadingConfig(PromptConfig):
     prefetch_mb: PositiveInt = 1024
     """MiB of clips decoded ahead, and of what is made of them on the device; the clip that is
     waited for may exceed them."""
+    cache_dir: str | None = None
+    """Folder in which decoded and resized clips are kept over runs and shared by processes; null:
+    none. Videos that change and other settings are noticed."""
+    cache_dir_gib: PositiveFloat = 20.0
+    """GiB of that folder at most; the clips used longest ago are removed."""
     resize: Literal["auto", "worker", "device"] = "auto"
     """Where frames get the model's size: by the CPU in the process that decodes them, or with
     normalisation and patches in one kernel on the model's device, ahead of the step. The patches
-    are the same. "auto": the device if it is a GPU that our CUDA kernels run on."""
+    are the same. "auto": the device if it is a GPU that our CUDA kernels run on, and there is no
+    `cache_dir`, which keeps frames in the model's size."""
 
     def __post_init__(self) -> None:
         if self.tasks is not None and not self.tasks:
             raise ConfigError("tasks", "must not be an empty list")
+
+    @property
+    def resized_by(self) -> Literal["auto", "worker", "device"]:
+        """`resize`, with "auto" decided where `cache_dir` decides it."""
+        return "worker" if self.resize == "auto" and self.cache_dir is not None else self.resize
 
 
 @section

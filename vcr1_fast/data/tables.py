@@ -1,4 +1,5 @@
-"""Rows of a data file, by its suffix: JSON Lines, JSON, CSV, TSV, Parquet; made into our fields.
+"""Rows of a data file, by its suffix: JSON Lines, JSON, CSV, TSV, Parquet; of a folder that the
+package datasets saved, or of its hub (`hf:NAME:SPLIT`); made into our fields.
 
 Columns become fields by name (`columns` renames them); a dotted name is a field of a field
 (`prompt.question`). What is no field of ours goes to `metadata`. An id that is missing is made from
@@ -21,6 +22,8 @@ from vcr1_fast.tasks.record import FieldError, Record, describe
 FIELDS = tuple(field.name for field in fields(Record))
 TEXT_SUFFIXES = (".csv", ".tsv")
 """Files in which every value is a text."""
+HUB = "hf:"
+"""Starts the name of a data set on the hub: hf:NAME:SPLIT."""
 _CHAT = ("messages", "conversations")
 _TOO_CLOSE = 0.8  # difflib's ratio from which an unknown column is taken for a misspelt field
 
@@ -32,10 +35,13 @@ def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
     ValueError for a file that is of another format as a whole, with a guess which; ImportError
     where Parquet needs pyarrow; OSError for no file.
     """
-    if path.is_dir():
-        raise ValueError(f"{path}: a folder, not a file of records{_folder_hint(path)}")
     suffix = path.suffix.lower()
-    if suffix in TEXT_SUFFIXES:
+    rows: Iterator[tuple[int, Any]]
+    if hub_name(path) is not None or is_saved_dataset(path):
+        rows = enumerate(_read_dataset(path), start=1)
+    elif path.is_dir():
+        raise ValueError(f"{path}: a folder, not a file of records")
+    elif suffix in TEXT_SUFFIXES:
         rows = _read_csv(path, "\t" if suffix == ".tsv" else ",")
     elif suffix == ".parquet":
         rows = _read_parquet(path)
@@ -43,10 +49,20 @@ def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
         rows = _read_json(path)
     else:
         rows = _read_json_lines(path)
-    for index, (number, row) in enumerate(rows):
-        if index == 0:
-            _refuse_chat(path, row)
+    # Conversations all along are another format; beside records they are rows without a task.
+    chats: list[tuple[int, Any]] | None = []
+    for number, row in rows:
+        if chats is not None and _chat_format(row):
+            chats.append((number, row))
+            continue
+        yield from chats or ()
+        chats = None
         yield number, row
+    if chats:
+        raise ValueError(
+            f"{path}: conversations, not records: vcr1 data convert {_chat_format(chats[0][1])} "
+            f"{path} OUT.jsonl --media FOLDER --task TASK"
+        )
 
 
 def complete(row: Any, *, made_id: str, task: str | None = None) -> Any:
@@ -190,12 +206,18 @@ def _same(one: str, other: Any) -> bool:
 
 
 def _read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    first = True
-    for number, line in read_lines(path):
-        if first and (guess := _guess(path, line)):
+    for index, (number, line) in enumerate(read_lines(path)):
+        if index == 0 and (guess := _guess(path, line)) and not _has_objects(path):
             raise ValueError(f"{path}: not JSON Lines: {guess}")
-        first = False
         yield number, _decode(line)
+
+
+def _has_objects(path: Path) -> bool:
+    """Whether a line of the file is a JSON object: its first line is then a damaged one, unless the
+    file as a whole is one JSON value, with an object in the last line, say."""
+    if not any(isinstance(_decode(line), dict) for _, line in read_lines(path)):
+        return False
+    return isinstance(_decode(path.read_bytes()), FieldError)
 
 
 def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
@@ -287,24 +309,49 @@ def _guess(path: Path, line: bytes) -> str | None:
     return None
 
 
-def _refuse_chat(path: Path, row: Any) -> None:
-    """ValueError, with the command that converts it, for a file of conversations."""
+def _chat_format(row: Any) -> str | None:
+    """The name by which `vcr1 data convert` knows a row of conversations; None for another row."""
     if not isinstance(row, dict) or "task" in row:
-        return
-    kind = None
+        return None
+    if isinstance(row.get("prompt"), list):
+        return "trl"
     for name, known in zip(_CHAT, ("messages", "sharegpt"), strict=True):
         if isinstance(row.get(name), list):
-            kind = known
-    if isinstance(row.get("prompt"), list):
-        kind = "trl"
-    if kind is not None:
-        raise ValueError(
-            f"{path}: conversations, not records: vcr1 data convert {kind} {path} OUT.jsonl "
-            "--media FOLDER --task TASK"
-        )
+            return known
+    return None
 
 
-def _folder_hint(path: Path) -> str:
-    if (path / "dataset_info.json").exists() or (path / "state.json").exists():
-        return " (of the package datasets: save it by its to_parquet or to_json)"
-    return ""
+def hub_name(path: str | Path) -> tuple[str, str] | None:
+    """(data set, split) of `hf:NAME:SPLIT`; None for a path. The split of `hf:NAME` is train."""
+    text = str(path)
+    if not text.startswith(HUB):
+        return None
+    name, _, split = text.removeprefix(HUB).partition(":")
+    return name, split or "train"
+
+
+def is_saved_dataset(path: Path) -> bool:
+    """Whether `save_to_disk` of the package datasets wrote a folder."""
+    return any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
+def _read_dataset(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of the package datasets; media that it holds itself, decoded or as bytes, are refused
+    where the record is checked: ours are files."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(f"{path}: reading it needs the package datasets ({error})") from error
+    named = hub_name(path)
+    try:
+        if named is not None:
+            found = datasets.load_dataset(named[0], split=named[1])
+        else:
+            found = datasets.load_from_disk(str(path))
+    except Exception as error:  # of the hub, the network or the format, each of another class
+        line = str(error).partition("\n")[0]
+        raise ValueError(f"{path}: cannot be loaded ({type(error).__name__}: {line})") from error
+    if isinstance(found, dict):
+        splits = ", ".join(found)
+        raise ValueError(f"{path}: holds the splits {splits}; name the folder of one of them")
+    yield from found

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from vcr1_fast.data.clip_cache import ClipCache
 from vcr1_fast.data.decode import BACKENDS, Source, count_frames, open_source
 from vcr1_fast.data.media_file import NeedsPyav, VideoError, open_picture
 from vcr1_fast.data.sampling import FrameConfig
@@ -198,9 +199,9 @@ class ClipReader:
     ahead of the consumer (default 2 a worker), of which decoded frames and what `stage` makes of
     them take at most `prefetch_bytes`, and the clip that is waited for. `fit(frame, count)` resizes
     every frame where it is decoded (`count`: frames of the clip, None for an image); `stage(clip)`
-    finishes a clip in a thread of this process, ahead of the consumer. `reader` replaces
-    `read_clip`; it must be importable by name, as `fit` must. Use it in a `with` statement, or call
-    `close`.
+    finishes a clip in a thread of this process, ahead of the consumer. `cache` keeps what was
+    decoded, and resized by `fit`, on the disk. `reader` replaces `read_clip`; it must be importable
+    by name, as `fit` must. Use it in a `with` statement, or call `close`.
     """
 
     def __init__(
@@ -213,11 +214,14 @@ class ClipReader:
         prefetch_bytes: int = PREFETCH_BYTES,
         fit: Fit | None = None,
         stage: Stage | None = None,
+        cache: ClipCache | None = None,
         reader: Callable[..., Clip] = read_clip,
     ) -> None:
         if backend not in BACKENDS:
             raise ValueError(f"unknown video backend {backend!r}, expected one of {BACKENDS}")
         read = partial(_read_request, reader, backend, fit)
+        if cache is not None:
+            read = partial(_read_cached, cache, read, backend, fit)
         self._pool = WorkerPool(
             read,
             workers=workers,
@@ -299,6 +303,25 @@ def _read_request(
         fit=fit,
     )
     return _with_other_decoder(read, backend)
+
+
+def _read_cached(
+    cache: ClipCache,
+    read: Callable[[ClipRequest], Clip],
+    backend: str,
+    fit: Fit | None,
+    request: ClipRequest,
+) -> Clip:
+    key = cache.key(request, backend, fit)
+    if key is None:
+        return read(request)
+    clip = cache.get(key, request.path)
+    if clip is None:
+        clip = read(request)
+        # A file that was replaced while it was read would be kept under the former content.
+        if cache.key(request, backend, fit) == key:
+            cache.put(key, clip)
+    return clip
 
 
 def _with_other_decoder(read: Callable[..., T], backend: str) -> T:

@@ -90,7 +90,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     write_rollouts_html(
         out / "grpo" / "rollouts.jsonl",
         out / "rollouts.html",
-        max_prompts=200,  # with the frames of them all some 5 MB
+        pictured=200,  # whose frames take some 5 MB
         records={record.id: record for record in load_records(splits["train"])},
     )
     packages = ("torch", "transformers", "numpy")

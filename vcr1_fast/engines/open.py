@@ -31,8 +31,18 @@ def open_sampler(
     """
     if settings.engine == "own":
         return OwnSampler(model, processor)
+    if settings.url is not None:
+        from vcr1_fast.engines.vllm_server import VllmServer
+
+        return VllmServer(
+            model,
+            processor,
+            settings.url,
+            temperature=temperature,
+            folder=settings.sync_folder,
+        )
     if processes > 1:
-        raise ConfigError("rollout.engine", f"vllm serves one process, the run has {processes}")
+        raise ConfigError("engine", f"vllm serves one process, the run has {processes}")
     from vcr1_fast.engines.vllm import LocalVllm, VllmSettings
 
     opened = VllmSettings(
@@ -44,4 +54,4 @@ def open_sampler(
     try:
         return LocalVllm(model, processor, opened)
     except ImportError as error:
-        raise ConfigError("rollout.engine", f"vllm cannot be imported: {error}") from error
+        raise ConfigError("engine", f"vllm cannot be imported: {error}") from error

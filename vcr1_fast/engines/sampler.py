@@ -9,12 +9,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from vcr1_fast.model.processor import Processor
 from vcr1_fast.model.prompt import Prompt
-from vcr1_fast.model.rollout import Rollout, SamplingConfig, rollout
+from vcr1_fast.model.rollout import Generators, Rollout, SamplingConfig, rollout
 
 Weights = Iterable[tuple[str, Tensor]]
 """(name, tensor) of every parameter, adapters merged, under transformers' names. May be a generator
@@ -28,6 +27,8 @@ class Sampler(ABC):
     """
 
     name: ClassVar[str]
+    shared: ClassVar[bool] = False
+    """Whether one engine serves all processes of a run: the first one syncs it for all."""
     version: int | None = None
 
     @abstractmethod
@@ -36,14 +37,14 @@ class Sampler(ABC):
         prompts: Sequence[Prompt],
         group_size: int,
         sampling: SamplingConfig,
-        seed: torch.Generator | None,
+        seed: Generators,
         features: Sequence[Tensor | None] | None = None,
     ) -> Rollout:
         """`group_size` completions of every prompt; as `model.rollout.rollout`.
 
         Args:
-            seed: a CPU generator, the only source of randomness. A prompt takes the same share of
-                it whatever is sampled beside it.
+            seed: CPU generators, one for all prompts or one for each, the only source of
+                randomness. A prompt takes the same share whatever is sampled beside it.
             features: of the prompts' clips and images (vision tokens, levels * H) where they are
                 known; others are encoded.
 
@@ -89,7 +90,7 @@ class OwnSampler(Sampler):
         prompts: Sequence[Prompt],
         group_size: int,
         sampling: SamplingConfig,
-        seed: torch.Generator | None,
+        seed: Generators,
         features: Sequence[Tensor | None] | None = None,
     ) -> Rollout:
         return rollout(

@@ -26,7 +26,7 @@ from vcr1_fast.engines.sampler import Sampler, Weights
 from vcr1_fast.model.forward import lm_head, prompt_features
 from vcr1_fast.model.processor import Processor
 from vcr1_fast.model.prompt import Prompt
-from vcr1_fast.model.rollout import Rollout, SamplingConfig
+from vcr1_fast.model.rollout import Generators, Rollout, SamplingConfig
 from vcr1_fast.model.wrapping import unwrap
 
 TESTED = ("0.31", "0.32")
@@ -91,7 +91,7 @@ class VllmSampler(Sampler):
         prompts: Sequence[Prompt],
         group_size: int,
         sampling: SamplingConfig,
-        seed: torch.Generator | None,
+        seed: Generators,
         features: Sequence[Tensor | None] | None = None,
     ) -> Rollout:
         if not prompts or group_size < 1:
@@ -101,15 +101,17 @@ class VllmSampler(Sampler):
         base = unwrap(self.model)
         found = prompt_features(base, prompts, features)
         requests = []
-        for prompt, own in zip(prompts, found, strict=True):
-            number = int(torch.randint(2**62, (), generator=seed))
+        shared = seed is None or isinstance(seed, torch.Generator)
+        seeds: Any = [seed] * len(prompts) if shared else seed
+        for prompt, own, generator in zip(prompts, found, seeds, strict=True):
+            number = int(torch.randint(2**62, (), generator=generator))
             media = media_of(prompt, own, base.config, self.version)
             how = self._sampling(sampling, group_size, number)
             requests.append(Request(prompt.input_ids.tolist(), media, how))
         answers = self._complete(requests)
         if sampling.temperature == 0:  # sampled once: all completions of a prompt are the same
             answers = [group * group_size for group in answers]
-        return self._gather(answers, found, sampling)
+        return self._gather(prompts, answers, found, sampling)
 
     @abstractmethod
     def _complete(self, requests: Sequence[Request]) -> list[list[Answer]]:
@@ -142,6 +144,7 @@ class VllmSampler(Sampler):
 
     def _gather(
         self,
+        prompts: Sequence[Prompt],
         answers: Sequence[Sequence[Answer]],
         features: list[Tensor | None],
         sampling: SamplingConfig,
@@ -156,7 +159,10 @@ class VllmSampler(Sampler):
             tokens=tokens,
             logps=logps,
             full_logps=reported if self.is_raw else unknown,
-            texts=[[self.processor.decode(one) for one in group] for group in tokens],
+            texts=[
+                [self.processor.turn(prompt, one) for one in group]
+                for prompt, group in zip(prompts, tokens, strict=True)
+            ],
             finished=[[one.finished for one in group] for group in answers],
             vision=features,
         )
@@ -199,15 +205,16 @@ class LocalVllm(VllmSampler):
 
     def _complete(self, requests: Sequence[Request]) -> list[list[Answer]]:
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
         engine = self.llm.llm_engine
         names = []
         for request in requests:
             names.append(str(self._asked))
             self._asked += 1
-            engine.add_request(
-                names[-1], _engine_input(request), SamplingParams(**request.sampling)
-            )
+            # By default an answer holds whichever of the n completions has come on.
+            how = SamplingParams(**request.sampling, output_kind=RequestOutputKind.FINAL_ONLY)
+            engine.add_request(names[-1], _engine_input(request), how)
         done = {}
         while engine.has_unfinished_requests():
             for output in engine.step():
@@ -215,6 +222,9 @@ class LocalVllm(VllmSampler):
                     done[output.request_id] = output
         for name, request in zip(names, requests, strict=True):
             check_tokens(done[name].prompt_token_ids, request.tokens)
+            if len(done[name].outputs) != request.sampling["n"]:
+                count = len(done[name].outputs)
+                raise ValueError(f"vLLM gave {count} of {request.sampling['n']} completions")
         return [
             [
                 Answer(
@@ -261,6 +271,14 @@ def check_release(version: str) -> None:
     internal to a release, and a changed one gives wrong numbers rather than an error."""
     if not version.startswith(tuple(f"{one}." for one in TESTED)):
         raise ValueError(f"vLLM {version} is not among the releases known, {', '.join(TESTED)}")
+
+
+def refuse_missing(names: Sequence[str]) -> None:
+    """ValueError where weights were not given: vLLM keeps their older values without a word."""
+    if names:
+        raise ValueError(
+            f"weights: {len(names)} were not given and keep older values: {', '.join(names[:4])}"
+        )
 
 
 def check_tokens(theirs: Sequence[int] | None, ours: Sequence[int]) -> None:

@@ -22,6 +22,8 @@ from vllm.model_executor.model_loader.reload.layerwise import (
 )
 from vllm.platforms import current_platform
 
+from vcr1_fast.engines.vllm import refuse_missing
+
 BACKEND = "vcr1_shm"
 
 
@@ -36,6 +38,7 @@ def load_policy(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> int:
         session.load(weights)
         session.finish()
     worker.model_runner.reset_lora_state()
+    refuse_missing(session.missing())
     return len(session.given)
 
 
@@ -59,16 +62,14 @@ class _Session:
         self.model.load_weights(noted())
 
     def finish(self) -> None:
-        # Before the check: a model left half reloaded could not even be asked again.
         finalize_layerwise_reload(self.model, self.config)
         head: Any = getattr(self.model.language_model, "lm_head", None)
         if current_platform.is_cpu() and hasattr(head, "cpu_linear"):
             # A tied head keeps a packed copy of the old embedding, which nothing else renews.
             head.quant_method.process_weights_after_loading(head)
-        self._check_complete()
 
-    def _check_complete(self) -> None:
-        """Against the names in the files that the engine was started from."""
+    def missing(self) -> list[str]:
+        """Weights that the engine was started with and was not given."""
         mapper = self.model.hf_to_vllm_mapper
         tied = getattr(self.config.hf_config, "tie_word_embeddings", False)
 
@@ -76,12 +77,7 @@ class _Session:
             found = set(mapper.apply_list(sorted(names)))
             return {n for n in found if not (tied and n.endswith("lm_head.weight"))}
 
-        missing = mapped(_stored_names(self.config.model)) - mapped(self.given)
-        if missing:
-            raise ValueError(
-                f"{len(missing)} weights were not given and keep older values: "
-                f"{', '.join(sorted(missing)[:4])}"
-            )
+        return sorted(mapped(_stored_names(self.config.model)) - mapped(self.given))
 
 
 def _stored_names(folder: str) -> list[str]:
@@ -137,4 +133,11 @@ WeightTransferEngineFactory.register_engine(BACKEND, SharedMemoryEngine)
 
 
 class Extension:
-    """For `--worker-extension-cls`: importing this module is all that it is for."""
+    """Methods that `--worker-extension-cls` adds to the worker."""
+
+    weight_transfer_engine: Any
+
+    def vcr1_missing(self) -> list[str]:
+        """Weights that the last update did not bring. Asked for, not raised in the update: a worker
+        whose update failed takes no other one."""
+        return self.weight_transfer_engine.session.missing()

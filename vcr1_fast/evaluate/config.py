@@ -10,6 +10,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from vcr1_fast.config.section import ConfigError, section
 from vcr1_fast.config.sections import LengthConfig, PositionConfig, PromptConfig, ReadingConfig
+from vcr1_fast.engines.config import EngineConfig
 from vcr1_fast.model.sampling import SamplingConfig
 from vcr1_fast.rewards.judge import JudgeConfig
 
@@ -53,7 +54,7 @@ class PerceptionConfig:
 
 
 @section
-class EvalConfig(ReadingConfig, PlacementConfig):
+class EvalConfig(ReadingConfig, PlacementConfig, EngineConfig):
     """How records are answered and scored. Decoding is always greedy."""
 
     max_new_tokens: PositiveInt = 256
@@ -89,7 +90,8 @@ class EvalConfig(ReadingConfig, PlacementConfig):
     """Seed of the bootstrap."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        ReadingConfig.__post_init__(self)
+        EngineConfig.__post_init__(self)
         if self.shard_index >= self.shard_count:
             raise ConfigError(
                 "shard_index", f"must be in [0, {self.shard_count}), got {self.shard_index}"

@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
+from vcr1_fast.data.clip_cache import open_cache
 from vcr1_fast.data.records import Record
 from vcr1_fast.data.requests import clip_request
 from vcr1_fast.data.video import Clip, ClipReader, VideoError
+from vcr1_fast.engines.sampler import OwnSampler, Sampler
 from vcr1_fast.evaluate.completions import Completion, Pass
 from vcr1_fast.evaluate.config import EvalConfig, PerceptionConfig
 from vcr1_fast.evaluate.perception import (
@@ -26,7 +28,6 @@ from vcr1_fast.evaluate.perception import (
     zoom,
 )
 from vcr1_fast.model.processor import Processor, Prompt
-from vcr1_fast.model.rollout import rollout
 from vcr1_fast.model.sampling import SamplingConfig
 from vcr1_fast.model.staging import staging
 from vcr1_fast.tasks import TASKS
@@ -91,20 +92,22 @@ class RecordState:
 
 
 def greedy_answers(
-    model: Any, processor: Processor, config: EvalConfig
+    model: Any, processor: Processor, config: EvalConfig, sampler: Sampler | None = None
 ) -> Callable[[Sequence[Sequence[Record]]], Iterator[list[Completion]]]:
     """A function from batches of records to one list of completions a batch, in order.
 
     Clips are read ahead by worker processes while the model decodes. A record that cannot be shown
     (its clip or its prompt is bad) becomes a completion with an error; the rest of its batch is
     answered without it. With `config.perception` lettered questions are looked at several times,
-    all records of a batch together.
+    all records of a batch together. `sampler`: the engine that answers, with the model's weights;
+    None: our own.
     """
     perception = config.perception
     shown = processor.with_frames(config.frames, media_first=config.media_first)
     processor = replace(shown, mrope=config.mrope, video_text=config.video_text)
+    engine = sampler or OwnSampler(model, processor)
     sampling = SamplingConfig(temperature=0.0, max_new_tokens=config.max_new_tokens)
-    stage = staging(model, processor, config.resize)
+    stage = staging(model, processor, config.resized_by)
 
     def answer(batches: Sequence[Sequence[Record]]) -> Iterator[list[Completion]]:
         frames = processor.frames
@@ -116,6 +119,7 @@ def greedy_answers(
                 timeout=config.decode_timeout,
                 workers=config.decode_workers,
                 prefetch_bytes=config.prefetch_mb << 20,
+                cache=open_cache(config.cache_dir, config.cache_dir_gib),
                 fit=processor.fit() if stage is None else None,
                 stage=stage,
             ) as reader,
@@ -182,14 +186,12 @@ def greedy_answers(
                 state.error = str(error)
         if not prompts:
             return
-        result = rollout(
-            model,
-            processor,
+        result = engine.rollout(
             [prompt for _, prompt in prompts],
             1,
             sampling,
             torch.Generator(),  # greedy, but the global generator would advance
-            vision=[state.vision for state, _ in prompts],
+            [state.vision for state, _ in prompts],
         )
         share = (time.perf_counter() - began) / len(prompts)
         for index, (state, prompt) in enumerate(prompts):

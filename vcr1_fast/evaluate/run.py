@@ -7,6 +7,7 @@ shard finds all batches answered writes the merged files.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -144,7 +145,8 @@ def load_answers(model_path: str | Path, config: EvalConfig) -> Answer:
     """Answers of a checkpoint, which is loaded when the first batch is asked for."""
 
     def answer(batches: Sequence[Sequence[Record]]) -> Iterator[list[Completion]]:
-        from vcr1_fast.model import checkpoint  # as in _model_answers
+        from vcr1_fast.engines.open import open_sampler  # as in _model_answers
+        from vcr1_fast.model import checkpoint
 
         dtype, device = config.placement()
         model, processor = checkpoint.load(
@@ -155,7 +157,16 @@ def load_answers(model_path: str | Path, config: EvalConfig) -> Answer:
             video_text=config.video_text,
         )
         model.eval()
-        yield from _model_answers(model, processor, config)(batches)
+        with open_sampler(
+            config,
+            model_path,
+            model,
+            processor,
+            temperature=0.0,
+            processes=int(os.environ.get("WORLD_SIZE", "1")),
+        ) as sampler:
+            sampler.sync(checkpoint.policy_weights(model), 0)
+            yield from _model_answers(model, processor, config, sampler)(batches)
 
     return answer
 
@@ -261,11 +272,11 @@ def _judge_notes(judge: Judge, tasks: Sequence[TaskSummary]) -> list[str]:
     return [f"{note}; {judge.unreadable} replies were neither yes nor no and count as no"]
 
 
-def _model_answers(model: Any, processor: Any, config: EvalConfig) -> Answer:
+def _model_answers(model: Any, processor: Any, config: EvalConfig, sampler: Any = None) -> Answer:
     # Imported here: scoring an already answered run needs no decoder and no model code.
     from vcr1_fast.evaluate.greedy import greedy_answers
 
-    return greedy_answers(model, processor, config)
+    return greedy_answers(model, processor, config, sampler)
 
 
 def _check_ids(records: Sequence[Record]) -> None:

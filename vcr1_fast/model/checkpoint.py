@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from vcr1_fast.files import flush, rename_flushed
 from vcr1_fast.model.attention import prepare_attention
@@ -115,7 +116,12 @@ def save_adapter(
     model.peft_config["default"].base_model_name_or_path = base
     with _staged(Path(path), others) as staging:
         # "auto" would ask the hub whether the base model's vocabulary is larger.
-        model.save_pretrained(staging, selected_adapters=["default"], save_embedding_layers=False)
+        model.save_pretrained(
+            staging,
+            state_dict=whole_tensors(model),
+            selected_adapters=["default"],
+            save_embedding_layers=False,
+        )
 
 
 @contextmanager
@@ -137,9 +143,12 @@ def _staged(path: Path, others: Mapping[str, str] | None) -> Iterator[Path]:
 
 
 def merged_state_dict(model: nn.Module) -> dict[str, torch.Tensor] | None:
-    """State of the base model with its active adapters added in; None where there are none."""
-    if unwrap(model) is model or not hasattr(model, "peft_config"):
-        return None
+    """State of the base model with its active adapters added in; None where there are none, and the
+    model's own `state_dict` serves."""
+    base = unwrap(model)
+    if base is model or not hasattr(model, "peft_config"):
+        sharded: Any = base if isinstance(base, FSDPModule) else None
+        return None if sharded is None else whole_tensors(sharded)
     return dict(_merged(model))
 
 
@@ -162,7 +171,7 @@ def _merged(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     layers = {
         name: layer for name, layer in base.named_modules() if hasattr(layer, "get_delta_weight")
     }
-    for key, value in base.state_dict().items():
+    for key, value in whole_tensors(base).items():
         if ".lora_" in key or ".lora_magnitude_vector." in key or ".original_module." in key:
             continue
         key = re.sub(r"\.modules_to_save\.[^.]+\.", ".", key)
@@ -175,6 +184,17 @@ def _merged(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
             for adapter in layer.active_adapters:
                 value = value + layer.get_delta_weight(adapter).to(value.dtype)
         yield f"{owner}.{leaf}", value
+
+
+def whole_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The entries of `state_dict`, tied ones under each name, as the modules hold them: FSDP2's own
+    `state_dict` would give shards of a model whose weights are gathered."""
+    found = {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                found[f"{prefix}.{name}" if prefix else name] = buffer
+    return found
 
 
 def _family(directory: Path) -> Family:

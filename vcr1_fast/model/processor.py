@@ -289,6 +289,10 @@ class Processor(ABC):
             tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
 
+    def turn(self, prompt: Prompt, completion: Tensor | Sequence[int]) -> str:
+        """Text of the assistant's turn: what the chat template opened, and the completion."""
+        return prompt.opened + self.decode(completion)
+
     @property
     def video_id(self) -> int:
         """The token that stands for a clip's features."""

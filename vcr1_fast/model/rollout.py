@@ -36,6 +36,8 @@ __all__ = ["Rollout", "SamplingConfig", "Segment", "rollout"]
 
 Step = Callable[[Tensor, Tensor, Tensor], Sampled]
 T = TypeVar("T")
+Generators = torch.Generator | Sequence[torch.Generator] | None
+"""One generator for all prompts of a rollout, or one for each; None: torch's default."""
 
 # Rows are moved together when at least this share of them has nothing left to do.
 _COMPACT_AT = 0.2
@@ -98,7 +100,7 @@ def rollout(
     prompts: Sequence[Prompt],
     group_size: int,
     sampling: SamplingConfig,
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
     *,
     vision: Sequence[Tensor | None] | None = None,
 ) -> Rollout:
@@ -110,8 +112,9 @@ def rollout(
         prompts: any lengths; read as one sequence without padding.
         group_size: completions a prompt, G >= 1.
         sampling: temperature, truncation, length, stop texts, and how the loop runs.
-        generator: a CPU generator (None: torch's default). Completion (i, j) uses its own numbers
-            of it, whatever the others do: prompts rolled out one after another give the same.
+        generator: a CPU generator for all prompts (None: torch's default), or one for each.
+            Completion (i, j) uses its own numbers of it, whatever the others do: prompts rolled out
+            one after another give the same, and so does another group size or length.
         vision: features of the prompts' clips where they are known (`prompt_features`).
 
     Raises:
@@ -131,7 +134,7 @@ def rollout(
         run.decode(hidden.repeat_interleave(group_size, dim=0), group_size, generator)
     finally:
         base.train(training)
-    return run.result(group_size, features, [prompt.opened for prompt in prompts])
+    return run.result(group_size, features, prompts)
 
 
 class TokenStep:
@@ -243,16 +246,18 @@ class _Run:
         self.memory.start_decoding(self.total)
         return hidden[0][[end - 1 for end in ends]]
 
-    def decode(self, hidden: Tensor, group_size: int, generator: torch.Generator | None) -> None:
+    def decode(self, hidden: Tensor, group_size: int, generator: Generators) -> None:
         """Sample all completions, the first token from `hidden` (rows, H)."""
         sampling = self.sampling
-        # Prompt by prompt: the numbers of a completion do not depend on which others there are.
-        shape = (sampling.max_new_tokens, group_size)
+        prompts = self.total // group_size
+        shared = generator is None or isinstance(generator, torch.Generator)
+        generators: Any = [generator] * prompts if shared else generator
         numbers = [
-            torch.rand(shape, dtype=torch.float64, generator=generator)
-            for _ in range(self.total // group_size)
+            completion_uniforms(one, sampling.max_new_tokens)
+            for one in generators
+            for _ in range(group_size)
         ]
-        uniforms = torch.cat(numbers, dim=1).to(self.device)
+        uniforms = torch.stack(numbers, dim=1).to(self.device)
         places = torch.arange(self.total)  # on the host, and `rows` on the device
         rows = places.to(self.device)
         resume = self.resume.repeat_interleave(group_size)
@@ -330,7 +335,7 @@ class _Run:
         return kept
 
     def result(
-        self, group_size: int, features: Sequence[Tensor | None], opened: Sequence[str]
+        self, group_size: int, features: Sequence[Tensor | None], prompts: Sequence[Prompt]
     ) -> Rollout:
         tokens, logps = self.tokens.cpu(), self.logps.cpu()
 
@@ -344,13 +349,24 @@ class _Run:
             full_logps=grouped([logps[1, i, :n].clone() for i, n in enumerate(self.lengths)]),
             texts=grouped(
                 [
-                    opened[i // group_size] + self.processor.decode(c)
-                    for i, c in enumerate(completions)
+                    self.processor.turn(prompts[i // group_size], completion)
+                    for i, completion in enumerate(completions)
                 ]
             ),
             finished=grouped(self.finished),
             vision=list(features),
         )
+
+
+def completion_uniforms(generator: torch.Generator | None, length: int) -> Tensor:
+    """(length,) float64 numbers in [0, 1) of a prompt's next completion.
+
+    They start from one number of `generator`, so that the next completion's do not depend on
+    `length`, nor a completion's on how many follow it.
+    """
+    seed = int(torch.randint(2**63 - 1, (), generator=generator))
+    own = torch.Generator().manual_seed(seed)
+    return torch.rand(length, dtype=torch.float64, generator=own)
 
 
 def _halved(full: int, needed: int) -> int:

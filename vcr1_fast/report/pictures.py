@@ -1,5 +1,5 @@
-"""Renders a record as HTML: thumbnails of its frames with boxes on them, and time bars below, the
-annotated answer's beside predicted ones.
+"""A record as the viewer draws it: thumbnails of its frames, and the spans and boxes that an answer
+or a prediction holds.
 
 The shape of an answer decides which of its numbers are seconds: [s, e], a list of such, or an
 object's `spans`, `glue` or `time` are spans; four numbers, a list of such, or an object's `boxes`
@@ -9,17 +9,15 @@ object's `spans`, `glue` or `time` are spans; four numbers, a list of such, or a
 from __future__ import annotations
 
 import base64
-import html
 import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, is_dataclass
-from itertools import cycle
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, is_dataclass
 from typing import TYPE_CHECKING, Any
 
-from vcr1_fast.data.requests import clip_request
+from vcr1_fast.data.requests import clip_key, clip_request
 from vcr1_fast.data.sampling import FrameConfig
-from vcr1_fast.data.video import Clip, ClipReader, VideoError
+from vcr1_fast.data.video import ClipReader, VideoError
 from vcr1_fast.tasks.record import duration_of
 
 if TYPE_CHECKING:
@@ -31,61 +29,48 @@ HEIGHT = 110
 MAX_BYTES = 16 << 20
 """Bytes of all thumbnails of a page; later records have none."""
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5ac2", "#888888")
-TARGET = "#ffffff"
-
-STYLE = """
-.frames { display: flex; gap: 4px; overflow-x: auto; margin: .4rem 0; }
-.frames figure { margin: 0; flex: none; font-size: 11px; text-align: center; }
-.frames div { position: relative; line-height: 0; }
-.frames svg { position: absolute; inset: 0; width: 100%; height: 100%; overflow: visible; }
-.frames rect { fill: none; stroke-width: 2px; vector-effect: non-scaling-stroke; }
-.frames .under { stroke: #000; stroke-width: 4px; }
-.bar { display: grid; grid-template-columns: 7em 1fr; align-items: center; font-size: 12px; }
-.bar div { position: relative; height: 9px; background: var(--line); margin: 2px 0; }
-.bar i { position: absolute; top: 0; bottom: 0; min-width: 2px; }
-.key { font-size: 12px; }
-"""
 
 
-class Pictures:
-    """Frames of records, read in the order of the calls of `next`, up to `max_bytes`.
+@dataclass(frozen=True)
+class Picture:
+    """Thumbnails of a clip as data URIs, their seconds, width by height of one; `duration`: seconds
+    of the clip, None for an image. `fault`: why there are none."""
+
+    frames: tuple[str, ...] = ()
+    times: tuple[float, ...] = ()
+    ratio: float = 1.0
+    duration: float | None = None
+    fault: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        """What the page needs to draw it."""
+        return {"frames": self.frames, "times": self.times, "ratio": self.ratio}
+
+
+def pictures_of(
+    records: Iterable[Record], reader: ClipReader | None = None, *, max_bytes: int = MAX_BYTES
+) -> dict[Hashable, Picture]:
+    """Pictures of the records' clips by `clip_key`, each clip once, until they take `max_bytes`.
 
     reader: reads the clips; None reads them in this process.
     """
-
-    def __init__(
-        self,
-        records: Sequence[Record],
-        reader: ClipReader | None = None,
-        *,
-        max_bytes: int = MAX_BYTES,
-    ) -> None:
-        reader = reader or ClipReader(workers=0)
-        self._clips: Iterator[Clip | VideoError] = reader.read(
-            clip_request(record, FRAMES) for record in records
-        )
-        self.left = max_bytes
-
-    def next(
-        self, record: Record, predictions: Mapping[str, Any], aims: Mapping[str, Any] | None = None
-    ) -> str:
-        """HTML of the next record: its frames, and the answer beside `predictions` (label ->
-        the parsed prediction, or None); `aims` are other spans to show, by label."""
-        if self.left <= 0:
-            return ""
-        clip = next(self._clips)
-        shown = {label: _plain(value) for label, value in predictions.items()}
+    distinct = {clip_key(record): record for record in records}
+    reader = reader or ClipReader(workers=0)
+    found: dict[Hashable, Picture] = {}
+    left = max_bytes
+    clips = reader.read(clip_request(record, FRAMES) for record in distinct.values())
+    for (key, record), clip in zip(distinct.items(), clips, strict=True):
         if isinstance(clip, VideoError):
-            duration = duration_of(record)
-            parts = [f'<p class="key">no frames: {html.escape(str(clip))}</p>']
-        else:
-            duration = clip.duration
-            images = [thumbnail(frame) for frame in clip.frames]
-            self.left -= sum(map(len, images))
-            parts = [_frames(clip, images, record.answer, shown), _key(clip, record.answer, shown)]
-        if duration:
-            parts.append(_bars(duration, record.answer, {**shown, **(aims or {})}))
-        return "".join(parts)
+            found[key] = Picture(duration=duration_of(record), fault=f"no frames: {clip}")
+            continue
+        frames = tuple(thumbnail(frame) for frame in clip.frames)
+        left -= sum(map(len, frames))
+        height, width = clip.frames.shape[1:3]
+        times = tuple(round(time, 3) for time in clip.times.tolist())
+        found[key] = Picture(frames, times, round(width / height, 4), clip.duration)
+        if left <= 0:
+            break
+    return found
 
 
 def thumbnail(frame: Any) -> str:
@@ -133,65 +118,8 @@ def _by_seconds(boxes: Mapping[Any, Any], times: Sequence[float]) -> list[list[f
     ]
 
 
-def _frames(clip: Clip, images: Sequence[str], answer: Any, predictions: Mapping[str, Any]) -> str:
-    figures, times = [], clip.times.tolist()
-    layers = [(boxes_at(answer, times), TARGET)]
-    for value, colour in zip(predictions.values(), cycle(COLOURS), strict=False):
-        layers.append((boxes_at(value, times), colour))
-    for index, image in enumerate(images):
-        shapes = [_box(boxes[index], colour) for boxes, colour in layers]
-        svg = f'<svg viewBox="0 0 1 1" preserveAspectRatio="none">{"".join(shapes)}</svg>'
-        time = "" if clip.duration is None else f"{times[index]:.1f} s"
-        figures.append(f'<figure><div><img src="{image}" alt="">{svg}</div>{time}</figure>')
-    return f'<div class="frames">{"".join(figures)}</div>'
-
-
-def _box(box: Sequence[float] | None, colour: str) -> str:
-    """The SVG of a box over a frame, clipped at its edges; empty without a box."""
-    if box is None:
-        return ""
-    x0, y0, x1, y1 = (min(max(v, 0.0), 1.0) for v in box)
-    width, height = max(x1 - x0, 0.0), max(y1 - y0, 0.0)
-    place = f'x="{x0:.4f}" y="{y0:.4f}" width="{width:.4f}" height="{height:.4f}"'
-    return f'<rect class="under" {place}/><rect {place} stroke="{colour}"/>'
-
-
-def _key(clip: Clip, answer: Any, predictions: Mapping[str, Any]) -> str:
-    """Which colour is whose box."""
-    times = clip.times.tolist()
-    if not any(boxes_at(answer, times)):
-        return ""
-    names = ["annotated: white"]
-    for (label, value), colour in zip(predictions.items(), cycle(COLOURS), strict=False):
-        none = "" if any(boxes_at(value, times)) else " (no boxes)"
-        names.append(f'<span style="color:{colour}">{html.escape(label)}{none}</span>')
-    return f'<p class="key">{", ".join(names)}</p>'
-
-
-def _bars(duration: float, answer: Any, predictions: Mapping[str, Any]) -> str:
-    """A line of time for the answer and each prediction, from the beginning of the part shown to
-    its end; nothing for answers without spans."""
-    if not spans_of(answer):
-        return ""
-    lines = [_bar("annotated", spans_of(answer), duration, "currentColor")]
-    for (label, value), colour in zip(predictions.items(), cycle(COLOURS), strict=False):
-        lines.append(_bar(label, spans_of(value), duration, colour))
-    return "".join(lines)
-
-
-def _bar(label: str, spans: Sequence[Sequence[float]], duration: float, colour: str) -> str:
-    parts = []
-    for start, end in spans:
-        left, right = (100 * min(max(v / duration, 0.0), 1.0) for v in (start, end))
-        width = max(right - left, 0.0)
-        parts.append(
-            f'<i style="left:{left:.2f}%;width:{width:.2f}%;background:{colour}" '
-            f'title="{start:g} to {end:g} s"></i>'
-        )
-    return f'<div class="bar">{html.escape(label)}<div>{"".join(parts)}</div></div>'
-
-
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A prediction's dataclass as a mapping."""
     return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
 
 

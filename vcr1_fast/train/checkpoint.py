@@ -1,12 +1,14 @@
 """Checkpoints of a run, each complete or absent, from which a run resumes bit for bit.
 
     <output>/checkpoints/step-00000100/
-        state.pt        step, place in the data, trained weights, optimiser, settings
+        state.pt        step, place in the data, settings; trained weights and optimiser, if whole
+        shards/         these by torch.distributed.checkpoint, each rank its part, of a sharded run
         random-0.pt     random states of rank 0, one such file a rank
         manifest.json   bytes and SHA-256 of the files above; written last
 
 The folder is written under another name and renamed, so a folder whose files differ from its
-manifest was left by a crash. The learning rate is a function of the step and needs no state.
+manifest was left by a crash. The learning rate is a function of the step and needs no state. Whole
+or in shards, a checkpoint resumes on any number of processes, sharded or not.
 """
 
 import errno
@@ -14,13 +16,15 @@ import hashlib
 import json
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.tensor import distribute_tensor
 
 from vcr1_fast.files import flush, rename_flushed, write_atomic
 
@@ -28,6 +32,10 @@ PREFIX = "step-"
 _PARTIAL = ".partial-"
 _MARGIN = 64 * 2**20
 """Free bytes that a checkpoint leaves on the disk, for logs and file-system metadata."""
+
+
+KINDS = ("weights", "exp_avg", "exp_avg_sq")
+"""What a sharded run saves of each trained parameter, as <kind>/<name>."""
 
 
 class DamagedCheckpoint(ValueError):
@@ -41,13 +49,16 @@ def save_checkpoint(
     keep: int,
     rank: int = 0,
     barrier: Callable[[], None] = lambda: None,
+    gather: Callable[[list[Any]], list[Any]] = lambda own: own,
+    shards: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """Write `state` (tensors and plain values, with its "step") and this rank's random state.
+    """Write `state` (tensors and plain values, with its "step"), this rank's random state, and its
+    part of `shards`, sharded tensors by name.
 
-    Every rank calls this; `barrier` makes them wait for each other, rank 0 writes the state, names
-    the folder and deletes all but the newest `keep`. Returns the checkpoint's folder. OSError,
-    before anything is written, where the disk has too little space; a write that fails leaves no
-    partial folder behind.
+    Every rank calls this; `barrier` makes them wait for each other, `gather` joins their lists;
+    rank 0 writes the state, names the folder and deletes all but the newest `keep`. Returns the
+    checkpoint's folder. OSError, before anything is written, where the disk has too little space; a
+    write that fails leaves no partial folder behind.
     """
     folder = Path(folder)
     final = folder / f"{PREFIX}{state['step']:08d}"
@@ -56,18 +67,25 @@ def save_checkpoint(
         folder.mkdir(parents=True, exist_ok=True)
         # A crash may have left it; the check counts its space as free.
         shutil.rmtree(partial, ignore_errors=True)
-        check_space(folder, state_bytes(state))
+        check_space(folder, state_bytes(state) + state_bytes(dict(shards or {})))
         partial.mkdir()
     barrier()
     try:
         _write(partial / f"random-{rank}.pt", random_state())
+        written = [f"random-{rank}.pt"]
         if rank == 0:
             _write(partial / "state.pt", state)
-        barrier()
-        # After the barrier: every rank's file is there and is listed.
+            written.append("state.pt")
+        if shards is not None:
+            _save_shards(partial / "shards", shards)
+            # Files of this rank; the index of all is rank 0's.
+            patterns = [f"shards/__{rank}_*", *(["shards/.metadata"] if rank == 0 else [])]
+            found = (file for pattern in patterns for file in partial.glob(pattern))
+            written += [file.relative_to(partial).as_posix() for file in found]
+        # Each rank reads its own files back: one process would take minutes for a large model.
+        listed = gather([(name, _fingerprint(partial / name)) for name in sorted(written)])
         if rank == 0:
-            files = sorted(partial.iterdir())
-            manifest = {file.name: _fingerprint(file) for file in files}
+            manifest = dict(sorted(listed))
             write_atomic(partial / "manifest.json", json.dumps(manifest, indent=1) + "\n")
             # A resumed run may reach the step of a checkpoint that was found damaged.
             shutil.rmtree(final, ignore_errors=True)
@@ -83,25 +101,82 @@ def save_checkpoint(
     return final
 
 
-def load_checkpoint(path: str | Path, *, rank: int = 0) -> dict[str, Any]:
+def load_checkpoint(path: str | Path, *, rank: int = 0, whole: bool = True) -> dict[str, Any]:
     """The state saved in a checkpoint, on the CPU; this rank's random states are set as well.
 
     Its tensors are views of the file: the ranks of a machine share one copy in the page cache,
-    where a copy per rank would fill a node's memory. DamagedCheckpoint, naming the file, where it
-    cannot be read.
+    where a copy per rank would fill a node's memory. Those of a checkpoint in shards are read only
+    if `whole`. DamagedCheckpoint, naming the file, where it cannot be read.
     """
     path = Path(path)
-    state = load_state(path)
+    state = load_state(path, whole=whole)
     own = path / f"random-{rank}.pt"
     if own.exists():
         set_random_state(_read(own))
     return state
 
 
-def load_state(path: Path) -> dict[str, Any]:
+def load_state(path: Path, *, whole: bool = True) -> dict[str, Any]:
     """The state of `load_checkpoint` alone; random states stay as they are."""
     state: dict[str, Any] = _read(path / "state.pt", mmap=True)
+    if whole and (path / "shards").is_dir():
+        # As a run without shards writes it: float32 weights are masters too.
+        weights, first, second = _whole_shards(path / "shards", state["names"])
+        updates = torch.tensor(float(state["updates"]))
+        moments = {
+            i: {"step": updates.clone(), "exp_avg": m, "exp_avg_sq": v}
+            for i, (m, v) in enumerate(zip(first, second, strict=True))
+        }
+        state["model"] = dict(zip(state["names"], weights, strict=True))
+        state["optimizer"] = {
+            "adamw": {"state": moments, "param_groups": state["param_groups"]},
+            "masters": weights,
+        }
     return state
+
+
+def load_shards(path: Path, shards: Mapping[str, Tensor]) -> None:
+    """Fill sharded tensors, by name, from a checkpoint's, whatever number of ranks wrote it. Every
+    rank calls this. DamagedCheckpoint, naming the folder, where a tensor is missing or differs in
+    shape."""
+    try:
+        dcp.load(dict(shards), checkpoint_id=path / "shards")
+    except Exception as error:  # a collective error holds the ranks' own
+        raise DamagedCheckpoint(f"{path / 'shards'}: cannot be read ({_line(error)})") from error
+
+
+def copy_into(target: Tensor, whole: Tensor) -> None:
+    """Copy a whole tensor, which every rank has, into one that may be sharded; no collective."""
+    mesh = getattr(target, "device_mesh", None)
+    with torch.no_grad():
+        if mesh is not None:
+            sharded: Any = target
+            whole = whole.to(mesh.device_type, target.dtype)
+            whole = distribute_tensor(whole, mesh, sharded.placements, src_data_rank=None)
+        target.copy_(whole)
+
+
+def _save_shards(folder: Path, shards: Mapping[str, Tensor]) -> None:
+    try:
+        dcp.save(dict(shards), checkpoint_id=folder)
+    except Exception as error:  # every rank gets the error of any
+        raise OSError(errno.EIO, f"cannot be written ({_line(error)})", str(folder)) from error
+
+
+def _whole_shards(folder: Path, names: list[str]) -> list[list[Tensor]]:
+    """Whole tensors on the CPU, lists of weights, first and second moments in the order of
+    `names`."""
+    try:
+        reader = dcp.FileSystemReader(folder)
+        found: Any = reader.read_metadata().state_dict_metadata
+        whole = {
+            name: torch.empty(entry.size, dtype=entry.properties.dtype)
+            for name, entry in found.items()
+        }
+        dcp.load(whole, storage_reader=reader, no_dist=True)
+    except Exception as error:  # a damaged file fails in zip, pickle or tensor code alike
+        raise DamagedCheckpoint(f"{folder}: cannot be read ({_line(error)})") from error
+    return [[whole[f"{kind}/{name}"] for name in names] for kind in KINDS]
 
 
 def check_checkpoint(path: Path) -> None:
@@ -185,9 +260,8 @@ def load_trained_state(model: nn.Module, state: dict[str, torch.Tensor]) -> None
                 f"the checkpoint trained {name} of shape {tuple(state[name].shape)}, the run has "
                 f"{tuple(parameter.shape)} (model.lora_rank?)"
             )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(state[name])
+    for name, parameter in parameters.items():
+        copy_into(parameter, state[name])
 
 
 def random_state() -> dict[str, Any]:
@@ -228,5 +302,8 @@ def _read(path: Path, *, mmap: bool = False) -> Any:
     except OSError:
         raise
     except Exception as error:  # a damaged archive fails in zip, pickle or tensor code alike
-        line = str(error).partition("\n")[0]
-        raise DamagedCheckpoint(f"{path}: cannot be read ({line})") from error
+        raise DamagedCheckpoint(f"{path}: cannot be read ({_line(error)})") from error
+
+
+def _line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

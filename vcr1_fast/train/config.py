@@ -117,6 +117,9 @@ class RolloutConfig(LengthConfig, EngineConfig):
     gap_max_limit: PositiveFloat | None = None
     """The same for the largest |rollout log-prob - training log-prob| of a token; null: any."""
 
+    ahead: Literal[0, 1] = 0
+    """1: a vLLM server samples the next step's completions while this step updates; they are of the
+    policy one step before. 0: each step's completions are of its own policy."""
     parity_every: NonNegativeInt | None = None
     """Steps between checks of the engine's log-probs on probes (engines/parity.py), the first one
     before any step; 0: none; null: 50, none for "own", whose tokens are measured in each step."""
@@ -132,9 +135,12 @@ class RolloutConfig(LengthConfig, EngineConfig):
         return 0 if self.engine == "own" else 50
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         # An empty text would end every completion before its first token.
         if not all(self.stop):
             raise ConfigError("stop", f"must not hold an empty string, got {list(self.stop)}")
+        if self.ahead and (self.engine != "vllm-server" or self.temperature != 1.0):
+            raise ConfigError("ahead", "needs engine: vllm-server and temperature: 1")
         if self.engine != "own" and self.temperature < 0.01:
             raise ConfigError(
                 "temperature", f"vLLM raises what is below 0.01 to it, got {self.temperature}"
@@ -184,7 +190,8 @@ class OptimConfig:
     """Prompts of one step over all processes."""
     tokens_per_microbatch: PositiveInt = 16384
     """Tokens in one forward and backward, a prompt counted once for its group; gradients are
-    accumulated. A longer group is split by its completions; fewer where memory is short."""
+    accumulated. A longer group runs its prompt once and its completions in parts; fewer where
+    memory is short."""
     # For devices that other processes use too.
     memory_gib: PositiveFloat | None = None
     """GiB that one forward and backward may take by the planner's estimate; null: all available."""
@@ -270,12 +277,19 @@ class RunConfig:
     """Evaluations without a better `keep_best` after which the run ends early; 0: never."""
     device: Literal["auto", "cpu"] = "auto"
     """Device of training; "auto": this process's GPU where there is one."""
+    parallel: Literal["auto", "ddp", "fsdp", "hybrid"] = "auto"
+    """How several processes hold the model: "fsdp" shards weights, gradients and optimiser over all
+    of them, "hybrid" over those of a machine, "ddp" keeps a whole copy in each; "auto": "fsdp"."""
+    cpu_offload: bool = False
+    """Keep the shards of "fsdp" and "hybrid", and the optimiser's work, in main memory."""
 
     def __post_init__(self) -> None:
         if not self.output:
             raise ConfigError("output", "must not be empty")
         if self.resume_from is not None and not self.resume:
             raise ConfigError("resume_from", "needs resume: true")
+        if self.cpu_offload and self.parallel == "ddp":
+            raise ConfigError("cpu_offload", "needs shards: parallel fsdp or hybrid")
         if self.keep_best is not None and not self.keep_best.startswith("val/"):
             raise ConfigError("keep_best", f"must be a metric val/..., got {self.keep_best!r}")
         if self.patience and self.keep_best is None:
@@ -346,6 +360,10 @@ class TrainConfig:
         for name in ("num_items", "num_sequences"):
             if getattr(self.loss, name) is not None:
                 raise ConfigError(f"loss.{name}", "is counted by the trainer, not set")
+        if self.rollout.ahead and self.loss.rollout_correction in (None, "none"):
+            raise ConfigError("rollout.ahead", "needs loss.rollout_correction: it is off-policy")
+        if self.rollout.ahead and self.rewards.temporal.rollouts:
+            raise ConfigError("rollout.ahead", "does not go with rewards.temporal.rollouts")
         if self.loss.entropy_aggregation != "loss":
             raise ConfigError(
                 "loss.entropy_aggregation",

@@ -1,13 +1,14 @@
 """Records to prompts: which records a step takes, with clips decoded ahead, bad ones set aside."""
 
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 import numpy as np
 
+from vcr1_fast.data.clip_cache import open_cache
 from vcr1_fast.data.quarantine import Quarantine
 from vcr1_fast.data.records import Record, load_records
 from vcr1_fast.data.requests import clip_key, clip_request
@@ -26,13 +27,16 @@ MAX_CACHED_IN_A_ROW = 256
 class Sample:
     """A record ready for the model; `duration`: seconds of the clip it shows, None for an image.
 
-    `shown`: a few of the clip's frames, for people; a copy, so that no whole clip is kept.
+    `shown`: a few of the clip's frames, for people; a copy, so that no whole clip is kept. `place`:
+    in the step, over all ranks; `occurrence`: how often the record came before in the step.
     """
 
     record: Record
     prompt: Prompt
     duration: float | None
     shown: Clip | None = None
+    place: int = 0
+    occurrence: int = 0
 
 
 def own_places(first: int, count: int, rank: int, ranks: int) -> range:
@@ -148,6 +152,7 @@ class PromptSource:
             timeout=config.decode_timeout,
             workers=config.decode_workers,
             prefetch_bytes=config.prefetch_mb << 20,
+            cache=open_cache(config.cache_dir, config.cache_dir_gib),
             # Small frames leave the worker, unless a GPU resizes them faster than it does.
             fit=processor.fit() if stage is None else None,
             stage=stage,
@@ -167,11 +172,11 @@ class PromptSource:
         for step in range(first_step, last_step):
             began = time.perf_counter()
             batch = []
-            for _ in own_places(step * size, size, rank, ranks):
+            for place, occurrence in self._occurrences(step * size, size, rank, ranks):
                 # No name may hold the last clip of a batch while the step runs.
                 sample = self._sample(*next(stream))
                 if sample is not None:
-                    batch.append(sample)
+                    batch.append(replace(sample, place=place, occurrence=occurrence))
             if len(self._bad) == len(self.records):
                 last = self.quarantine.items[-1]
                 raise ValueError(
@@ -180,6 +185,19 @@ class PromptSource:
                 )
             self._seconds += time.perf_counter() - began
             yield batch
+
+    def _occurrences(self, first: int, size: int, rank: int, ranks: int) -> list[tuple[int, int]]:
+        """(place in the step, how often its record came before in the step) at this rank's places
+        of the step that begins at place `first`."""
+        own = own_places(first, size, rank, ranks)
+        seen: Counter[int] = Counter()
+        found = []
+        # All ranks' places: a record's number in the step must not depend on how many ranks share.
+        for place, i in enumerate(self.sampler.places(first, size), start=first):
+            if place in own:
+                found.append((place - first, seen[i]))
+            seen[i] += 1
+        return found
 
     def take_seconds(self) -> float:
         """Time spent waiting for clips and cutting patches since the last call."""

@@ -4,8 +4,8 @@ without its weights."""
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,22 @@ SAMPLED_CLIPS = 32
 """Clips that are decoded to count tokens, at even distances in the records."""
 
 
-def dry_run(config: TrainConfig, *, grpo: bool) -> tuple[list[str], bool]:
+@dataclass(frozen=True)
+class Machines:
+    """Where a run is to be planned for.
+
+    processes: one a GPU; machine: processes of one machine, None for all of them; memory: bytes of
+    each GPU (or of main memory for each process), None for what this machine has free.
+    """
+
+    processes: int = 1
+    machine: int | None = None
+    memory: float | None = None
+
+
+def dry_run(
+    config: TrainConfig, *, grpo: bool, machines: Machines = Machines()
+) -> tuple[list[str], bool]:
     """(lines of the plan, whether it fits in memory and on the disk). Neither weights nor GPU time
     are used, and nothing is written. ValueError as a run would raise for its settings and data."""
     check_installed(config.run.trackers or ())
@@ -60,35 +75,68 @@ def dry_run(config: TrainConfig, *, grpo: bool) -> tuple[list[str], bool]:
         f"{f', {len(faults)} more cannot be shown' if faults else ''})"
     )
     model = skeleton(directory, config.model)
-    needs = Needs.of(model, config)
+    needs = Needs.of(
+        model,
+        config,
+        machines.processes,
+        machines.machine,
+        prompt=max(tokens) if grpo else None,
+    )
     use_cpu = config.run.device == "cpu" or not torch.cuda.is_available()
-    free = float(available_bytes(torch.device("cpu" if use_cpu else "cuda")))
+    free = machines.memory
+    if free is None:
+        free = float(available_bytes(torch.device("cpu" if use_cpu else "cuda")))
     lines += model_lines(needs, config, free)
-    work = needs.micro_batch
+    rollout_bytes = 0
     if grpo:
         rollout = config.rollout
-        work = max(
-            work,
-            rollout_bytes := round(
-                Footprint.of(model).rollout_bytes(
-                    [max(tokens)] * min(rollout.batch_prompts, config.optim.prompts_per_step),
-                    rollout.group_size,
-                    rollout.max_new_tokens,
-                    truncated=bool(rollout.top_k) or rollout.top_p < 1,
-                )
-            ),
+        own_prompts = -(-config.optim.prompts_per_step // machines.processes)
+        together = min(rollout.batch_prompts, own_prompts)
+        rollout_bytes = round(
+            Footprint.of(model).rollout_bytes(
+                [max(tokens)] * together,
+                rollout.group_size,
+                rollout.max_new_tokens,
+                truncated=bool(rollout.top_k) or rollout.top_p < 1,
+            )
         )
-        lines.append(f"rollout: {size(rollout_bytes)} for {rollout.batch_prompts} prompts together")
-    copies = 2 if grpo and config.loss.beta != 0 and not config.model.has_adapters else 1
-    total = copies * needs.weights + needs.training
-    disk = (config.run.keep_checkpoints + 1) * needs.checkpoint + needs.weights
-    fits = total < free and disk < free_bytes(Path(config.run.output))
-    reference = ", with the reference model" if copies == 2 else ""
+        lines.append(f"rollout: {size(rollout_bytes)} for {together} prompts together")
+    peak = needs.peak(rollout_bytes, reference=grpo)
+    # What no smaller step can take away.
+    least = replace(needs, micro_batch=0).peak(reference=grpo)
+    model_bytes = needs.gathered or needs.weights
+    disk = (config.run.keep_checkpoints + 1) * needs.checkpoint + model_bytes
+    fits = least < free and disk < free_bytes(Path(config.run.output))
+    reference = ", with the reference model" if grpo and needs.reference else ""
     lines.append(
-        f"in all {size(total + work)} of memory{reference}: "
-        + ("fits" if total + work < free else "a step must be cut smaller" if fits else "too much")
+        f"in all {size(peak)} of memory{reference}: "
+        + ("fits" if peak < free else "a step must be cut smaller" if fits else "too much")
     )
+    if least >= free:
+        lines += remedies(model, config, machines, free, grpo=grpo)
     return lines, fits
+
+
+def remedies(
+    model: nn.Module, config: TrainConfig, machines: Machines, free: float, *, grpo: bool
+) -> Iterator[str]:
+    """What would make a run fit whose weights, gradients and optimiser do not."""
+
+    def fits(settings: TrainConfig, processes: int) -> bool:
+        needs = Needs.of(model, settings, processes, machines.machine)
+        return replace(needs, micro_batch=0).peak(reference=grpo) < free
+
+    sharded = replace(config, run=replace(config.run, parallel="auto"))
+    for processes in (2, 4, 8, 16, 32, 64):
+        if processes > machines.processes and fits(sharded, processes):
+            yield f"it would fit on {processes} processes with run.parallel=fsdp"
+            break
+    if grpo and config.loss.beta != 0 and not config.model.has_adapters:
+        without = replace(config, loss=replace(config.loss, beta=0.0))
+        if fits(without, machines.processes):
+            yield "it would fit with loss.beta=0, without the reference model"
+    if not config.model.has_adapters:
+        yield "model.lora_rank=64 trains adapters alone: the weights, and little beside them"
 
 
 def clip_tokens(

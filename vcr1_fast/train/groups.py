@@ -9,6 +9,7 @@ from torch import Tensor
 from vcr1_fast.model.packing import Group
 from vcr1_fast.model.rollout import Rollout
 from vcr1_fast.ops import GRPOLossConfig
+from vcr1_fast.train.config import OptimConfig
 from vcr1_fast.train.dataset import Sample
 
 
@@ -17,13 +18,14 @@ class PolicyGroup:
     """A prompt with its G completions of N tokens in all, and the loss's inputs.
 
     advantages (G,); rollout_logps (N,), of the sampler at its temperature; ref_logps (N,), of the
-    reference model, None without a KL term.
+    reference model, None without a KL term; place: of the prompt in its step, over all ranks.
     """
 
     group: Group
     advantages: Tensor
     rollout_logps: Tensor
     ref_logps: Tensor | None = None
+    place: int = 0
 
     @classmethod
     def from_rollout(cls, sample: Sample, one: Rollout) -> "PolicyGroup":
@@ -38,6 +40,7 @@ class PolicyGroup:
             Group(sample.prompt, one.tokens[0], one.vision[0]),
             torch.zeros(len(one.tokens[0])),
             torch.cat(one.full_logps[0]),
+            place=sample.place,
         )
 
     @property
@@ -82,6 +85,18 @@ class PolicyGroup:
     def with_vision(self, vision: Tensor | None) -> "PolicyGroup":
         """The same with other features; None has its clips encoded in the forward pass."""
         return replace(self, group=replace(self.group, vision=vision))
+
+
+def minibatches_of(groups: Sequence[PolicyGroup], config: OptimConfig) -> list[list[PolicyGroup]]:
+    """This rank's groups of each optimiser step on one rollout, all inner epochs.
+
+    By place, not by number: an optimiser step takes the same prompts for any number of ranks.
+    """
+    steps, size = config.inner_steps, config.prompts_per_step
+    parts: list[list[PolicyGroup]] = [[] for _ in range(steps)]
+    for one in groups:
+        parts[one.place * steps // size].append(one)
+    return parts * config.inner_epochs
 
 
 def step_loss_config(config: GRPOLossConfig, sequences: int, tokens: int) -> GRPOLossConfig:

@@ -1,6 +1,7 @@
 """Sampling of a step's completions, planned by memory and retried on out-of-memory."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,6 +11,7 @@ from vcr1_fast.engines.parity import Forward, check_parity
 from vcr1_fast.model.prompt import VIDEO
 from vcr1_fast.model.rollout import Rollout, SamplingConfig
 from vcr1_fast.model.vision import reorder_frames
+from vcr1_fast.train.ahead import Ahead
 from vcr1_fast.train.config import RolloutConfig
 from vcr1_fast.train.dataset import Sample
 from vcr1_fast.train.groups import PolicyGroup
@@ -34,14 +36,14 @@ def sample_completions(
 ) -> Iterator[Chunk]:
     """Sample a group of completions per prompt, chunk by chunk as memory allows.
 
-    The random numbers depend on (run.seed, step, rank) alone: chunking, an out-of-memory retry and
-    the T-GRPO term change no completion.
+    The random numbers depend on (run.seed, step, record, number of the completion) alone: the
+    number of processes, chunking, an out-of-memory retry and the T-GRPO term change no completion.
     """
     settings, temporal = run.config.rollout, run.config.rewards.temporal
-    seed = (run.config.run.seed * 1_000_003 + step) * run.ranks + run.rank
-    generator = torch.Generator().manual_seed(seed % 2**63)
-    # A second generator: the completions of unshuffled clips must not depend on the T-GRPO term.
-    shuffler = torch.Generator().manual_seed(~seed % 2**63)
+    run.gather()
+    if run.ahead is not None:
+        yield from sampled_ahead(run, run.ahead, samples, step, watch)
+        return
     # Decided once for the step: chunks must agree, or some features would lack gradients.
     with_graph = keeps_vision_graph(run, samples)
     with watch.stage("rollout"):
@@ -61,19 +63,49 @@ def sample_completions(
         with watch.stage("vision"):
             vision = run.clip_features(part, with_graph=with_graph)
         with watch.stage("rollout"):
-            sampled = sample_group(run, part, vision, settings.group_size, generator)
+            seeds = [prompt_seed(run.config.run.seed, step, one) for one in part]
+            sampled = sample_group(run, part, vision, settings.group_size, seeds)
             rollouts = with_full_logps(run, part, sampled)
         shuffled: list[Rollout | None] = [None] * len(part)
         if temporal.rollouts:
             with watch.stage("shuffled"):
-                mixed = shuffled_features(part, vision, temporal.tasks, shuffler)
+                # Other seeds: completions on the clip as it is do not depend on the T-GRPO term.
+                seeds = [prompt_seed(run.config.run.seed, step, one, "shuffled") for one in part]
+                mixed = shuffled_features(part, vision, temporal.tasks, seeds)
                 compared = sample_group(
-                    run, [part[i] for i in mixed], list(mixed.values()), temporal.rollouts, shuffler
+                    run,
+                    [part[i] for i in mixed],
+                    list(mixed.values()),
+                    temporal.rollouts,
+                    [seeds[i] for i in mixed],
                 )
                 for i, one in zip(mixed, compared, strict=True):
                     shuffled[i] = one
         yield Chunk(part, rollouts, shuffled)
     run.sampler.sleep()
+
+
+def sampled_ahead(
+    run: Run, ahead: Ahead, samples: Sequence[Sample], step: int, watch: Stopwatch
+) -> Iterator[Chunk]:
+    """This step's completions, which the server sampled during the last update, in one chunk; then
+    the next step's are begun. The first step of a run, or after a resume, samples its own."""
+    settings = run.config.rollout
+
+    def prepared(batch: Sequence[Sample], of_step: int) -> Callable[[], list[Rollout]]:
+        vision = run.clip_features(batch)
+        seeds = [prompt_seed(run.config.run.seed, of_step, one) for one in batch]
+        return lambda: sample_group(run, batch, vision, settings.group_size, seeds)
+
+    run.gather()
+    with watch.stage("rollout"):
+        rollouts = ahead.result()
+        run.sync_sampler(step)
+        check_engine(run, samples, step)
+        if rollouts is None:
+            rollouts = prepared(samples, step)()
+        ahead.start(lambda batch: prepared(batch, step + 1))
+    yield Chunk(samples, rollouts, [None] * len(samples))
 
 
 def check_engine(run: Run, samples: Sequence[Sample], step: int) -> None:
@@ -115,22 +147,21 @@ def sample_group(
     samples: Sequence[Sample],
     vision: Sequence[Tensor | None],
     count: int,
-    generator: torch.Generator,
+    seeds: Sequence[int],
 ) -> list[Rollout]:
-    """`count` completions of each sample's prompt, whose clips have the features `vision`.
+    """`count` completions of each sample's prompt, whose clips have the features `vision`, from the
+    random numbers of its seed.
 
-    On out-of-memory, retries each half of the samples from the same RNG state; a single prompt
-    that does not fit raises.
+    On out-of-memory, retries each half of the samples; a single prompt that does not fit raises.
     """
     if not samples:
         return []
-    rng_state = generator.get_state()
     try:
         together = run.sampler.rollout(
             [sample.prompt for sample in samples],
             count,
             sampling_of(run.config.rollout),
-            generator,
+            [torch.Generator().manual_seed(seed) for seed in seeds],
             vision,
         )
         return [together.part(i) for i in range(len(samples))]
@@ -140,11 +171,17 @@ def sample_group(
     # Outside the handler: its traceback holds the tensors of the failed rollout.
     free_unused()
     run.planner.log(f"out of memory with rollouts of {len(samples)} prompts: retrying by halves")
-    # A prompt consumes the same numbers whatever is sampled beside it, so halves repeat the whole.
-    generator.set_state(rng_state)
     half = len(samples) // 2
-    first = sample_group(run, samples[:half], vision[:half], count, generator)
-    return first + sample_group(run, samples[half:], vision[half:], count, generator)
+    first = sample_group(run, samples[:half], vision[:half], count, seeds[:half])
+    return first + sample_group(run, samples[half:], vision[half:], count, seeds[half:])
+
+
+def prompt_seed(seed: int, step: int, sample: Sample, kind: str = "") -> int:
+    """Seed of the random numbers of one prompt's completions. Not a sum: neighbouring seeds, steps
+    and records must not share it."""
+    name = f"{seed} {step} {sample.occurrence} {kind} {sample.record.id}"
+    digest = hashlib.sha256(name.encode(errors="surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "little") % 2**63
 
 
 def with_full_logps(run: Run, samples: Sequence[Sample], rollouts: list[Rollout]) -> list[Rollout]:
@@ -183,7 +220,7 @@ def shuffled_features(
     samples: Sequence[Sample],
     features: Sequence[Tensor | None],
     tasks: Sequence[str] | None,
-    generator: torch.Generator,
+    seeds: Sequence[int],
 ) -> dict[int, Tensor]:
     """Features of clips with their temporal patches shuffled (T-GRPO), by index in `samples`,
     without a second pass of the vision encoder.
@@ -193,12 +230,13 @@ def shuffled_features(
     patch keeps its order.
     """
     found = {}
-    for i, (sample, given) in enumerate(zip(samples, features, strict=True)):
+    for i, (sample, given, seed) in enumerate(zip(samples, features, seeds, strict=True)):
         grids = sample.prompt.video_grid_thw
         clips = int((sample.prompt.mm_token_type_ids == VIDEO).sum())
         if given is None or len(given) != clips or not bool((grids[:, 0] > 1).any()):
             continue
         if tasks is None or sample.record.task in tasks:
+            generator = torch.Generator().manual_seed(seed)
             orders = [another_order(frames, generator) for frames in grids[:, 0].tolist()]
             # Detached: shuffled rollouts are scored, not trained on.
             found[i] = reorder_frames(given.detach(), grids, orders)
@@ -218,8 +256,11 @@ def check_rollout_gap(metrics: Mapping[str, float], settings: RolloutConfig) -> 
     """ValueError where the log-probs of rollout and training differ by more than the limits.
 
     Before the first update of a step both are the same model on the same tokens, so all but
-    rounding is a fault: other weights, positions, inputs or precision.
+    rounding is a fault: other weights, positions, inputs or precision. With `rollout.ahead` they
+    are not, and the probes of `check_engine` alone tell.
     """
+    if settings.ahead:
+        return
     for kind, limit in (("mean", settings.gap_mean_limit), ("max", settings.gap_max_limit)):
         gap = metrics.get(f"rollout_gap_{kind}", 0.0)
         if limit is not None and gap > limit:

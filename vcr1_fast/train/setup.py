@@ -1,21 +1,22 @@
 """The set-up of a run, GRPO or SFT: process, model, data, log; resumed from a checkpoint."""
 
 import copy
+import os
 import resource
 import shutil
 import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast_object_list, gather_object, set_seed
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from torch import Tensor, nn
 
 from vcr1_fast.config.loader import dump_config
@@ -37,6 +38,7 @@ from vcr1_fast.tasks import TASKS
 from vcr1_fast.tasks.prompt_template import prompts_from
 from vcr1_fast.train import as_trained
 from vcr1_fast.train.advantages import TaskScales
+from vcr1_fast.train.ahead import Ahead
 from vcr1_fast.train.checkpoint import (
     DamagedCheckpoint,
     check_checkpoint,
@@ -59,9 +61,10 @@ from vcr1_fast.train.health import Health
 from vcr1_fast.train.log import RunLog
 from vcr1_fast.train.optim import MasterAdamW
 from vcr1_fast.train.plan import Needs, data_lines, model_lines
-from vcr1_fast.train.planner import GIB, Planner
-from vcr1_fast.train.ranks import open_ranks
+from vcr1_fast.train.planner import GIB, Footprint, Planner
+from vcr1_fast.train.ranks import Peers, as_launched, open_mesh, open_ranks, shards_model
 from vcr1_fast.train.resume import check_same_run, flat_settings, identity, keep_settings
+from vcr1_fast.train.sharding import Sharding, Traffic
 from vcr1_fast.train.stopping import RunStopped, StopRequest, locked
 from vcr1_fast.train.trackers import check_installed, installed_default
 from vcr1_fast.train.validation import Validation
@@ -92,7 +95,12 @@ class Run:
     health: Health
     stop: StopRequest
     identity: dict[str, Any]
+    sharding: Sharding | None
+    reference_sharding: Sharding | None
+    traffic: Traffic
     sampler: Sampler
+    ahead: Ahead | None = None
+    """Where the next step is sampled during this one's update."""
     validation: Validation | None = None
     used: int = 0
     """Samples trained on since `done`, on all ranks."""
@@ -121,9 +129,10 @@ class Run:
             self.log.step({"step": 0, **self.validate(0)})
         if self.stops_early():
             return
-        for samples in self.source.batches(
+        steps = self.source.batches(
             self.done, optim.steps, optim.prompts_per_step, self.rank, self.ranks
-        ):
+        )
+        for samples in steps if self.ahead is None else self.ahead.batches(steps):
             yield samples
             if self.stops_early():
                 return
@@ -148,9 +157,16 @@ class Run:
         """
         if self.validation is None or not self.validation.is_due(step):
             return {}
+        self.gather()
         metrics = self.validation.evaluate(self)
         self.validation.keep_best(self, step, metrics)
         return metrics
+
+    def gather(self) -> None:
+        """Make the weights whole for passes of the model, where they are sharded; the next
+        optimiser step shards them again. All ranks call it together."""
+        if self.sharding is not None:
+            self.sharding.gather()
 
     @property
     def vision_is_frozen(self) -> bool:
@@ -174,14 +190,24 @@ class Run:
 
     def sync_sampler(self, version: int) -> None:
         """Bring the engine's weights up to those after `version` steps, where they are others."""
-        if self.sampler.version != version:
+        if self.sampler.version == version:
+            return
+        if self.rank == 0 or not self.sampler.shared:
             self.sampler.sync(policy_weights(self.model), version)
+        else:  # the first process sends the weights, which are whole on all of them
+            self.sampler.version = version
+        self.accelerator.wait_for_everyone()
 
     @contextmanager
     def reference(self) -> Iterator[nn.Module]:
-        """The model as it was before training."""
+        """The model as it was before training. All ranks enter together."""
         if self.reference_model is not None:
-            yield self.reference_model
+            with (
+                nullcontext()
+                if self.reference_sharding is None
+                else (self.reference_sharding.gathered())
+            ):
+                yield self.reference_model
         elif self.config.model.adapter is not None:
             model: Any = self.model
             model.set_adapter("reference")
@@ -248,19 +274,27 @@ class Run:
 
     def _save(self) -> None:
         config, step = self.config, self._completed
+        if self.sharding is None:
+            weights = {
+                "model": trained_state(self.model),
+                "optimizer": self.optimizer.state_dict(),
+            }
+        else:
+            weights = self.optimizer.sharded_state()
         save_checkpoint(
             Path(config.run.output) / "checkpoints",
             {
                 "step": step,
                 "identity": self.identity,
                 "settings": dump_config(config),
-                "model": trained_state(self.model),
-                "optimizer": self.optimizer.state_dict(),
                 "scales": self._moments,
+                **weights,
             },
             keep=config.run.keep_checkpoints,
             rank=self.rank,
             barrier=self.accelerator.wait_for_everyone,
+            gather=gather_object,
+            shards=None if self.sharding is None else self.optimizer.named_shards(),
         )
         self._saved = step
 
@@ -269,6 +303,7 @@ class Run:
         adapters alone go to `adapter` beside it."""
         output = Path(self.config.run.output)
         path = output / "model"
+        self.gather()
         if self.rank == 0:
             others = as_trained.files(self.config, self.identity, self._completed)
             save(self.model, self.processor, path, others=others)
@@ -307,16 +342,14 @@ def open_run(config: TrainConfig, *, reference: bool, kind: str = "grpo") -> Ite
     `reference`: whether the loss has a KL term to the untrained model. ValueError names the
     setting, file or run in the way.
     """
-    accelerator = open_ranks(config.run.device)
-    if accelerator.distributed_type == DistributedType.FSDP:
-        raise ValueError(
-            "accelerate is set to use FSDP, but every process holds the whole model here: launch "
-            "with --multi_gpu"
-        )
+    accelerator = open_ranks(config.run)
+    config = replace(config, run=as_launched(config.run, accelerator))
     set_seed(config.run.seed)
     output = Path(config.run.output)
     main = accelerator.is_main_process
     with ExitStack() as stack:
+        # First of all: an error of one rank, from here on, ends the others too.
+        stack.enter_context(Peers(accelerator.process_index, accelerator.num_processes))
         # Before anything is read: another run may be writing checkpoints here.
         if main:
             stack.enter_context(locked(output))
@@ -333,7 +366,16 @@ def open_run(config: TrainConfig, *, reference: bool, kind: str = "grpo") -> Ite
         quarantine = Quarantine(listed if main else None)
         chosen = select(training_records(config.data, quarantine), config.data, config.run.seed)
         config = config.with_steps(len(chosen.records))
-        model, processor = prepare_model(config, accelerator.device)
+        is_sharded = shards_model(config.run, accelerator.num_processes)
+        if is_sharded and config.rollout.decoding == "graphs":
+            raise ValueError(
+                "rollout.decoding=graphs cannot record the hooks of a sharded model: take static, "
+                "or run.parallel=ddp"
+            )
+        # To be sharded, it is loaded to main memory: the device may not hold all of it.
+        model, processor = prepare_model(
+            config, accelerator.device, torch.device("cpu") if is_sharded else None
+        )
         # Of the base weights, so before a checkpoint is loaded.
         own = identity(kind, chosen.records, chosen.sampler.name, model)
         reference_model = None
@@ -343,7 +385,22 @@ def open_run(config: TrainConfig, *, reference: bool, kind: str = "grpo") -> Ite
         elif reference and not config.model.has_adapters:
             # Copied before a checkpoint is loaded: the reference is the untrained model.
             reference_model = copy.deepcopy(model).requires_grad_(False)
-        optimizer = MasterAdamW(model.parameters(), config.optim)
+        # Before it is sharded, when dtype and sizes are those of the passes.
+        footprint = Footprint.of(model)
+        machine = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+        needs = Needs.of(model, config, accelerator.num_processes, machine)
+        traffic = Traffic()
+        sharding = reference_sharding = None
+        if is_sharded:
+            mesh = open_mesh(config.run, accelerator)
+            sharding = Sharding(model, mesh, traffic, config.run.cpu_offload)
+            if reference_model is not None:
+                reference_sharding = Sharding(
+                    reference_model, mesh, traffic, config.run.cpu_offload
+                )
+        optimizer = MasterAdamW(
+            model.parameters(), config.optim, sharding=sharding, traffic=traffic
+        )
         stack.callback(optimizer.close)
         scales = TaskScales(config.advantage.ema_decay, config.advantage.ema_floor)
         start = None
@@ -356,12 +413,15 @@ def open_run(config: TrainConfig, *, reference: bool, kind: str = "grpo") -> Ite
         if config.run.resume and starts:
             path, damaged = newest_intact(starts, accelerator)
             notes += [f"ignoring {reason}" for reason in damaged]
-            state = load_checkpoint(path, rank=accelerator.process_index)
+            state = load_checkpoint(path, rank=accelerator.process_index, whole=sharding is None)
             # Before anything is loaded: a refusal leaves the folder as it was.
             changed = check_same_run(path, state, config, own)
-            # Before the optimiser: in a float32 run the parameters are its masters.
-            load_trained_state(model, state["model"])
-            optimizer.load_state_dict(state["optimizer"])
+            if "model" in state:
+                # Before the optimiser: in a float32 run the parameters are its masters.
+                load_trained_state(model, state["model"])
+                optimizer.load_state_dict(state["optimizer"])
+            else:
+                optimizer.load_sharded(path, state)
             scales.load(state["scales"])
             done = state["step"]
             if path in found:
@@ -396,7 +456,7 @@ def open_run(config: TrainConfig, *, reference: bool, kind: str = "grpo") -> Ite
         for line in data_lines(config, chosen.records, len(quarantine), grpo=kind == "grpo"):
             log.message(line)
         free = available_bytes(accelerator.device)
-        for line in model_lines(Needs.of(model, config), config, free):
+        for line in model_lines(needs, config, free):
             log.message(line)
         for item in quarantine.items:
             log.message(f"quarantined {item.record_id or item.source}: {item.reason}")
@@ -406,7 +466,7 @@ def open_run(config: TrainConfig, *, reference: bool, kind: str = "grpo") -> Ite
             quarantine = Quarantine(listed)
         # From here on each rank reports the clips that it decodes itself.
         quarantine.log = partial(log.message, every_rank=True)
-        stage = staging(model, processor, config.data.resize)
+        stage = staging(model, processor, config.data.resized_by)
         log.message(f"frames are resized by {'workers' if stage is None else stage.device}")
         source = stack.enter_context(
             PromptSource(
@@ -420,6 +480,7 @@ def open_run(config: TrainConfig, *, reference: bool, kind: str = "grpo") -> Ite
             memory=config.optim.memory_gib and config.optim.memory_gib * GIB,
             log=log.message,
         )
+        planner.footprint = footprint
         sampler: Sampler = OwnSampler(model, processor)
         if kind == "grpo":
             sampler = stack.enter_context(
@@ -433,6 +494,9 @@ def open_run(config: TrainConfig, *, reference: bool, kind: str = "grpo") -> Ite
                 )
             )
             log.message(f"completions by {sampler.describe()}")
+        ahead = Ahead() if kind == "grpo" and config.rollout.ahead else None
+        if ahead is not None:
+            stack.callback(ahead.close)
         yield Run(
             config=config,
             accelerator=accelerator,
@@ -449,7 +513,11 @@ def open_run(config: TrainConfig, *, reference: bool, kind: str = "grpo") -> Ite
             health=Health(config.optim.max_skipped_updates, log.message),
             stop=stack.enter_context(StopRequest(config.run.stop_grace)),
             identity=own,
+            sharding=sharding,
+            reference_sharding=reference_sharding,
+            traffic=traffic,
             sampler=sampler,
+            ahead=ahead,
             validation=validation,
         )
 
@@ -508,9 +576,12 @@ def remove_leftovers(output: Path, leftovers: list[Path]) -> None:
             path.unlink()
 
 
-def prepare_model(config: TrainConfig, device: torch.device) -> tuple[nn.Module, Processor]:
-    """The model to train, with adapters if `model.lora_rank` is set, and its processor. ValueError
-    for an attention backend without a backward pass on `device`."""
+def prepare_model(
+    config: TrainConfig, device: torch.device, weights_on: torch.device | None = None
+) -> tuple[nn.Module, Processor]:
+    """The model to train on `device`, with adapters if `model.lora_rank` is set, and its processor;
+    its weights stay on `weights_on` where that is given. ValueError for an attention backend
+    without a backward pass on `device`."""
     settings, frames = config.model, config.data.frames
     if settings.attention == "flex" and device.type != "cuda":
         raise ValueError(
@@ -520,7 +591,7 @@ def prepare_model(config: TrainConfig, device: torch.device) -> tuple[nn.Module,
     model, processor = load(
         settings.path,
         dtype=settings.dtype,
-        device=device,
+        device=weights_on or device,
         mrope=settings.mrope,
         video_text=settings.video_text,
     )

@@ -48,6 +48,7 @@ def sft(config: TrainConfig) -> Path:
             watch = Stopwatch(decode=run.source.take_seconds())
             with watch.stage("policy"):
                 # A trained encoder runs in the policy's pass, which needs its graph.
+                run.gather()
                 frozen = run.vision_is_frozen
                 vision = run.clip_features(samples) if frozen else [None] * len(samples)
                 groups = [
@@ -68,6 +69,7 @@ def sft(config: TrainConfig) -> Path:
                 {
                     "step": step + 1,
                     **metrics,
+                    **run.traffic.take(),
                     "quarantined": run.missing(samples),
                     "tokens_per_second": metrics["num_tokens"] / max(seconds, 1e-9),
                     **{f"seconds/{name}": value for name, value in watch.seconds.items()},
@@ -89,7 +91,8 @@ def update(run: Run, groups: list[Group], lr: float) -> dict[str, float]:
     for attempt in run.planner.attempts(longest_first(groups)):
         with attempt as micro_batches:
             run.optimizer.zero_grad()  # an attempt that ran out of memory left parts of gradients
-            losses = [forward_backward(run, part, tokens) for part in micro_batches]
+            # A group has one completion, so that every micro-batch is packed.
+            losses = [forward_backward(run, batch.items, tokens) for batch in micro_batches]
     total = sum(losses, torch.zeros((), dtype=torch.float64, device=device))
     # One wait for the device, after all micro-batches.
     finite = bool(total.isfinite())

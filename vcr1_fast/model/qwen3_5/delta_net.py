@@ -21,6 +21,7 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet
 
 from vcr1_fast.model.decode import SharedPrefix
 from vcr1_fast.model.packing import Span
+from vcr1_fast.model.prompt_state import PromptRecorder, Suffix
 from vcr1_fast.model.qwen3_5.delta_rule import delta_rule, one_token
 
 _SHORT = 128  # tokens, about: below that a batch of its own costs more than the padding
@@ -39,14 +40,19 @@ class GroupDeltaNet(Qwen3_5GatedDeltaNet):
         *args: Any,
         spans: Sequence[Span] | None = None,
         shared_prefix: SharedPrefix | None = None,
+        recorder: PromptRecorder | None = None,
+        suffix: Suffix | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """Output (B, N, H) of hidden states (B, N, H).
 
-        `spans`: they are a pack, B = 1; with `shared_prefix` the prompts' states are kept there.
-        `shared_prefix` alone: one token of each row, N = 1. Neither: transformers' own forward.
+        `spans`: they are a pack, B = 1; with `shared_prefix` the prompts' states are kept there,
+        and `recorder.record(layer, last inputs, state)` takes them with their graph.
+        `shared_prefix` alone: one token of each row, N = 1. `suffix`: completions of `suffix.span`
+        without their prompt, which `suffix.state.layers` holds as recorded, B = 1. None of them:
+        transformers' own forward.
         """
-        if spans is None and shared_prefix is None:
+        if spans is None and shared_prefix is None and suffix is None:
             return super().forward(hidden_states, *args, **kwargs)
         mixed, gate = self.in_proj_qkv(hidden_states), self.in_proj_z(hidden_states)
         step = self.in_proj_a(hidden_states)
@@ -54,7 +60,16 @@ class GroupDeltaNet(Qwen3_5GatedDeltaNet):
         beta = self.in_proj_b(hidden_states).sigmoid()
         decay = -self.A_log.to(exact).exp() * F.softplus(step.to(exact) + self.dt_bias)
         if spans is not None:
-            out = self._over_pack(mixed[0], decay[0], beta[0], spans, shared_prefix)
+            out, states = self._over_pack(mixed[0], decay[0], beta[0], spans)
+            if shared_prefix is not None:
+                shared_prefix.states[self.layer_idx] = states
+            if recorder is not None:
+                recorder.record(self.layer_idx, *states)
+        elif suffix is not None:
+            pieces = [x[0].split(suffix.span.lengths) for x in (mixed, decay, beta)]
+            group = torch.zeros(len(suffix.span.lengths), dtype=torch.int64, device=mixed.device)
+            last, state = suffix.state.layers[self.layer_idx]
+            out = torch.cat(self._completions(pieces, (last, state), group))
         else:
             assert shared_prefix is not None
             out = self._one_token(mixed, decay, beta, shared_prefix)
@@ -67,9 +82,9 @@ class GroupDeltaNet(Qwen3_5GatedDeltaNet):
         decay: Tensor,
         beta: Tensor,
         spans: Sequence[Span],
-        shared_prefix: SharedPrefix | None,
-    ) -> Tensor:
-        """(N, value heads * Dv) from the inputs (N, channels), (N, heads) and (N, heads)."""
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """(N, value heads * Dv) from the inputs (N, channels), (N, heads) and (N, heads); and what
+        later tokens read of each prompt: its last inputs and its state."""
         lengths = [span.lengths for span in spans]
         sizes = list(chain.from_iterable((span.prompt, sum(span.lengths)) for span in spans))
         pieces = [x.split(sizes) for x in (mixed, decay, beta)]
@@ -78,21 +93,29 @@ class GroupDeltaNet(Qwen3_5GatedDeltaNet):
         out, state = self._sequences(of_prompts, before, None)
         # A prompt shorter than the kernel has zeros before it, as the convolution has.
         last = torch.stack([_last_rows(part, before.shape[1]) for part in of_prompts[0]])
-        if shared_prefix is not None:
-            shared_prefix.states[self.layer_idx] = (last, state)
         flat = list(chain.from_iterable(lengths))
         if not flat:
-            return torch.cat(out)
+            return torch.cat(out), (last, state)
         completions = [torch.cat(part[1::2]).split(flat) for part in pieces]
-        # Indexing copies a prompt's state to its completions, and adds their gradients up.
         group = torch.arange(len(spans)).repeat_interleave(torch.tensor(list(map(len, lengths))))
-        group = group.to(mixed.device)
-        own, _ = self._sequences(completions, last[group], state[group])
+        own = self._completions(completions, (last, state), group.to(mixed.device))
         following = iter(own)
         rows: list[Tensor] = []
         for prompt, given in zip(out, lengths, strict=True):
             rows += [prompt, *(next(following) for _ in given)]
-        return torch.cat(rows)
+        return torch.cat(rows), (last, state)
+
+    def _completions(
+        self,
+        pieces: Sequence[Sequence[Tensor]],
+        states: tuple[Tensor, Tensor],
+        group: Tensor,
+    ) -> list[Tensor]:
+        """Outputs of completions, `pieces` as in `_sequences`, of the prompts `group` (R,), whose
+        last inputs and states are `states`."""
+        # Indexing copies a prompt's state to its completions, and adds their gradients up.
+        last, state = (x[group] for x in states)
+        return self._sequences(pieces, last, state)[0]
 
     def _sequences(
         self, pieces: Sequence[Sequence[Tensor]], before: Tensor, state: Tensor | None
