@@ -96,6 +96,7 @@ def test_a_refused_launch_leaves_no_error_to_the_next():
     emulation.set_device(shared_bytes=20000)
     with pytest.raises(RuntimeError, match=r"resize_frames: cudaErrorInvalidValue \(more shared"):
         ops.resize_frames(frames, (56, 84))
+    assert emulation.take_error() == "cudaSuccess"
     boxes = torch.rand(3, 4)
     assert torch.equal(ops.box_iou(boxes, boxes), on_cpu(ops.box_iou, boxes, boxes))
 

@@ -550,7 +550,8 @@ def test_stop_strings_are_those_of_the_whole_text_and_cost_no_copy_a_row(
     got = rollout(
         model, processor, prompts, 6, dataclasses.replace(sampling, stop=stops), _seeded()
     )
-    assert len(copies) <= steps + 4
+    # One a step, and two for the result.
+    assert len(copies) == max(map(len, _flat(got.tokens))) + 2
     for before, after in zip(_flat(free.tokens), _flat(got.tokens), strict=True):
         length = next(
             (
@@ -562,6 +563,15 @@ def test_stop_strings_are_those_of_the_whole_text_and_cost_no_copy_a_row(
         )
         assert torch.equal(after, before[:length])
     assert len({len(x) for x in _flat(got.tokens)}) > 2
+
+
+def test_a_stop_string_of_tokens_of_one_byte_each(loaded):
+    _, processor = loaded
+    letters = processor.tokenizer.convert_tokens_to_ids(list("zabcdefgh"))
+    assert processor.decode(letters) == "zabcdefgh"
+    run = SimpleNamespace(processor=processor, sampling=SamplingConfig(stop=("q", "abcdefgh")))
+    stops = [rollout_module._Run._stops(run, letters[:n]) for n in range(1, len(letters) + 1)]
+    assert stops == [False] * 8 + [True]
 
 
 def test_control_tokens_are_never_drawn(loaded):

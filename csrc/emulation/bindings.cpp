@@ -1,6 +1,8 @@
 // Python bindings of the emulation, for tests: vcr1_fast._C.emulation. Not in other builds.
 #include "../bindings/bindings.h"
 
+#include <cuda_runtime.h>
+
 #include "device.h"
 #include "presented.h"
 
@@ -23,6 +25,9 @@ VCR1_BINDINGS(emulation, module) {
       "The GPU's compute capability, the architecture of the compiled code (80 or 90), the shared "
       "memory that a block may ask for, the CUDA version that the driver supports, the "
       "multiprocessors, and the largest cluster.");
+  m.def(
+      "take_error", [] { return std::string(cudaGetErrorName(cudaGetLastError())); },
+      "The error that the last failed CUDA call has left in the runtime; it is cleared.");
   m.def("seed", &emulation::seed, py::arg("value"), "Seed of the order in which threads run.");
   m.def(
       "take_launches",
