@@ -50,6 +50,7 @@ from torch import nn
 
 from vcr1_fast.model.attention import copies_prefix
 from vcr1_fast.model.family import LayerSizes, family_of
+from vcr1_fast.model.graphs import forget_recordings
 from vcr1_fast.model.vision import vision_is_frozen
 from vcr1_fast.model.wrapping import unwrap
 from vcr1_fast.ops.lm_head import most_bytes
@@ -350,7 +351,7 @@ class Planner:
         """Bytes that a pass may take."""
         if self.memory is not None:
             return self.memory
-        free = available_bytes(self.optimizer.parameters[0].device)
+        free = available_bytes(self.optimizer.device)
         return _USABLE * free - self.optimizer.pending_bytes()
 
     def predict(self, batch: MicroBatch[Any]) -> float:
@@ -431,7 +432,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def free_unused() -> None:
-    """Collect garbage and return cached GPU memory."""
+    """Drop recorded decoding steps, collect garbage and return cached GPU memory."""
+    forget_recordings()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
