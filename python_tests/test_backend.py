@@ -224,7 +224,7 @@ CALLS = {
         "parts": torch.tensor([[0, 3, 0, 0]]),
         "scale": 1.0,
     },
-    "group_attention of a prefix": {
+    "prefixed group_attention": {
         "query": _values(3, 2, 4),
         "key": _values(3, 1, 4),
         "value": _values(3, 1, 4),

@@ -379,3 +379,35 @@ def test_fine_tuning_survives_it_too(run, monkeypatch, error):
     assert len(reported) == 1 and (str(error) or "MemoryError") in reported[0]
     for ours, theirs in zip(collect(run), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_the_bytes_of_split_and_twice_by_hand():
+    """a = 10, p = 2, c = 3, g = 6, 50 fixed; P = 100, S_m = 20 with 20 labels of 4, 30 patches."""
+    foot = Footprint(
+        per_token=10.0,
+        per_label=4.0,
+        per_patch=2.0,
+        fixed=50.0,
+        head_chunk=1000.0,
+        per_cached=3.0,
+        per_cached_gradient=6.0,
+        per_copied=0.0,
+        per_read=0.0,
+        vocabulary=2,
+        recomputed=False,
+    )
+    split = 50 + 80 + 10 * (100 + 20) + 2 * 30 + 6 * 100
+    assert foot.suffix_bytes("split", 100, 20, 20, 30) == split
+    again = 50 + 10 * 100 + 2 * 30 + 6 * 100
+    assert foot.suffix_bytes("twice", 100, 20, 20, 30) == again
+    # A long suffix takes more than the prompt: its graph beside the prompt's keys and their sums.
+    suffixes = 50 + 1000 + 10 * 400 + (3 + 6) * 100
+    assert foot.suffix_bytes("twice", 100, 400, 400, 30) == suffixes
+    kept = replace(foot, recomputed=True)
+    assert kept.suffix_bytes("split", 100, 20, 20, 30) == split + 3 * 100
+    assert kept.suffix_bytes("twice", 100, 20, 20, 30) == again + 3 * 100
+    assert kept.suffix_bytes("twice", 100, 400, 400, 30) == suffixes
+    copying = replace(foot, per_copied=1.0)
+    assert copying.suffix_bytes("split", 100, 20, 20, 30) == split + 120
+    recurrent = replace(foot, per_state=7.0)
+    assert recurrent.suffix_bytes("split", 100, 20, 20, 30) == split + 14
