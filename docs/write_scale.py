@@ -98,7 +98,7 @@ def needs_of(name: str, processes: int, lora: bool) -> tuple[Needs, int, float, 
     return found[0], round(rollout), found[0].micro_batch - 16384 * token, token
 
 
-def peak(name: str, processes: int, tokens: int = 8192, *, lora: bool = False) -> float:
+def peak(name: str, processes: int, tokens: int = 6144, *, lora: bool = False) -> float:
     """GiB of one process at the busiest moment of a step with micro-batches of `tokens` tokens."""
     needs, rollout, nothing, token = needs_of(name, processes, lora)
     # All but the head's chunks, which are as large from a few thousand tokens on, is linear.

@@ -202,7 +202,7 @@ class Ranks:
 
 
 def rows(output):
-    """metrics.jsonl without times, traffic, and what counts micro-batches."""
+    """metrics.jsonl without times, memory, traffic, and what counts micro-batches."""
     found = []
     for line in (Path(output) / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
@@ -211,7 +211,7 @@ def rows(output):
                 name: value
                 for name, value in row.items()
                 if not name.startswith(("seconds", "tokens_per_second", "sent_", "collectives"))
-                and name != "num_microbatches"
+                and name not in ("num_microbatches", "time", "memory_gib")
             }
         )
     return found

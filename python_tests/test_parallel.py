@@ -124,12 +124,28 @@ def assert_same(folder, name, expected, tolerance):
         torch.testing.assert_close(value, b[key], rtol=0, atol=tolerance, msg=key)
 
 
-@pytest.mark.parametrize("name", ["2-full", "3-full", "2-ddp", "2-hybrid", "2-offload", "2-oom"])
+@pytest.mark.parametrize("name", ["2-full", "3-full", "2-ddp", "2-hybrid", "2-offload"])
 def test_shards_and_copies_train_like_one_process(folder, name):
     assert_same(folder, name, "1-full", 1e-9)
     first, last = rows(folder / name)[0], rows(folder / name)[-1]
     assert last["kl"] > 0  # the weights have moved away from the reference
     assert first["grad_norm"] > 0
+
+
+def test_a_rank_that_runs_out_of_memory_begins_its_passes_again(folder):
+    """Alone: the other rank waits for it. Its second try is cut smaller, and the norms of a layer
+    compute in float32, so that another cut rounds otherwise."""
+    for name in ("2-oom", "1-full"):  # a prompt that is split by its completions runs again
+        for row in (found := rows(folder / name)):
+            del row["num_run_tokens"], row["saved_tokens"]
+        if name == "2-oom":
+            ours = found
+    for row, other in zip(ours, found, strict=True):
+        close = {k: v for k, v in other.items() if not k.startswith("rollout_gap")}
+        assert {k: row[k] for k in close} == pytest.approx(close, rel=1e-6, abs=1e-7)
+    a, b = weights(folder / "2-oom"), weights(folder / "1-full")
+    for key, value in a.items():
+        torch.testing.assert_close(value, b[key], rtol=0, atol=1e-5, msg=key)
 
 
 @pytest.mark.parametrize("n", [2, 3])
@@ -262,7 +278,7 @@ def test_an_error_of_one_rank_ends_the_others(tied, tmp_path):
 
 def test_peak_memory_is_that_of_the_plan(folder):
     """And falls with the number of processes as planned."""
-    config = configure(folder / "large" / "model", "-", "-", *MEMORY)
+    config = configure(folder / "large" / "model", "records.jsonl", "run", *MEMORY)
     planned = {}
     for n in (2, 3):
         needs = Needs.of(skeleton(folder / "large" / "model", config.model), config, n)
