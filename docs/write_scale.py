@@ -86,20 +86,22 @@ def needs_of(name: str, processes: int, lora: bool) -> tuple[Needs, int, float, 
     token)."""
     model = adapted(name) if lora else model_of(name)
     found = []
-    for tokens in (1024, 2048):
-        config = settings_of(f"optim.tokens_per_microbatch={tokens}")
+    for tokens in (16384, 32768):
+        # Half of the tokens are the prompt's, the other half its completions'.
+        more = f"rollout.max_new_tokens={tokens // 16}"
+        config = settings_of(f"optim.tokens_per_microbatch={tokens}", more)
         if lora:
             config = replace(config, model=replace(config.model, lora_rank=64))
-        found.append(Needs.of(model, config, processes))
-    token = (found[1].micro_batch - found[0].micro_batch) / 1024
+        found.append(Needs.of(model, config, processes, prompt=tokens // 2))
+    token = (found[1].micro_batch - found[0].micro_batch) / 16384
     rollout = Footprint.of(model).rollout_bytes([PROMPT], 8, COMPLETION, truncated=False)
-    return found[0], round(rollout), found[0].micro_batch - 1024 * token, token
+    return found[0], round(rollout), found[0].micro_batch - 16384 * token, token
 
 
 def peak(name: str, processes: int, tokens: int = 8192, *, lora: bool = False) -> float:
     """GiB of one process at the busiest moment of a step with micro-batches of `tokens` tokens."""
     needs, rollout, nothing, token = needs_of(name, processes, lora)
-    # All but the head's chunks, which are as large from 1,024 tokens on, is linear in the tokens.
+    # All but the head's chunks, which are as large from a few thousand tokens on, is linear.
     return replace(needs, micro_batch=round(nothing + tokens * token)).peak(rollout) / GIB
 
 

@@ -68,6 +68,18 @@ def counted(output, rank):
             (Path(output) / "wire.json").write_text(json.dumps(calls))
 
 
+def failing(model, processor):
+    """The model, whose second backward pass runs out of memory when all later layers are done."""
+    passes = iter(range(10**6))
+
+    def fail(*given):
+        if next(passes) == 1:
+            raise MemoryError("no more")
+
+    model.model.language_model.layers[0].register_full_backward_pre_hook(fail)
+    return model, processor
+
+
 def resident(key):
     """Bytes of VmRSS or VmHWM of this process."""
     status = Path("/proc/self/status").read_text()
@@ -95,9 +107,11 @@ def run_here(
     resumes=None,
     pause=0.0,
     measured=False,
+    out_of_memory=False,
 ):
     """Train in this process. resumes: (step, folder of the run to go on from); pause: seconds that
-    each step takes longer; measured: write the peak of resident memory to peak-<rank>.json."""
+    each step takes longer; measured: write the peak of resident memory to peak-<rank>.json;
+    out_of_memory: the last rank's second backward pass fails in its first layer, once."""
     import torch
     import torch.distributed as dist
 
@@ -114,6 +128,9 @@ def run_here(
     load = setup.load
     if double:
         setup.load = lambda *args, **kwargs: load(*args, **{**kwargs, "dtype": torch.float64})
+    prepare = setup.prepare_model
+    if out_of_memory and rank == int(os.environ["WORLD_SIZE"]) - 1:
+        setup.prepare_model = lambda *given: failing(*prepare(*given))
     try:
         work = sft.sft if kind == "sft" else loop.train
         before = reset_peak() if measured else 0
@@ -122,7 +139,7 @@ def run_here(
         if measured:
             (Path(output) / f"peak-{rank}.json").write_text(json.dumps(resident("VmHWM") - before))
     finally:
-        setup.load = load
+        setup.load, setup.prepare_model = load, prepare
 
 
 def _rank(environment, jobs, answers):

@@ -38,7 +38,8 @@ PARTS = (
 )
 HALF = ("model.dtype=bfloat16", "optim.steps=2", "loss.beta=0.04", "optim.lr=1e-4")
 MEMORY = ("optim.steps=2", "optim.tokens_per_microbatch=64", "run.save_every=0")
-SFT = ("optim.steps=5", "optim.prompts_per_step=5")
+# Without run.device=cpu, as torchrun is started on a machine that happens to have no GPU.
+SFT = ("optim.steps=5", "optim.prompts_per_step=5", "run.device=auto")
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +95,8 @@ def folder(tied, tmp_path_factory):
     Ranks(1, [*jobs(1), *more(1)]).wait()
     two = [*jobs(2), *more(2), plain(2, "ddp"), plain(2, "hybrid")]
     two.append(job("2-offload", "grpo", tied, OFFLOAD, double=True))
+    larger = (*FULL, "optim.tokens_per_microbatch=130")
+    two.append(job("2-oom", "grpo", tied, larger, double=True, out_of_memory=True))
     # LOCAL_WORLD_SIZE: two machines of one process each, for "hybrid".
     Ranks(2, [*two, resumed(2, "2-full"), resumed(2, "1-full")], LOCAL_WORLD_SIZE="1").wait()
     Ranks(3, [*jobs(3), resumed(3, "2-full")]).wait()
@@ -121,7 +124,7 @@ def assert_same(folder, name, expected, tolerance):
         torch.testing.assert_close(value, b[key], rtol=0, atol=tolerance, msg=key)
 
 
-@pytest.mark.parametrize("name", ["2-full", "3-full", "2-ddp", "2-hybrid", "2-offload"])
+@pytest.mark.parametrize("name", ["2-full", "3-full", "2-ddp", "2-hybrid", "2-offload", "2-oom"])
 def test_shards_and_copies_train_like_one_process(folder, name):
     assert_same(folder, name, "1-full", 1e-9)
     first, last = rows(folder / name)[0], rows(folder / name)[-1]

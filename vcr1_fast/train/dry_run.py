@@ -75,7 +75,13 @@ def dry_run(
         f"{f', {len(faults)} more cannot be shown' if faults else ''})"
     )
     model = skeleton(directory, config.model)
-    needs = Needs.of(model, config, machines.processes, machines.machine)
+    needs = Needs.of(
+        model,
+        config,
+        machines.processes,
+        machines.machine,
+        prompt=max(tokens) if grpo else None,
+    )
     use_cpu = config.run.device == "cpu" or not torch.cuda.is_available()
     free = machines.memory
     if free is None:

@@ -48,6 +48,10 @@ class MasterAdamW:
             p if p.dtype in (torch.float32, torch.float64) else p.detach().float().requires_grad_()
             for p in self.parameters
         ]
+        # Where passes run: with `cpu_offload` the shards are elsewhere.
+        self.device = self.parameters[0].device
+        if sharding is not None:
+            self.device = torch.device(sharding.mesh.device_type)
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(
                 partial(accumulate_into_master, master=master)

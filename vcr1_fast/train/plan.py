@@ -59,10 +59,17 @@ class Needs:
 
     @classmethod
     def of(
-        cls, model: nn.Module, config: TrainConfig, processes: int = 1, machine: int | None = None
+        cls,
+        model: nn.Module,
+        config: TrainConfig,
+        processes: int = 1,
+        machine: int | None = None,
+        *,
+        prompt: int | None = None,
     ) -> Needs:
         """From a model, whose weights need not be there (device "meta") and are not sharded yet.
-        machine: processes of a machine; None: all are on one."""
+        machine: processes of a machine, None: all are on one; prompt: tokens of the longest one,
+        None: not known, and every token of a micro-batch may be a clip's."""
         parameters = list(model.parameters())
         trained = [p for p in parameters if p.requires_grad]
         count = sum(p.numel() for p in trained)
@@ -71,8 +78,11 @@ class Needs:
         frozen = whole - sum(p.nbytes for p in trained)
         has_copy = config.loss.beta != 0 and not config.model.has_adapters
         tokens = config.optim.tokens_per_microbatch
-        # As if every token were a clip's: nearly so in video, and the most that it can be.
-        patches = tokens * family_of(model).layout.merge ** 2
+        seen = tokens
+        if prompt is not None:
+            group = prompt + config.rollout.group_size * config.rollout.max_new_tokens
+            seen = min(tokens, prompt * max(1, tokens // group))
+        patches = seen * family_of(model).layout.merge ** 2
         needs = cls(
             parameters=sum(p.numel() for p in parameters),
             trained=count,

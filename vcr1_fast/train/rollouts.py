@@ -40,12 +40,12 @@ def sample_completions(
     number of processes, chunking, an out-of-memory retry and the T-GRPO term change no completion.
     """
     settings, temporal = run.config.rollout, run.config.rewards.temporal
+    run.gather()
     if run.ahead is not None:
         yield from sampled_ahead(run, run.ahead, samples, step, watch)
         return
     # Decided once for the step: chunks must agree, or some features would lack gradients.
     with_graph = keeps_vision_graph(run, samples)
-    run.gather()
     with watch.stage("rollout"):
         run.sampler.wake()
         run.sync_sampler(step)
