@@ -146,7 +146,7 @@ def test_a_sound_engine_agrees_and_the_weights_are_put_back(case):
 
 
 class Processed(Copy):
-    """Reports the log-probs of the truncated distribution alone, as vLLM does at temperature 0.7."""
+    """Reports the log-probs of the truncated distribution alone, as vLLM does where T is not 1."""
 
     def rollout(self, *arguments):
         got = super().rollout(*arguments)
