@@ -132,7 +132,9 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--endpoint", required=True, help="address, http://HOST:PORT")
     command.add_argument("--question", default="What happens?", help="default: %(default)s")
     command.add_argument("--tokens", type=int, default=16, help="of the answer; default: 16")
-    command.add_argument("--frames", type=int, help="frames on both sides (default: their rules)")
+    command.add_argument(
+        "--frames", type=int, help="frames that training takes (default: its rule)"
+    )
     command.add_argument("--dtype", default="float32", help="of our weights; default: %(default)s")
     command.add_argument("--limit", type=float, help="largest gap of a log-prob that agrees")
     command.add_argument(
