@@ -11,7 +11,7 @@ OP_STEMS := native properties cuda_emulation $(basename $(notdir $(shell find cs
 OP_TESTS := $(wildcard $(addsuffix .py,$(addprefix python_tests/test_,$(sort $(OP_STEMS)))))
 CLANG_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build demo test test-engines first-hour odd-media fuzz soak learn sanitize cuda-check lint format docs bench gpu-build gpu-check inplace clean
+.PHONY: build demo test test-engines first-hour odd-media fuzz soak learn sanitize cuda-check lint format docs docs-site bench gpu-build gpu-check inplace clean
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -135,6 +135,12 @@ docs: $(VENV)/.built  ## The pages of docs/ that the code writes.
 	$(PY) docs/write_config.py
 	$(PY) docs/write_scale.py
 	$(PY) docs/write_models.py
+
+# mkdocs has a virtual environment to itself: nothing else needs it.
+docs-site: docs  ## The documentation as a site, in build/site; reads no network when it is viewed.
+	$(PYTHON) -m venv build/mkdocs
+	build/mkdocs/bin/python -m pip install -q 'mkdocs>=1.6,<2'
+	build/mkdocs/bin/python -m mkdocs build
 
 # What the benches compare with. Not part of the build: nothing else needs them.
 $(VENV)/.peers: $(VENV)/.built

@@ -33,7 +33,7 @@ MODELS = {
 # One token each, as far as the vocabulary goes.
 NUMBERS = " ".join(f"{i / 100:.2f}" for i in range(6000))
 TOKENS_A_GRID = 64  # of a frame pair of 224 x 224 pixels
-_LOSS = GRPOLossConfig(loss_type="grpo", beta=0.0)
+STEP_LOSS = GRPOLossConfig(loss_type="grpo", beta=0.0)
 
 
 @dataclass
@@ -120,7 +120,7 @@ def shared_step(model: nn.Module, case: Case) -> None:
     loss, _ = policy_loss(
         model,
         [PolicyGroup(case.group, case.advantages, torch.zeros(tokens))],
-        step_loss_config(_LOSS, len(case.mask), tokens),
+        step_loss_config(STEP_LOSS, len(case.mask), tokens),
         temperature=1.0,
         on_policy=True,
     )

@@ -78,7 +78,7 @@ class State:
                             )
                         ]
                     },
-                    "weight_versions": [{"start": 0, "end": 1, "weight_version": self.version}],
+                    "weight_versions": [{"version": self.version, "start": 0, "end": 1}],
                 }
                 for i in reversed(range(said["n"]))  # any order
             ],

@@ -265,20 +265,27 @@ def attention(rng: random.Random) -> Call:
     rows, groups, dim = rng.randrange(40), rng.choice((1, 2)), rng.choice((1, 3, 8, 17, 64, 128))
     heads, dtype = groups * rng.choice((1, 2, 3)), rng.choice(FLOATS)
     inputs = [tensor(rng, [rows, count, dim], dtype) for count in (heads, groups, groups)]
+    before = rng.choice((None, None, 1, 40, 65))  # rows of a separate prefix
+    prefixes = []
+    if before is not None:
+        prefixes = [tensor(rng, [before, groups, dim], dtype) for _ in range(2)]
     parts, at = [], 0
     while at < rows and len(parts) < 6:
         row = rng.randrange(at, min(at + 4, rows))
-        prefix = rng.randrange(row + 1)
+        limit = row if before is None else before
+        prefix = rng.randrange(limit + 1)
         parts.append(
-            [row, rng.randint(row + 1, min(rows, row + 12)), prefix, rng.randint(prefix, row)]
+            [row, rng.randint(row + 1, min(rows, row + 12)), prefix, rng.randint(prefix, limit)]
         )
         at = parts[-1][1]
     if parts and rng.random() < 0.1:
         rng.choice(parts)[rng.randrange(4)] = rng.choice((-1, rows + 1, 2**40, -(2**63)))
 
     def call() -> list[torch.Tensor]:
-        given = [leaf(x) for x in inputs]
-        return with_gradients(ops.group_attention(*given, parts, scale=0.3), given)
+        given = [leaf(x) for x in (*inputs, *prefixes)]
+        prefix = (given[3], given[4]) if prefixes else None
+        outputs = ops.group_attention(*given[:3], parts, scale=0.3, prefix=prefix)
+        return with_gradients(outputs, given)
 
     return call
 

@@ -113,7 +113,20 @@ CODECS = {
 }
 PAIRS = [(box, codec) for box, codecs in CODECS.items() for codec in codecs.split()]
 B_FRAMES = {"libx264", "libx265", "mpeg4", "mpeg2video", "mpeg1video"}
-STATES_ITS_SIZE = {"mp4", "mov", "3gp", "mkv", "webm", "avi", "flv", "wmv", "ogv", "gif", "ts"}
+STATES_ITS_SIZE = {
+    "mp4",
+    "mov",
+    "3gp",
+    "mkv",
+    "webm",
+    "avi",
+    "flv",
+    "wmv",
+    "ogv",
+    "gif",
+    "ts",
+    "mpg",
+}
 """Containers in which a file that ends early can be distinguished from a shorter one."""
 
 

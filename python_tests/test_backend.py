@@ -224,6 +224,14 @@ CALLS = {
         "parts": torch.tensor([[0, 3, 0, 0]]),
         "scale": 1.0,
     },
+    "prefixed group_attention": {
+        "query": _values(3, 2, 4),
+        "key": _values(3, 1, 4),
+        "value": _values(3, 1, 4),
+        "parts": torch.tensor([[0, 3, 0, 2]]),
+        "scale": 1.0,
+        "prefix": (_values(2, 1, 4), _values(2, 1, 4)),
+    },
     "resize_frames": {
         "frames": _values(1, 4, 4, 3, dtype=torch.uint8),
         "out": _values(1, 2, 2, 3, dtype=torch.uint8),

@@ -67,6 +67,31 @@ def test_nextgqa(tmp_path):
     assert record.metadata == {"duration": 30, "type": "CW"}
 
 
+def test_timelens(tmp_path):
+    """Entries in the shape of the published files."""
+    bench = {"3MSZA": {"duration": 31.0, "spans": [[25, 30], [1, 24]],
+                       "queries": ["A woman flips  the switch.", " She walks "]}}  # fmt: skip
+    first, second = load_records(converted(tmp_path, "timelens_bench", bench)[1])
+    assert (first.task, first.answer) == ("temporal_grounding", [25, 30])
+    assert first.prompt == {"event": "A woman flips the switch"} and first.metadata == {
+        "duration": 31.0
+    }
+    assert first.video.endswith("media/3MSZA.mp4") and second.prompt == {"event": "She walks"}
+    train = {"source": "cosmo_cap", "video_path": "cosmo_cap/BVs52yd-RUQ.mp4", "duration": 117.42,
+             "events": [{"query": "When does he speak?", "span": [[0.0, 5.0]]},
+                        {"query": "A bottle.", "span": [[8.0, 12.0], [20.0, 21.5]]},
+                        {"query": "Nothing", "span": [[9.0, 3.0]]}]}  # fmt: skip
+    source, output = tmp_path / "train.jsonl", tmp_path / "out.jsonl"
+    source.write_text(json.dumps(train) + "\n")
+    done = convert("timelens_100k", source, output, media_root=tmp_path)
+    assert (done.videos, done.annotations, done.quarantined) == (1, 3, 1)
+    one, several = load_records(output)
+    assert (one.id, one.answer) == ("cosmo_cap/BVs52yd-RUQ-0", [0.0, 5.0])
+    assert one.video == str(tmp_path / "cosmo_cap/BVs52yd-RUQ.mp4")
+    assert (several.task, several.answer) == ("moment_retrieval", [[8.0, 12.0], [20.0, 21.5]])
+    assert several.metadata == {"duration": 117.42, "source": "cosmo_cap"}
+
+
 def test_got10k_and_quality(tmp_path):
     (record,) = load_records(converted(tmp_path, "got10k", [GOT])[1])
     assert record.task == "tracking" and record.video.endswith("media/val/GOT-10k_Val_000010")

@@ -12,7 +12,7 @@ import torch
 
 from vcr1_fast import ops
 from vcr1_fast.ops import GRPOLossConfig, backend
-from vcr1_fast.ops.gather_logprobs import backward_op, forward_op
+from vcr1_fast.ops.gather_logprobs import backward_op, forward_op, inplace_backward_op
 from vcr1_fast.ops.grpo.config import LOSS_TYPES, encode
 from vcr1_fast.ops.grpo.loss import grpo_loss_op, multiply_op
 
@@ -96,6 +96,7 @@ def test_a_refused_launch_leaves_no_error_to_the_next():
     emulation.set_device(shared_bytes=20000)
     with pytest.raises(RuntimeError, match=r"resize_frames: cudaErrorInvalidValue \(more shared"):
         ops.resize_frames(frames, (56, 84))
+    assert emulation.take_error() == "cudaSuccess"
     boxes = torch.rand(3, 4)
     assert torch.equal(ops.box_iou(boxes, boxes), on_cpu(ops.box_iou, boxes, boxes))
 
@@ -119,17 +120,56 @@ def test_sliced_logits_are_read_once(logits, inplace):
     if inplace:  # parameters are made once
         logits = logits + 0 if logits.is_contiguous() else logits._base.clone()[:, :2]
     labels = torch.randint(V, logits.shape[:-1])
-    loss_and_gradient(logits, labels, inplace=inplace)
-    first, *_ = emulation.take_launches()
     rows = labels.numel()
-    assert first == (8 * rows, HELD, 8, 37984)  # the row, in the memory of a cluster of eight
+
+    def launch(**options):
+        emulation.take_launches()
+        loss_and_gradient(logits, labels, inplace=inplace, **options)
+        return emulation.take_launches()[2]  # after the two that weigh the tokens
+
+    assert launch() == (16 * rows, HELD, 16, 0)  # the row, in the registers of sixteen blocks
+    # Entropy needs the logits again: in shared memory, with more blocks where rows are few.
+    assert launch(entropy=True) == (16 * rows, HELD, 16, 18992)
+    emulation.set_device(multiprocessors=1)
+    assert launch(entropy=True) == (8 * rows, HELD, 8, 37984)
+    emulation.set_device(largest_cluster=8)
+    assert launch() == (8 * rows, HELD, 8, 37984)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_few_rows_are_split_over_the_gpu(rows, inplace):
+    """Against float64; labels at both sides of every border between blocks."""
+    vocab = 151_936
+    x = (3 * torch.randn(rows, vocab)).bfloat16()
+    step = vocab // 8 // 37 * 8
+    labels = torch.tensor(
+        [0, vocab - 1, *(b + d for b in range(step, vocab, step) for d in (-1, 0))]
+    )
+    labels = labels[torch.randperm(len(labels))][:40].expand(rows, -1).contiguous()
+    state = (None, None, 0.8)
+    logps, entropy, lse, stats = forward_op(x, labels, *state, True)
+    exact = on_cpu(forward_op, x.double(), labels, *state, True)
+    for got, expected in zip((logps, entropy, lse), exact, strict=False):
+        torch.testing.assert_close(got.double(), expected, rtol=3e-6, atol=6e-6)
+    grads = (torch.randn(logps.shape), torch.randn(rows), torch.randn(rows))
+    expected = on_cpu(backward_op, x, labels, logps, stats, *state, *grads)
+    if inplace:
+        inplace_backward_op(x, labels, logps, stats, *state, *grads)
+    else:
+        x = backward_op(x, labels, logps, stats, *state, *grads)
+    torch.testing.assert_close(x, expected, rtol=8e-3, atol=2e-6)
+    assert emulation.take_launches() == [(16 * rows, 512, 16, 0), (37 * rows, 512, 1, 0)]
+    emulation.set_device(multiprocessors=1, largest_cluster=8)
+    forward_op(x, labels, *state, False)
+    assert emulation.take_launches() == [((2, rows)[rows > 1], 512, (2, 1)[rows > 1], 0)]
 
 
 def test_rows_of_other_alignments_are_read_twice():
     logits = torch.randn(2, 3, 2001).bfloat16()[:, :-1]
     labels = torch.randint(2001, logits.shape[:-1])
     _, got, _ = loss_and_gradient(logits, labels)
-    assert emulation.take_launches()[0] == (4, HELD, 1, 0)
+    assert emulation.take_launches()[2] == (4, HELD, 1, 0)
     _, expected, _ = on_cpu(loss_and_gradient, logits, labels)
     torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-7)
 
@@ -198,6 +238,7 @@ def test_random_gather_logprobs(seed, uninitialised_is_nan):
     rng = random.Random(seed)
     torch.manual_seed(seed)
     emulation.seed(seed)
+    emulation.set_device(multiprocessors=rng.choice((1, 132)), largest_cluster=rng.choice((8, 16)))
     vocab, k = rng.choice(SIZES), rng.choice((1, 1, 2, 3, 33))
     rows = rng.randint(1, 3 if vocab > 3000 else 19)
     dtype = rng.choice((torch.float32, *HALVES))
@@ -236,6 +277,7 @@ def test_random_logits_grpo_loss(seed, uninitialised_is_nan):
     rng = random.Random(seed)
     torch.manual_seed(seed)
     emulation.seed(seed)
+    emulation.set_device(multiprocessors=rng.choice((1, 132)), largest_cluster=rng.choice((8, 16)))
     vocab = rng.choice((*SIZES, 22536, 33000))
     shape = (2, rng.randint(1, 3))
     dtype = rng.choice((torch.float32, *HALVES))

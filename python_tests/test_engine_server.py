@@ -93,6 +93,11 @@ def test_answers_are_those_of_the_weights_sent(case, state, server, tmp_path):
     assert got.finished == [one * 3 for one in own.finished]
     for ours, theirs in zip(own.full_logps, got.full_logps, strict=True):
         torch.testing.assert_close(theirs[2], ours[0], rtol=0, atol=1e-5)
+    sampling = SamplingConfig(max_new_tokens=6)
+    got = server.rollout(prompts[:1], 4, sampling, torch.Generator())
+    seed = state.requests[-1]["sampling_params"]["seed"]
+    own = rollout(model, processor, prompts[:1], 4, sampling, torch.Generator().manual_seed(seed))
+    assert got.texts == own.texts and len(set(got.texts[0])) > 1
     order = [path for path in state.calls if "generate" not in path and path != "/version"]
     assert order == [
         "/pause?mode=wait",

@@ -18,6 +18,7 @@ from vcr1_fast.model.forward import prompt_features
 from vcr1_fast.model.qwen2_5_vl.positions import SpecialIds, mrope_positions
 from vcr1_fast.model.rollout import Rollout, SamplingConfig, Segment, rollout
 from vcr1_fast.train.config import ModelConfig
+from vcr1_fast.train.dataset import Sample
 from vcr1_fast.train.groups import PolicyGroup
 from vcr1_fast.train.setup import add_adapters
 
@@ -193,7 +194,7 @@ def test_a_completion_of_several_turns_is_kept_and_not_trained(loaded):
     turns = [[(Segment(t[:1]), Segment(t[1:], sampled=False)) for t in one.tokens[0]]]
     several = Rollout(**vars(one) | {"turns": turns})
     assert [s.sampled for s in several.part(0).segments(0, 1)] == [True, False]
-    sample = type("Sample", (), {"prompt": prompt})
+    sample = Sample(None, prompt, None)
     assert PolicyGroup.from_rollout(sample, one.part(0)).lengths == [len(t) for t in one.tokens[0]]
     with pytest.raises(ValueError, match="more than one turn"):
         PolicyGroup.from_rollout(sample, several.part(0))

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from tiny_run import configure, write_inputs
 
@@ -248,3 +249,90 @@ def test_going_back_in_the_same_folder_is_refused(full, inputs):
 def test_what_is_no_checkpoint_is_refused(inputs, tmp_path):
     with pytest.raises(ValueError, match=r"run\.resume_from: .* is no checkpoint"):
         sft(configure(*inputs, tmp_path / "run", f"run.resume_from={tmp_path}"))
+
+
+# --- the hub
+
+
+class Hub:
+    """What `huggingface_hub.HfApi` does here, with what it was asked."""
+
+    asked: list = []  # noqa: RUF012 - of the class, as every call makes an object
+    fault = None
+
+    def whoami(self):
+        self.asked.append("whoami")
+        if self.fault == "whoami":
+            raise ConnectionError("no route to the host\nat all")
+
+    def create_repo(self, name, **options):
+        self.asked.append((name, options))
+        return f"https://hub/{name}"
+
+    def upload_folder(self, *, repo_id, folder_path, commit_message):
+        if self.fault == "upload":
+            raise OSError("413: too large")
+        self.asked.append((repo_id, sorted(file.name for file in folder_path.iterdir())))
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(Hub, "asked", [])
+    monkeypatch.setattr(Hub, "fault", None)
+    return Hub
+
+
+def test_a_model_goes_to_the_hub_with_its_card(full, hub, tmp_path, capsys):
+    output = tmp_path / "mine"
+    words = ["export", str(full), "--step", "2", "--output", str(output), "--push", "me/mine"]
+    assert cli.main(words) == 0
+    assert capsys.readouterr().out.splitlines() == [str(output), "https://hub/me/mine"]
+    me, created, uploaded = hub.asked
+    assert me == "whoami" and created == ("me/mine", {"private": True, "exist_ok": True})
+    assert {"model.safetensors", "config.json", "vcr1.yaml", "README.md"} <= set(uploaded[1])
+    card = (output / "README.md").read_text()
+    head = yaml.safe_load(card.split("---")[1])
+    assert head["library_name"] == "transformers" and head["tags"] == ["vcr1_fast", "sft"]
+    # The base is a folder of this machine: neither its path nor a wrong name on the hub.
+    assert "base_model" not in head and str(full.parent) not in card and "/tmp/" not in card
+    assert "2 steps on 18 records" in card and "no think, 4 frames" in card
+
+
+def test_an_adapter_goes_to_the_hub_as_one(lora, hub, tmp_path):
+    words = ["export", str(lora), "--adapter", "--output", str(tmp_path / "a"), "--push", "me/a"]
+    assert cli.main([*words, "--public"]) == 0
+    assert hub.asked[1] == ("me/a", {"private": False, "exist_ok": True})
+    assert "library_name: peft" in (tmp_path / "a/README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "fault", "said"),
+    [
+        (["--push", "mine"], None, "--push mine: expected USER/NAME"),
+        (["--push", "me/mine"], "offline", "the hub is switched off (HF_HUB_OFFLINE)"),
+        (["--push", "me/mine"], "whoami", "does not know you (ConnectionError: no route to"),
+        (["--public"], None, "--public goes with --push"),
+    ],
+)
+def test_a_push_that_cannot_be_is_refused_before_the_export(
+    full, hub, tmp_path, capsys, monkeypatch, words, fault, said
+):
+    import huggingface_hub
+
+    monkeypatch.setattr(Hub, "fault", fault)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", fault == "offline")
+    assert cli.main(["export", str(full), "--output", str(tmp_path / "out"), *words]) == 2
+    error = capsys.readouterr().err
+    assert said in error and len(error.splitlines()) == 1 and not (tmp_path / "out").exists()
+
+
+def test_an_upload_that_fails_leaves_the_export(full, hub, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Hub, "fault", "upload")
+    words = ["export", str(full), "--output", str(tmp_path / "out"), "--push", "me/mine"]
+    assert cli.main(words) == 2
+    assert "--push me/mine: OSError: 413: too large" in capsys.readouterr().err
+    assert (tmp_path / "out/model.safetensors").exists()

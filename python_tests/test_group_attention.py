@@ -130,6 +130,69 @@ def test_heads(backend, heads, kv_heads, dim, dtype):
     check(*inputs(rows, heads, kv_heads, dim, dtype), parts, dtype)
 
 
+# (prompt, completions behind it)
+SUFFIXES = {
+    "one completion": (70, [9]),
+    "tiles exactly": (64, [32, 32]),
+    "short completions in a block": (65, [1, 2, 3, 4, 5, 6, 7, 8]),
+    "long completions": (40, [130, 67]),
+    "one key": (1, [3, 40]),
+}
+
+
+@pytest.mark.parametrize("groups", SUFFIXES.values(), ids=SUFFIXES)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_a_prefix_of_an_earlier_pass(backend, groups, dtype):
+    """Values and gradients are those of the completions in the whole sequence; where the prompt has
+    no queries, the gradients of its keys and values come from the completions alone."""
+    prompt, completions = groups
+    parts, rows = pack((prompt, completions))
+    whole = inputs(rows, dtype=dtype)
+    exact = [x.detach().double().clone().requires_grad_() for x in whole]
+    expected, expected_lse = dense(*exact, parts)
+    upstream = normal(rows - prompt, 4, 16, dtype, seed=9)
+    expected[prompt:].backward(upstream.double())
+    query, *own = (x[prompt:].clone().requires_grad_() for x in whole)
+    prefix = tuple(x[:prompt].clone().requires_grad_() for x in whole[1:])
+    behind = [(row - prompt, end - prompt, 0, prompt) for row, end, _, _ in parts[1:]]
+    out, lse = group_attention(query, *own, behind, scale=SCALE, prefix=prefix)
+    assert out.dtype == dtype
+    assert_close((out, lse), (expected[prompt:], expected_lse[:, prompt:]), TOLERANCE[dtype])
+    out.backward(upstream)
+    ours = [query.grad, *(torch.cat([a.grad, b.grad]) for a, b in zip(prefix, own, strict=True))]
+    exact_grads = [exact[0].grad[prompt:], exact[1].grad, exact[2].grad]
+    assert_close(ours, exact_grads, 2 * TOLERANCE[dtype])
+
+
+def test_a_prefix_is_read_by_the_numbers_of_its_rows(backend):
+    """Parts that see different stretches of it, strided views, a query in no part."""
+    wide = normal(40, 3, 32, torch.float32, 5)
+    prefix = wide[:, :2, :16], wide[:, 1:, 16:]
+    query, key, value = inputs(20, dtype=torch.float32)
+    parts = [(0, 5, 0, 40), (5, 9, 3, 17), (10, 20, 8, 8)]
+    out, lse = group_attention(query, key, value, parts, scale=SCALE, prefix=prefix)
+    # In one sequence: the prefix first, as rows in no part.
+    zeros = torch.zeros(40, 4, 16)
+    joined = [torch.cat(pair) for pair in ((zeros, query), (prefix[0], key), (prefix[1], value))]
+    shifted = [(row + 40, end + 40, *seen) for row, end, *seen in parts]
+    expected, expected_lse = group_attention(*joined, shifted, scale=SCALE)
+    assert torch.equal(out, expected[40:]) and torch.equal(lse, expected_lse[:, 40:])
+    assert torch.equal(out[9], torch.zeros(4, 16))
+
+
+def test_gradcheck_of_a_prefix(backend):
+    query, key, value, *prefix = (
+        normal(rows, heads, 4, torch.float64, i).requires_grad_()
+        for i, (rows, heads) in enumerate(((5, 2), (5, 1), (5, 1), (3, 1), (3, 1)))
+    )
+
+    def run(q, k, v, pk, pv):
+        parts = [(0, 2, 0, 3), (2, 5, 0, 3)]
+        return group_attention(q, k, v, parts, scale=SCALE, prefix=(pk, pv))[0]
+
+    assert torch.autograd.gradcheck(run, (query, key, value, *prefix), atol=1e-6)
+
+
 UNUSUAL = {
     "a gap between completions": [(0, 20, 0, 0), (20, 26, 0, 20), (29, 33, 0, 20)],
     "prefixes that begin apart": [(0, 20, 0, 0), (20, 26, 0, 20), (26, 33, 5, 20)],
@@ -394,10 +457,15 @@ def test_opcheck_and_compile(backend):
             (*(x.to(dtype) for x in (query, key, value)), parts, SCALE),
         )
     out, lse = group_attention(query, key, value, parts, scale=SCALE)
-    torch.library.opcheck(
-        torch.ops.vcr1_fast.group_attention_backward.default,
-        (query, key, value, out, lse, torch.ones_like(out), parts, SCALE),
-    )
+    behind = torch.tensor([(0, 40, 0, 9), (40, 72, 3, 9)])
+    for given, prefix in ((parts, ()), (behind, inputs(9, dtype=torch.float32)[1:])):
+        torch.library.opcheck(
+            torch.ops.vcr1_fast.group_attention.default, (query, key, value, given, SCALE, *prefix)
+        )
+        torch.library.opcheck(
+            torch.ops.vcr1_fast.group_attention_backward.default,
+            (query, key, value, out, lse, torch.ones_like(out), given, SCALE, *prefix),
+        )
 
     def step(q, k, v):
         return group_attention(q, k, v, parts, scale=SCALE)[0].square().sum()
@@ -450,6 +518,18 @@ def test_other_errors():
         group_attention(*(x.long() for _ in range(3)), [], scale=1.0)
     with pytest.raises(ValueError, match=r"on one device, got \['cpu', 'meta', 'cpu'\]"):
         group_attention(x, x.to("meta"), x, [(0, 4, 0, 0)], scale=1.0)
+    for prefix, message in (
+        ((x, x[:3]), "P the same for both"),
+        ((x[:, :1], x[:, :1]), r"prefix keys must be \(P, 2, 8\)"),
+        ((x, x[0]), "prefix values must be"),
+        ((x.double(), x.double()), "prefix keys must be torch.float32"),
+        ((x.to("meta"), x.to("meta")), "got torch.float32 on meta"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            group_attention(x, x, x, [(0, 4, 0, 0)], scale=1.0, prefix=prefix)
+    for part in ((0, 4, 0, 4), (0, 4, -1, 2), (0, 4, 2, 1)):
+        with pytest.raises(ValueError, match="a prefix end at or before 3 rows"):
+            group_attention(x, x, x, [part], scale=1.0, prefix=(x[:3], x[:3]))
     if native is not None:
         wide = torch.zeros(4, 1, MAX_DIM + 1)
         with pytest.raises(ValueError, match=f"heads of 1 to {MAX_DIM}, got {MAX_DIM + 1}"):
@@ -461,10 +541,11 @@ def test_the_binding_checks_what_the_kernel_trusts():
     x, lse, scratch = torch.zeros(4, 2, 8), torch.zeros(2, 4), torch.zeros(4096)
     good = torch.tensor([[0, 4, 0, 0]])
 
-    def forward(query=x, key=x, parts=good, out=x, lse=lse, scratch=scratch):
-        native.group_attention(query, key, key, parts, 1.0, out, lse, scratch, 1)
+    def forward(query=x, key=x, parts=good, out=x, lse=lse, scratch=scratch, prefix=(None, None)):
+        native.group_attention(query, key, key, *prefix, parts, 1.0, out, lse, scratch, 1)
 
     forward()
+    forward(prefix=(x, x), parts=torch.tensor([[0, 4, 1, 4]]))
     for wrong, message in (
         ({"parts": torch.tensor([[0, 5, 0, 0]])}, "rising queries within 4"),
         ({"parts": torch.tensor([[2, 4, 0, 3]])}, "a prefix before query 2"),
@@ -476,14 +557,38 @@ def test_the_binding_checks_what_the_kernel_trusts():
         ({"out": torch.zeros(4, 8, 2).transpose(1, 2)}, "stride 1"),
         ({"lse": torch.zeros(4, 2)}, r"lse: expected \(2, 4\), got \(4, 2\)"),
         ({"scratch": torch.zeros(255)}, "scratch: expected 256 elements"),
+        ({"prefix": (x, x), "scratch": torch.zeros(511)}, "scratch: expected 512 elements"),
+        ({"prefix": (x, None)}, "expected both or neither"),
+        ({"prefix": (x[:3], x)}, r"prefix_value: expected \(3, 2, 8\)"),
+        ({"prefix": (x[:, :1], x)}, r"prefix_key: expected \(4, 2, 8\)"),
+        ({"prefix": (x.double(), x)}, "prefix_key: expected float32"),
+        (
+            {"prefix": (x[:3], x[:3]), "parts": torch.tensor([[0, 4, 0, 4]])},
+            "a prefix before its row 3, got 0 to 4",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             forward(**wrong)
 
     def backward(tasks, scratch=scratch):
         grads = [torch.zeros(4, 2, 8) for _ in range(3)]
-        native.group_attention_backward(x, x, x, good, 1.0, x, lse, x, *grads, scratch, tasks, 1)
+        native.group_attention_backward(
+            x, x, x, None, None, good, 1.0, x, lse, x, *grads, None, None, scratch, tasks, 1
+        )
 
+    def backward_of_prefix(given, grad_given):
+        grads = [torch.zeros(4, 2, 8) for _ in range(3)]
+        scratch = torch.zeros(4 * 512)
+        native.group_attention_backward(
+            x, x, x, *given, good, 1.0, x, lse, x, *grads, *grad_given, scratch, 3, 1
+        )
+
+    backward_of_prefix((x, x), (x.clone(), x.clone()))
+    for given, grad_given in (((x, x), (None, None)), ((None, None), (x, x)), ((x, x), (x, None))):
+        with pytest.raises(ValueError, match="expected both with a prefix, else neither"):
+            backward_of_prefix(given, grad_given)
+    with pytest.raises(ValueError, match=r"grad_prefix_value: expected \(4, 2, 8\)"):
+        backward_of_prefix((x, x), (x.clone(), x[:3].clone()))
     backward(3, torch.zeros(4 * 256))
     with pytest.raises(ValueError, match="scratch: expected 1024 elements"):
         backward(3, torch.zeros(4 * 256 - 1))

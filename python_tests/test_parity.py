@@ -145,6 +145,22 @@ def test_a_sound_engine_agrees_and_the_weights_are_put_back(case):
     assert any(torch.equal(one, positions) for one in rule)
 
 
+class Processed(Copy):
+    """Reports the log-probs of the truncated distribution alone, as vLLM does where T is not 1."""
+
+    def rollout(self, *arguments):
+        got = super().rollout(*arguments)
+        return replace(got, full_logps=[[t * torch.nan for t in one] for one in got.logps])
+
+
+def test_log_probs_of_a_truncated_distribution_are_compared_as_such(case):
+    model, processor, _ = case
+    truncated = SamplingConfig(temperature=0.7, top_p=0.5, top_k=9, max_new_tokens=6)
+    assert check(case, Processed(model, processor), truncated).max < 1e-5
+    with pytest.raises(ParityError, match="positions: text positions"):
+        check(case, Processed(model, processor, plain_positions), truncated)
+
+
 @pytest.mark.parametrize(
     "fault, said",
     [
@@ -225,8 +241,8 @@ def test_log_probs_that_an_engine_leaves_out_are_the_policys(inputs, tmp_path, m
     settings = configure(*inputs, tmp_path / "run", "rollout.temperature=0.7", "loss.beta=0")
     with setup.open_run(settings, reference=False) as run:
         samples = next(iter(run.batches()))
-        generator = torch.Generator().manual_seed(0)
-        got = rollouts.sample_group(run, samples, [None] * len(samples), 3, generator)
+        seeds = range(len(samples))
+        got = rollouts.sample_group(run, samples, [None] * len(samples), 3, seeds)
         blank = [replace(one, full_logps=[[t * torch.nan for t in one.logps[0]]]) for one in got]
         filled = rollouts.with_full_logps(run, samples, blank)
         assert rollouts.with_full_logps(run, samples, got) is got

@@ -10,7 +10,7 @@ from vcr1_fast.model import rollout as rollout_module
 from vcr1_fast.ops.lm_head import rows_per_chunk
 from vcr1_fast.train import loop, rollouts, setup
 from vcr1_fast.train.groups import PolicyGroup, step_loss_config
-from vcr1_fast.train.planner import Footprint, Planner, is_out_of_memory
+from vcr1_fast.train.planner import Footprint, MicroBatch, Planner, is_out_of_memory
 from vcr1_fast.train.sft import update as sft_update
 
 
@@ -37,42 +37,98 @@ def run(inputs, tmp_path, request):
 
 
 def cut(planner, *items):
-    return [[(i.prompt_tokens, i.lengths) for i in part] for part in planner.parts(items)]
+    """(schedule, items, lengths of each suffix) of each micro-batch."""
+    return [
+        (
+            batch.schedule,
+            [item.prompt_tokens for item in batch.items],
+            [part.lengths for part in (batch.suffixes if batch.edges else batch.items)],
+        )
+        for batch in planner.parts(items)
+    ]
 
 
 def test_groups_are_packed_up_to_the_budget_in_order(run):
     planner = Planner(run.model, run.optimizer, 100)
     assert cut(planner, Item(40, (5, 5)), Item(30, (10, 10)), Item(20, (1,)), Item(70, (9,))) == [
-        [(40, (5, 5)), (30, (10, 10))],
-        [(20, (1,)), (70, (9,))],
+        ("packed", [40, 30], [(5, 5), (10, 10)]),
+        ("packed", [20, 70], [(1,), (9,)]),
     ]
 
 
-def test_a_group_above_the_budget_is_split_by_its_completions(run):
+def test_a_group_above_the_budget_runs_its_prompt_once(run):
     planner = Planner(run.model, run.optimizer, 100)
-    assert cut(planner, Item(60, (15, 20, 10, 40)), Item(10, (10,))) == [
-        [(60, (15, 20))],
-        [(60, (10,))],
-        [(60, (40,))],
-        [(10, (10,))],
+    assert cut(planner, Item(60, (15, 20, 10, 40)), Item(10, (10,)), Item(10, (10,))) == [
+        ("split", [60], [(15, 20), (10,), (40,)]),
+        ("packed", [10, 10], [(10,), (10,)]),
     ]
-    # A completion that is too long by itself still goes through, alone.
-    assert cut(planner, Item(90, (20, 30))) == [[(90, (20,))], [(90, (30,))]]
+    # Prompt and one completion are above it, each alone is not.
+    assert cut(planner, Item(90, (20, 30, 60))) == [("twice", [90], [(20, 30), (60,)])]
+    # What is too long by itself still goes through, in passes as small as can be.
+    assert cut(planner, Item(120, (20, 30))) == [("twice", [120], [(20,), (30,)])]
+    assert cut(planner, Item(90, (20,))) == [("packed", [90], [(20,)])]
+    assert [batch.tokens for batch in planner.parts([Item(60, (15, 20)), Item(90, (20, 30))])] == [
+        95,
+        90,
+    ]
+
+
+def test_the_smallest_schedule_is_known(run):
+    """At which running out of memory is final."""
+    item = Item(10, (3, 4))
+    sizes = [
+        MicroBatch([item]),
+        MicroBatch([item], "split", (0, 1, 2)),
+        MicroBatch([item], "twice", (0, 2)),
+        MicroBatch([item], "twice", (0, 1, 2)),
+        MicroBatch([item.part(0, 1)]),
+        MicroBatch([item.part(0, 1)] * 2),
+    ]
+    assert [batch.is_smallest for batch in sizes] == [False, False, False, True, True, False]
 
 
 def test_memory_bounds_micro_batches_too(run):
     free = Planner(run.model, run.optimizer, 10**9)
     items = [Item(100, (10,) * 8, patches=400)] * 4
-    need = free.predict(items[:1])
+    need = free.predict(MicroBatch(items[:1]))
     bounded = Planner(run.model, run.optimizer, 10**9, memory=1.01 * need)
     assert len(free.parts(items)) == 1
     assert len(bounded.parts(items)) == 4
     tight = Planner(run.model, run.optimizer, 10**9, memory=0.97 * need)
-    assert len(tight.parts(items)) == 8
-    assert all(tight.predict(part) <= 0.97 * need for part in tight.parts(items))
+    batches = tight.parts(items)
+    assert len(batches) == 4
+    assert all(batch.schedule == "split" for batch in batches)
+    assert all(tight.predict(batch) <= 0.97 * need for batch in batches)
     none = Planner(run.model, run.optimizer, 10**9, memory=0.2 * need)
     with pytest.raises(ValueError, match=r"prompt of 100 tokens \(400 patches.*GiB are free.*opt"):
         none.parts(items)
+
+
+def test_memory_chooses_the_first_schedule_that_fits(run):
+    """Just below the least that a schedule needs, the next one is taken; suffixes are as large as
+    fit."""
+    item = Item(400, (50,) * 6, patches=800)
+    free = Planner(run.model, run.optimizer, 10**9)
+    need = {
+        (schedule, size): free.predict(MicroBatch([item], schedule, tuple(range(0, 7, size))))
+        for schedule in ("split", "twice")
+        for size in (1, 2, 3)
+    }
+    packed = free.predict(MicroBatch([item]))
+    assert need["split", 1] < need["split", 3] < packed
+    assert need["twice", 1] < need["split", 1]
+
+    def chosen(memory):
+        (batch,) = Planner(run.model, run.optimizer, 10**9, memory=memory).parts([item])
+        return batch.schedule, len(batch.edges) - 1
+
+    assert chosen(packed) == ("packed", -1)
+    assert chosen(need["split", 3]) == ("split", 2)
+    assert chosen(need["split", 3] - 1) == ("split", 3)
+    assert chosen(need["split", 1]) == ("split", 6)
+    assert chosen(need["split", 1] - 1)[0] == "twice"
+    with pytest.raises(ValueError, match="prompt of 400 tokens"):
+        chosen(need["twice", 1] - 1)
 
 
 def test_memory_bounds_the_prompts_of_a_rollout(run):
@@ -228,13 +284,16 @@ def test_out_of_memory_halves_the_budget_and_keeps_the_gradient(run, monkeypatch
     fresh, settings = [one.with_vision(None) for one in groups], settings_of(run, groups)
     loop.accumulate_gradients(run, fresh, settings, on_policy=True)
     expected = collect(run)
-    reported, calls, alone = [], [], []
+    reported, calls, batches = [], [], []
     run.planner.log = reported.append
-    right = loop.policy_loss
+    right, right_pass = loop.policy_loss, loop.forward_backward
+
+    def noted(run, batch, *args, **kwargs):
+        batches.append((len(reported), batch))
+        return right_pass(run, batch, *args, **kwargs)
 
     def failing(model, part, *args, **kwargs):
-        calls.append(sum(one.prompt_tokens + sum(one.lengths) for one in part))
-        alone.append(sum(len(one.lengths) for one in part) == 1)
+        calls.append(part)
         loss, metrics = right(model, part, *args, **kwargs)
         if len(calls) == 2:
             error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
@@ -251,16 +310,16 @@ def test_out_of_memory_halves_the_budget_and_keeps_the_gradient(run, monkeypatch
         return hook
 
     monkeypatch.setattr(loop, "policy_loss", failing)
+    monkeypatch.setattr(loop, "forward_backward", noted)
     loop.accumulate_gradients(run, groups, settings, on_policy=True)
     for ours, theirs in zip(collect(run), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
-    assert run.planner.tokens == max(calls[:2]) // 2
-    assert max(calls[2:]) < max(calls[:2])
-    # A completion that is too long by itself still goes through, alone.
-    assert all(
-        one or tokens <= run.planner.tokens
-        for one, tokens in zip(alone[2:], calls[2:], strict=True)
-    )
+    first, second = ([one for retry, one in batches if retry == n] for n in (0, 1))
+    largest = max(batch.tokens for batch in first)
+    assert largest // 2 <= run.planner.tokens <= 65
+    assert max(batch.tokens for batch in second) < largest
+    # What is too long by itself still goes through, in the smallest passes there are.
+    assert all(batch.is_smallest or batch.tokens <= run.planner.tokens for batch in second)
     assert len(reported) == 1 and "20 MiB" in reported[0]
 
 
@@ -320,3 +379,35 @@ def test_fine_tuning_survives_it_too(run, monkeypatch, error):
     assert len(reported) == 1 and (str(error) or "MemoryError") in reported[0]
     for ours, theirs in zip(collect(run), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_the_bytes_of_split_and_twice_by_hand():
+    """a = 10, p = 2, c = 3, g = 6, 50 fixed; P = 100, S_m = 20 with 20 labels of 4, 30 patches."""
+    foot = Footprint(
+        per_token=10.0,
+        per_label=4.0,
+        per_patch=2.0,
+        fixed=50.0,
+        head_chunk=1000.0,
+        per_cached=3.0,
+        per_cached_gradient=6.0,
+        per_copied=0.0,
+        per_read=0.0,
+        vocabulary=2,
+        recomputed=False,
+    )
+    split = 50 + 80 + 10 * (100 + 20) + 2 * 30 + 6 * 100
+    assert foot.suffix_bytes("split", 100, 20, 20, 30) == split
+    again = 50 + 10 * 100 + 2 * 30 + 6 * 100
+    assert foot.suffix_bytes("twice", 100, 20, 20, 30) == again
+    # A long suffix takes more than the prompt: its graph beside the prompt's keys and their sums.
+    suffixes = 50 + 1000 + 10 * 400 + (3 + 6) * 100
+    assert foot.suffix_bytes("twice", 100, 400, 400, 30) == suffixes
+    kept = replace(foot, recomputed=True)
+    assert kept.suffix_bytes("split", 100, 20, 20, 30) == split + 3 * 100
+    assert kept.suffix_bytes("twice", 100, 20, 20, 30) == again + 3 * 100
+    assert kept.suffix_bytes("twice", 100, 400, 400, 30) == suffixes
+    copying = replace(foot, per_copied=1.0)
+    assert copying.suffix_bytes("split", 100, 20, 20, 30) == split + 120
+    recurrent = replace(foot, per_state=7.0)
+    assert recurrent.suffix_bytes("split", 100, 20, 20, 30) == split + 14

@@ -243,7 +243,7 @@ def test_a_long_sequence_does_not_pad_short_ones():
 
 
 @pytest.mark.parametrize("last", ["linear_attention", "full_attention"])
-@pytest.mark.parametrize("backend", ["fused", "merged"])
+@pytest.mark.parametrize("backend", ["fused", "merged", "varlen"])
 def test_heads_of_256_and_either_kind_of_last_layer(backend, last, tmp_path, monkeypatch):
     layers = 2 if last == "full_attention" else 3
     sizes = {"head_dim": 256, "rotary_factor": 0.25, "layers": layers}

@@ -29,7 +29,7 @@ LAUNCH = {
 def test_recipe_loads(path):
     config = load_config(TrainConfig, path)
     assert config.model.path == "Qwen/Qwen2.5-VL-7B-Instruct"
-    tokens = 8192 if path.stem == "videochat_r15" else 3584  # of the paper, each
+    tokens = {"videochat_r15": 8192, "timelens": 14336}.get(path.stem, 3584)  # of the papers
     assert config.data.frames.total_pixels == tokens * 28 * 28
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from vcr1_fast.model import checkpoint
+from vcr1_fast.model import graphs as graphs_module
 from vcr1_fast.model import rollout as rollout_module
 from vcr1_fast.model.forward import completion_hidden, lm_head
 from vcr1_fast.model.packing import Group
@@ -241,68 +243,149 @@ class _FakeGraph:
     no Python runs that could read anything else."""
 
     recorded: ClassVar[list] = []
+    replays = 0
 
     def __init__(self):
         self.recorded.append(self)
 
+    def capture_begin(self, pool, capture_error_mode):
+        assert (pool, capture_error_mode) == ("pool", "thread_local")
+
+    def capture_end(self):
+        step = _RecordedStep.last
+        # The memory as it is now: the rollout goes on to other buffers.
+        memory = dict(step.memory.__dict__)
+        for name in ("prefix", "states", "_own"):
+            memory[name] = {i: type(x)(x) for i, x in memory[name].items()}
+        self.tape = step, memory, step.inputs, step.outputs
+
     def replay(self):
-        step, inputs, outputs, version, reads = self.tape
-        # What a real graph would have read, it must still be allowed to read.
-        assert version == step.memory.version
-        assert [x.data_ptr() for own in step.memory._own.values() for x in own] == reads
-        for held, new in zip(outputs, step(*inputs), strict=True):
+        type(self).replays += 1
+        step, memory, inputs, outputs = self.tape
+        now = step.memory.__dict__
+        step.memory.__dict__ = dict(memory)
+        for held, new in zip(outputs, rollout_module.TokenStep.run(step, *inputs), strict=True):
             held.copy_(new)
+        step.memory.__dict__ = now
 
 
-def test_graphs_are_recorded_for_each_shape_and_replayed(exact, monkeypatch):
+class _RecordedStep(rollout_module.TokenStep):
+    last = None
+    run = rollout_module.TokenStep.__call__
+
+    def __call__(self, *inputs):
+        self.inputs, self.outputs = inputs, self.run(*inputs)
+        _RecordedStep.last = self
+        return self.outputs
+
+
+class _Stream(contextlib.nullcontext):
+    def wait_stream(self, other):
+        assert isinstance(other, _Stream)
+
+
+@pytest.fixture
+def graphs_on_the_cpu(monkeypatch):
+    """Rollouts with "static" shapes record graphs; returns what they are recorded as."""
+
+    def refuse(*_):
+        raise AssertionError("a recording must not stop the process for this")
+
+    _FakeGraph.recorded.clear()
+    _FakeGraph.replays = 0
+    monkeypatch.setattr(_RecordedStep, "run", rollout_module.TokenStep.__call__)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", _FakeGraph)
+    for name in ("Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, _Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    for module, name in ((gc, "collect"), (torch.cuda, "empty_cache"), (torch.cuda, "synchronize")):
+        monkeypatch.setattr(module, name, refuse)
+    monkeypatch.setattr(rollout_module, "TokenStep", _RecordedStep)
+    monkeypatch.setattr(rollout_module, "resolve_decoding", lambda *_: "graphs")
+    monkeypatch.setattr(
+        rollout_module, "token_step", lambda step, *_: rollout_module.GraphedStep(step)
+    )
+    yield _FakeGraph.recorded
+    graphs_module.forget_recordings()
+
+
+def test_graphs_need_a_gpu(exact):
+    model, processor = exact
+    with pytest.raises(ValueError, match="'graphs' needs a CUDA device, the model is on cpu"):
+        rollout(model, processor, _prompts(processor), 2, SamplingConfig(decoding="graphs"))
+
+
+def test_graphs_are_recorded_for_each_shape_and_serve_later_rollouts(exact, request):
     """The layer above static shapes, with a stand-in for what torch.cuda records."""
     model, processor = exact
     _often_stop(model, processor, 4.0)
-    prompts, sampling = _prompts(processor), SamplingConfig(max_new_tokens=70)
-    with pytest.raises(ValueError, match="'graphs' needs a CUDA device, the model is on cpu"):
-        graphs = dataclasses.replace(sampling, decoding="graphs")
-        rollout(model, processor, prompts, 2, graphs, _seeded())
-    dynamic = rollout(model, processor, prompts, 6, sampling, _seeded())
+    prompts, sampling = _prompts(processor), SamplingConfig(max_new_tokens=40)
+    other = [processor.prompt("Other words."), *prompts[1:]]  # the same shapes, padded
+    seeds = (0, 0, 1)
+    dynamic = [
+        rollout(model, processor, p, 6, sampling, _seeded(seed))
+        for p, seed in zip((prompts, prompts, other), seeds, strict=True)
+    ]
+    recorded = request.getfixturevalue("graphs_on_the_cpu")
+    graphed = [rollout(model, processor, prompts, 6, sampling, _seeded())]
+    first = len(recorded)
+    longest = max(map(len, _flat(dynamic[0].tokens)))
+    assert 2 <= first < longest / 3
+    graphed.append(rollout(model, processor, prompts, 6, sampling, _seeded()))
+    assert len(recorded) == first  # nothing new
+    graphed.append(rollout(model, processor, other, 6, sampling, _seeded(1)))
+    assert len(recorded) < 2 * first  # rows left at other times, in other numbers
+    assert _FakeGraph.replays == sum(max(map(len, _flat(d.tokens))) - 1 for d in dynamic)
+    for ours, theirs in zip(graphed, dynamic, strict=True):
+        _same(ours, theirs)
 
-    class Stream(contextlib.nullcontext):
-        def wait_stream(self, other):
-            assert isinstance(other, Stream)
 
-    _FakeGraph.recorded.clear()
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", _FakeGraph)
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
-    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
-    current = []
+def test_recordings_hold_for_one_state_of_the_model_and_one_way_to_sample(exact, graphs_on_the_cpu):
+    model, processor = exact
+    prompts, recorded = _prompts(processor)[1:2], graphs_on_the_cpu
+    sampling = SamplingConfig(max_new_tokens=3)
+    kept = graphs_module.recordings_of(model)
 
-    @contextlib.contextmanager
-    def recording(graph, capture_error_mode):
-        assert capture_error_mode == "thread_local"
-        yield
-        graphed = current[-1]
-        reads = [x.data_ptr() for own in graphed.step.memory._own.values() for x in own]
-        memory = graphed.step.memory
-        # The tensors are the recording's own from here on; `sampled` is set after this block.
-        graph.tape = [graphed.step, graphed.inputs, graphed.step.last, memory.version, reads]
+    def count(sampling=sampling):
+        before = len(recorded)
+        rollout(model, processor, prompts, 2, sampling, _seeded())
+        return len(recorded) - before
 
-    class Step(rollout_module.TokenStep):
-        def __call__(self, *inputs):
-            self.last = super().__call__(*inputs)
-            return self.last
+    assert (count(), count(), len(kept)) == (1, 0, 1)
+    # An optimiser's step changes values in place, which a graph reads anew.
+    with torch.no_grad():
+        model.lm_head.weight.mul_(0.5)
+    assert count() == 0
+    assert count(dataclasses.replace(sampling, temperature=0.5)) == 1
+    assert count(dataclasses.replace(sampling, max_new_tokens=4)) == 0
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    assert (count(), len(kept)) == (1, 1)
+    graphs_module.forget_recordings()
+    assert (len(kept), count()) == (0, 1)
+    for i in range(40):
+        kept.add(i, None)
+    assert len(kept) == 16 and kept.find(39 - 15) is None and 24 in kept._by_key
 
-    class Graphed(rollout_module.GraphedStep):
-        def __call__(self, *inputs):
-            current.append(self)
-            return super().__call__(*inputs)
 
-    monkeypatch.setattr(torch.cuda, "graph", recording)
-    monkeypatch.setattr(rollout_module, "TokenStep", Step)
-    monkeypatch.setattr(rollout_module, "token_step", lambda step, *_: Graphed(step))
-    static = dataclasses.replace(sampling, decoding="static")
-    _same(rollout(model, processor, prompts, 6, static, _seeded()), dynamic)
-    longest = max(map(len, _flat(dynamic.tokens)))
-    assert 3 <= len(_FakeGraph.recorded) < longest / 3
+def test_a_step_draws_no_random_numbers(exact):
+    """A graph that did would repeat them, or need the generator's state."""
+    model, processor = exact
+    prompts = _prompts(processor)[1:2]
+    states = []
+    original = rollout_module.TokenStep.__call__
+
+    def watching(self, *inputs):
+        before = torch.get_rng_state()
+        out = original(self, *inputs)
+        states.append(torch.equal(before, torch.get_rng_state()))
+        return out
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rollout_module.TokenStep, "__call__", watching)
+        rollout(model, processor, prompts, 2, SamplingConfig(max_new_tokens=4, top_p=0.9))
+    assert len(states) == 3 and all(states)
 
 
 def test_graphs_are_recorded_and_replayed_on_the_models_device(monkeypatch):
@@ -310,7 +393,7 @@ def test_graphs_are_recorded_and_replayed_on_the_models_device(monkeypatch):
     current, seen = ["cuda:0"], []
 
     class Input:
-        device = "cuda:1"
+        device, shape, dtype = "cuda:1", (1,), torch.int64
 
         def clone(self):
             return self
@@ -326,6 +409,11 @@ def test_graphs_are_recorded_and_replayed_on_the_models_device(monkeypatch):
         def wait_stream(self, other):
             pass
 
+        def capture_begin(self, **options):
+            seen.append(("capture", current[-1]))
+
+        capture_end = capture_begin
+
         def replay(self):
             seen.append(("replay", current[-1]))
 
@@ -336,14 +424,19 @@ def test_graphs_are_recorded_and_replayed_on_the_models_device(monkeypatch):
         current.pop()
 
     monkeypatch.setattr(torch.cuda, "device", device)
-    for name in ("CUDAGraph", "Stream", "current_stream", "graph"):
+    for name in ("CUDAGraph", "Stream", "current_stream", "graph_pool_handle"):
         monkeypatch.setattr(torch.cuda, name, type(name, (OnCurrent,), {}))
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
     step = lambda x: x  # noqa: E731 - with an attribute
-    step.memory = SimpleNamespace(version=0, states={})
+    step.memory = SimpleNamespace(version=0, states={}, prompts=1, tensors=list)
+    step.model, step.banned, step.sampling = (
+        torch.nn.Linear(1, 1),
+        torch.tensor([3]),
+        SamplingConfig(),
+    )
     rollout_module.GraphedStep(step)(Input())
     assert {what for what, _ in seen} == {
-        "CUDAGraph", "Stream", "current_stream", "graph", "copy", "replay"
+        "CUDAGraph", "Stream", "current_stream", "graph_pool_handle", "capture", "copy", "replay"
     }  # fmt: skip
     assert {where for _, where in seen} == {"cuda:1"}
     assert current == ["cuda:0"]
@@ -434,6 +527,51 @@ def test_stop_strings_end_a_completion(loaded):
     for before, after, tokens in zip(free.texts[0], got.texts[0], got.tokens[0], strict=True):
         assert (stop in before) == (stop in after)
         assert stop not in processor.decode(tokens[:-1])
+
+
+@pytest.mark.parametrize("decoding", ["dynamic", "static"])
+def test_stop_strings_are_those_of_the_whole_text_and_cost_no_copy_a_row(
+    loaded, decoding, monkeypatch
+):
+    """Stops of one to eight bytes, within letters of several bytes too, against the whole text."""
+    model, processor = loaded
+    prompts, steps = _prompts(processor)[1:3], 24
+    sampling = SamplingConfig(max_new_tokens=steps, decoding=decoding)
+    free = rollout(model, processor, prompts, 6, sampling, _seeded())
+    texts = _flat(free.texts)
+    stops = tuple(
+        texts[i][at : at + n] for i, at, n in ((0, 5, 2), (4, 9, 3), (7, 3, 1), (9, 8, 8))
+    )
+    stops = tuple(stop for stop in stops if stop)
+    assert len(stops) >= 3
+    copies = []
+    original = torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda x: (copies.append(1), original(x))[1])
+    got = rollout(
+        model, processor, prompts, 6, dataclasses.replace(sampling, stop=stops), _seeded()
+    )
+    # One a step, and two for the result.
+    assert len(copies) == max(map(len, _flat(got.tokens))) + 2
+    for before, after in zip(_flat(free.tokens), _flat(got.tokens), strict=True):
+        length = next(
+            (
+                n
+                for n in range(1, len(before) + 1)
+                if any(stop in processor.decode(before[:n]) for stop in stops)
+            ),
+            len(before),
+        )
+        assert torch.equal(after, before[:length])
+    assert len({len(x) for x in _flat(got.tokens)}) > 2
+
+
+def test_a_stop_string_of_tokens_of_one_byte_each(loaded):
+    _, processor = loaded
+    letters = processor.tokenizer.convert_tokens_to_ids(list("zabcdefgh"))
+    assert processor.decode(letters) == "zabcdefgh"
+    run = SimpleNamespace(processor=processor, sampling=SamplingConfig(stop=("q", "abcdefgh")))
+    stops = [rollout_module._Run._stops(run, letters[:n]) for n in range(1, len(letters) + 1)]
+    assert stops == [False] * 8 + [True]
 
 
 def test_control_tokens_are_never_drawn(loaded):

@@ -68,7 +68,7 @@ def media(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl", "qwen3_5"])
 def processor(request, tmp_path_factory):
-    model, _ = write_inputs(tmp_path_factory.mktemp(request.param), family=request.param)
+    model, _ = write_inputs(tmp_path_factory.mktemp(request.param), family=request.param, layers=4)
     loaded = checkpoint.load_processor(model).with_frames(FRAMES)
     assert loaded.video.layout.patch == (14 if request.param == "qwen2_5_vl" else 16)
     return loaded
@@ -256,6 +256,7 @@ def test_a_run_on_either_path_has_the_same_batches(tmp_path, media, workers):
             f"data.decode_workers={workers}",
             "data.prefetch_mb=1",
             "optim.steps=3",
+            "model.dtype=bfloat16",
         )
         with setup.open_run(config, reference=False) as run:
             batches = [list(batch) for batch in run.batches()]
@@ -269,7 +270,11 @@ def test_a_run_on_either_path_has_the_same_batches(tmp_path, media, workers):
         assert name == other
         for pixels in ("pixel_values_videos", "pixel_values"):
             ours, theirs = getattr(a, pixels), getattr(b, pixels)
-            assert (ours is None and theirs is None) or torch.equal(ours, theirs)
+            assert (ours is None) == (theirs is None)
+            if ours is not None:
+                # Of the model's dtype: made for the device, from the cache too.
+                assert theirs.dtype == torch.bfloat16
+                assert torch.equal(ours.bfloat16(), theirs)
 
 
 def test_requests_of_records_are_staged_whatever_the_task(processor, tmp_path, media):

@@ -11,6 +11,7 @@ from vcr1_fast.data.convert import convert
 from vcr1_fast.data.quarantine import Quarantine
 from vcr1_fast.data.records import RecordError, load_records
 from vcr1_fast.data.tables import decoded_value
+from vcr1_fast.evaluate.identity import records_digest
 
 ROWS = [
     {
@@ -289,9 +290,57 @@ def test_a_list_whose_last_line_is_an_object_is_a_list(tmp_path, text):
 def test_a_folder_is_said_to_be_one(tmp_path):
     with pytest.raises(ValueError, match=r"a folder, not a file of records$"):
         load_records(tmp_path)
-    (tmp_path / "dataset_info.json").write_text("{}")
-    with pytest.raises(ValueError, match="of the package datasets: save it by its to_parquet"):
-        load_records(tmp_path)
+
+
+SAVED = [
+    {"id": f"r{i}", "video": "a.mp4", "task": "open_ended", "question": "Why?", "answer": f"{i}"}
+    for i in range(3)
+]
+
+
+def test_a_folder_of_the_package_datasets_is_read(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_list(SAVED).save_to_disk(tmp_path / "saved")
+    records = load_records(tmp_path / "saved")
+    assert [record.answer for record in records] == ["0", "1", "2"]
+    assert records[0].video == str(tmp_path / "a.mp4") and records[0].prompt == {"question": "Why?"}
+    both = datasets.DatasetDict(test=datasets.Dataset.from_list(SAVED[:1]))
+    both.save_to_disk(tmp_path / "both")
+    with pytest.raises(ValueError, match="holds the splits test; name the folder of one"):
+        load_records(tmp_path / "both")
+    assert len(load_records(tmp_path / "both" / "test")) == 1
+    # An evaluation of it has an identity, which its rows decide.
+    other = datasets.Dataset.from_list([*SAVED[:2], {**SAVED[2], "answer": "x"}])
+    other.save_to_disk(tmp_path / "other")
+    assert records_digest(tmp_path / "saved") == records_digest(tmp_path / "saved")
+    assert records_digest(tmp_path / "saved") != records_digest(tmp_path / "other")
+
+
+def test_a_data_set_of_the_hub_is_read_by_name_and_split(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load_dataset(name, split):
+        asked.append((name, split))
+        if name == "some/one":
+            return SAVED
+        raise ConnectionError("the hub is not there\nat all")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    records = load_records("hf:some/one:test", media_root=tmp_path)
+    assert records[2].video == str(tmp_path / "a.mp4") and len(records) == 3
+    assert len(load_records("hf:some/one")) == 3
+    assert asked == [("some/one", "test"), ("some/one", "train")]
+    with pytest.raises(
+        ValueError, match=r"hf:no/one: cannot be loaded \(ConnectionError: the hub is not there\)$"
+    ):
+        load_records("hf:no/one")
+
+
+def test_without_the_package_its_data_sets_name_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match="hf:some/one: reading it needs the package datasets"):
+        load_records("hf:some/one")
 
 
 @pytest.mark.parametrize(

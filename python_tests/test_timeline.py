@@ -238,6 +238,8 @@ def test_display_matrices_turn_and_mirror(tmp_path, backend, name):
         ("flv", "flv"),
         ("wmv", "wmv2"),
         ("ts", "libx264"),
+        ("mpg", "mpeg2video"),
+        ("vob", "mpeg2video"),
         ("gif", "gif"),
     ],
 )
@@ -263,6 +265,33 @@ def test_files_that_end_early_are_reported(tmp_path, suffix, codec):
         "gif",
     ):  # these look like a packet or picture cut in two
         assert cut_off(str(path)) is None
+
+
+def test_the_end_of_a_program_stream(tmp_path):
+    """Packets written by hand, as ISO 13818-1 and ISO 11172-1 have them."""
+    start, path = b"\0\0\1", tmp_path / "v.mpg"
+    packs = [
+        start + b"\xba" + b"\x44" + bytes(8) + b"\xfa" + b"\xff\xff",  # two bytes of stuffing
+        start + b"\xba" + b"\x21" + bytes(7),  # MPEG-1
+    ]
+    packet = start + b"\xe0" + (300).to_bytes(2, "big") + bytes(range(1, 151)) * 2
+    for pack in packs:
+        whole = pack + packet + packet
+        for ending in (b"", start + b"\xb9", bytes(500), b"what a server appended"):
+            path.write_bytes(whole + ending)
+            assert cut_off(str(path)) is None, ending
+        for left in range(len(pack) + len(packet) + 4, len(whole)):
+            path.write_bytes(whole[:left])
+            missing = max(len(whole) - left, 6 - (left - len(pack) - len(packet)))
+            if left - len(pack) - len(packet) < 6:  # its length is not there either
+                missing = 6 - (left - len(pack) - len(packet))
+            assert cut_off(str(path)) == f"its last packet lacks {missing} bytes"
+    # What looks like a pack header inside a packet leads nowhere.
+    false = (
+        start + b"\xe0" + (200).to_bytes(2, "big") + packs[0] + bytes([7] * (200 - len(packs[0])))
+    )
+    path.write_bytes(packs[0] + packet * 2000 + false)
+    assert cut_off(str(path)) is None
 
 
 def test_holes_in_matroska_are_reported(tmp_path):

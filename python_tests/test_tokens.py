@@ -28,6 +28,7 @@ def random_arguments(seed, dtype):
         (None, "sequence_mean", "token_mean", "sequence_sum", "max_length", "num_items")
     )
     options["exclude_empty"] = rng.random() < 0.5
+    options["log_ratio_clamp"] = rng.choice((20.0, 0.1))  # log-ratios are within +-0.5
     if rng.random() < 0.6:
         kind = rng.choice((*CORRECTIONS, *ICEPOP))
         options |= {"rollout_correction": kind, "rollout_min": 0.5, "rollout_max": 2.0}

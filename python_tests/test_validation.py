@@ -3,9 +3,11 @@ early stop."""
 
 import json
 import os
+import random
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny_run import configure, write_inputs
@@ -94,6 +96,33 @@ def test_training_is_the_same_bit_for_bit_and_the_numbers_are_those_of_an_evalua
         assert row["val/score"] == pytest.approx(sum(watch) / len(watch))
         assert row["val/unanswered"] == 0
         assert row["seconds/validation"] > 0
+
+
+def test_an_evaluation_leaves_random_states_and_the_mode_as_they_were(
+    inputs, tmp_path, monkeypatch
+):
+    real, evaluate_before = validation.greedy_answers, Validation.evaluate
+    seen = []
+
+    def careless(model, processor, config):
+        assert not model.training
+        torch.rand(3), np.random.rand(3), random.random()
+        return real(model, processor, config)
+
+    def watched(self, run):
+        states = [torch.get_rng_state(), np.random.get_state()[1], random.getstate()]
+        found = evaluate_before(self, run)
+        same_states = torch.equal(states[0], torch.get_rng_state()) and (
+            np.array_equal(states[1], np.random.get_state()[1]) and states[2] == random.getstate()
+        )
+        seen.append((same_states, run.model.training))
+        return found
+
+    monkeypatch.setattr(validation, "greedy_answers", careless)
+    monkeypatch.setattr(Validation, "evaluate", watched)
+    one = ("run.eval_records=1", "optim.steps=1", f"data.val={inputs[1]}")
+    train(configure(*inputs, tmp_path / "run", *one))
+    assert seen == [(True, True)] * 2
 
 
 def test_the_best_model_is_kept_and_the_run_ends_early_with_a_reason(

@@ -141,11 +141,13 @@ def test_adapters_arrive_merged(engine, loaded, prompts):
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
-                parameter.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
-    engine.sync(policy_weights(adapted), 200)
-    assert rollout(adapted, processor, prompts[:16], 1, GREEDY).texts != plain.texts
-    same_answers(engine, (adapted, processor), prompts[:16])
-    adapted.unload()
+                parameter.normal_(0, 0.05, generator=torch.Generator().manual_seed(0))
+    try:
+        engine.sync(policy_weights(adapted), 200)
+        assert rollout(adapted, processor, prompts[:16], 1, GREEDY).texts != plain.texts
+        same_answers(engine, (adapted, processor), prompts[:16])
+    finally:
+        assert adapted.unload() is model
 
 
 def test_sampled_tokens_have_the_policys_distribution(engine, loaded, prompts):
@@ -154,14 +156,14 @@ def test_sampled_tokens_have_the_policys_distribution(engine, loaded, prompts):
     norm = model.model.language_model.norm.weight
     before = norm.detach().clone()
     banned = processor.banned_ids(len(lm_head(model)[0]))
-    for flatter in (0.3, 0.15):
+    for flatter in (0.2, 0.15):
         with torch.no_grad():
             norm.copy_(before * flatter)  # the checkpoint is sure of its first token
             hidden, _, _ = completion_hidden(model, [Group(prompts[0], [torch.tensor([0])])])
             logits = (hidden @ lm_head(model)[0].T).double()[0]
         p = logits.index_fill(0, banned, -torch.inf).softmax(0)
         engine.sync(model.named_parameters(), int(1000 * flatter))
-        draws, generator = 1500, torch.Generator().manual_seed(5)
+        draws, generator = 3000, torch.Generator().manual_seed(5)
         got = engine.rollout(prompts[:1], draws, SamplingConfig(max_new_tokens=1), generator)
         first = torch.cat(got.tokens[0])
         worst = (torch.cat(got.full_logps[0]) - logits.log_softmax(0)[first]).abs().max()
@@ -183,7 +185,7 @@ def test_groups_repeat_and_stop_texts_end_them(synced, loaded, prompts):
     a, b = (
         synced.rollout(prompts[:4], 3, free, torch.Generator().manual_seed(3)) for _ in range(2)
     )
-    assert a.texts == b.texts
+    assert a.texts == b.texts and [len(group) for group in a.tokens] == [3] * 4
     alone = torch.Generator().manual_seed(3)
     assert synced.rollout(prompts[:1], 3, free, alone).texts == a.texts[:1]
     assert synced.rollout(prompts[1:2], 3, free, alone).texts == a.texts[1:2]

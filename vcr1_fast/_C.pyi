@@ -46,6 +46,7 @@ def box_iou(
     num_threads: int,
 ) -> None: ...
 def choose_cpu_isa(name: str) -> None: ...
+def copy_rows(from_: Tensor, rows: Tensor, to: Tensor, scatter: bool) -> None: ...
 def cpu_isa() -> str: ...
 def cuda_versions() -> tuple[int, int]: ...
 def describe(tensor: Tensor) -> tuple[str, tuple[Any, ...], tuple[Any, ...], int]: ...
@@ -80,6 +81,8 @@ def group_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    prefix_key: Tensor | None,
+    prefix_value: Tensor | None,
     parts: Tensor,
     scale: float,
     out: Tensor,
@@ -91,6 +94,8 @@ def group_attention_backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    prefix_key: Tensor | None,
+    prefix_value: Tensor | None,
     parts: Tensor,
     scale: float,
     out: Tensor,
@@ -99,6 +104,8 @@ def group_attention_backward(
     grad_query: Tensor,
     grad_key: Tensor,
     grad_value: Tensor,
+    grad_prefix_key: Tensor | None,
+    grad_prefix_value: Tensor | None,
     scratch: Tensor,
     tasks: int,
     num_threads: int,
@@ -106,6 +113,21 @@ def group_attention_backward(
 def group_attention_scratch(rows: int, kv_heads: int, dim: int, tasks: int) -> int: ...
 def grpo_loss(
     inputs: object, parameters: GrpoParameters, outputs: object, num_threads: int
+) -> None: ...
+def grpo_pack(
+    rows: Tensor,
+    vectors: Sequence[Tensor],
+    packed: Sequence[Tensor],
+    offsets: Tensor | None,
+    length: int,
+    packed_offsets: Tensor,
+    num_threads: int,
+) -> None: ...
+def grpo_token_gradients(
+    logps: Tensor, inputs: object, parameters: GrpoParameters, grad_logps: Tensor, num_threads: int
+) -> None: ...
+def grpo_tokens(
+    inputs: object, parameters: GrpoParameters, outputs: object, scratch: Tensor, num_threads: int
 ) -> None: ...
 def interval_set_iou(
     pred: Tensor,

@@ -132,7 +132,9 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--endpoint", required=True, help="address, http://HOST:PORT")
     command.add_argument("--question", default="What happens?", help="default: %(default)s")
     command.add_argument("--tokens", type=int, default=16, help="of the answer; default: 16")
-    command.add_argument("--frames", type=int, help="frames on both sides (default: their rules)")
+    command.add_argument(
+        "--frames", type=int, help="frames that training takes (default: its rule)"
+    )
     command.add_argument("--dtype", default="float32", help="of our weights; default: %(default)s")
     command.add_argument("--limit", type=float, help="largest gap of a log-prob that agrees")
     command.add_argument(
@@ -149,6 +151,8 @@ def parser() -> argparse.ArgumentParser:
     form.add_argument("--merged", action="store_true", help="the whole model (default)")
     form.add_argument("--adapter", action="store_true", help="the LoRA adapter alone")
     command.add_argument("--output", help="folder to write (default: RUN/exports/step-N)")
+    command.add_argument("--push", metavar="USER/NAME", help="upload it to the Hugging Face hub")
+    command.add_argument("--public", action="store_true", help="with --push: not a private one")
     command.set_defaults(run=run_export)
 
     command = commands.add_parser("report", help="curves and rollouts of a run, or of several")
@@ -178,8 +182,8 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "format",
         help="activitynet, charades, dream1k, got10k, mvbench, nextgqa, perception_test, quality, "
-        "refcoco, video_r1, videochat_r15, videomme, vidtab; or conversations: messages, "
-        "sharegpt, trl",
+        "refcoco, timelens_100k, timelens_bench, video_r1, videochat_r15, videomme, vidtab; or "
+        "conversations: messages, sharegpt, trl",
     )
     command.add_argument("annotations", help="the file (mvbench: folder) as its authors publish it")
     command.add_argument("output", help="records to write, JSONL")
@@ -380,9 +384,16 @@ def run_parity(options: argparse.Namespace) -> int:
 
 
 def run_export(options: argparse.Namespace) -> int:
-    from vcr1_fast.train.export import export
+    from vcr1_fast.train.export import check_push, export, push
 
-    print(export(options.folder, options.step, adapter=options.adapter, output=options.output))
+    if options.public and not options.push:
+        raise ValueError("--public goes with --push USER/NAME")
+    if options.push:  # before an export that takes minutes
+        check_push(options.push)
+    folder = export(options.folder, options.step, adapter=options.adapter, output=options.output)
+    print(folder)
+    if options.push:
+        print(push(folder, options.push, private=not options.public))
     return 0
 
 

@@ -31,10 +31,10 @@ Block block_at(const GroupAttentionInput& in, int64_t index) {
   return {block.row, static_cast<int>(block.used), in.parts + block.part};
 }
 
-// fn(first key, keys, hide) for the tiles of keys that a block sees; hide(scores) then sets to -inf
-// what single queries of it do not see.
+// fn(first key, keys, hide) for the tiles of keys that a block sees, `own` being where the keys of
+// the queries' rows begin; hide(scores) then sets to -inf what single queries of it do not see.
 template <typename S, typename Fn>
-void for_keys(const Block& block, Fn&& fn) {
+void for_keys(const Block& block, int64_t own, Fn&& fn) {
   const auto everything = [](S*) {};
   for (int64_t key = block.parts->prefix; key < block.parts->prefix_end; key += kKeys)
     fn(key, static_cast<int>(std::min<int64_t>(kKeys, block.parts->prefix_end - key)), everything);
@@ -43,7 +43,7 @@ void for_keys(const Block& block, Fn&& fn) {
   for (int64_t key = part->row; key < end; key += kKeys) {
     const int n = static_cast<int>(std::min<int64_t>(kKeys, end - key));
     const bool all_seen = part->end >= end && key + n <= block.row;
-    fn(key, n, [&](S* scores) {
+    fn(own + key, n, [&](S* scores) {
       if (all_seen) return;
       constexpr S kHidden = -std::numeric_limits<S>::infinity();
       for (int j = 0; j < n; ++j) {
@@ -86,7 +86,8 @@ void scatter(const S* columns, int used, int dim, int size, S factor, S* rows, T
       store_partial(to + r * stride + d, load(rows + r * size + d), dim - d);
 }
 
-// Keys and values in the kernel's own precision, each head's rows one after another.
+// Keys and values in the kernel's own precision, each head's rows one after another, those of the
+// prefix first.
 template <typename S>
 struct Packed {
   S* keys;
@@ -94,17 +95,33 @@ struct Packed {
   int64_t head_size;
 };
 
+// Where row `row` of keys and values, the prefix's rows first, lies.
+struct Place {
+  const HeadsView& key;
+  const HeadsView& value;
+  int64_t row;
+};
+
+Place place(int64_t prefix_rows, int64_t row, const HeadsView& prefix_key,
+            const HeadsView& prefix_value, const HeadsView& key, const HeadsView& value) {
+  if (row < prefix_rows) return {prefix_key, prefix_value, row};
+  return {key, value, row - prefix_rows};
+}
+
 template <typename S, typename T>
 Packed<S> pack(const GroupAttentionInput& in, int num_threads) {
   const int size = static_cast<int>(padded_dim(in.dim)), dim = static_cast<int>(in.dim);
+  const int64_t rows = in.prefix_rows + in.rows;
   const Packed<S> out{static_cast<S*>(in.scratch),
-                      static_cast<S*>(in.scratch) + in.kv_heads * in.rows * size, in.rows * size};
+                      static_cast<S*>(in.scratch) + in.kv_heads * rows * size, rows * size};
   constexpr int64_t kGrain = 256;
-  parallel_for(in.kv_heads * in.rows, kGrain, num_threads, [&](int64_t begin, int64_t end) {
+  parallel_for(in.kv_heads * rows, kGrain, num_threads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t head = i / in.rows, row = i % in.rows;
-      copy_row(in.key.at<T>(row, head), dim, out.keys + i * size, size);
-      copy_row(in.value.at<T>(row, head), dim, out.values + i * size, size);
+      const int64_t head = i / rows;
+      const auto [key, value, row] =
+          place(in.prefix_rows, i % rows, in.prefix_key, in.prefix_value, in.key, in.value);
+      copy_row(key.at<T>(row, head), dim, out.keys + i * size, size);
+      copy_row(value.at<T>(row, head), dim, out.values + i * size, size);
     }
   });
   return out;
@@ -174,7 +191,7 @@ void forward_block(const GroupAttentionForward& a, const Packed<S>& packed, int6
   std::fill(sum, sum + kRows, S(0));
   // Finite, so that a lane which has not seen a key yet subtracts it from -inf.
   std::fill(largest, largest + kRows, std::numeric_limits<S>::lowest());
-  for_keys<S>(block, [&](int64_t key, int n, auto hide) {
+  for_keys<S>(block, in.prefix_rows, [&](int64_t key, int n, auto hide) {
     multiply_columns(keys + key * size, n, size, query, size, scores);
     hide(scores);
     online_softmax(scores, n, largest, sum, rescale);
@@ -269,7 +286,7 @@ void backward_block(const GroupAttentionBackward& a, const Packed<S>& packed, in
   // The gradient of a key is the scaled query, times that of the score.
   for (int i = 0; i < block.used * size; ++i) query[i] *= scale;
   std::fill(grad_query, grad_query + size * kRows, S(0));
-  for_keys<S>(block, [&](int64_t key, int n, auto hide) {
+  for_keys<S>(block, in.prefix_rows, [&](int64_t key, int n, auto hide) {
     multiply_columns(keys + key * size, n, size, query_columns, size, scores);
     hide(scores);
     multiply_columns(values + key * size, n, size, grad_columns, size, products);
@@ -306,13 +323,16 @@ void backward(const GroupAttentionBackward& args, int num_threads) {
     }
   });
   constexpr int64_t kGrain = 256;
-  parallel_for(in.kv_heads * in.rows, kGrain, num_threads, [&](int64_t begin, int64_t end) {
+  const int64_t rows = in.prefix_rows + in.rows;
+  parallel_for(in.kv_heads * rows, kGrain, num_threads, [&](int64_t begin, int64_t end) {
     using V = typename VecOf<S>::type;
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t head = i / in.rows, row = i % in.rows;
-      const S* const first = sums + 2 * head * args.tasks * packed.head_size + row * size;
+      const int64_t head = i / rows;
+      const S* const first = sums + 2 * head * args.tasks * packed.head_size + i % rows * size;
+      const auto [key, value, row] = place(in.prefix_rows, i % rows, args.grad_prefix_key,
+                                           args.grad_prefix_value, args.grad_key, args.grad_value);
       for (int which = 0; which < 2; ++which) {
-        T* const to = (which == 0 ? args.grad_key : args.grad_value).template at<T>(row, head);
+        T* const to = (which == 0 ? key : value).template at<T>(row, head);
         for (int d = 0; d < dim; d += V::kWidth) {
           const S* const from = first + which * packed.head_size + d;
           V total = load(from);

@@ -8,11 +8,15 @@
 #else
 namespace vcr1::cuda {
 
-// All threads of all blocks of the cluster arrive before any passes wait; what they wrote to shared
-// memory before can be read after.
-__device__ inline void cluster_arrive() {
+// All threads of all blocks of the cluster arrive before any passes wait. What a thread that
+// releases read and wrote before is done before any other thread goes on. A release is a fence of
+// the whole GPU in every warp that has one: only those threads release that others depend on.
+__device__ inline void cluster_arrive(bool release) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+  if (release)
+    asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+  else
+    asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
 #endif
 }
 __device__ inline void cluster_wait() {

@@ -118,6 +118,22 @@ struct PackedRow {
   }
 };
 
+// The columns of a row that block `rank` of `blocks` works on: whole packs but at the row's ends.
+struct Columns {
+  int begin, end;
+
+  __device__ Columns(int begin, int end) : begin(begin), end(end) {}
+  template <typename T>
+  __device__ Columns(const T* row, int size, int rank, int blocks) {
+    constexpr int n = Pack<std::remove_const_t<T>>::kSize;
+    const PackedRow<const T> all(row, size);
+    const int each = (all.packs + blocks - 1) / blocks;
+    begin = rank == 0 ? 0 : all.head + min(rank * each, all.packs) * n;
+    end = rank == blocks - 1 ? size : all.head + min((rank + 1) * each, all.packs) * n;
+  }
+  __device__ bool has(int64_t column) const { return column >= begin && column < end; }
+};
+
 // The block's dynamic shared memory, aligned to 16 bytes.
 __device__ inline unsigned char* dynamic_shared() {
 #ifdef VCR1_EMULATE
@@ -140,11 +156,51 @@ void for_float_dtype(DType dtype, Fn&& fn) {
   }
 }
 
+// Blocks that the current device runs at a time, `per_sm` of them on each multiprocessor.
+inline int64_t blocks_at_a_time(const char* op, int per_sm) {
+  int device, multiprocessors;
+  CUDA_CHECK(op, cudaGetDevice(&device));
+  CUDA_CHECK(op, cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  return int64_t{multiprocessors} * per_sm;
+}
+
 struct LaunchShape {
   unsigned blocks, threads;
   size_t shared_bytes = 0;
   unsigned cluster = 1;  // blocks that share memory; more than 1 from sm_90 on
 };
+
+// The largest cluster that a kernel can be launched in: 16 needs the device's consent, and without
+// code for sm_90 there are none. Of the code, not of the device: where the driver compiles PTX for
+// sm_80 on an sm_90 device, clusters can be launched, but cluster.cuh has compiled to nothing.
+template <typename... Params>
+int largest_cluster(const char* op, void (*kernel)(Params...), const LaunchShape& shape) {
+  constexpr int kPortable = 8, kLargest = 16;
+  cudaFuncAttributes code{};
+  CUDA_CHECK(op, cudaFuncGetAttributes(&code, kernel));
+  if (code.ptxVersion < 90) return 1;
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) !=
+      cudaSuccess) {
+    cudaGetLastError();
+    return kPortable;
+  }
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = kLargest;
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(kLargest);
+  config.blockDim = dim3(shape.threads);
+  config.dynamicSmemBytes = shape.shared_bytes;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  int clusters = 0;
+  if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) != cudaSuccess) {
+    cudaGetLastError();
+    return kPortable;
+  }
+  return clusters > 0 ? kLargest : kPortable;
+}
 
 template <typename... Params, typename... Args>
 void launch(const char* op, void (*kernel)(Params...), const LaunchShape& shape, void* stream,

@@ -2,11 +2,12 @@
 // with one read and one write of the logits. For losses that weigh tokens one by one: the maths is
 // in vcr1_fast/ops/gather_logprobs.py and grpo/reference.py.
 //
-// A cluster of blocks holds a row in its shared memory between the read and the write: 304 KB for
-// 152,064 columns in bf16, more than one SM has. Rows that do not fit are read twice.
+// Between the read and the write a cluster of blocks holds the row: 304 KB for 152,064 columns in
+// bf16, more than one SM has. In registers, as exponentials that are then only scaled, where a
+// thread's part fits and no entropy is wanted; in shared memory otherwise. Rows that fit neither
+// are read twice.
 #include <algorithm>
 
-#include "cluster.cuh"
 #include "grpo_token.cuh"
 #include "ptx.cuh"
 #include "softmax.cuh"
@@ -17,57 +18,99 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kBlocksPerSm = 4;  // that registers should hold
 constexpr int kStages = 4;       // of the copy into shared memory
-constexpr int kMaxCluster = 8;   // every sm_90 can schedule that
-constexpr int kSliceBytes =
-    44 << 10;  // five such slices fit an SM: one is written while others load
+constexpr int kMaxCluster = 16;
+// Five such slices fit an SM: one is written while others load.
+constexpr int64_t kSliceBytes = 44 << 10;
+constexpr int kKept = 40;                 // exponentials of a thread in registers
+constexpr int64_t kLeastBytes = 4 << 10;  // of a block: a load for each thread
 
-// The packs of a row that one block of the cluster works on; the row's edge is the first block's.
+enum class Hold { kNothing, kShared, kRegisters };
+
+constexpr int blocks_per_sm(Hold hold) { return hold == Hold::kRegisters ? 2 : kBlocksPerSm; }
+
 template <typename T>
-struct Slice {
-  PackedRow<T> row;
-  int first, packs, edge;
+__device__ inline void zero_columns(const PackedRow<T>& out) {
+  const Pack<T> zero = filled_pack<T>(0.0f);
+  for (int i = threadIdx.x; i < out.packs; i += kThreads) store_streaming(out.pack(i), zero);
+  if (static_cast<int>(threadIdx.x) < out.edge) *out.edge_element(threadIdx.x) = narrow<T>(0.0f);
+}
 
-  __device__ Slice(T* x, int vocab, int rank, int cluster) : row(x, vocab) {
-    const int each = (row.packs + cluster - 1) / cluster;
-    first = min(rank * each, row.packs);
-    packs = min(each, row.packs - first);
-    edge = rank == 0 ? row.edge : 0;
+template <bool kEntropy, typename T>
+__device__ inline void add_edge(Sums& sums, const PackedRow<const T>& x, float scale) {
+  if (static_cast<int>(threadIdx.x) >= x.edge) return;
+  const float value = widen(*x.edge_element(threadIdx.x));
+  sums.raise(fmaxf(sums.max, value), scale);
+  sums.add<kEntropy>(value, scale);
+}
+
+// A thread's exponentials, relative to its largest logit among them.
+template <typename T>
+struct Exponentials {
+  static constexpr int kPacks = kKept / Pack<T>::kSize;
+  float top;
+  float e[kPacks][Pack<T>::kSize];
+
+  __device__ Sums load(const PackedRow<const T>& x, float scale) {
+    Pack<T> packs[kPacks];
+#pragma unroll
+    for (int u = 0; u < kPacks; ++u) {
+      const int i = u * kThreads + threadIdx.x;
+      packs[u] = filled_pack<T>(-infinity());
+      if (i < x.packs) packs[u] = load_streaming(x.pack(i));
+    }
+    top = kLowest;
+#pragma unroll
+    for (int u = 0; u < kPacks; ++u) top = fmaxf(top, pack_max(packs[u]));
+    float even = 0.0f, odd = 0.0f;
+#pragma unroll
+    for (int u = 0; u < kPacks; ++u) {
+#pragma unroll
+      for (int j = 0; j < Pack<T>::kSize; j += 2) {
+        float a, b;
+        widen_pair(packs[u].lanes + j, a, b);
+        even += e[u][j] = exp2_fast((a - top) * scale);
+        odd += e[u][j + 1] = exp2_fast((b - top) * scale);
+      }
+    }
+    Sums sums = Sums::above(top);
+    sums.weight = even + odd;
+    return sums;
   }
-  __device__ bool owns(int column) const {
-    const int i = column - row.head;
-    if (i < 0 || i >= row.packs * Pack<T>::kSize) return edge > 0;
-    return i / Pack<T>::kSize >= first && i / Pack<T>::kSize < first + packs;
+
+  // `sums` and `log_sum`: of the row.
+  __device__ void write(const RowGradient<false>& gradient, const PackedRow<const T>& x,
+                        const PackedRow<T>& out) const {
+    const float factor =
+        exp2_fast((top - gradient.max) * gradient.scale - gradient.log2_sum) * gradient.base;
+#pragma unroll
+    for (int u = 0; u < kPacks; ++u) {
+      const int i = u * kThreads + threadIdx.x;
+      if (i >= x.packs) break;
+      Pack<T> pack;
+#pragma unroll
+      for (int j = 0; j < Pack<T>::kSize; j += 2)
+        narrow_pair(e[u][j] * factor, e[u][j + 1] * factor, pack.lanes + j);
+      store_streaming(out.pack(i), pack);
+    }
   }
 };
 
-template <typename T>
-__device__ inline void zero_slice(const Slice<T>& out) {
-  const Pack<T> zero = filled_pack<T>(0.0f);
-  for (int i = threadIdx.x; i < out.packs; i += kThreads)
-    store_streaming(out.row.pack(out.first + i), zero);
-  if (static_cast<int>(threadIdx.x) < out.edge)
-    *out.row.edge_element(threadIdx.x) = narrow<T>(0.0f);
-}
-
-// Copies the slice to `held` and sums it up. Each thread reads what it copied itself: no barrier.
+// Copies the columns to `held` and sums them up. Each thread reads what it copied itself: no
+// barrier.
 template <bool kEntropy, typename T>
-__device__ inline Sums copy_and_sum(const Slice<const T>& x, Pack<T>* held, float scale) {
+__device__ inline Sums copy_and_sum(const PackedRow<const T>& x, Pack<T>* held, float scale) {
   const int thread = threadIdx.x;
   const int steps = (x.packs + kThreads - 1) / kThreads, stage = (steps + kStages - 1) / kStages;
 #pragma unroll
   for (int s = 0; s < kStages; ++s) {
     for (int n = s * stage; n < (s + 1) * stage; ++n) {
       const int i = n * kThreads + thread;
-      if (i < x.packs) copy_async(held + i, x.row.pack(x.first + i));
+      if (i < x.packs) copy_async(held + i, x.pack(i));
     }
     commit_copies();
   }
   Sums sums = Sums::none();
-  if (thread < x.edge) {
-    const float value = widen(*x.row.edge_element(thread));
-    sums.raise(fmaxf(sums.max, value), scale);
-    sums.add<kEntropy>(value, scale);
-  }
+  add_edge<kEntropy>(sums, x, scale);
 #pragma unroll
   for (int s = 0; s < kStages; ++s) {
     if (s == 0) wait_copies<3>();
@@ -88,39 +131,13 @@ __device__ inline Sums copy_and_sum(const Slice<const T>& x, Pack<T>* held, floa
   return sums;
 }
 
-// Every thread of every block of the cluster gets the row's sums, from the same additions.
-__device__ inline Sums cluster_merge(Sums sums, float scale, int cluster) {
-  sums = team_merge<kThreads>(sums, scale);
-  if (cluster == 1) return sums;
-  __shared__ float part[3];
-  if (threadIdx.x == 0) {
-    part[0] = sums.max;
-    part[1] = sums.weight;
-    part[2] = sums.weighted_t;
-  }
-  cluster_arrive();
-  cluster_wait();
-  const int lane = threadIdx.x % 32;
-  sums = Sums::none();
-  if (lane < cluster) {
-    sums.max = cluster_read(part, lane);
-    sums.weight = cluster_read(part + 1, lane);
-    sums.weighted_t = cluster_read(part + 2, lane);
-  }
-  // Waited for before this block ends, because others may still be reading its part.
-  cluster_arrive();
-  return warp_merge(sums, scale);
-}
-
 template <bool kEntropy, typename T>
-__device__ inline void write_held(const RowGradient<kEntropy>& gradient, const Slice<const T>& x,
-                                  const Slice<T>& out, const Pack<T>* held) {
-  const int thread = threadIdx.x;
+__device__ inline void write_held(const RowGradient<kEntropy>& gradient,
+                                  const PackedRow<const T>& x, const PackedRow<T>& out,
+                                  const Pack<T>* held) {
 #pragma unroll 2
-  for (int i = thread; i < x.packs; i += kThreads)
-    store_streaming(out.row.pack(out.first + i), gradient_pack(gradient, held[i]));
-  if (thread < x.edge)
-    *out.row.edge_element(thread) = narrow<T>(gradient.at(widen(*x.row.edge_element(thread))));
+  for (int i = threadIdx.x; i < x.packs; i += kThreads)
+    store_streaming(out.pack(i), gradient_pack(gradient, held[i]));
 }
 
 __device__ inline void zero_statistics(const GatherLogprobsForward& f, int64_t row) {
@@ -128,34 +145,49 @@ __device__ inline void zero_statistics(const GatherLogprobsForward& f, int64_t r
   if (f.entropy != nullptr) f.entropy[row] = 0.0f;
 }
 
-// kHeld: the row stays in shared memory. Otherwise `cluster` is 1 and it is read again.
-template <bool kHeld, bool kEntropy, typename T>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
-    loss_kernel(const __grid_constant__ LogitsGrpoLossArgs a, int64_t first_row, int cluster) {
+// Hold::kNothing: one block takes a row, and reads it again.
+template <Hold kHold, bool kEntropy, typename T>
+__global__ void __launch_bounds__(kThreads, blocks_per_sm(kHold))
+    loss_kernel(const __grid_constant__ LogitsGrpoLossArgs a, int64_t first_row, int blocks) {
+  const int cluster = kHold == Hold::kNothing ? 1 : blocks;
   auto* const held = reinterpret_cast<Pack<T>*>(dynamic_shared());
   const GatherLogprobsInput& in = a.forward.in;
   const int rank = blockIdx.x % cluster, vocab = static_cast<int>(in.vocab);
   const int64_t row = first_row + blockIdx.x / cluster;
   const bool first_thread = rank == 0 && threadIdx.x == 0;
   const T* const logits = static_cast<const T*>(in.logits) + row_offset(in.layout, row);
-  const Slice<const T> x(logits, vocab, rank, cluster);
-  const Slice<T> out(static_cast<T*>(a.grad) + row_offset(a.grad_layout, row), vocab, rank,
-                     cluster);
+  T* const grad = static_cast<T*>(a.grad) + row_offset(a.grad_layout, row);
+  const Columns columns =
+      kHold == Hold::kNothing ? Columns(0, vocab) : Columns(logits, vocab, rank, cluster);
+  const int size = columns.end - columns.begin;
+  const PackedRow<const T> x(logits + columns.begin, size);
+  const PackedRow<T> out(grad + columns.begin, size);
   if (in.mask != nullptr && !in.mask[row]) {
     if (first_thread) zero_statistics(a.forward, row);
-    return zero_slice(out);
+    return zero_columns(out);
   }
   const float temperature =
       in.row_temperature != nullptr ? in.row_temperature[row] : in.temperature;
   const float scale = kLog2e / temperature;
   const int64_t label = in.labels[row];
   const bool known = label >= 0 && label < in.vocab;
-  // Before the clusters' barrier: in place, another block writes it afterwards.
-  const float own_logit = known ? widen(logits[label]) : quiet_nan();
+  // By the thread that releases at the cluster's barrier: in place, another block writes the
+  // label's column after it.
+  float own_logit = quiet_nan();
+  if (known && (cluster == 1 || threadIdx.x == 0)) own_logit = widen(logits[label]);
 
-  const Sums own = kHeld ? copy_and_sum<kEntropy>(x, held, scale)
-                         : thread_sums<kEntropy, kThreads>(x.row, threadIdx.x, scale);
-  const Sums sums = cluster_merge(own, scale, cluster);
+  Exponentials<T> kept;
+  Sums sums;
+  if constexpr (kHold == Hold::kRegisters) {
+    sums = kept.load(x, scale);
+    add_edge<kEntropy>(sums, x, scale);
+  } else if constexpr (kHold == Hold::kShared) {
+    sums = copy_and_sum<kEntropy>(x, held, scale);
+  } else {
+    sums = thread_sums<kEntropy, kThreads>(x, threadIdx.x, scale);
+  }
+  sums = cluster == 1 ? team_merge<kThreads>(sums, scale)
+                      : cluster_merge<kThreads>(sums, scale, cluster, own_logit);
   const float log_sum = sums.log_sum(), mean_d = sums.mean_d();
   const float logp = (own_logit - sums.max) / temperature - log_sum;
   if (first_thread) {
@@ -177,46 +209,77 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   const float h = kEntropy && a.grad_entropy != nullptr ? a.grad_entropy[row] : 0.0f;
   if (g == 0.0f && h == 0.0f) {
     // In place and read twice: nothing is read any more.
-    zero_slice(out);
+    zero_columns(out);
   } else {
     const RowGradient<kEntropy> gradient(sums.top(), log_sum, mean_d, temperature, -g, h);
-    if constexpr (kHeld)
-      write_held(gradient, x, out, held);
-    else
-      write_gradient<kThreads>(gradient, x.row, out.row, threadIdx.x);
+    if constexpr (kHold == Hold::kNothing) {
+      write_gradient<kThreads>(gradient, x, out, threadIdx.x);
+    } else {
+      if constexpr (kHold == Hold::kRegisters)
+        kept.write(gradient, x, out);
+      else
+        write_held(gradient, x, out, held);
+      if (static_cast<int>(threadIdx.x) < x.edge)
+        *out.edge_element(threadIdx.x) =
+            narrow<T>(gradient.at(widen(*x.edge_element(threadIdx.x))));
+    }
     __syncthreads();  // the label's element is written again, by another thread than before
-    if (threadIdx.x == 0 && known && out.owns(static_cast<int>(label)))
-      out.row.first[label] = narrow<T>(gradient.at_label(logp, log_sum, temperature, g));
+    if (threadIdx.x == 0 && known && columns.has(label))
+      grad[label] = narrow<T>(gradient.at_label(logp, log_sum, temperature, g));
   }
   if (cluster > 1) cluster_wait();
 }
 
+template <typename T>
+using Kernel = void (*)(LogitsGrpoLossArgs, int64_t, int);
+
+template <typename T>
+Kernel<T> kernel_of(Hold hold, bool entropy) {
+  if (hold == Hold::kRegisters) return loss_kernel<Hold::kRegisters, false, T>;
+  if (hold == Hold::kShared)
+    return entropy ? loss_kernel<Hold::kShared, true, T> : loss_kernel<Hold::kShared, false, T>;
+  return entropy ? loss_kernel<Hold::kNothing, true, T> : loss_kernel<Hold::kNothing, false, T>;
+}
+
 struct Plan {
-  bool held;
+  Hold hold;
   int cluster;
   size_t shared_bytes;
 };
 
-// How many blocks hold a row, by what the device offers; they need the logits and the gradient on
-// the same side of a 16-byte boundary, which the caller knows. `kernel`: any variant of the kernel.
-template <typename Kernel>
-Plan plan_for(int64_t row_bytes, Kernel* kernel) {
+// Where a row is held, and by how many blocks. To be held, its logits and its gradient must be on
+// the same side of a 16-byte boundary, which the caller knows.
+template <typename T>
+Plan plan_for(int64_t rows, int64_t vocab, bool entropy) {
   const char* const op = "logits_grpo_loss";
   int device, most;
   CUDA_CHECK(op, cudaGetDevice(&device));
   CUDA_CHECK(op, cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  // Of the code, not of the device: where the driver compiles PTX for sm_80 on an sm_90 device,
-  // clusters can be launched, but cluster.cuh has compiled to nothing.
-  cudaFuncAttributes code{};
-  CUDA_CHECK(op, cudaFuncGetAttributes(&code, kernel));
-  const int largest = code.ptxVersion >= 90 ? kMaxCluster : 1;
-  const int64_t packs = row_bytes / 16;
-  Plan plan{true, 1, 0};
-  const auto slice = [&] { return (packs + plan.cluster - 1) / plan.cluster * 16; };
-  while (plan.cluster < largest && slice() > kSliceBytes) plan.cluster *= 2;
-  if (slice() > most / 2 - 2048) return {false, 1, 0};  // less than two blocks an SM: read twice
-  plan.shared_bytes = static_cast<size_t>(slice());
-  return plan;
+  const int64_t packs = vocab * static_cast<int64_t>(sizeof(T)) / 16;
+  const auto bytes = [&](int cluster) { return (packs + cluster - 1) / cluster * 16; };
+  const auto plan = [&](Hold hold, int64_t fits) {
+    // The largest cluster of the slices that it would have.
+    const LaunchShape shape{1, kThreads, hold == Hold::kShared ? std::min(kSliceBytes, fits) : 0};
+    const int largest =
+        std::min(kMaxCluster, largest_cluster(op, kernel_of<T>(hold, entropy), shape));
+    const int64_t fill = blocks_at_a_time(op, blocks_per_sm(hold));
+    Plan out{hold, 1, 0};
+    const auto few = [&] {  // rows, with slices that are not too small to be divided
+      return rows * out.cluster < fill && bytes(out.cluster) >= 2 * kLeastBytes;
+    };
+    while (out.cluster < largest && (bytes(out.cluster) > fits || few())) out.cluster *= 2;
+    if (hold == Hold::kShared) out.shared_bytes = static_cast<size_t>(bytes(out.cluster));
+    return out;
+  };
+  if (!entropy) {
+    constexpr int64_t kFits = Exponentials<T>::kPacks * 16 * kThreads;
+    const Plan registers = plan(Hold::kRegisters, kFits);
+    if (bytes(registers.cluster) <= kFits) return registers;
+  }
+  const Plan shared = plan(Hold::kShared, kSliceBytes);
+  // Less than two blocks an SM: read twice.
+  if (static_cast<int64_t>(shared.shared_bytes) > most / 2 - 2048) return {Hold::kNothing, 1, 0};
+  return shared;
 }
 
 // Whether each row of the gradient lies as far past a multiple of 16 bytes as its row of logits.
@@ -248,14 +311,10 @@ void logits_grpo_loss(const LogitsGrpoLossArgs& args, void* stream) {
   for_float_dtype(in.dtype, [&](auto type) {
     using T = decltype(type);
     constexpr int64_t kElement = sizeof(T);
-    Plan plan{false, 1, 0};
-    if (same_alignment(args, kElement))
-      plan = plan_for(in.vocab * kElement, &loss_kernel<true, false, T>);
     const bool entropy = args.forward.entropy != nullptr;
-    const auto kernel = plan.held
-                            ? entropy ? loss_kernel<true, true, T> : loss_kernel<true, false, T>
-                        : entropy ? loss_kernel<false, true, T>
-                                  : loss_kernel<false, false, T>;
+    Plan plan{Hold::kNothing, 1, 0};
+    if (same_alignment(args, kElement)) plan = plan_for<T>(in.rows, in.vocab, entropy);
+    const auto kernel = kernel_of<T>(plan.hold, entropy);
     CUDA_CHECK("logits_grpo_loss",
                cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     static_cast<int>(plan.shared_bytes)));

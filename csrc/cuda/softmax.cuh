@@ -5,6 +5,7 @@
 
 #include <cmath>
 
+#include "cluster.cuh"
 #include "common.cuh"
 
 namespace vcr1::cuda {
@@ -174,6 +175,35 @@ __device__ inline Sums team_merge(Sums sums, float scale) {
     sums = lane < kWarps ? parts[lane] : Sums::none();
     sums = warp_merge(sums, scale);
   }
+  return sums;
+}
+
+// Merged over a cluster of blocks: every thread of each gets the row's sums, from the same
+// additions. shared_value: of each block's first thread, becomes that of block 0's in all. The
+// caller waits for its cluster before it ends, because others may still be reading its part.
+template <int kThreads>
+__device__ inline Sums cluster_merge(Sums sums, float scale, int cluster, float& shared_value) {
+  sums = team_merge<kThreads>(sums, scale);
+  __shared__ float part[4];
+  if (threadIdx.x == 0) {
+    part[0] = sums.max;
+    part[1] = sums.weight;
+    part[2] = sums.weighted_t;
+    part[3] = shared_value;
+  }
+  cluster_arrive(threadIdx.x == 0);
+  cluster_wait();
+  const int lane = threadIdx.x % 32;
+  sums = Sums::none();
+  if (lane < cluster) {
+    sums.max = cluster_read(part, lane);
+    sums.weight = cluster_read(part + 1, lane);
+    sums.weighted_t = cluster_read(part + 2, lane);
+  }
+  shared_value = cluster_read(part + 3, 0);
+  sums = warp_merge(sums, scale);
+  // Nothing was written since, and what was read has arrived: the merge has used it.
+  cluster_arrive(false);
   return sums;
 }
 

@@ -82,7 +82,8 @@ struct Block {
   unsigned at_barrier = 0;
   uint64_t barriers = 0;
   std::unique_ptr<GuardedMemory> dynamic;
-  std::vector<char> statics;  // its static shared memory while another block of the cluster runs
+  std::vector<char> statics;   // its static shared memory while another block of the cluster runs
+  std::vector<char> released;  // the same as it was at the last release
 };
 
 struct Cluster {
@@ -219,6 +220,8 @@ class ClusterRun {
       if (launch.cluster > 1) {
         b.statics.resize(shared_.size);
         fill_with_noise(b.statics.data(), shared_.size);
+        b.released.resize(shared_.size);
+        fill_with_noise(b.released.data(), shared_.size);
       } else {
         fill_with_noise(shared_.begin, shared_.size);
       }
@@ -428,10 +431,13 @@ void wait_copies(int pending) {
 }
 
 // Kernels compiled for less than compute capability 9.0 know no clusters: csrc/cuda/cluster.cuh.
-void cluster_arrive() {
+void cluster_arrive(bool release) {
   if (device().code < 90) return;
   Thread& t = self();
   Cluster& c = *t.block->cluster;
+  auto& released = t.block->released;
+  if (release && !released.empty())
+    std::memcpy(released.data(), state().statics.begin, released.size());
   ++t.cluster_arrivals;
   if (++c.arrivals == c.blocks.size() * c.launch->block) {
     c.arrivals = 0;
@@ -456,10 +462,13 @@ float cluster_read(const float* p, unsigned rank) {
   // A thread may exit once no other block reads its shared memory, and must not have exited before.
   if (!other.begun || other.ended != 0)
     fail_launch("shared memory of a block that has not begun or has ended");
-  if (&other == &own) return *p;
+  if (c.blocks.size() == 1) return *p;
   const auto offset = reinterpret_cast<const char*>(p) - state().statics.begin;
+  const char* const memory = &other == &own ? state().statics.begin : other.statics.data();
   float value;
-  std::memcpy(&value, other.statics.data() + offset, sizeof(value));
+  std::memcpy(&value, memory + offset, sizeof(value));
+  if (std::memcmp(&value, other.released.data() + offset, sizeof(value)) != 0)
+    fail_launch("shared memory that was written after its block's last release");
   return value;
 }
 

@@ -5,7 +5,8 @@
 // some order. Checked on the way, and raised as RuntimeError from the op's call:
 //   - threads of a block that reach different barriers, or end before a barrier others wait at;
 //   - lanes of a warp that miss a shuffle, blocks of a cluster that miss a cluster barrier;
-//   - reads of another block's shared memory before it has begun or after it has ended;
+//   - reads of another block's shared memory before it has begun, after it has ended, or of what
+//     was written there and not released;
 //   - asynchronous copies that are misaligned, outside shared memory, or never waited for;
 //   - launches beyond the limits of the device.
 // Shared memory starts as noise and asynchronous copies arrive as late as they may, so what reads
@@ -35,6 +36,8 @@ struct Device {
   int code = 90;  // __CUDA_ARCH__ / 10
   int shared_bytes_optin = 232448;
   int driver = 13000;  // CUDA version that the driver supports, as the runtime numbers them
+  int multiprocessors = 132;
+  int largest_cluster = 16;  // beyond 8 only for kernels that ask for it
 };
 Device& device();
 
@@ -60,7 +63,8 @@ void commit_copies();
 void wait_copies(int pending);
 // As mma.sync.m16n8k32 of s8 (or u8) and u8: see csrc/cuda/ptx.cuh for the layouts.
 void multiply_add(int (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bool is_signed);
-void cluster_arrive();
+// release: what the thread wrote to its block's shared memory before, other blocks may read.
+void cluster_arrive(bool release);
 void cluster_wait();
 float cluster_read(const float* p, unsigned rank);
 

@@ -1,5 +1,6 @@
 // The CUDA runtime of the emulation: errors, devices and the checks of a launch.
 #include <map>
+#include <set>
 #include <string>
 
 #include "toolkit/cuda_runtime.h"
@@ -8,7 +9,7 @@ namespace vcr1::emulation {
 namespace {
 
 constexpr size_t kSharedWithoutAsking = 48 << 10;
-constexpr unsigned kMostThreads = 1024, kMostCluster = 8;
+constexpr unsigned kMostThreads = 1024, kPortableCluster = 8;
 
 // As the real runtime's: it stays until someone takes it, and the next good call leaves it there.
 cudaError_t last_error = cudaSuccess;
@@ -17,6 +18,11 @@ std::string last_text = "no error";
 std::map<const void*, int>& shared_limits() {
   static auto* const limits = new std::map<const void*, int>();
   return *limits;
+}
+
+std::set<const void*>& not_portable() {
+  static auto* const kernels = new std::set<const void*>();
+  return *kernels;
 }
 
 cudaError_t set_error(cudaError_t error, const char* text) {
@@ -31,14 +37,22 @@ cudaError_t check_launch(const Launch& launch, const void* kernel) {
   if (launch.grid == 0 || launch.grid > 0x7fffffffu || launch.block == 0 ||
       launch.block > kMostThreads || launch.block % 32 != 0)
     return set_error(cudaErrorInvalidConfiguration, "grid or block size");
-  if (launch.cluster != 1 && (device().major < 9 || launch.cluster > kMostCluster ||
-                              launch.cluster == 0 || launch.grid % launch.cluster != 0))
+  const unsigned most = not_portable().count(kernel) != 0
+                            ? static_cast<unsigned>(device().largest_cluster)
+                            : kPortableCluster;
+  if (launch.cluster != 1 && (device().major < 9 || launch.cluster > most || launch.cluster == 0 ||
+                              launch.grid % launch.cluster != 0))
     return set_error(cudaErrorInvalidConfiguration, "cluster size");
   const auto asked = shared_limits().find(kernel);
   const size_t limit = asked == shared_limits().end() ? 0 : static_cast<size_t>(asked->second);
   if (launch.shared_bytes > kSharedWithoutAsking && launch.shared_bytes > limit)
     return set_error(cudaErrorInvalidValue, "more dynamic shared memory than was asked for");
   launches().push_back(launch);
+  return cudaSuccess;
+}
+
+cudaError_t allow_large_clusters(const void* kernel) {
+  not_portable().insert(kernel);
   return cudaSuccess;
 }
 
@@ -80,9 +94,15 @@ cudaError_t cudaGetDevice(int* device) {
 }
 cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value =
-      attribute == cudaDevAttrComputeCapabilityMajor ? device().major : device().shared_bytes_optin;
-  return cudaSuccess;
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount:
+      *value = device().multiprocessors;
+      return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = device().shared_bytes_optin;
+      return cudaSuccess;
+  }
+  return set_error(cudaErrorInvalidValue, "attribute");
 }
 cudaError_t cudaDriverGetVersion(int* version) {
   *version = device().driver;

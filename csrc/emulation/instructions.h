@@ -25,7 +25,7 @@ inline uint16_t saturate(int low, int high) {
   return static_cast<uint16_t>(cut(low) | cut(high) << 8);
 }
 
-inline void cluster_arrive() { emulation::cluster_arrive(); }
+inline void cluster_arrive(bool release) { emulation::cluster_arrive(release); }
 inline void cluster_wait() { emulation::cluster_wait(); }
 inline float cluster_read(const float* p, unsigned rank) {
   return emulation::cluster_read(p, rank);

@@ -17,6 +17,7 @@ from vcr1_fast.data.tables import (
     complete,
     decoded,
     decoded_value,
+    hub_name,
     read_rows,
     renamed,
 )
@@ -53,7 +54,8 @@ def load_records(
     quarantine: Quarantine | None = None,
     columns: Mapping[str, str] | None = None,
 ) -> list[Record]:
-    """The records of a file, in order, each checked.
+    """The records of a file, or of a data set of the package datasets (`tables.read_rows`), in
+    order, each checked.
 
     A relative `video` or `image` is taken from `media_root`, or from the file's own folder.
     `inside_root` refuses media outside that folder. `columns`: our field -> the file's column
@@ -69,7 +71,9 @@ def load_records(
     for task in tasks or ():
         _check_task(task)
     path = Path(path)
-    root = path.parent if media_root is None else Path(media_root)
+    # What the hub holds lies in no folder of ours.
+    own = Path() if hub_name(path) is not None else path.parent
+    root = own if media_root is None else Path(media_root)
     records: list[Record] = []
     first_line: dict[str, int] = {}
     only = next(iter(tasks)) if tasks is not None and len(tasks) == 1 else None

@@ -1,4 +1,5 @@
-"""Rows of a data file, by its suffix: JSON Lines, JSON, CSV, TSV, Parquet; made into our fields.
+"""Rows of a data file, by its suffix: JSON Lines, JSON, CSV, TSV, Parquet; of a folder that the
+package datasets saved, or of its hub (`hf:NAME:SPLIT`); made into our fields.
 
 Columns become fields by name (`columns` renames them); a dotted name is a field of a field
 (`prompt.question`). What is no field of ours goes to `metadata`. An id that is missing is made from
@@ -21,6 +22,8 @@ from vcr1_fast.tasks.record import FieldError, Record, describe
 FIELDS = tuple(field.name for field in fields(Record))
 TEXT_SUFFIXES = (".csv", ".tsv")
 """Files in which every value is a text."""
+HUB = "hf:"
+"""Starts the name of a data set on the hub: hf:NAME:SPLIT."""
 _CHAT = ("messages", "conversations")
 _TOO_CLOSE = 0.8  # difflib's ratio from which an unknown column is taken for a misspelt field
 
@@ -32,10 +35,13 @@ def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
     ValueError for a file that is of another format as a whole, with a guess which; ImportError
     where Parquet needs pyarrow; OSError for no file.
     """
-    if path.is_dir():
-        raise ValueError(f"{path}: a folder, not a file of records{_folder_hint(path)}")
     suffix = path.suffix.lower()
-    if suffix in TEXT_SUFFIXES:
+    rows: Iterator[tuple[int, Any]]
+    if hub_name(path) is not None or is_saved_dataset(path):
+        rows = enumerate(_read_dataset(path), start=1)
+    elif path.is_dir():
+        raise ValueError(f"{path}: a folder, not a file of records")
+    elif suffix in TEXT_SUFFIXES:
         rows = _read_csv(path, "\t" if suffix == ".tsv" else ",")
     elif suffix == ".parquet":
         rows = _read_parquet(path)
@@ -315,7 +321,37 @@ def _chat_format(row: Any) -> str | None:
     return None
 
 
-def _folder_hint(path: Path) -> str:
-    if (path / "dataset_info.json").exists() or (path / "state.json").exists():
-        return " (of the package datasets: save it by its to_parquet or to_json)"
-    return ""
+def hub_name(path: str | Path) -> tuple[str, str] | None:
+    """(data set, split) of `hf:NAME:SPLIT`; None for a path. The split of `hf:NAME` is train."""
+    text = str(path)
+    if not text.startswith(HUB):
+        return None
+    name, _, split = text.removeprefix(HUB).partition(":")
+    return name, split or "train"
+
+
+def is_saved_dataset(path: Path) -> bool:
+    """Whether `save_to_disk` of the package datasets wrote a folder."""
+    return any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
+def _read_dataset(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of the package datasets; media that it holds itself, decoded or as bytes, are refused
+    where the record is checked: ours are files."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(f"{path}: reading it needs the package datasets ({error})") from error
+    named = hub_name(path)
+    try:
+        if named is not None:
+            found = datasets.load_dataset(named[0], split=named[1])
+        else:
+            found = datasets.load_from_disk(str(path))
+    except Exception as error:  # of the hub, the network or the format, each of another class
+        line = str(error).partition("\n")[0]
+        raise ValueError(f"{path}: cannot be loaded ({type(error).__name__}: {line})") from error
+    if isinstance(found, dict):
+        splits = ", ".join(found)
+        raise ValueError(f"{path}: holds the splits {splits}; name the folder of one of them")
+    yield from found

@@ -22,6 +22,7 @@ _ASF_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
 _ASF_BROADCAST = 1  # flag: the sizes in the header were never filled in
 _OGG_LAST_PAGE = 4
 _TS_PACKET, _TS_SYNC = 188, 0x47
+_PS_PACK, _PS_WINDOW = b"\0\0\1\xba", 1 << 18
 
 
 def cut_off(path: str) -> str | None:
@@ -171,6 +172,48 @@ def _mpegts(file: BinaryIO, size: int) -> str | None:
     return None
 
 
+def _mpegps(file: BinaryIO, size: int) -> str | None:
+    # The end alone: a film has millions of packets. A pack header there may be a sound's bytes by
+    # chance, but then no packets follow one another from it to the end.
+    file.seek(max(size - _PS_WINDOW, 0))
+    data = file.read()
+    start = data.find(_PS_PACK)
+    while start >= 0:
+        missing = _ps_missing(data, start)
+        if missing is not None:
+            return f"its last packet lacks {missing} bytes" if missing else None
+        start = data.find(_PS_PACK, start + 1)
+    return None
+
+
+def _ps_missing(data: bytes, at: int) -> int | None:
+    """Bytes by which the last of the packets from `at` on leaves `data`; None where they are none.
+
+    ISO 13818-1 2.5: a pack header of 14 bytes and up to 7 of stuffing (12 in MPEG-1), packets with
+    their length in two bytes, an end code of four.
+    """
+    while data[at:].strip(b"\0"):  # zeros pad a whole file
+        head = data[at : at + 6]
+        if head[:3] != _PS_PACK[: len(head[:3])]:
+            return None
+        if head[3:4] == b"\xb9":
+            at += 4
+            continue
+        if len(head) < 6:
+            return 6 - len(head)
+        if head[3] < 0xB9:
+            return None
+        if head[3] != _PS_PACK[3]:
+            at += 6 + int.from_bytes(head[4:6], "big")
+        elif head[4] >> 4 == 0b0010:
+            at += 12
+        elif head[4] >> 6 == 0b01:
+            at += 14 + (data[at + 13] & 7 if at + 13 < len(data) else 0)
+        else:
+            return None
+    return max(at - len(data), 0)
+
+
 def _gif(file: BinaryIO, size: int) -> str | None:
     file.seek(max(size - 64, 0))
     # Some writers pad the file with zeros behind its trailer.
@@ -203,5 +246,6 @@ _CONTAINERS: tuple[tuple[Callable[[bytes], bool], _Finder], ...] = (
     (lambda head: head[:4] == b"OggS", _ogg),
     (lambda head: head[:6] in (b"GIF87a", b"GIF89a"), _gif),
     (lambda head: head[:4] == b"DKIF", _ivf),
+    (lambda head: head[:4] == _PS_PACK, _mpegps),
     (_is_mpegts, _mpegts),
 )

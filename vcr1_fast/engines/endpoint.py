@@ -47,9 +47,9 @@ class Row:
     agree: bool | None
 
 
-def ask(url: str, clip: Path, question: str, tokens: int, *, frames: int | None = None) -> Reply:
-    """Ask the server greedily about a clip; the clip's file goes along. frames: how many frames
-    vLLM takes, None for its own choice. OSError or ValueError names the address."""
+def ask(url: str, clip: Path, question: str, tokens: int) -> Reply:
+    """Ask the server greedily about a clip, whose file goes along; frames are of the server's
+    choice (vLLM: `--media-io-kwargs`). OSError or ValueError names the address."""
     kind = mimetypes.guess_type(clip.name)[0] or "video/mp4"
     data = base64.b64encode(clip.read_bytes()).decode()
     base = url.rstrip("/").removesuffix("/v1")
@@ -71,8 +71,6 @@ def ask(url: str, clip: Path, question: str, tokens: int, *, frames: int | None 
         "return_token_ids": True,
         "return_tokens_as_token_ids": True,
     }
-    if frames is not None:
-        body["media_io_kwargs"] = {"video": {"num_frames": frames}}
     address = f"{base}/v1/chat/completions"
     answer = _json(address, body)
     choice = answer["choices"][0]

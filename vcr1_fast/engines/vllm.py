@@ -205,15 +205,16 @@ class LocalVllm(VllmSampler):
 
     def _complete(self, requests: Sequence[Request]) -> list[list[Answer]]:
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
         engine = self.llm.llm_engine
         names = []
         for request in requests:
             names.append(str(self._asked))
             self._asked += 1
-            engine.add_request(
-                names[-1], _engine_input(request), SamplingParams(**request.sampling)
-            )
+            # By default an answer holds whichever of the n completions has come on.
+            how = SamplingParams(**request.sampling, output_kind=RequestOutputKind.FINAL_ONLY)
+            engine.add_request(names[-1], _engine_input(request), how)
         done = {}
         while engine.has_unfinished_requests():
             for output in engine.step():
@@ -221,6 +222,9 @@ class LocalVllm(VllmSampler):
                     done[output.request_id] = output
         for name, request in zip(names, requests, strict=True):
             check_tokens(done[name].prompt_token_ids, request.tokens)
+            if len(done[name].outputs) != request.sampling["n"]:
+                count = len(done[name].outputs)
+                raise ValueError(f"vLLM gave {count} of {request.sampling['n']} completions")
         return [
             [
                 Answer(

@@ -103,7 +103,7 @@ class VllmServer(VllmSampler):
         ]
 
     def _check_version(self, spans: list[dict[str, Any]] | None) -> None:
-        versions = {str(span.get("weight_version")) for span in spans or [{}]}
+        versions = {str(span.get("version")) for span in spans or [{}]}
         if versions != {str(self.version)}:
             raise ValueError(
                 f"weights: {self.url} answered by version {', '.join(sorted(versions))}, the run "

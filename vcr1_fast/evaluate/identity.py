@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from vcr1_fast.data.tables import hub_name, read_rows
 from vcr1_fast.evaluate.config import EvalConfig
 from vcr1_fast.files import write_atomic
 from vcr1_fast.rewards.judge import JudgeConfig
@@ -57,7 +58,7 @@ def run_identity(
         "model": str(model_path),
         "model_files": {file.name: fingerprint(file) for file in files},
         "records": str(records_path),
-        "records_sha256": hashlib.sha256(Path(records_path).read_bytes()).hexdigest(),
+        "records_sha256": records_digest(Path(records_path)),
         "prompts": _prompts(config),
         "judge": _judge(config.judge),
         **{name: settings[name] for name in _IDENTITY},
@@ -72,7 +73,7 @@ def given_identity(
         "predictions": str(predictions_path),
         "predictions_sha256": hashlib.sha256(Path(predictions_path).read_bytes()).hexdigest(),
         "records": str(records_path),
-        "records_sha256": hashlib.sha256(Path(records_path).read_bytes()).hexdigest(),
+        "records_sha256": records_digest(Path(records_path)),
         "tasks": config.tasks,
         "judge": _judge(config.judge),
     }
@@ -95,6 +96,16 @@ def _judge(config: JudgeConfig) -> dict[str, Any]:
         "local": ("kind", "model", "max_tokens", "concurrency"),
     }
     return {name: getattr(config, name) for name in names[config.kind]}
+
+
+def records_digest(path: Path) -> str:
+    """SHA-256 of a records file; of a data set that is no file, of its rows."""
+    if hub_name(path) is None and not path.is_dir():
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    for _, row in read_rows(path):
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
 
 
 def fingerprint(path: Path) -> str:

@@ -31,13 +31,7 @@ def main_parity(options: Namespace) -> int:
     prompt = processor.prompt(options.question, [clip])
     limit = options.limit or LIMITS.get(lm_head(model)[0].dtype, REDUCED_LIMIT)
     forward = Forward(model, processor, SamplingConfig(max_new_tokens=options.tokens))
-    given = ask(
-        options.endpoint,
-        Path(options.clip),
-        options.question,
-        options.tokens,
-        frames=options.frames,
-    )
+    given = ask(options.endpoint, Path(options.clip), options.question, options.tokens)
     rows = compare(forward, prompt, given, limit)
     if options.change_weights:
         with VllmServer(model, processor, options.endpoint) as server:

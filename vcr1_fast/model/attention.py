@@ -22,7 +22,7 @@ Backends, which compute the same:
     masked    the completions as one masked call over the group's own stretch of keys, on any
               device; the mask takes S (P + S) bytes of a group
     flex      FlexAttention over the whole pack, blocks that nobody sees left out; needs a GPU for
-              the backward pass, and compiles
+              the backward pass, and compiles; a suffix (`prompt_state.py`) goes by masks
     auto      fused on the CPU; elsewhere varlen, or masked, with a warning, where the flash kernels
               do not run
 """
@@ -48,7 +48,12 @@ from vcr1_fast.model.partial_attention import (
     partial_product,
     unfold_heads,
 )
-from vcr1_fast.model.varlen_attention import missing_varlen, varlen_group_attention
+from vcr1_fast.model.prompt_state import PromptRecorder, Suffix
+from vcr1_fast.model.varlen_attention import (
+    missing_varlen,
+    varlen_group_attention,
+    varlen_suffix_attention,
+)
 from vcr1_fast.model.wrapping import unwrap
 from vcr1_fast.ops.group_attention import group_attention
 
@@ -75,20 +80,24 @@ def attention(
     scaling: float,
     spans: Sequence[Span] | None = None,
     shared_prefix: SharedPrefix | None = None,
+    recorder: PromptRecorder | None = None,
+    suffix: Suffix | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention that transformers calls in every layer; query (B, H, N, D), key and value
     (B, heads, N, D).
 
     `spans`: the sequence is a pack of groups. `shared_prefix` alone: one new token a completion,
-    see `decode.py`. Neither: transformers' own SDPA, causal if the mask is `dummy_mask`. Returns
-    (B, N, H, D).
+    see `decode.py`. `suffix`: completions without their prompt, see `prompt_state.py`. None of
+    them: transformers' own SDPA, causal if the mask is `dummy_mask`. `recorder` takes keys and
+    values. Returns (B, N, H, D).
 
     Under autocast queries and keys come in float32, in which the rotation is computed: they take
     the values' dtype, that of the products.
     """
     kind = value.device.type
-    if torch.is_autocast_enabled(kind) and (spans is not None or shared_prefix is not None):
+    ours = spans is not None or shared_prefix is not None or suffix is not None
+    if torch.is_autocast_enabled(kind) and ours:
         query, key = query.to(value.dtype), key.to(value.dtype)
         with torch.autocast(kind, enabled=False):
             return attention(
@@ -99,7 +108,11 @@ def attention(
                 scaling=scaling,
                 spans=spans,
                 shared_prefix=shared_prefix,
+                recorder=recorder,
+                suffix=suffix,
             )
+    if recorder is not None:
+        recorder.record(module.layer_idx, key, value)
     if spans is not None:
         backend = _BACKENDS[resolve_backend(module.vcr1_backend, *_kind(query, key))]
         is_last = module.layer_idx == module.config.num_hidden_layers - 1
@@ -110,6 +123,9 @@ def attention(
         part = partial if on_cpu else partial_product
         out = shared_prefix_attention((query, key, value), prefix, shared_prefix, scaling, part)
         return out, None
+    if suffix is not None:
+        on_suffix = _ON_SUFFIX[resolve_backend(module.vcr1_backend, *_kind(query, key))]
+        return on_suffix(query, key, value, scaling, suffix, module.layer_idx), None
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if attention_mask is not None and attention_mask.numel() == 1:
@@ -175,6 +191,16 @@ def resolve_backend(
     message = f"attention by masks of S x (P + S) bytes a group, slower: {reason}"
     warnings.warn(message, RuntimeWarning, stacklevel=2)
     return "masked"
+
+
+def copies_prefix(layer: Any) -> bool:
+    """Whether attention layers as `layer` copy a prompt's keys and values for every suffix."""
+    chosen = getattr(layer, "vcr1_backend", "auto")
+    weight, config = layer.q_proj.weight, layer.config
+    if chosen != "auto":
+        return chosen in ("masked", "flex")
+    heads = (config.num_attention_heads, config.num_key_value_heads, layer.head_dim)
+    return weight.device.type != "cpu" and bool(missing_varlen(weight.device, weight.dtype, *heads))
 
 
 def check_backend(
@@ -356,4 +382,94 @@ _BACKENDS: dict[str, Callable[..., Tensor]] = {
     "varlen": varlen_group_attention,
     "masked": masked_group_attention,
     "flex": flex_group_attention,
+}
+
+
+def fused_suffix_attention(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, suffix: Suffix, layer: int
+) -> Tensor:
+    """Attention of completions to their prompt's keys and values, which an earlier pass recorded in
+    `layer`, and to their own. query (1, H, S, D), key and value (1, heads, S, D); (1, S, H, D)."""
+    q, k, v, *prefix = (x[0].transpose(0, 1) for x in (query, key, value, *_prefix(suffix, layer)))
+    out, _ = group_attention(q, k, v, suffix.parts, scale=scaling, prefix=(prefix[0], prefix[1]))
+    return out[None]
+
+
+def merged_suffix_attention(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, suffix: Suffix, layer: int
+) -> Tensor:
+    """`fused_suffix_attention` from torch's kernels for the CPU."""
+    prefix = _prefix(suffix, layer)
+    return _MergedSuffix.apply(query, key, value, *prefix, scaling, suffix.span)
+
+
+def masked_suffix_attention(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, suffix: Suffix, layer: int
+) -> Tensor:
+    """`fused_suffix_attention` from public functions alone, on any device. Each layer keeps a copy
+    of the prompt's keys and values for its backward pass."""
+    share = query.shape[1] // key.shape[1]
+    before = _prefix(suffix, layer)
+    k, v = (torch.cat(pair, dim=2) for pair in zip(before, (key, value), strict=True))
+    out = F.scaled_dot_product_attention(
+        fold_heads(query, share, causal=True),
+        k.expand(share, -1, -1, -1),
+        v.expand(share, -1, -1, -1),
+        attn_mask=suffix.span.mask,
+        scale=scaling,
+    )
+    return unfold_heads(out, share, causal=True).transpose(1, 2)
+
+
+def _prefix(suffix: Suffix, layer: int) -> tuple[Tensor, Tensor]:
+    keys, values = suffix.state.layers[layer]
+    return keys, values
+
+
+class _MergedSuffix(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        prefix_key: Tensor,
+        prefix_value: Tensor,
+        scaling: float,
+        span: Span,
+    ) -> Tensor:
+        q, k, v = (_to_batch(x, span) for x in (query, key, value))
+        padded = partial(q, k, v, scaling, causal=True)
+        on_own = [_from_batch(x, span) for x in padded]
+        on_prompt = partial(query, prefix_key, prefix_value, scaling)
+        out, lse = merge(on_prompt, on_own)
+        ctx.save_for_backward(query, key, value, out, lse, prefix_key, prefix_value)
+        ctx.scaling, ctx.span = scaling, span
+        return out.transpose(1, 2)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        *saved, prefix_key, prefix_value = ctx.saved_tensors
+        # (grad, query, key, value, out, lse) in this order, as `partial_backward` takes them.
+        whole = [grad.transpose(1, 2), *saved]
+        own = [_to_batch(x, ctx.span) for x in whole]
+        if ctx.span.is_ragged:
+            # Padding repeats a token: it must not send gradients to the keys before it.
+            own[0] = own[0] * ctx.span.valid[:, None, :, None]
+        backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = partial_backward
+        parts = backward(*own, ctx.scaling, causal=True)
+        of_query, of_key, of_value = (_from_batch(x, ctx.span) for x in parts)
+        whole[2:4] = prefix_key, prefix_value
+        # Gradients of the merged softmax: those of the query add up over the parts.
+        on_prompt = backward(*whole, ctx.scaling)
+        return of_query + on_prompt[0], of_key, of_value, *on_prompt[1:], None, None
+
+
+_ON_SUFFIX: dict[str, Callable[..., Tensor]] = {
+    "fused": fused_suffix_attention,
+    "merged": merged_suffix_attention,
+    "varlen": varlen_suffix_attention,
+    "masked": masked_suffix_attention,
+    "flex": masked_suffix_attention,
 }

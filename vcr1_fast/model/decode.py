@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from vcr1_fast.model.partial_attention import join
@@ -28,12 +29,16 @@ class SharedPrefix:
     token's number, until `version` changes. It reads the completions' buffer whole, masked by a
     number on the device, where the other kind reads the part in use.
 
+    prefix_step: prompts are padded to a multiple of it.
+
     `states`: tensors of the layers without keys, by layer: (N, ...) of the prompts after the first
     pass, (rows, ...) of the completions in decoding, where a pass updates them in place.
     """
 
-    def __init__(self, lengths: Sequence[int], *, static: bool = False) -> None:
-        self.lengths, self.static = list(lengths), static
+    def __init__(
+        self, lengths: Sequence[int], *, static: bool = False, prefix_step: int = 1
+    ) -> None:
+        self.lengths, self.static, self.prefix_step = list(lengths), static, prefix_step
         # By layer, since only some layers of a hybrid model have keys; (N, heads, longest, D).
         self.prefix: dict[int, tuple[Tensor, Tensor]] = {}
         self.states: dict[int, tuple[Tensor, ...]] = {}
@@ -82,6 +87,9 @@ class SharedPrefix:
     def start_decoding(self, rows: int) -> None:
         """From here on, tokens belong to `rows` completions."""
         self._first = min(self.prefix)
+        more = -self.prefix[self._first][0].shape[2] % self.prefix_step
+        for layer, (keys, values) in self.prefix.items() if more else ():
+            self.prefix[layer] = pad(keys, (0, 0, 0, more)), pad(values, (0, 0, 0, more))
         keys, _ = self.prefix[self._first]
         lengths = torch.tensor(self.lengths, device=keys.device)
         padding = torch.arange(keys.shape[2], device=keys.device) >= lengths[:, None]
@@ -113,6 +121,28 @@ class SharedPrefix:
         for own in self._own.values():
             own[:] = [x[rows] for x in own]
         self._each_state(lambda x: x[rows])
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors that a static pass reads or writes, in a fixed order; in decoding."""
+        assert self.bias is not None
+        out = [self.bias, self._last]
+        for layer in self.prefix:
+            out += [*self.prefix[layer], *self._own[layer]]
+        for state in self.states.values():
+            out += state
+        return out
+
+    def move_to(self, buffers: Sequence[Tensor]) -> None:
+        """Copy all tensors into `buffers`, shaped as `tensors()`, and use these from here on."""
+        for to, given in zip(buffers, self.tensors(), strict=True):
+            to.copy_(given)
+        places = iter(buffers)
+        self.bias, self._last = next(places), next(places)
+        for layer in self.prefix:
+            self.prefix[layer] = next(places), next(places)
+            self._own[layer] = [next(places), next(places)]
+        for layer, state in self.states.items():
+            self.states[layer] = tuple(next(places) for _ in state)
 
     def _each_state(self, change: Callable[[Tensor], Tensor]) -> None:
         for layer, state in self.states.items():  # one by one: the old and the new never all live

@@ -6,7 +6,9 @@ in which a token sees the prompt and the tokens of its own completion before it,
 tokens carry the positions they would have alone. Attention, positions and everything else a token
 computes are those of the unshared baseline, so losses and gradients agree with it to rounding, at
 the price of P + sum(C) tokens instead of G * P + sum(C) and one vision pass instead of G. Several
-groups make a pack, one sequence without padding.
+groups make a pack, one sequence without padding. A group that does not fit in memory runs its
+prompt in `prompt_pass`, then its completions part by part on what that recorded
+(`prompt_state.py`).
 
 `language_model_forward` is the one function that calls the language model: for prefill and decode
 of rollouts, policy, reference, evaluation and chat.
@@ -22,8 +24,9 @@ from torch import Tensor, nn
 
 from vcr1_fast.model.attention import ATTENTION, dummy_mask, prepare_attention
 from vcr1_fast.model.family import family_of
-from vcr1_fast.model.packing import Group, pack_groups
+from vcr1_fast.model.packing import Group, Pack, Span, pack_groups
 from vcr1_fast.model.prompt import Prompt
+from vcr1_fast.model.prompt_state import PromptRecorder, PromptState, Suffix
 from vcr1_fast.model.vision import encode_videos
 from vcr1_fast.model.wrapping import unwrap
 from vcr1_fast.ops import linear_logprobs
@@ -45,9 +48,9 @@ def language_model_forward(
         embeddings: (B, T, H) of tokens and vision features.
         positions: (3, B, T) of time, height and width.
         kv_cache: keeps keys and values: a `SharedPrefix`, or a cache of transformers; None: none.
-        mask: (B, 1, T, keys) bool; None: causal, or what `spans` and `shared_prefix` say.
-        inputs: keyword arguments that reach the attention (`spans`, `shared_prefix`), and those
-            of the family's `vision_inputs`.
+        mask: (B, 1, T, keys) bool; None: causal, or what the `inputs` for the attention say.
+        inputs: keyword arguments that reach the attention (`spans`, `shared_prefix`, `recorder`,
+            `suffix`), and those of the family's `vision_inputs`.
     """
     language_model: Any = family_of(model).language_model(model)
     if language_model.config._attn_implementation != ATTENTION:
@@ -76,7 +79,52 @@ def cache_keyword(forward: Callable[..., Any]) -> str:
     return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
 
 
-def completion_hidden(model: nn.Module, groups: Sequence[Group]) -> tuple[Tensor, Tensor, Tensor]:
+def prompt_pass(model: nn.Module, group: Group, *, keep_graph: bool = True) -> PromptState:
+    """Run a group's prompt alone, for `completion_hidden` of its completions part by part.
+
+    Args:
+        model: as in `completion_hidden`.
+        group: of its completions nothing is read.
+        keep_graph: False runs without a graph; the gradients of the suffix passes then go to the
+            state of a second prompt pass (`PromptState.backward`).
+
+    Raises:
+        ValueError: under reentrant activation checkpointing, or for a model with layers that do not
+            record what later tokens read of them.
+    """
+    base = unwrap(model)
+    prepare_attention(base)
+    device, prompt = base.get_input_embeddings().weight.device, group.prompt
+    with torch.set_grad_enabled(keep_graph and torch.is_grad_enabled()):
+        recorder = PromptRecorder()
+        features = prompt_features(base, [prompt], [group.vision])
+        embeddings, inputs = embed(
+            base, prompt.input_ids.to(device), prompt.is_vision.to(device), features
+        )
+        hidden = language_model_forward(
+            base,
+            embeddings[None],
+            prompt.positions[:, None].to(device),
+            spans=(Span(0, len(prompt), (), device),),
+            recorder=recorder,
+            **inputs,
+        )
+        recorded = recorder.close()
+        # A copy: a view would keep all rows.
+        last = hidden[0, -1:].clone()
+    language_model: Any = family_of(base).language_model(base)
+    layers = len(language_model.layers)
+    if len(recorded) != layers:
+        raise ValueError(
+            f"{len(recorded)} of {layers} layers record what completions read of the prompt: the "
+            "others cannot run a completion without its prompt"
+        )
+    return PromptState(recorded, last, keep_graph=keep_graph)
+
+
+def completion_hidden(
+    model: nn.Module, groups: Sequence[Group], prompt: PromptState | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Final hidden states from which each completion token is predicted.
 
     A completion's first token is predicted from the last prompt token, the others from the token
@@ -85,6 +133,7 @@ def completion_hidden(model: nn.Module, groups: Sequence[Group]) -> tuple[Tensor
     Args:
         model: loaded with SDPA, wrapped by peft or not.
         groups: all of them in one pass; the caller makes sure that they fit in memory.
+        prompt: of `prompt_pass`: the one group's completions run on it, without their prompt.
 
     Returns:
         hidden (nnz, H), after the final norm, in the model's dtype; multiply by `lm_head`;
@@ -92,17 +141,40 @@ def completion_hidden(model: nn.Module, groups: Sequence[Group]) -> tuple[Tensor
         cu_seqlens (completions + 1,) int32, where each completion starts in them.
 
     Raises:
-        ValueError: for an empty completion, no groups, or a model loaded without SDPA.
+        ValueError: for an empty completion, no groups, several with a `prompt`, or a model loaded
+            without SDPA.
     """
     base = unwrap(model)
     prepare_attention(base)
     pack = pack_groups(groups, base.get_input_embeddings().weight.device)
+    if prompt is not None:
+        if len(groups) != 1:
+            raise ValueError(f"a prompt's state is for one group, got {len(groups)} groups")
+        return _suffix_hidden(base, pack, prompt), pack.labels, pack.cu_seqlens
     features = prompt_features(base, [g.prompt for g in groups], [g.vision for g in groups])
     embeddings, inputs = embed(base, pack.tokens, pack.is_vision, features)
     hidden = language_model_forward(
         base, embeddings[None], pack.positions[:, None], spans=pack.spans, **inputs
     )
     return hidden[0].index_select(0, pack.sources), pack.labels, pack.cu_seqlens
+
+
+def _suffix_hidden(base: Any, pack: Pack, prompt: PromptState) -> Tensor:
+    """`completion_hidden`'s hidden states from the rows behind the prompt alone."""
+    (span,) = pack.spans
+    own = slice(span.middle, None)
+    rows = prompt.hidden
+    if span.lengths:  # else all completions are one token, which the prompt predicts
+        embeddings = base.get_input_embeddings()(pack.tokens[own])
+        hidden = language_model_forward(
+            base,
+            embeddings[None],
+            pack.positions[:, None, own],
+            suffix=Suffix(prompt, span),
+        )
+        rows = torch.cat([rows, hidden[0]])
+    # The first row is the prompt's last, number `middle - 1` of the pack.
+    return rows.index_select(0, pack.sources - (span.middle - 1))
 
 
 def lm_head(model: nn.Module) -> tuple[Tensor, Tensor | None]:
@@ -125,12 +197,14 @@ def lm_head(model: nn.Module) -> tuple[Tensor, Tensor | None]:
 def completion_logps(
     model: nn.Module,
     groups: Sequence[Group],
+    prompt: PromptState | None = None,
     *,
     temperature: float = 1.0,
 ) -> Tensor:
     """(N,) float32 log-probs of all completion tokens, groups and completions in order; with
-    gradient where that is enabled. The logits are never whole in memory."""
-    hidden, labels, _ = completion_hidden(model, groups)
+    gradient where that is enabled; `prompt` as in `completion_hidden`. The logits are never whole
+    in memory."""
+    hidden, labels, _ = completion_hidden(model, groups, prompt)
     weight, bias = lm_head(model)
     return linear_logprobs(hidden, weight, labels, bias, temperature=temperature).logps
 

@@ -10,9 +10,8 @@ model. Completions that have ended leave the batch.
     graphs     static, each shape's step recorded as a CUDA graph and replayed
     auto       static on CUDA, dynamic elsewhere
 
-A pass over one token a row is a thousand small kernels; launched one by one from Python they take
-longer to launch than to run. With static shapes (`decode.SharedPrefix`) they can be recorded once
-and replayed: `GraphedStep` records a `TokenStep` on inputs that are copied into place.
+With static shapes (`decode.SharedPrefix`) a step's kernels can be recorded once and replayed:
+`graphs.py`.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from vcr1_fast.model.attention import prepare_attention
 from vcr1_fast.model.decode import SharedPrefix
 from vcr1_fast.model.forward import embed, language_model_forward, lm_head, prompt_features
+from vcr1_fast.model.graphs import PREFIX_STEP, GraphedStep
 from vcr1_fast.model.packing import Span
 from vcr1_fast.model.processor import Processor
 from vcr1_fast.model.prompt import Prompt, next_position
@@ -166,52 +166,6 @@ class TokenStep:
         return sample(logits, uniforms, self.banned, self.sampling)
 
 
-class GraphedStep:
-    """`step` recorded as a CUDA graph, again whenever the memory's buffers have been replaced.
-
-    Recording runs the step once more, which writes the same keys to the same place; states, which a
-    step advances, are put back. The next call overwrites what a call returns.
-    """
-
-    def __init__(self, step: TokenStep) -> None:
-        self.step, self.version = step, -1
-        self.graph: Any = None
-        self.inputs: tuple[Tensor, ...] = ()
-        self.sampled: Any = None
-
-    def __call__(self, *inputs: Tensor) -> Sampled:
-        """As `TokenStep`."""
-        # Streams and graphs are those of the current device, which need not be the model's: the
-        # graph of another device would stay empty.
-        with torch.cuda.device(inputs[0].device):
-            if self.version != self.step.memory.version:
-                self._record(inputs)
-            for held, given in zip(self.inputs, inputs, strict=True):
-                held.copy_(given)
-            self.graph.replay()
-        return self.sampled
-
-    def _record(self, inputs: tuple[Tensor, ...]) -> None:
-        # Copied first: they may be outputs of the old graph. Then that graph is dropped, so that
-        # the new one can have its memory.
-        self.inputs = tuple(x.clone() for x in inputs)
-        self.graph = self.sampled = None
-        states = [x for state in self.step.memory.states.values() for x in state]
-        kept = [x.clone() for x in states]
-        here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
-        aside.wait_stream(here)
-        with torch.cuda.stream(aside):
-            self.step(*self.inputs)  # libraries make their workspaces in a first run
-        here.wait_stream(aside)
-        for state, before in zip(states, kept, strict=True):
-            state.copy_(before)
-        self.graph = torch.cuda.CUDAGraph()
-        # By default a CUDA call of any thread spoils the recording: of data loaders, of judges.
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            self.sampled = self.step(*self.inputs)
-        self.version = self.step.memory.version
-
-
 def token_step(step: TokenStep, decoding: str, device: torch.device) -> Step:
     """`step`, recorded as a graph if `decoding` says so. ValueError for graphs without CUDA."""
     if decoding != "graphs":
@@ -250,7 +204,11 @@ class _Run:
         weight = model.get_output_embeddings().weight
         self.device = weight.device
         decoding = resolve_decoding(sampling.decoding, self.device)
-        self.memory = SharedPrefix(lengths, static=decoding != "dynamic")
+        self.memory = SharedPrefix(
+            lengths,
+            static=decoding != "dynamic",
+            prefix_step=PREFIX_STEP if decoding == "graphs" else 1,
+        )
         banned = processor.banned_ids(len(weight)).to(self.device)
         self.first_step = TokenStep(model, self.memory, banned, sampling)
         self.decode_step = token_step(self.first_step, decoding, self.device)
@@ -260,6 +218,8 @@ class _Run:
         self.logps = torch.zeros(2, *shape, dtype=exact, device=self.device)
         self.lengths = [sampling.max_new_tokens] * total
         self.finished = [False] * total
+        # On the host, for stop strings: each row's tokens so far.
+        self.written: list[list[int]] = [[] for _ in range(total)]
         self.resume = torch.zeros(0)  # (rows,) position of each row's first token
 
     def prefill(self, prompts: Sequence[Prompt], features: Sequence[Tensor | None]) -> Tensor:
@@ -298,7 +258,8 @@ class _Run:
             for _ in range(group_size)
         ]
         uniforms = torch.stack(numbers, dim=1).to(self.device)
-        rows = torch.arange(self.total, device=self.device)
+        places = torch.arange(self.total)  # on the host, and `rows` on the device
+        rows = places.to(self.device)
         resume = self.resume.repeat_interleave(group_size)
         alive = torch.ones(self.total, dtype=torch.bool)
         sampled = self.first_step.sample(hidden, uniforms[0])
@@ -307,39 +268,51 @@ class _Run:
             self.tokens[rows, step] = tokens
             self.logps[0, rows, step] = sampled.logps
             self.logps[1, rows, step] = sampled.full_logps
-            ended = self._ended(sampled, rows, alive, step)
+            ended = self._ended(sampled, places, alive, step)
             if bool(ended.any()):
                 alive &= ~ended
                 kept = self._compact(alive)
                 if kept is not None:
-                    rows, alive = rows[kept], alive[kept.cpu()]
-                    tokens, resume = tokens[kept], resume[kept]
+                    places, alive = places[kept], alive[kept]
+                    moved = kept.to(self.device)
+                    tokens, resume = tokens[moved], resume[moved]
                 # Ended rows that stay in the batch write to the dummy slot.
-                rows = rows.masked_fill(~alive.to(self.device), self.total)
+                places = places.masked_fill(~alive, self.total)
+                rows = places.to(self.device)
             if not bool(alive.any()) or step + 1 == sampling.max_new_tokens:
                 return
             self.memory.make_room()
             numbers_of_rows = uniforms[step + 1][rows.clamp(max=self.total - 1)]
             sampled = self.decode_step(tokens, resume + step, numbers_of_rows)
 
-    def _ended(self, sampled: Sampled, rows: Tensor, alive: Tensor, step: int) -> Tensor:
+    def _ended(self, sampled: Sampled, places: Tensor, alive: Tensor, step: int) -> Tensor:
         """Which of the live rows end with this token; on the CPU (the step's only wait)."""
-        ended, possible = torch.stack(
-            [sampled.tokens == self.processor.stop_id, sampled.possible]
-        ).cpu()
-        check_possible(possible)
-        ended = ended & alive
+        wanted = [sampled.tokens == self.processor.stop_id, sampled.possible]
+        if self.sampling.stop:
+            wanted.append(sampled.tokens)  # in the same copy
+        ended, possible, *tokens = torch.stack(wanted).cpu()
+        check_possible(possible.bool())
+        ended = ended.bool() & alive
         if self.sampling.stop:
             for i in torch.nonzero(alive & ~ended).flatten().tolist():
-                text = self.processor.decode(self.tokens[rows[i], : step + 1])
-                ended[i] = any(stop in text for stop in self.sampling.stop)
-        for row in rows.cpu()[ended].tolist() if bool(ended.any()) else ():
+                written = self.written[int(places[i])]
+                written.append(int(tokens[0][i]))
+                ended[i] = self._stops(written)
+        for row in places[ended].tolist():
             self.lengths[row] = step + 1
             self.finished[row] = True
         return ended
 
+    def _stops(self, written: list[int]) -> bool:
+        """Whether the last of these tokens completes a stop string."""
+        # Every token that is sampled has a byte at least, and the first may begin within a letter.
+        longest = max(len(stop.encode()) for stop in self.sampling.stop) + 4
+        text = self.processor.decode(torch.tensor(written[-longest:]))
+        return any(stop in text for stop in self.sampling.stop)
+
     def _compact(self, alive: Tensor) -> Tensor | None:
-        """Move the live rows together; None when that would not save enough.
+        """Move the live rows together; which they were, on the CPU. None when that would not save
+        enough.
 
         Groups must stay equally large: one that has fewer live rows than another keeps some of its
         ended rows as filling. With static shapes both numbers go down by halves alone.
@@ -356,9 +329,9 @@ class _Run:
             for x in (counts, grid)
         )
         prompts = prompts[:number].sort().values
-        kept = (prompts[:, None] * grid.shape[1] + first[prompts, :size]).flatten().to(self.device)
+        kept = (prompts[:, None] * grid.shape[1] + first[prompts, :size]).flatten()
         whole = number == len(grid)
-        self.memory.select(None if whole else prompts.to(self.device), kept)
+        self.memory.select(None if whole else prompts.to(self.device), kept.to(self.device))
         return kept
 
     def result(

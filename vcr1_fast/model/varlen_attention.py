@@ -29,6 +29,7 @@ from torch import Tensor
 
 from vcr1_fast.model.packing import Span, token_owners
 from vcr1_fast.model.partial_attention import plain_backward, plain_forward
+from vcr1_fast.model.prompt_state import Suffix
 
 Rows = slice | Tensor  # of a tensor's first dimension; indices are int64
 # Parameters of the kernels that are given here, all by name; others must have a default.
@@ -236,6 +237,76 @@ class _VarlenParts(torch.autograd.Function):
             _add(of_key, layout.second.keys, more[1])
             _add(of_value, layout.second.keys, more[2])
         return _whole(of_query, layout.rows, size), of_key, of_value, None, None
+
+
+def varlen_suffix_attention(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, suffix: Suffix, layer: int
+) -> Tensor:
+    """Attention of a group's completions to their prompt's keys and values, which an earlier pass
+    recorded in `layer`, and to their own. query (1, H, S, D), key and value (1, heads, S, D);
+    returns (1, S, H, D)."""
+    layout = suffix.span.cache.get("varlen suffix")
+    if layout is None:
+        layout = suffix.span.cache["varlen suffix"] = SuffixLayout.of(suffix.span)
+    tensors = (query, key, value, *suffix.state.layers[layer])
+    q, k, v, pk, pv = (_dense_rows(x.squeeze(0).transpose(0, 1)) for x in tensors)
+    return _VarlenSuffix.apply(q, k, v, pk, pv, scaling, layout)[None]
+
+
+@dataclass(frozen=True, eq=False)
+class SuffixLayout:
+    """The two calls of one layer: completions on themselves, and, as one piece, on the prompt."""
+
+    own: Part
+    prompt: Part
+    seed: Tensor
+
+    @classmethod
+    def of(cls, span: Span) -> "SuffixLayout":
+        lengths, size, device = span.lengths, sum(span.lengths), span.device
+        every = slice(0, size)
+        edges = _edges(lengths, device)
+        own = Part(every, every, (edges, edges), (_bound(lengths), _bound(lengths)), True)
+        prompt = Part(
+            every,
+            slice(0, span.prompt),
+            (_edges([size], device), _edges([span.prompt], device)),
+            (_bound([size]), _bound([span.prompt])),
+            False,
+        )
+        return cls(own, prompt, torch.zeros(2, dtype=torch.uint64, device=device))
+
+
+class _VarlenSuffix(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        prefix_key: Tensor,
+        prefix_value: Tensor,
+        scaling: float,
+        layout: SuffixLayout,
+    ) -> Tensor:
+        out, lse = _forward(q, k, v, layout.own, scaling)
+        on_prompt = _forward(q, prefix_key, prefix_value, layout.prompt, scaling)
+        merge_into(out, lse, layout.own.queries, on_prompt)
+        ctx.save_for_backward(q, k, v, out, lse, prefix_key, prefix_value)
+        ctx.scaling, ctx.layout = scaling, layout
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        q, k, v, out, lse, prefix_key, prefix_value = ctx.saved_tensors
+        layout = ctx.layout
+        # Both kernels get the merged out and lse, as in `_VarlenParts`.
+        saved = _Saved(grad, q, k, v, out, lse, layout.seed)
+        of_query, of_key, of_value = _backward(saved, layout.own, ctx.scaling)
+        saved = saved._replace(k=prefix_key, v=prefix_value)
+        more, *of_prefix = _backward(saved, layout.prompt, ctx.scaling)
+        return of_query.add_(more), of_key, of_value, *of_prefix, None, None
 
 
 def merge_into(out: Tensor, lse: Tensor, rows: Rows, other: tuple[Tensor, Tensor]) -> None:

@@ -190,7 +190,8 @@ class OptimConfig:
     """Prompts of one step over all processes."""
     tokens_per_microbatch: PositiveInt = 16384
     """Tokens in one forward and backward, a prompt counted once for its group; gradients are
-    accumulated. A longer group is split by its completions; fewer where memory is short."""
+    accumulated. A longer group runs its prompt once and its completions in parts; fewer where
+    memory is short."""
     # For devices that other processes use too.
     memory_gib: PositiveFloat | None = None
     """GiB that one forward and backward may take by the planner's estimate; null: all available."""

@@ -8,8 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import yaml
 
 from vcr1_fast.config.loader import build
+from vcr1_fast.files import write_atomic
 from vcr1_fast.model.checkpoint import save, save_adapter
 from vcr1_fast.train import as_trained
 from vcr1_fast.train.checkpoint import (
@@ -101,6 +103,71 @@ def model_folder(name: str | Path) -> Path | None:
         print(f"exporting {found} to {exported}", file=sys.stderr)
         return export(found, output=exported)
     return exported
+
+
+def check_push(name: str) -> None:
+    """ValueError where a folder cannot be uploaded under a name: offline mode, no such name, or no
+    account. Asks the hub who the user is."""
+    from huggingface_hub import HfApi, constants
+
+    if name.count("/") != 1 or not all(name.split("/")):
+        raise ValueError(f"--push {name}: expected USER/NAME")
+    if constants.HF_HUB_OFFLINE:
+        raise ValueError(f"--push {name}: the hub is switched off (HF_HUB_OFFLINE)")
+    try:
+        HfApi().whoami()
+    except Exception as error:  # no network, no token, a refused one: each of another class
+        line = str(error).partition("\n")[0]
+        raise ValueError(
+            f"--push {name}: the hub does not know you ({type(error).__name__}: {line}); log in "
+            "with hf auth login, or set HF_TOKEN"
+        ) from error
+
+
+def push(folder: Path, name: str, *, private: bool = True) -> str:
+    """Upload an exported model or adapter to the hub, with a model card; its address.
+
+    ValueError with the hub's reason; the folder stays as it is, and the command may be run again.
+    """
+    from huggingface_hub import HfApi
+
+    write_atomic(folder / "README.md", model_card(folder))
+    api = HfApi()
+    try:
+        created = api.create_repo(name, private=private, exist_ok=True)
+        api.upload_folder(
+            repo_id=name, folder_path=folder, commit_message=f"vcr1 export {folder.name}"
+        )
+    except Exception as error:
+        line = str(error).partition("\n")[0]
+        raise ValueError(f"--push {name}: {type(error).__name__}: {line}") from error
+    return str(created)
+
+
+def model_card(folder: Path) -> str:
+    """The text that the hub shows of a model: what it is made of, and how it wants to be asked."""
+    trained = as_trained.read(folder)
+    assert trained is not None  # every export holds the file
+    made, base = trained.made, str(trained.made["base"])
+    is_adapter = (folder / "adapter_config.json").is_file()
+    # A folder of this machine is no name on the hub.
+    known = not Path(base).exists()
+    head = {
+        "library_name": "peft" if is_adapter else "transformers",
+        "pipeline_tag": "video-text-to-text",
+        "tags": ["vcr1_fast", str(made["kind"])],
+        **({"base_model": base} if known else {}),
+    }
+    kind, records = str(made["kind"]).upper(), made["data"]["number"]
+    origin = "LoRA adapter of" if is_adapter else "Trained from"
+    lines = [
+        f"# {folder.name}",
+        f"{origin} {base if known else Path(base).name} by {kind} ({made['step']} steps on "
+        f"{records} records), with vcr1_fast {made['vcr1_fast']}.",
+        f"As trained: {trained.text()}. `vcr1 eval` and `vcr1 chat` take these from "
+        f"`{as_trained.FILE}`.",
+    ]
+    return f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n" + "\n\n".join(lines) + "\n"
 
 
 def _written_at(path: Path) -> int:

@@ -3,7 +3,8 @@
 The gradient is that of the unshared baseline, in which every completion runs with its own copy of
 prompt and clip, to rounding. The work is less:
 
-    prefix sharing: a group's prompt runs once in the rollout and once in the policy's forward pass;
+    prefix sharing: a group's prompt runs once in the rollout and once in the policy's forward pass,
+    also where its completions do not fit in memory together;
     the vision encoder runs once per clip and step, or once per run where it is frozen;
     zero-advantage groups run only where a KL or entropy term gives them a gradient;
     old log-probs are the policy's own in the first update and the sampler's afterwards;
@@ -16,11 +17,12 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import Tensor
 
-from vcr1_fast.model.forward import completion_hidden, lm_head
+from vcr1_fast.model.forward import prompt_pass
+from vcr1_fast.model.prompt_state import PromptState
 from vcr1_fast.model.rollout import Rollout
-from vcr1_fast.ops import GRPOLossConfig, linear_grpo_loss
+from vcr1_fast.ops import GRPOLossConfig
 from vcr1_fast.rewards.plugin import load_reward
 from vcr1_fast.train.advantages import advantages_of, rank_slice
 from vcr1_fast.train.config import TrainConfig
@@ -28,7 +30,8 @@ from vcr1_fast.train.groups import PolicyGroup, minibatches_of, step_loss_config
 from vcr1_fast.train.log import Stopwatch
 from vcr1_fast.train.metrics import log_completions, merge_metrics, step_row, to_numbers
 from vcr1_fast.train.optim import clipped_step, learning_rate
-from vcr1_fast.train.planner import longest_first
+from vcr1_fast.train.planner import MicroBatch, longest_first
+from vcr1_fast.train.policy_loss import policy_loss
 from vcr1_fast.train.reference import with_reference_logps
 from vcr1_fast.train.rollouts import check_rollout_gap, sample_completions
 from vcr1_fast.train.scoring import Scored, Scoring
@@ -174,8 +177,9 @@ def accumulate_gradients(
         with attempt as micro_batches:
             run.optimizer.zero_grad()  # a pass that ran out of memory left parts of gradients
             metrics = [
-                forward_backward(run, part, loss_config, on_policy=on_policy)
-                for part in micro_batches
+                one
+                for batch in micro_batches
+                for one in forward_backward(run, batch, loss_config, on_policy=on_policy)
             ]
     if leaves and attempt.number == 0:
         torch.autograd.backward(features, [leaf.grad for leaf in leaves])
@@ -183,59 +187,51 @@ def accumulate_gradients(
 
 
 def forward_backward(
-    run: Run, groups: Sequence[PolicyGroup], loss_config: GRPOLossConfig, *, on_policy: bool
-) -> dict[str, Tensor]:
-    """Forward, loss and backward of one micro-batch; its metrics.
+    run: Run, batch: MicroBatch[PolicyGroup], loss_config: GRPOLossConfig, *, on_policy: bool
+) -> list[dict[str, Tensor]]:
+    """Forward, loss and backward of a micro-batch; the metrics of each of its passes.
 
     A function, so that after an out-of-memory error no local variable holds the graph.
     """
+    if batch.schedule == "packed":
+        return [pass_backward(run, batch.items, loss_config, on_policy=on_policy)]
+    # A group that does not fit: its prompt once, its completions part by part on the prompt's keys
+    # and values, then one backward pass through the prompt from their summed gradients.
+    (group,) = (one.group for one in batch.items)
+    prompt = prompt_pass(run.model, group, keep_graph=batch.schedule == "split")
+    metrics = [
+        pass_backward(run, [part], loss_config, prompt, on_policy=on_policy)
+        for part in batch.suffixes
+    ]
+    gradients = prompt.take_gradients()
+    if batch.schedule == "twice":  # the graph of the prompt, now that no completion's is in memory
+        prompt = prompt_pass(run.model, group)
+    prompt.backward(gradients)
+    metrics[0]["num_run_tokens"] += batch.prompt_passes * group.prompt_tokens
+    return metrics
+
+
+def pass_backward(
+    run: Run,
+    groups: Sequence[PolicyGroup],
+    loss_config: GRPOLossConfig,
+    prompt: PromptState | None = None,
+    *,
+    on_policy: bool,
+) -> dict[str, Tensor]:
+    """Forward, loss and backward of one pass; its metrics."""
     if on_policy:  # later updates of a step must finish it: its weights have changed
         run.check_overdue()
     loss, metrics = policy_loss(
         run.model,
         groups,
         loss_config,
+        prompt,
         temperature=run.config.rollout.temperature,
         on_policy=on_policy,
     )
     loss.backward()
-    tokens = loss.new_tensor(sum(one.prompt_tokens + sum(one.lengths) for one in groups))
+    prompts = sum(one.prompt_tokens for one in groups) if prompt is None else 0
+    tokens = loss.new_tensor(prompts + sum(sum(one.lengths) for one in groups))
     counts = {"num_run_tokens": tokens, "num_microbatches": torch.ones_like(tokens)}
     return {"loss": loss.detach(), **metrics, **counts}
-
-
-def policy_loss(
-    model: nn.Module,
-    groups: Sequence[PolicyGroup],
-    loss_config: GRPOLossConfig,
-    *,
-    temperature: float,
-    on_policy: bool,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of some groups in one packed forward pass, and `linear_grpo_loss`'s metrics.
-
-    `on_policy`: no optimiser step since the completions were sampled. The policy is then its own
-    old policy, and its gap to the sampler's log-probs, rounding alone, is measured. Afterwards the
-    sampler's log-probs are the old policy's.
-    """
-    hidden, labels, cu_seqlens = completion_hidden(model, [one.group for one in groups])
-    weight, bias = lm_head(model)
-    sampled = torch.cat([one.rollout_logps for one in groups]).to(hidden.device)
-    refs = [one.ref_logps for one in groups if one.ref_logps is not None]
-    correction = loss_config.rollout_correction not in (None, "none")
-    # Logits exist for a chunk of rows at a time; the gradient is computed in the forward pass.
-    return linear_grpo_loss(
-        hidden,
-        weight,
-        labels,
-        torch.cat([one.advantages for one in groups]).to(hidden.device),
-        None,
-        old_logps=None if on_policy else sampled,
-        ref_logps=torch.cat(refs).to(hidden.device) if refs else None,
-        rollout_logps=sampled if on_policy or correction else None,
-        bias=bias,
-        cu_seqlens=cu_seqlens,
-        temperature=temperature,
-        entropy=True,
-        config=loss_config,
-    )

@@ -7,9 +7,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from vcr1_fast.model.forward import completion_logps
+from vcr1_fast.model.forward import completion_logps, prompt_pass
 from vcr1_fast.train.groups import PolicyGroup
-from vcr1_fast.train.planner import longest_first
+from vcr1_fast.train.planner import MicroBatch, longest_first
 from vcr1_fast.train.setup import Run
 
 
@@ -32,14 +32,24 @@ def group_logps(run: Run, model: nn.Module, groups: Sequence[PolicyGroup]) -> li
     for attempt in run.planner.attempts(longest):
         with attempt as micro_batches:
             parts = [
-                completion_logps(
-                    model,
-                    [one.group for one in part],
-                    temperature=run.config.rollout.temperature,
-                )
-                for part in micro_batches
+                logps
+                for batch in micro_batches
+                for logps in _logps(model, batch, run.config.rollout.temperature)
             ]
-    # A micro-batch may hold a part of a group, so the log-probs are cut again by group.
+    # A micro-batch may hold a group in parts, so the log-probs are cut again by group.
     by_group = torch.cat(parts).split([sum(one.lengths) for one in longest])
     found = dict(zip(map(id, longest), by_group, strict=True))
     return [found[id(one)] for one in groups]
+
+
+def _logps(model: nn.Module, batch: MicroBatch[PolicyGroup], temperature: float) -> list[Tensor]:
+    """Log-probs of each pass of a micro-batch. The prompt of a split group runs once: without a
+    graph `split` and `twice` are the same."""
+    if batch.schedule == "packed":
+        groups = [one.group for one in batch.items]
+        return [completion_logps(model, groups, temperature=temperature)]
+    prompt = prompt_pass(model, batch.items[0].group)
+    return [
+        completion_logps(model, [part.group], prompt, temperature=temperature)
+        for part in batch.suffixes
+    ]

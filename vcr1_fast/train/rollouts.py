@@ -97,6 +97,7 @@ def sampled_ahead(
         seeds = [prompt_seed(run.config.run.seed, of_step, one) for one in batch]
         return lambda: sample_group(run, batch, vision, settings.group_size, seeds)
 
+    run.gather()
     with watch.stage("rollout"):
         rollouts = ahead.result()
         run.sync_sampler(step)

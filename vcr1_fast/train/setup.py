@@ -7,7 +7,6 @@ import shutil
 import sys
 import time
 import warnings
-from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -193,12 +192,9 @@ class Run:
         """Bring the engine's weights up to those after `version` steps, where they are others."""
         if self.sampler.version == version:
             return
-        weights = policy_weights(self.model)
         if self.rank == 0 or not self.sampler.shared:
-            self.sampler.sync(weights, version)
-        else:
-            # Gathering a sharded layer takes all ranks, so each runs through the weights.
-            deque(weights, maxlen=0)
+            self.sampler.sync(policy_weights(self.model), version)
+        else:  # the first process sends the weights, which are whole on all of them
             self.sampler.version = version
         self.accelerator.wait_for_everyone()
 

@@ -91,7 +91,8 @@ def update(run: Run, groups: list[Group], lr: float) -> dict[str, float]:
     for attempt in run.planner.attempts(longest_first(groups)):
         with attempt as micro_batches:
             run.optimizer.zero_grad()  # an attempt that ran out of memory left parts of gradients
-            losses = [forward_backward(run, part, tokens) for part in micro_batches]
+            # A group has one completion, so that every micro-batch is packed.
+            losses = [forward_backward(run, batch.items, tokens) for batch in micro_batches]
     total = sum(losses, torch.zeros((), dtype=torch.float64, device=device))
     # One wait for the device, after all micro-batches.
     finite = bool(total.isfinite())

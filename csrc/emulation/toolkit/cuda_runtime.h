@@ -34,10 +34,11 @@ enum cudaError_t {
 enum cudaFuncAttribute {
   cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
   cudaFuncAttributePreferredSharedMemoryCarveout = 9,
+  cudaFuncAttributeNonPortableClusterSizeAllowed = 13,
 };
 enum cudaSharedCarveout { cudaSharedmemCarveoutMaxShared = 100 };
 enum cudaDeviceAttr {
-  cudaDevAttrComputeCapabilityMajor = 75,
+  cudaDevAttrMultiProcessorCount = 16,
   cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
 };
 enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
@@ -71,6 +72,7 @@ namespace vcr1::emulation {
 // Of the runtime: the check of a launch, and what it was asked for.
 cudaError_t check_launch(const Launch& launch, const void* kernel);
 cudaError_t set_shared_limit(const void* kernel, int bytes);
+cudaError_t allow_large_clusters(const void* kernel);
 }  // namespace vcr1::emulation
 
 cudaError_t cudaGetLastError();
@@ -84,6 +86,8 @@ cudaError_t cudaRuntimeGetVersion(int* version);
 
 template <typename F>
 cudaError_t cudaFuncSetAttribute(F* kernel, cudaFuncAttribute attribute, int value) {
+  if (attribute == cudaFuncAttributeNonPortableClusterSizeAllowed)
+    return vcr1::emulation::allow_large_clusters(reinterpret_cast<const void*>(kernel));
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
   return vcr1::emulation::set_shared_limit(reinterpret_cast<const void*>(kernel), value);
 }
@@ -91,6 +95,15 @@ template <typename F>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* out, F*) {
   const auto& device = vcr1::emulation::device();
   *out = {10 * device.major, device.code};
+  return cudaSuccess;
+}
+
+template <typename F>
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, F*, const cudaLaunchConfig_t* config) {
+  const auto& device = vcr1::emulation::device();
+  const auto size = static_cast<int>(config->attrs[0].val.clusterDim.x);
+  *clusters =
+      device.major >= 9 && size <= device.largest_cluster ? device.multiprocessors / size : 0;
   return cudaSuccess;
 }
 

@@ -1,4 +1,5 @@
-"""What VideoChat-R1 ships (its folder Annotations/): times, evidence, tracks, quality.
+"""What VideoChat-R1 ships (its folder Annotations/): times, evidence, tracks, quality; and
+TimeLens, times that were annotated again (arXiv 2512.14698).
 
 | format | file | task |
 |---|---|---|
@@ -6,6 +7,9 @@
 | nextgqa | [{id, video, question, options, duration, glue, type, answer}] | grounded_qa |
 | got10k | [{path, object, gt}], `path` a folder of JPEG frames | tracking |
 | quality, vidtab | [{video, instruction, answer}], labels in the instruction | classification |
+| timelens_bench | {video: {duration, spans, queries}}, a span a query | temporal_grounding |
+| timelens_100k | JSON Lines {source, video_path, duration, events: [{query, span}]} | \
+  temporal_grounding, or moment_retrieval where a query has several spans |
 
 Ends past the duration stay, since the rewards clip them. One repair: evidence of NExT-GQA that
 begins a frame or so before the video (-0.1 s) begins at 0.
@@ -84,6 +88,39 @@ def _quality(place: str, entry: Any, media_root: Path) -> Iterator[Row]:
     }
 
 
+def _query(text: str) -> str:
+    """A query as TimeLens' loader asks it: single blanks, no full stop at its ends."""
+    return " ".join(text.split()).strip(".").strip()
+
+
+def _timelens_bench(video: str, entry: Any, media_root: Path) -> Iterator[Row]:
+    pairs = zip(entry["spans"], entry["queries"], strict=True)
+    for number, (span, query) in enumerate(pairs):
+        yield {
+            "id": f"{video}-{number}",
+            "task": "temporal_grounding",
+            "video": f"{video}.mp4",
+            "prompt": {"event": _query(query)},
+            "answer": span,
+            "metadata": {"duration": entry["duration"]},
+        }
+
+
+def _timelens_100k(place: str, entry: Any, media_root: Path) -> Iterator[Row]:
+    path = Path(entry["video_path"])
+    for number, event in enumerate(entry["events"]):
+        spans = event["span"]
+        several = len(spans) > 1
+        yield {
+            "id": f"{path.with_suffix('')}-{number}",
+            "task": "moment_retrieval" if several else "temporal_grounding",
+            "video": str(path),
+            "prompt": {"event": _query(event["query"])},
+            "answer": spans if several else spans[0],
+            "metadata": {"duration": entry["duration"], "source": entry["source"]},
+        }
+
+
 FORMATS = {
     "charades": Format(mapping, _timestamps),
     "activitynet": Format(mapping, _timestamps),
@@ -91,4 +128,6 @@ FORMATS = {
     "got10k": Format(listing, _got10k),
     "quality": Format(listing, _quality),
     "vidtab": Format(listing, _quality),
+    "timelens_bench": Format(mapping, _timelens_bench),
+    "timelens_100k": Format(listing, _timelens_100k),
 }

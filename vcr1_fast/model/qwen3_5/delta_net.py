@@ -21,6 +21,7 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet
 
 from vcr1_fast.model.decode import SharedPrefix
 from vcr1_fast.model.packing import Span
+from vcr1_fast.model.prompt_state import PromptRecorder, Suffix
 from vcr1_fast.model.qwen3_5.delta_rule import delta_rule, one_token
 
 _SHORT = 128  # tokens, about: below that a batch of its own costs more than the padding
@@ -39,8 +40,8 @@ class GroupDeltaNet(Qwen3_5GatedDeltaNet):
         *args: Any,
         spans: Sequence[Span] | None = None,
         shared_prefix: SharedPrefix | None = None,
-        recorder: Any = None,
-        suffix: Any = None,
+        recorder: PromptRecorder | None = None,
+        suffix: Suffix | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """Output (B, N, H) of hidden states (B, N, H).
@@ -67,7 +68,8 @@ class GroupDeltaNet(Qwen3_5GatedDeltaNet):
         elif suffix is not None:
             pieces = [x[0].split(suffix.span.lengths) for x in (mixed, decay, beta)]
             group = torch.zeros(len(suffix.span.lengths), dtype=torch.int64, device=mixed.device)
-            out = torch.cat(self._completions(pieces, suffix.state.layers[self.layer_idx], group))
+            last, state = suffix.state.layers[self.layer_idx]
+            out = torch.cat(self._completions(pieces, (last, state), group))
         else:
             assert shared_prefix is not None
             out = self._one_token(mixed, decay, beta, shared_prefix)
