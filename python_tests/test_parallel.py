@@ -100,9 +100,9 @@ def folder(tied, tmp_path_factory):
     # LOCAL_WORLD_SIZE: two machines of one process each, for "hybrid".
     Ranks(2, [*two, resumed(2, "2-full"), resumed(2, "1-full")], LOCAL_WORLD_SIZE="1").wait()
     Ranks(3, [*jobs(3), resumed(3, "2-full")]).wait()
-    # Other processes, whose heaps hold nothing yet.
+    # Other processes, whose heaps hold nothing yet; a first run imports what a run imports.
     for n in (2, 3):
-        Ranks(n, [measured(n)]).wait()
+        Ranks(n, [job(f"{n}-first", "sft", untied, MEMORY), measured(n)]).wait()
     Ranks(1, [resumed(1, "2-full")]).wait()
     return root
 

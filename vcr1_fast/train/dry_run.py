@@ -108,12 +108,12 @@ def dry_run(
     disk = (config.run.keep_checkpoints + 1) * needs.checkpoint + model_bytes
     fits = least < free and disk < free_bytes(Path(config.run.output))
     reference = ", with the reference model" if grpo and needs.reference else ""
+    if least >= free:
+        lines += remedies(model, config, machines, free, grpo=grpo)
     lines.append(
         f"in all {size(peak)} of memory{reference}: "
         + ("fits" if peak < free else "a step must be cut smaller" if fits else "too much")
     )
-    if least >= free:
-        lines += remedies(model, config, machines, free, grpo=grpo)
     return lines, fits
 
 
