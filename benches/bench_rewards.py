@@ -45,7 +45,7 @@ def bench_grounding(bench: Bench, count: int) -> None:
 
     def ours() -> None:
         answers = task.answers(texts, records)
-        task.score(answers, records, durations, think=True)
+        task.score_batch(answers, records, durations, think=True)
         task.measure([answer.prediction for answer in answers], records)
 
     def per_completion() -> None:
