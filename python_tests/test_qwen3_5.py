@@ -289,7 +289,7 @@ def test_the_comparison_notices_states_that_are_lost_or_leak(loaded, monkeypatch
         rows, length = x.shape[:2]
         flat = [part.reshape(1, rows * length, -1) for part in (x, decay, beta)]
         out, last = rule(self, *flat, before[:1], state[:1])
-        return out.view(rows, length, *out.shape[2:]), last
+        return out.view(rows, length, *out.shape[2:]), last.expand(rows, *last.shape[1:])
 
     with monkeypatch.context() as patch:
         patch.setattr(delta_net.GroupDeltaNet, "_rule", leaking)
@@ -450,6 +450,19 @@ def test_recording_a_graph_does_not_advance_the_states(loaded, monkeypatch):
             pass
 
     class Graph:
+        def capture_begin(self, pool, capture_error_mode):
+            assert capture_error_mode == "thread_local"
+            recorded.append(self)
+            graphed = current[-1]
+            states = [x for state in graphed.step.memory.states.values() for x in state]
+            self.before = [(x, x.clone()) for x in states]
+
+        def capture_end(self):
+            for state, x in self.before:
+                state.copy_(x)
+            graphed = current[-1]
+            self.tape = [graphed.step, graphed.step.given, graphed.step.last]
+
         def replay(self):
             step, inputs, outputs = self.tape
             for held, new in zip(outputs, step(*inputs), strict=True):
@@ -457,7 +470,7 @@ def test_recording_a_graph_does_not_advance_the_states(loaded, monkeypatch):
 
     class Step(rollout_module.TokenStep):
         def __call__(self, *inputs):
-            self.last = super().__call__(*inputs)
+            self.given, self.last = inputs, super().__call__(*inputs)
             return self.last
 
     class Graphed(rollout_module.GraphedStep):
@@ -465,24 +478,13 @@ def test_recording_a_graph_does_not_advance_the_states(loaded, monkeypatch):
             current.append(self)
             return super().__call__(*inputs)
 
-    @contextlib.contextmanager
-    def recording(graph, capture_error_mode):
-        recorded.append(graph)
-        graphed = current[-1]
-        states = [x for state in graphed.step.memory.states.values() for x in state]
-        before = [x.clone() for x in states]
-        yield
-        for state, x in zip(states, before, strict=True):
-            state.copy_(x)
-        graph.tape = [graphed.step, graphed.inputs, graphed.step.last]
-
     for name, stand_in in (
         ("CUDAGraph", Graph),
         ("Stream", Stream),
         ("current_stream", Stream),
         ("stream", lambda stream: stream),
         ("device", contextlib.nullcontext),
-        ("graph", recording),
+        ("graph_pool_handle", object),
     ):
         monkeypatch.setattr(torch.cuda, name, stand_in)
     monkeypatch.setattr(rollout_module, "TokenStep", Step)

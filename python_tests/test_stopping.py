@@ -14,11 +14,12 @@ import pytest
 from tiny_run import SETTINGS, configure, write_inputs
 
 from vcr1_fast.cli import main
+from vcr1_fast.engines import sampler
 from vcr1_fast.train import advantages, checkpoint, loop, rollouts, scoring, setup, stopping
 from vcr1_fast.train.loop import train
 from vcr1_fast.train.sft import sft
 
-TIMES = ("seconds/", "tokens_per_second")
+TIMES = ("seconds/", "tokens_per_second", "time", "memory_gib")
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +103,7 @@ def test_a_step_that_outlasts_the_grace_is_given_up(
     # 4 rollouts and 16 micro-batches a step.
     options = (*OPTIONS, "rollout.batch_prompts=1", "optim.tokens_per_microbatch=1")
     with monkeypatch.context() as patch:
-        module, calls = (rollouts, 6) if where == "rollout" else (loop, 20)
+        module, calls = (sampler, 6) if where == "rollout" else (loop, 20)
         signalled(patch, module, where, signal.SIGTERM, at=calls)
         with pytest.raises(stopping.RunStopped, match="after step 1;"):
             train(configure(*inputs, run, *options, "run.stop_grace=0"))

@@ -170,7 +170,7 @@ def test_a_run_keeps_its_name_in_a_tracker_and_tables_have_pictures(inputs, tmp_
     assert len(table.data) == 4
     first_row = dict(zip(table.columns, table.data[0], strict=True))
     assert first_row["reward"] == min(row[table.columns.index("reward")] for row in table.data)
-    assert first_row["frames"].shape[0] == 96 + 14 and first_row["frames"].shape[2] == 3
+    assert first_row["frames"].shape[0] == 96 + 16 and first_row["frames"].shape[2] == 3
     assert json.loads(first_row["rewards"]).keys() and first_row["completion"] is not None
     assert [call for call in wandb if call[0] == "finish"] == [("finish",)] * 2
 
@@ -238,13 +238,13 @@ def colours(*values, duration=4.0):
 
 def test_a_strip_shows_the_frames_in_order_below_their_seconds():
     strip = film_strip(colours((200, 0, 0), (0, 200, 0), (0, 0, 200)))
-    assert strip.shape == (96 + 14, 3 * 128 + 2 * 2, 3) and strip.dtype == np.uint8
+    assert strip.shape == (96 + 16, 3 * 128 + 2 * 2, 3) and strip.dtype == np.uint8
     assert [strip[60, 64 + 130 * i].tolist() for i in range(3)] == [
         [200, 0, 0],
         [0, 200, 0],
         [0, 0, 200],
     ]
-    assert strip[:14].max() > 200  # the seconds
+    assert strip[:16].max() > 200  # the seconds
     assert film_strip(colours((1, 2, 3), duration=None)).shape == (96, 128, 3)  # an image
 
 

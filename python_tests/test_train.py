@@ -1,6 +1,7 @@
 """Training on a tiny model: steps, gradients, resuming after a kill, bad samples, learning."""
 
 import dataclasses
+import importlib
 import json
 import math
 import os
@@ -617,9 +618,10 @@ def test_saved_tokens_are_those_that_the_plain_form_would_run(run):
 
 def test_old_log_probs_take_no_pass(run, monkeypatch):
     """The first update's are the policy's own, the later ones' the sampler's."""
-    passes, right = [], loop.completion_hidden
+    module = importlib.import_module(policy_loss.__module__)
+    passes, right = [], module.completion_hidden
     monkeypatch.setattr(
-        loop, "completion_hidden", lambda *a, **k: (passes.append(1), right(*a, **k))[1]
+        module, "completion_hidden", lambda *a, **k: (passes.append(1), right(*a, **k))[1]
     )
     run.config = dataclasses.replace(
         run.config, optim=dataclasses.replace(run.config.optim, inner_epochs=3)
@@ -727,6 +729,7 @@ def test_no_rank_steps_where_one_has_no_finite_loss(monkeypatch, other_rank_is_f
 
     monkeypatch.setattr(optim, "_several_ranks", lambda: True)
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     parameter = torch.ones(3, requires_grad=True)
     optimizer = MasterAdamW([parameter], OptimConfig())
     parameter.grad = torch.ones(3)

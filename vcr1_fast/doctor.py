@@ -124,7 +124,7 @@ def models() -> list[tuple[str, str]]:
         ("attention on the CPU", kernels),
     ]
     if torch.cuda.is_available():
-        # Heads of Qwen2.5-VL-3B; a model's are checked when it is loaded.
+        # Heads of a model of 3 B parameters; a run's own are checked when it is loaded.
         reason = missing_varlen(torch.device("cuda"), torch.bfloat16, 16, 2, 128)
         rows.append(("attention on CUDA", reason or "torch's varlen flash kernels"))
     if importlib.util.find_spec("transformers") is None:

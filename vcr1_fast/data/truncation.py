@@ -23,6 +23,8 @@ _ASF_BROADCAST = 1  # flag: the sizes in the header were never filled in
 _OGG_LAST_PAGE = 4
 _TS_PACKET, _TS_SYNC = 188, 0x47
 _PS_PACK, _PS_WINDOW = b"\0\0\1\xba", 1 << 18
+_PS_HEADER = 8 + 6
+"""Bytes of a pack header of MPEG-2: code and clock, then rate and length of the stuffing."""
 
 
 def cut_off(path: str) -> str | None:
@@ -189,8 +191,8 @@ def _mpegps(file: BinaryIO, size: int) -> str | None:
 def _ps_missing(data: bytes, at: int) -> int | None:
     """Bytes by which the last of the packets from `at` on leaves `data`; None where they are none.
 
-    ISO 13818-1 2.5: a pack header of 14 bytes and up to 7 of stuffing (12 in MPEG-1), packets with
-    their length in two bytes, an end code of four.
+    ISO 13818-1 2.5: a pack header (`_PS_HEADER` bytes and up to 7 of stuffing, 12 in MPEG-1),
+    packets with their length in two bytes, an end code of four.
     """
     while data[at:].strip(b"\0"):  # zeros pad a whole file
         head = data[at : at + 6]
@@ -208,7 +210,8 @@ def _ps_missing(data: bytes, at: int) -> int | None:
         elif head[4] >> 4 == 0b0010:
             at += 12
         elif head[4] >> 6 == 0b01:
-            at += 14 + (data[at + 13] & 7 if at + 13 < len(data) else 0)
+            stuffing = at + _PS_HEADER - 1
+            at += _PS_HEADER + (data[stuffing] & 7 if stuffing < len(data) else 0)
         else:
             return None
     return max(at - len(data), 0)

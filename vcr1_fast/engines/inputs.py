@@ -6,7 +6,7 @@ seconds handed over are therefore fitted: the float64 number, nearest to the cli
 vLLM's rule gives our times. Then vLLM's whole rule is applied here and compared with the prompt's
 positions: a prompt whose positions the engine cannot have is refused, not sampled wrongly.
 
-vLLM's rules: `get_mrope_input_positions` of its qwen2_5_vl.py and qwen3_vl.py, 0.31 and 0.32.
+vLLM's rules: `get_mrope_input_positions` of its models' files, 0.31 and 0.32.
 """
 
 import hashlib
@@ -98,7 +98,7 @@ def media_of(prompt: Prompt, features: Tensor | None, config: Any, version: int)
 
 
 def times_by_position(config: Any) -> bool:
-    """Whether a clip's seconds enter its positions (Qwen2.5-VL), rather than its text."""
+    """Whether a clip's seconds enter its positions rather than its text."""
     return hasattr(config.vision_config, "tokens_per_second")
 
 

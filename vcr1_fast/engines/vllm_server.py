@@ -178,7 +178,7 @@ def encoded(media: Sequence[Medium]) -> dict[str, Any]:
     for one in media:
         if not bool(one.is_embed.all()):
             raise ValueError(
-                "a vLLM server takes no clip with text between its frames (Qwen3-VL): use "
+                "a vLLM server takes no clip with text between its frames: use "
                 "rollout.engine vllm or own"
             )
         hashes.setdefault(one.kind, []).append(one.key)

@@ -41,6 +41,8 @@ SAMPLES = 4
 """Completions in a table of samples."""
 STRIP_HEIGHT = 96
 """Pixels of a film strip's frames."""
+CAPTION_HEIGHT = 16
+"""Pixels of the line of seconds above them."""
 
 
 @dataclass(frozen=True)
@@ -235,7 +237,7 @@ def film_strip(clip: Clip) -> np.ndarray:
         picture = Image.fromarray(frame)
         width = max(1, round(picture.width * STRIP_HEIGHT / picture.height))
         pictures.append(picture.resize((width, STRIP_HEIGHT)))
-    caption = 0 if clip.duration is None else 14
+    caption = 0 if clip.duration is None else CAPTION_HEIGHT
     strip = Image.new("RGB", (sum(one.width + 2 for one in pictures) - 2, STRIP_HEIGHT + caption))
     draw, left = ImageDraw.Draw(strip), 0
     for second, picture in zip(clip.times, pictures, strict=True):
