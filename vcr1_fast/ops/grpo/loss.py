@@ -388,13 +388,18 @@ def loss_arguments(
     """Check a head's arguments; `like` has the device and the dtype of the head's input.
 
     `inputs.logps` and `inputs.entropy` are ignored. Raises as `check_inputs` and
-    `row_temperatures` do.
+    `row_temperatures` do, and ValueError for a tensor on another device.
     """
     check_inputs(config, labels.shape, inputs)
     row_temperature, scalar = row_temperatures(temperature, labels.shape, like.device)
     dtype = accumulation_dtype(like)
 
-    # As the kernels read them, so that no conversion is made twice.
+    for name, x in inputs._asdict().items():
+        if x is not None and name not in ("logps", "entropy") and x.device != like.device:
+            raise ValueError(f"{name} is on {x.device}, but the head's input on {like.device}")
+
+    # As the kernels read them, so that no conversion is made twice. The denominator alone may come
+    # from the CPU: a trainer counts there.
     def constant(x: Tensor | None, dtype: torch.dtype = dtype) -> Any:
         return None if x is None else x.detach().to(like.device, dtype).contiguous()
 

@@ -125,7 +125,9 @@ class Completions:
         return x[self._index] if self.count else x.new_zeros(self._shape)
 
     def per_token(self, x: Tensor) -> Tensor:
-        """(B,), (tokens), or packed (N, 1) -> (tokens), zero outside the mask."""
+        """(B,), padded (B, 1), (tokens), or packed (N, 1) -> (tokens), zero outside the mask."""
+        if self._offsets is None and x.shape[1:] == (1,):
+            x = x[:, 0]
         per_sequence = x.ndim == 1 and (self._offsets is None or x.shape[0] == self.count)
         return self.keep(self.spread(x) if per_sequence else x.reshape(self._shape))
 
