@@ -31,7 +31,7 @@ def decoded(item):
 
 
 class State:
-    """A model of its own under a weight version; `calls`: paths in order; `requests`: bodies of
+    """A separate model under a weight version; `calls`: paths in order; `requests`: bodies of
     generate; `prompts`: what is answered, since a request holds no positions."""
 
     def __init__(self, model, processor):

@@ -22,7 +22,7 @@ SAMPLING = SamplingConfig(max_new_tokens=6)
 
 
 class Copy(Sampler):
-    """An engine with weights of its own; `see` is its view of (prompt, features), `load` what it
+    """An engine with separate weights; `see` is its view of (prompt, features), `load` what it
     makes of a sync."""
 
     name = "copy"

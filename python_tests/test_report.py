@@ -270,7 +270,7 @@ def test_equal_answers_are_one_row_and_count_as_many(tmp_path):
     assert [(row["text"], row["times"], row["reward"]) for row in group["rows"]] == [
         ("x", 2, 1.0),
         ("y", 1, 0.5),
-        ("x", 1, 0.0),  # a reward of its own: it is told apart
+        ("x", 1, 0.0),  # another reward: it is kept apart
     ]
     assert group["count"] == 4 and group["mean"] == pytest.approx(0.625)
     assert group["spread"] == pytest.approx(np.std([1.0, 1.0, 0.0, 0.5]))

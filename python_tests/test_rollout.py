@@ -354,7 +354,7 @@ def test_recordings_hold_for_one_state_of_the_model_and_one_way_to_sample(exact,
         return len(recorded) - before
 
     assert (count(), count(), len(kept)) == (1, 0, 1)
-    # An optimiser's step changes values in place, which a graph reads anew.
+    # An optimiser's step changes values in place, which a graph reads again.
     with torch.no_grad():
         model.lm_head.weight.mul_(0.5)
     assert count() == 0

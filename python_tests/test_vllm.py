@@ -31,7 +31,7 @@ BOUND = 1e-4
 @pytest.fixture(scope="module")
 def vllm():
     if "VCR1_ENGINES" not in os.environ:
-        pytest.skip("vLLM runs in an environment of its own: make test-engines")
+        pytest.skip("vLLM runs in a separate environment: make test-engines")
     # Not importorskip: without vLLM the target must fail.
     from vcr1_fast.engines import vllm
 

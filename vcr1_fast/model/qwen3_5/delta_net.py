@@ -24,7 +24,7 @@ from vcr1_fast.model.packing import Span
 from vcr1_fast.model.prompt_state import PromptRecorder, Suffix
 from vcr1_fast.model.qwen3_5.delta_rule import delta_rule, one_token
 
-_SHORT = 128  # tokens, about: below that a batch of its own costs more than the padding
+_SHORT = 128  # tokens, about: below that a separate batch costs more than the padding
 
 
 class GroupDeltaNet(Qwen3_5GatedDeltaNet):
