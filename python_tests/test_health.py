@@ -143,3 +143,47 @@ def test_an_entropy_that_falls_slowly_is_training():
     health = Health(0, lambda text: pytest.fail(text))
     for step in range(100):
         health.check(step, {"entropy": 2.0 * 0.97**step})
+
+
+def test_a_resumed_run_judges_as_one_that_never_stopped():
+    rows = [{"step": i, "grad_norm": 1.0, "kl": 0.1, "entropy": 2.0} for i in range(1, 30)]
+    rows[14] |= {"grad_norm": 30.0}  # 30 times the median of the 14 steps before
+    rows[20] |= {"kl": None, "skipped_updates": 2}
+    rows[21] |= {"skipped_updates": 1}
+    rows[24:] = [row | {"entropy": 0.1} for row in rows[24:]]
+
+    def judged(health, part):
+        numbers = [{k: math.nan if v is None else v for k, v in row.items()} for row in part]
+        return [health.check(row["step"], row) for row in numbers]
+
+    said = []
+    expected = judged(Health(3, said.append), rows)
+    assert sum(one["spikes"] for one in expected) == 1 and expected[14]["spikes"] == 1
+    assert any("entropy fell" in line for line in said)
+    for done in (1, 14, 15, 21, 22, 26):
+        again = []
+        health = Health(3, again.append)
+        health.replay(rows[:done])
+        assert not again and judged(health, rows[done:]) == expected[done:], done
+        assert again == [one for one in said if int(one.split()[1][:-1]) > done], done
+    health = Health(2, said.append)
+    health.replay(rows[:21])
+    with pytest.raises(ValueError, match="3 updates in a row"):
+        judged(health, rows[21:22])
+
+
+def test_a_resume_replays_the_rows_of_the_steps_before(inputs, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    train(configure(*inputs, run, "optim.steps=2"))
+    replayed, right = [], Health.replay
+
+    def watched(self, rows):
+        rows = list(rows)
+        replayed.extend(row["step"] for row in rows)
+        right(self, rows)
+
+    monkeypatch.setattr(Health, "replay", watched)
+    train(configure(*inputs, run, "optim.steps=3"))
+    assert replayed == [1, 2]
+    train(configure(*inputs, tmp_path / "other", "optim.steps=1"))
+    assert replayed == [1, 2]

@@ -2,8 +2,10 @@
 
 import math
 import statistics
+import sys
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 WATCHED = ("grad_norm", "kl")
 SPIKE = 10.0
@@ -27,6 +29,16 @@ class Health:
         self._troubled: dict[str, int] = {}
         names = (*WATCHED, "entropy")
         self._recent: dict[str, deque[float]] = {name: deque(maxlen=_WINDOW) for name in names}
+
+    def replay(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Take in the rows of the steps before a resume, without a line: medians and counts go on
+        as if the run had not stopped. Every rank does it, since all must stop at the same step."""
+        log, most = self.log, self.max_skipped_updates
+        self.log, self.max_skipped_updates = lambda text: None, sys.maxsize
+        for row in rows:
+            # Values that were not finite are null in the file.
+            self.check(row["step"], {k: math.nan if v is None else v for k, v in row.items()})
+        self.log, self.max_skipped_updates = log, most
 
     def check(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
         """Counts for the step's row: "spikes". ValueError after more than `max_skipped_updates`

@@ -24,7 +24,7 @@ from vcr1_fast.data.quarantine import Quarantine
 from vcr1_fast.data.requests import clip_key
 from vcr1_fast.engines.open import open_sampler
 from vcr1_fast.engines.sampler import OwnSampler, Sampler
-from vcr1_fast.files import read_lines
+from vcr1_fast.files import read_jsonl, read_lines
 from vcr1_fast.model.attention import prepare_attention
 from vcr1_fast.model.checkpoint import load, policy_weights, save, save_adapter
 from vcr1_fast.model.family import family_of
@@ -494,6 +494,11 @@ def open_run(config: TrainConfig, *, reference: bool, kind: str = "grpo") -> Ite
                 )
             )
             log.message(f"completions by {sampler.describe()}")
+        health = Health(config.optim.max_skipped_updates, log.message)
+        rows = Path(config.run.output, "metrics.jsonl")
+        if done and rows.exists():  # not where the run branches off another one
+            # Cut to `done` by rank 0, before the barrier above.
+            health.replay(row for _, row in read_jsonl(rows))
         ahead = Ahead() if kind == "grpo" and config.rollout.ahead else None
         if ahead is not None:
             stack.callback(ahead.close)
@@ -510,7 +515,7 @@ def open_run(config: TrainConfig, *, reference: bool, kind: str = "grpo") -> Ite
             log=log,
             done=done,
             scales=scales,
-            health=Health(config.optim.max_skipped_updates, log.message),
+            health=health,
             stop=stack.enter_context(StopRequest(config.run.stop_grace)),
             identity=own,
             sharding=sharding,
