@@ -11,6 +11,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import torch  # noqa: F401  rewards load it at their first IoU: seconds that are no parser's
+
 from vcr1_fast.rewards import answer, caption, legacy, shaping, spatiotemporal, text
 from vcr1_fast.rewards.format import last_block, scan, well_formed
 from vcr1_fast.tasks import TASKS
