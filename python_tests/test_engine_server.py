@@ -270,7 +270,7 @@ def test_parity_compares_an_endpoint_with_training(case, inputs, state, capsys):
     got = rollout(model, own, [prompt], 1, greedy)
     tokens, logps = got.tokens[0][0].tolist(), got.full_logps[0][0].tolist()
     status, text = table(ids, tokens, logps)
-    assert status == 0 and "all the same" in text and "NO" not in text
+    assert status == 0 and "all equal" in text and "NO" not in text
     # One token less, and one vision token less.
     status, text = table(ids[1:], tokens, logps)
     assert status == 1 and "first difference at 0" in text

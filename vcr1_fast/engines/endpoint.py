@@ -127,7 +127,7 @@ def _token_row(prompt: Prompt, reply: Reply) -> Row:
     shorter = min(len(ours), len(reply.prompt))
     first = next((i for i, (a, b) in pairs if a != b), shorter)
     if first == len(ours) == len(reply.prompt):
-        return Row("prompt tokens", str(len(ours)), f"{len(ours)}, all the same", True)
+        return Row("prompt tokens", str(len(ours)), f"{len(ours)}, all equal", True)
     return Row(
         f"prompt tokens (first difference at {first})",
         f"{len(ours)}: {_around(ours, first)}",

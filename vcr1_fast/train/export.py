@@ -145,7 +145,7 @@ def push(folder: Path, name: str, *, private: bool = True) -> str:
 
 
 def model_card(folder: Path) -> str:
-    """The text that the hub shows of a model: what it is made of, and how it wants to be asked."""
+    """The hub's page of a model: its base, its training, and the prompts it was trained on."""
     trained = as_trained.read(folder)
     assert trained is not None  # every export holds the file
     made, base = trained.made, str(trained.made["base"])
